@@ -1,0 +1,41 @@
+"""deqdiff_fast: the sample of a diffusion chain, solved for all timesteps at once."""
+
+from __future__ import annotations
+
+from .errors import (
+    BackendUnavailableError,
+    ConvergenceWarning,
+    DeqDiffError,
+    ModelOutputError,
+    NonFiniteError,
+    NotAffineError,
+    NotConvergedError,
+    StaleLeaseError,
+)
+from .memory import SolverMemory
+from .sampler import DEQSampler
+from .schedule import Schedule
+from .solution import RoundInfo, Solution, Stats
+from .solver import Anderson, Picard
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anderson",
+    "BackendUnavailableError",
+    "ConvergenceWarning",
+    "DEQSampler",
+    "DeqDiffError",
+    "ModelOutputError",
+    "NonFiniteError",
+    "NotAffineError",
+    "NotConvergedError",
+    "Picard",
+    "RoundInfo",
+    "Schedule",
+    "Solution",
+    "SolverMemory",
+    "StaleLeaseError",
+    "Stats",
+    "__version__",
+]

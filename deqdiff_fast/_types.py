@@ -1,0 +1,32 @@
+"""Types that more than one module speaks of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Model = Callable[..., Any]
+"""`model(x, t, **model_kwargs) -> prediction`; x: (n, *shape), t: (n,); any n."""
+
+OnFailure = Literal["serial", "raise", "warn"]
+Backend = Literal["auto", "reference", "cpp", "triton"]
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class Rows:
+    """The (timestep, sample) pairs of one batched model call, timestep-major."""
+
+    flat: Tensor | None
+    """(n,) int64 indices i * B + b on the CPU, or None where the rows are all samples of timesteps [lo, hi)."""
+    lo: int
+    hi: int
+    count: int
+
+
+
+__all__ = ["Backend", "Generators", "Model", "OnFailure", "Rows"]

@@ -1,0 +1,76 @@
+"""Argument checks of the public objects: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schedule import Schedule
+
+
+def check_model(model: object) -> None:
+    if not callable(model):
+        raise TypeError(f"model: expected a callable model(x, t, **model_kwargs), got {type(model).__name__}")
+
+
+def check_schedule(schedule: object) -> None:
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule: expected a deqdiff_fast.Schedule, got {type(schedule).__name__}; a diffusers scheduler becomes one "
+            "with Schedule.from_diffusers(scheduler, num_inference_steps)"
+        )
+
+
+def positive(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}")
+    return float(value)
+
+
+def count(name: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name}: expected an int >= 1 or None, got {value!r}")
+    return value
+
+
+def window(value: int | str) -> int | str:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"window: expected 'auto' or an int >= 1, got {value!r}")
+    return value
+
+
+def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if not any(value == item and type(value) is type(item) for item in allowed):
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def check_noise(noise: object) -> None:
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise: expected a tensor (B, *shape), got {type(noise).__name__}")
+    if noise.dim() < 2 or noise[:1].numel() == 0 and noise.shape[0] != 0:
+        raise ValueError(f"noise: expected shape (B, *shape) with a non-empty sample shape, got {tuple(noise.shape)}")
+    if noise.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise ValueError(f"noise: expected a floating-point dtype, got {noise.dtype}")
+    if not bool(noise.isfinite().all()):
+        raise ValueError("noise: expected finite values, got NaN or Inf")
+
+
+def check_kwargs(model_kwargs: object) -> None:
+    if model_kwargs is not None and not isinstance(model_kwargs, dict):
+        raise TypeError(f"model_kwargs: expected a dict or None, got {type(model_kwargs).__name__}")
+
+
+def check_trajectory(trajectory: Tensor | None, noise: Tensor, steps: int) -> None:
+    if trajectory is None:
+        return
+    expected = (steps + 1, *noise.shape)
+    if tuple(trajectory.shape) != expected:
+        raise ValueError(f"init_trajectory: expected shape {expected}, got {tuple(trajectory.shape)}")
+    if trajectory.device != noise.device:
+        raise ValueError(f"init_trajectory: expected device {noise.device}, got {trajectory.device}")

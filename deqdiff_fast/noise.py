@@ -1,0 +1,34 @@
+"""The frozen noise of stochastic samplers, drawn in the order in which a serial sampler draws it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._types import Generators
+
+
+def check_generator(generator: Generators, batch: int) -> None:
+    """Raise unless `generator` is None, one torch.Generator, or a list with one for each sample."""
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != batch or not all(isinstance(g, torch.Generator) for g in generator):
+            raise ValueError(f"generator: expected {batch} torch.Generator, one for each sample, got {len(generator)} items")
+    elif generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(generator).__name__}")
+
+
+def draw(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Standard normal noise (B, *shape); with a list, sample b comes from generator b alone, as in diffusers."""
+    if isinstance(generator, (list, tuple)):
+        return torch.cat([draw((1, *shape[1:]), g, dtype, device) for g in generator])
+    source = generator.device if generator is not None else device
+    return torch.randn(shape, generator=generator, dtype=dtype, device=source).to(device)
+
+
+def fill_drift(drift: Tensor, noise_coef: Tensor, shape: tuple[int, ...], generator: Generators, dtype: torch.dtype) -> None:
+    """drift[i] = noise_coef[i] * z_i in place, drift: (T, B, D). Steps without noise draw nothing."""
+    for i, scale in enumerate(noise_coef.tolist()):
+        if scale == 0:
+            drift[i].zero_()
+        else:
+            drift[i].copy_(draw(shape, generator, dtype, drift.device).flatten(1)).mul_(scale)

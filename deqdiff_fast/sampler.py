@@ -1,0 +1,204 @@
+"""DEQSampler: the same sample as the serial chain, in a few rounds of batched model calls."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from ._types import Backend, Generators, Model, OnFailure
+from .errors import ConvergenceWarning, NonFiniteError, NotConvergedError
+from .memory import SolverMemory, default_memory
+from .noise import check_generator
+from .progress import Reporter
+from .schedule import Schedule
+from .serial import finish, non_finite
+from .solution import Callback, Solution, Stats
+from .solver import Picard, Solver, iterate, resolve
+from .system import System
+from .workspace import Workspace
+
+DEFAULT_TOL = 1e-2
+SAFETY = 0.1  # residual allowed for a timestep, per unit of relative error allowed in the sample
+FLOOR = {torch.float64: 1e-14, torch.float32: 2e-6}  # what rounding alone leaves of a residual
+
+
+class DEQSampler:
+    """Solve the whole sampling chain as one fixed-point system (Pokle, Geng, Kolter 2022, arXiv 2210.12867).
+
+    model: `model(x, t, **model_kwargs)` -> prediction, a tensor or an object with `.sample`; x: (n, *shape), t: (n,), n
+    any batch size. It must treat the rows of a batch independently and be deterministic (no dropout, no batch norm in
+    training mode). schedule: see `Schedule`.
+    solver: "auto", "picard", "anderson", "triangular", "deq-ddim" or a solver object.
+    tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim": the
+    paper's 1e-3 on the residual). A timestep counts as final when its relative residual is below a tenth of it.
+    max_rounds: batched model calls before giving up (None: the solver's own limit, else T).
+    window: number of timesteps solved at a time, or "auto" (all of them).
+    on_failure: what to do when the rounds run out: finish the chain one step after the other ("serial"), raise
+    NotConvergedError ("raise"), or warn and return the best iterate ("warn").
+    max_batch: most rows in one model call. backend: "auto", "reference", "cpp" or "triton".
+
+    Raises TypeError for unknown arguments and ValueError for bad values.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        *,
+        solver: str | Solver = "auto",
+        tol: float | None = None,
+        max_rounds: int | None = None,
+        window: int | str = "auto",
+        backend: Backend = "auto",
+        gradient: str = "implicit",
+        on_failure: OnFailure = "serial",
+        max_batch: int | None = None,
+        cuda_graph: bool | str = "auto",
+        deterministic: bool = True,
+        memory: SolverMemory | None = None,
+    ) -> None:
+        arguments.check_model(model)
+        arguments.check_schedule(schedule)
+        self.model, self.schedule, self.solver = model, schedule, resolve(solver)
+        self.tol = arguments.positive("tol", tol)
+        self.max_rounds = arguments.count("max_rounds", max_rounds)
+        self.max_batch = arguments.count("max_batch", max_batch)
+        self.window = arguments.window(window)
+        self.backend = arguments.choice("backend", backend, ("auto", "reference", "cpp", "triton"))
+        self.gradient = arguments.choice("gradient", gradient, ("implicit",))
+        self.on_failure = arguments.choice("on_failure", on_failure, ("serial", "raise", "warn"))
+        self.cuda_graph = arguments.choice("cuda_graph", cuda_graph, ("auto", False))
+        self.deterministic = arguments.choice("deterministic", deterministic, (True, False))
+        self.memory = memory if memory is not None else default_memory()
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The relative residual below which a timestep counts as final, for states of that dtype."""
+        default = getattr(self.solver, "tol", None)
+        if self.tol is None and default is not None:
+            return float(default)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return max(SAFETY * (DEFAULT_TOL if self.tol is None else self.tol), FLOOR[wide])
+
+    def sample(
+        self,
+        noise: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        generator: Generators = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        *,
+        init_trajectory: Tensor | None = None,
+        return_trajectory: bool = False,
+    ) -> Solution:
+        """Solve the chain that starts at `noise`.
+
+        noise: (B, *shape), the initial state of the chain, floating point. model_kwargs: passed to every model call;
+        tensors whose first dimension is B belong to the samples and are repeated for the timesteps of a batch.
+        generator: for the frozen noise of stochastic schedules, one or one for each sample; the draws are those of a
+        serial sampler. callback: called after every round with a `RoundInfo`; returning True stops. progress: show a bar.
+        init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
+
+        Returns a `Solution`. Raises NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError.
+        """
+        clock = time.perf_counter()
+        system = self._system(noise, model_kwargs, generator)
+        arguments.check_trajectory(init_trajectory, noise, self.schedule.num_steps)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+        steps, batch = self.schedule.num_steps, noise.shape[0]
+        window = steps if self.window == "auto" else min(int(self.window), steps)
+        stats = Stats(solver=self.solver.name, window=window)
+        if batch == 0:
+            return Solution(noise.detach().clone(), torch.ones(0, dtype=torch.bool), stats)
+        limit = self.max_rounds or getattr(self.solver, "max_rounds", None) or steps
+        with torch.no_grad():
+            work = Workspace.open(system, self.solver, window, self.memory, self.backend)
+            with work.lease, Reporter(work, self.tolerance(noise.dtype), limit, callback, progress) as report:
+                work.begin(noise, generator)
+                work.guess(self.solver.guess, init_trajectory)
+                outcome = iterate(
+                    work.chain,
+                    self.solver,
+                    work.memory,
+                    evaluate=work.evaluate,
+                    rebuild=work.rebuild,
+                    diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
+                    tolerance=report.tolerance,
+                    max_rounds=limit,
+                    report=report,
+                )
+                stats.rounds, stats.repairs = outcome.rounds, outcome.repairs
+                stats.residual_trace = torch.stack(outcome.trace) if outcome.trace else stats.residual_trace
+                return self._conclude(work, outcome.window.lo, outcome.stopped, stats, clock, return_trajectory)
+
+    def serial(
+        self,
+        noise: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        generator: Generators = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        *,
+        return_trajectory: bool = False,
+    ) -> Solution:
+        """The plain chain, one model call after the other; arguments and result as for `sample`."""
+        clock = time.perf_counter()
+        system = self._system(noise, model_kwargs, generator)
+        stats = Stats(solver="serial", window=1, stop_reason="serial")
+        if noise.shape[0] == 0:
+            return Solution(noise.detach().clone(), torch.ones(0, dtype=torch.bool), stats)
+        with torch.no_grad():
+            work = Workspace.open(system, Picard(), 1, self.memory, self.backend)
+            with work.lease, Reporter(work, 0.0, system.num_steps, callback, progress) as report:
+                work.begin(noise, generator)
+                fronts = [0] * noise.shape[0]
+                stats.finished_serially, stopped = finish(work, fronts, 0, report)
+                stats.rounds = stats.finished_serially
+                return self._conclude(work, fronts, stopped, stats, clock, return_trajectory)
+
+    def _system(self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators) -> System:
+        arguments.check_noise(noise)
+        arguments.check_kwargs(model_kwargs)
+        check_generator(generator, noise.shape[0])
+        return System(self.model, self.schedule, noise, model_kwargs, self.max_batch)
+
+    def _conclude(
+        self, work: Workspace, fronts: list[int], stopped: bool, stats: Stats, clock: float, keep: bool
+    ) -> Solution:
+        """Finish, raise or warn where rows are left; then copy the sample out of the slab."""
+        system, chain = work.system, work.chain
+        left = max(system.num_steps - front for front in fronts)
+        rounds_ran_out = left > 0 and not stopped
+        if stopped:
+            stats.stop_reason = "callback"
+        elif rounds_ran_out:
+            stats.stop_reason = "max_rounds"
+            if self.on_failure == "serial":
+                stats.finished_serially, _ = finish(work, fronts, stats.rounds, None)
+        done = torch.tensor([front == system.num_steps for front in fronts])
+        stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
+        shape = (system.batch, *system.shape)
+        trajectory = None
+        if keep:
+            trajectory = chain.states.view(-1, *shape).to(system.model_dtype, copy=True)
+        sample = chain.states[-1].view(shape).to(system.model_dtype, copy=True)
+        stats.wall_seconds = time.perf_counter() - clock
+        solution = Solution(sample, done, stats, trajectory)
+        if rounds_ran_out and self.on_failure != "serial":
+            worst = float(stats.residual_trace[-1].max()) if len(stats.residual_trace) else float("nan")
+            message = (
+                f"{int((~done).sum())} of {system.batch} samples did not converge in {stats.rounds} rounds (largest "
+                f"residual {worst:.1e}); raise max_rounds, loosen tol, or use on_failure='serial'"
+            )
+            if self.on_failure == "raise":
+                raise NotConvergedError(message, solution)
+            warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        return solution
+
+
+__all__ = ["DEQSampler", "NonFiniteError"]

@@ -1,0 +1,73 @@
+"""What every solve returns, and what a callback sees on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """How a solve went."""
+
+    solver: str
+    window: int
+    rounds: int = 0
+    """Batched model calls over the active timesteps, one after the other."""
+    model_evals: int = 0
+    """Model evaluations (NFE): samples x timesteps evaluated, summed over rounds, serial steps included."""
+    model_calls: int = 0
+    """Calls of the model; more than `rounds` where `max_batch` cuts a round into chunks."""
+    residual_trace: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
+    """(rounds, B): the largest relative residual among the timesteps that were not final before that round."""
+    wall_seconds: float = 0.0
+    finished_serially: int = 0
+    """Chain steps that were finished one after the other because the rounds had run out; 0 if none."""
+    stop_reason: str = "converged"
+    """"converged", "max_rounds", "callback" or "serial"."""
+    repairs: int = 0
+    """Rounds in which an iterate overflowed and was rebuilt from its last finite state."""
+
+
+@dataclass
+class Solution:
+    """A sample and how far it can be trusted."""
+
+    sample: Tensor
+    """(B, *shape), dtype of the noise."""
+    converged: Tensor
+    """(B,) bool, on the CPU. True also where the chain was finished serially: such a sample is exact."""
+    stats: Stats
+    trajectory: Tensor | None = None
+    """(T + 1, B, *shape), index 0 the noise and T the sample, if it was asked for."""
+
+
+@dataclass
+class RoundInfo:
+    """The state of a running solve; valid only during the callback. Return True from the callback to stop."""
+
+    round: int
+    max_rounds: int
+    num_steps: int
+    front: Tensor
+    """(B,) int64: how many chain steps are final for each sample; `num_steps` when it is done."""
+    residual: Tensor
+    """(B,) largest relative residual among the timesteps that were not final; 0 when done."""
+    tolerance: float
+    """The residual at which a timestep counts as converged."""
+    _preview: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
+    _sample: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
+
+    def preview(self) -> Tensor:
+        """(B, *shape): the prediction of the clean sample at the last timestep that was evaluated."""
+        return self._preview()
+
+    def sample(self) -> Tensor:
+        """(B, *shape): the running last state of the chain."""
+        return self._sample()
+
+
+Callback = Callable[[RoundInfo], object]

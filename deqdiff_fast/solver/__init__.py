@@ -1,0 +1,33 @@
+"""Solvers of triangular fixed-point systems. They see a chain of affine steps and predictions, not diffusion."""
+
+from __future__ import annotations
+
+from .anderson import Anderson
+from .base import Chain, Solver
+from .iterate import iterate
+from .picard import Picard
+from .window import Window
+
+NAMED = {
+    "auto": Anderson,
+    "picard": Picard,
+    "anderson": lambda: Anderson(scope="timestep"),
+    "triangular": Anderson,
+    "deq-ddim": Anderson.deq_ddim,
+}
+
+
+def resolve(solver: str | Solver) -> Solver:
+    """A solver object from a name or an object. Raises ValueError with the known names, TypeError for anything else."""
+    if isinstance(solver, str):
+        if solver not in NAMED:
+            raise ValueError(f"solver: expected one of {', '.join(map(repr, NAMED))} or a solver object, got {solver!r}")
+        made: Solver = NAMED[solver]()
+        return made
+    missing = [name for name in ("plan", "start", "step", "settle", "enter") if not callable(getattr(solver, name, None))]
+    if missing:
+        raise TypeError(f"solver: {type(solver).__name__} is not a solver, it has no {', '.join(missing)}")
+    return solver
+
+
+__all__ = ["NAMED", "Anderson", "Chain", "Picard", "Solver", "Window", "iterate", "resolve"]

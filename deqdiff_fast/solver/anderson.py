@@ -1,0 +1,101 @@
+"""Anderson acceleration of the plain step, with three ways to share the mixing weights along the chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import anderson_step
+from .base import Chain, Lease, Plan, Size, ring_rows
+
+Scope = Literal["timestep", "trajectory", "triangular"]
+
+
+class AndersonMemory(NamedTuple):
+    f: Tensor  # (M, W, B, D) plain steps, a ring over rounds (M) and over timesteps (W)
+    g: Tensor  # (M, W, B, D) their residuals F - X
+    gram: Tensor  # (W, B, M, M)
+    filled: Tensor  # (W, B) int32
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Anderson mixing, G = F - X: alpha minimises |G alpha|^2 + ridge with sum alpha = 1, then X <- F alpha.
+
+    history: iterates kept (1 to 8). scope: one alpha per (timestep, sample) (Pokle et al. 2022, arXiv 2210.12867,
+    eq. 9), per trajectory, or per prefix of the trajectory ("triangular", Tang et al. 2024, arXiv 2402.09970).
+    ridge: relative to the Gram's own diagonal, or absolute if `relative_ridge=False`. damping: weight of the plain
+    steps against the old iterates, 1 = plain steps only. stale: a kept iterate whose squared residual is more than
+    this many times the newest one's is left out. The timestep next to the known state always takes the plain step. tol: residual at which a timestep is final if the sampler is
+    given no tolerance of its own.
+    """
+
+    history: int = 5
+    scope: Scope = "triangular"
+    ridge: float = 1e-6
+    damping: float = 1.0
+    relative_ridge: bool = True
+    stale: float = 1e6
+    max_rounds: int | None = None
+    guess: str = "gaussian"
+    tol: float | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.history, int) and 1 <= self.history <= 8):
+            raise ValueError(f"history: expected an int from 1 to 8, got {self.history!r}")
+        if self.scope not in ("timestep", "trajectory", "triangular"):
+            raise ValueError(f"scope: expected 'timestep', 'trajectory' or 'triangular', got {self.scope!r}")
+        if not self.ridge >= 0:
+            raise ValueError(f"ridge: expected a number >= 0, got {self.ridge!r}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping: expected a number in (0, 1], got {self.damping!r}")
+        if not self.stale >= 1:
+            raise ValueError(f"stale: expected a number >= 1, got {self.stale!r}")
+        if self.guess not in ("gaussian", "copy"):
+            raise ValueError(f"guess: expected 'gaussian' or 'copy', got {self.guess!r}")
+        if self.max_rounds is not None and not self.max_rounds >= 1:
+            raise ValueError(f"max_rounds: expected an int >= 1 or None, got {self.max_rounds!r}")
+
+    @property
+    def name(self) -> str:
+        return self.label or f"anderson-{self.scope}"
+
+    @classmethod
+    def deq_ddim(cls) -> Anderson:
+        """The paper's own setting: per timestep, history 5, absolute ridge 1e-3, noise copied to every state, 15 rounds."""
+        return cls(
+            scope="timestep", history=5, ridge=1e-3, relative_ridge=False, stale=float("inf"), guess="copy",
+            max_rounds=15, tol=1e-3, label="deq-ddim",
+        )  # fmt: skip
+
+    def plan(self, plan: Plan, size: Size) -> None:
+        m, w, b = self.history, size.window, size.batch
+        plan.add("anderson.f", (m, w, b, size.numel), size.dtype)
+        plan.add("anderson.g", (m, w, b, size.numel), size.dtype)
+        plan.add("anderson.gram", (w, b, m, m), size.accumulator)
+        plan.add("anderson.filled", (w, b), torch.int32)
+
+    def start(self, lease: Lease) -> AndersonMemory:
+        memory = AndersonMemory(*(lease[f"anderson.{name}"] for name in AndersonMemory._fields))
+        memory.filled.zero_()
+        return memory
+
+    def step(self, chain: Chain, memory: AndersonMemory, round: int) -> None:
+        anderson_step(
+            chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
+            chain.sq_diff, chain.sq_norm, memory.f, memory.g, memory.gram, memory.filled, round % self.history,
+            scope=self.scope, ridge=self.ridge, relative_ridge=self.relative_ridge, damping=self.damping,
+            stale=self.stale, drift=chain.drift, backend=chain.backend,
+        )  # fmt: skip
+
+    def settle(self, chain: Chain, memory: AndersonMemory, round: int, old: list[int], new: list[int]) -> None:
+        for b, rows, slots in ring_rows(old, new, chain.window):
+            chain.states[rows.start + 1 : rows.stop + 1, b].copy_(memory.f[round % self.history, slots, b])
+
+    def enter(self, chain: Chain, memory: AndersonMemory, old: list[int], new: list[int]) -> None:
+        for b, _, slots in ring_rows(old, new, chain.window):
+            memory.filled[slots, b] = 0

@@ -1,0 +1,105 @@
+"""What a solver sees of a problem, and what the loop asks of a solver. Neither knows diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Plan(Protocol):
+    """A memory plan: named tensors that will live in one slab."""
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Any: ...
+
+
+class Lease(Protocol):
+    """A slab cut into the named tensors of a plan."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+
+class Size(NamedTuple):
+    """What a solver must know to ask for memory."""
+
+    num_steps: int
+    window: int
+    batch: int
+    numel: int
+    dtype: torch.dtype
+    accumulator: torch.dtype
+
+
+@dataclass
+class Chain:
+    """A triangular affine system in its working memory: X[i+1] = sum_l a[i,l] X[i-l] + b[i,l] E[i-l] + drift[i].
+
+    states X: (T+1, B, D); predictions E: (T, B, D), row i evaluated at X[i]. Rows lo[b] <= i < hi[b] are being solved.
+    """
+
+    states: Tensor
+    predictions: Tensor
+    state_coef: Tensor
+    model_coef: Tensor
+    drift: Tensor | None
+    lo: Tensor
+    hi: Tensor
+    sq_diff: Tensor
+    sq_norm: Tensor
+    window: int
+    backend: str
+
+    @property
+    def num_steps(self) -> int:
+        return self.predictions.shape[0]
+
+    @property
+    def batch(self) -> int:
+        return self.predictions.shape[1]
+
+
+def ring_rows(old: list[int], new: list[int], width: int) -> Iterator[tuple[int, slice, slice]]:
+    """(sample, rows, slots) for rows old[b] <= i < new[b], cut where the ring of `width` slots wraps around."""
+    for b, (start, stop) in enumerate(zip(old, new)):
+        while start < stop:
+            end = min(stop, start + width - start % width)
+            yield b, slice(start, end), slice(start % width, start % width + end - start)
+            start = end
+
+
+class Solver(Protocol):
+    """One way to turn predictions into the next iterate. Solvers hold settings only; their memory is in the lease."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def guess(self) -> str:
+        """The starting trajectory that the solver wants: "gaussian" or "copy"."""
+        ...
+
+    @property
+    def max_rounds(self) -> int | None: ...
+
+    def plan(self, plan: Plan, size: Size) -> None:
+        """Ask for the solver's own memory."""
+        ...
+
+    def start(self, lease: Lease) -> Any:
+        """Forget everything; the returned memory is handed to the methods below."""
+        ...
+
+    def step(self, chain: Chain, memory: Any, round: int) -> None:
+        """Predictions -> next states of rows [lo, hi), with sq_diff and sq_norm of the plain step against the old."""
+        ...
+
+    def settle(self, chain: Chain, memory: Any, round: int, old: list[int], new: list[int]) -> None:
+        """Rows old[b] <= i < new[b] are final: states[i+1] becomes the plain step from the last evaluation."""
+        ...
+
+    def enter(self, chain: Chain, memory: Any, old: list[int], new: list[int]) -> None:
+        """Rows old[b] <= i < new[b] have entered the window or were rebuilt: drop what is remembered of them."""
+        ...

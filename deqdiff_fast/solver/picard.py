@@ -1,0 +1,39 @@
+"""Picard iteration: X <- Scan(E(X)). Every round makes at least one more state exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..kernels import ddim_update
+from .base import Chain, Lease, Plan, Size
+
+
+@dataclass(frozen=True)
+class Picard:
+    """Fixed-point iteration on the whole window (Shih et al. 2023, arXiv 2305.16317, without their stale rows)."""
+
+    max_rounds: int | None = None
+    guess: str = "gaussian"
+
+    @property
+    def name(self) -> str:
+        return "picard"
+
+    def plan(self, plan: Plan, size: Size) -> None:
+        """Nothing to remember."""
+
+    def start(self, lease: Lease) -> None:
+        return None
+
+    def step(self, chain: Chain, memory: Any, round: int) -> None:
+        ddim_update(
+            chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
+            chain.sq_diff, chain.sq_norm, chain.drift, backend=chain.backend,
+        )  # fmt: skip
+
+    def settle(self, chain: Chain, memory: Any, round: int, old: list[int], new: list[int]) -> None:
+        """The states are the plain step already."""
+
+    def enter(self, chain: Chain, memory: Any, old: list[int], new: list[int]) -> None:
+        """Nothing to forget."""

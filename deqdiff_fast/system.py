@@ -1,0 +1,185 @@
+"""The diffusion chain as a fixed-point system: the model called on many (timestep, sample) rows as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._types import Model, Rows
+from .errors import ModelOutputError
+from .kernels import ddim_update
+from .schedule import Schedule
+
+SANE_RMS = 1e4  # an input beyond this is the solver's doing, not the chain's: not the model's fault if it overflows
+
+
+class System:
+    """One chain to solve: a model, a schedule and the shape of a batch of samples.
+
+    States and predictions are time-major, (T + 1, B, D) and (T, B, D). The solver state is float32, or float64 where
+    the noise is; the model is called in the dtype of the noise.
+    """
+
+    def __init__(
+        self, model: Model, schedule: Schedule, noise: Tensor, model_kwargs: dict[str, Any] | None, max_batch: int | None
+    ) -> None:
+        self.model, self.schedule, self.max_batch = model, schedule, max_batch
+        self.model_kwargs = dict(model_kwargs or {})
+        self.num_steps, self.batch, self.shape = schedule.num_steps, noise.shape[0], tuple(noise.shape[1:])
+        self.numel, self.model_dtype, self.device = noise[0].numel(), noise.dtype, noise.device
+        self.dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
+        on_cpu = noise.device.type == "cpu"
+        self.accumulator = torch.float64 if on_cpu or self.dtype == torch.float64 else torch.float32
+
+        def table(values: Tensor) -> Tensor:
+            return values.to(noise.device, self.accumulator).contiguous()
+
+        self.state_coef, self.model_coef = table(schedule.state_coef), table(schedule.model_coef)
+        self.linear_coef = table(linear_state_coef(schedule))
+        self.slope = table(schedule.slope())
+        self.denoised_coef = table(schedule.denoised_coef())
+        clock = schedule.timesteps if not schedule.timesteps.is_floating_point() else schedule.timesteps.to(self.dtype)
+        self.clock = clock.to(noise.device)
+        scaled = not bool((schedule.input_scale == 1).all())
+        self.input_scale = schedule.input_scale.to(noise.device, self.dtype) if scaled else None
+        self.clip_gain = None if schedule.clip is None else table(schedule.clip.gain)
+        self.model_evals = self.model_calls = 0
+        self._kwargs_rows: tuple[Any, dict[str, Any]] | None = None
+
+    def evaluate(self, states: Tensor, predictions: Tensor, rows: Rows, buffer: Tensor, round: int) -> None:
+        """predictions[i, b] = model(states[i, b], timestep i) for the given rows, in chunks of at most `max_batch`.
+
+        buffer: (n, D) of the model's dtype with n >= min(rows.count, max_batch). Raises ModelOutputError.
+        """
+        for start, stop in self._chunks(rows.count):
+            step, sample, flat = self._pick(rows, start, stop)
+            inputs = buffer[: stop - start]
+            inputs.copy_(_rows(states, rows, flat, start, stop))
+            if self.input_scale is not None:
+                inputs.mul_(self.input_scale[step, None].to(inputs.dtype))
+            kwargs = self._expand(rows, start, stop, sample)
+            output = self.model(inputs.view(-1, *self.shape), self.clock[step], **kwargs)
+            self.model_calls += 1
+            self.model_evals += stop - start
+            output = self._check(output, stop - start, step, round).reshape(stop - start, self.numel)
+            if self.clip_gain is not None:
+                output = self._clip(output, _rows(states, rows, flat, start, stop), step)
+            if flat is None:
+                predictions[rows.lo : rows.hi].view(-1, self.numel)[start:stop].copy_(output)
+            else:
+                predictions.view(-1, self.numel).index_copy_(0, flat, output.to(predictions.dtype))
+
+    def denoised(self, states: Tensor, predictions: Tensor, step: list[int]) -> Tensor:
+        """(B, *shape): the clean sample predicted at timestep step[b] of each sample b, in the model's dtype."""
+        at, who = torch.tensor(step, device=self.device), torch.arange(self.batch, device=self.device)
+        p, q = self.denoised_coef[at].to(self.dtype).unbind(-1)
+        clean = p[:, None] * states[at, who] + q[:, None] * predictions[at, who]
+        if self.schedule.clip is not None:
+            clean = clean.clamp(-self.schedule.clip.range, self.schedule.clip.range)
+        return clean.view(self.batch, *self.shape).to(self.model_dtype)
+
+    def gaussian_guess(self, states: Tensor, predictions: Tensor, sums: tuple[Tensor, Tensor], backend: str) -> None:
+        """Fill states 1..T with the chain of unit Gaussian data, whose best model is linear: no model call."""
+        predictions.zero_()
+        lo, hi = self.bounds(0), self.bounds(self.num_steps)
+        zero = torch.zeros_like(self.model_coef)
+        ddim_update(states, predictions, self.linear_coef, zero, lo, hi, *sums, backend=backend)
+
+    def extrapolate(
+        self, states: Tensor, predictions: Tensor, sums: tuple[Tensor, Tensor], old: list[int], new: list[int], backend: str
+    ) -> None:
+        """Fill states old[b] < i <= new[b], which enter a window: the nonlinear part of the prediction stays as it is."""
+        for b, (start, stop) in enumerate(zip(old, new)):
+            if start < stop:
+                last = max(start - 1, 0)
+                rest = predictions[last, b] - self.slope[last].to(self.dtype) * states[last, b]
+                predictions[start:stop, b] = rest if start > 0 and self.schedule.lags == 1 else 0
+        lo = torch.tensor(old, dtype=torch.int32, device=self.device)
+        hi = torch.tensor(new, dtype=torch.int32, device=self.device)
+        model_coef = self.model_coef if self.schedule.lags == 1 else torch.zeros_like(self.model_coef)
+        ddim_update(states, predictions, self.linear_coef, model_coef, lo, hi, *sums, backend=backend)
+
+    def bounds(self, value: int) -> Tensor:
+        """(B,) int32, the same bound for every sample."""
+        return torch.full((self.batch,), value, dtype=torch.int32, device=self.device)
+
+    def _chunks(self, count: int) -> Iterator[tuple[int, int]]:
+        size = self.max_batch or count
+        return ((start, min(start + size, count)) for start in range(0, count, size))
+
+    def _pick(self, rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Timestep and sample index of the rows of one chunk, and their flat index where they are not a plain slice."""
+        if rows.flat is None:
+            flat = torch.arange(rows.lo * self.batch + start, rows.lo * self.batch + stop, device=self.device)
+            return flat // self.batch, flat % self.batch, None
+        flat = rows.flat[start:stop].to(self.device)
+        return flat // self.batch, flat % self.batch, flat
+
+    def _expand(self, rows: Rows, start: int, stop: int, sample: Tensor) -> dict[str, Any]:
+        """model_kwargs with every per-sample tensor (first dimension B) repeated for the rows of a chunk."""
+        key = (rows.lo, rows.hi, start, stop) if rows.flat is None else None
+        if key is not None and self._kwargs_rows is not None and self._kwargs_rows[0] == key:
+            return self._kwargs_rows[1]
+
+        def expand(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                per_sample = value.dim() > 0 and value.shape[0] == self.batch
+                return value.index_select(0, sample.to(value.device)) if per_sample else value
+            if isinstance(value, dict):
+                return {name: expand(item) for name, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                return type(value)(expand(item) for item in value)
+            return value
+
+        expanded = {name: expand(value) for name, value in self.model_kwargs.items()}
+        self._kwargs_rows = (key, expanded)
+        return expanded
+
+    def _check(self, output: Any, count: int, step: Tensor, round: int) -> Tensor:
+        """The prediction tensor of whatever the model returned, or ModelOutputError."""
+        value = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
+        if isinstance(value, (tuple, list)) and value:
+            value = value[0]
+        first, last = int(step[0]), int(step[-1])
+        where = f"in round {round}, timesteps {self.clock[first].item():g} to {self.clock[last].item():g}"
+        if not isinstance(value, Tensor):
+            raise ModelOutputError(
+                f"the model returned {type(output).__name__} {where}; expected a tensor or an object with .sample"
+            )
+        if tuple(value.shape) != (count, *self.shape):
+            hint = ""
+            if value.dim() >= 2 and value.shape[:1] == (count,) and value.shape[1] == 2 * self.shape[0]:
+                hint = "; a model that also predicts a variance must be wrapped to return the first half of its channels"
+            raise ModelOutputError(
+                f"the model returned shape {tuple(value.shape)} {where}; expected {(count, *self.shape)}{hint}"
+            )
+        if not value.is_floating_point():
+            raise ModelOutputError(f"the model returned dtype {value.dtype} {where}; expected a floating-point dtype")
+        if value.device != self.device:
+            raise ModelOutputError(f"the model returned device {value.device} {where}; the noise is on {self.device}")
+        return value
+
+    def _clip(self, output: Tensor, states: Tensor, step: Tensor) -> Tensor:
+        """output + gain (clamp(x0) - x0): clipping the predicted sample, as a pointwise map of the prediction."""
+        assert self.schedule.clip is not None and self.clip_gain is not None
+        p, q = self.denoised_coef[step].to(self.dtype).unbind(-1)
+        clean = p[:, None] * states + q[:, None] * output.to(self.dtype)
+        excess = clean.clamp(-self.schedule.clip.range, self.schedule.clip.range) - clean
+        return output.to(self.dtype) + self.clip_gain[step, None].to(self.dtype) * excess
+
+
+def linear_state_coef(schedule: Schedule) -> Tensor:
+    """(T, L): the recursion of states alone when the model is linear, E[i] = slope[i] X[i]."""
+    slope, coef = schedule.slope(), schedule.state_coef.clone()
+    for lag in range(schedule.lags):
+        coef[lag:, lag] += schedule.model_coef[lag:, lag] * slope[: len(slope) - lag]
+    return coef
+
+
+def _rows(states: Tensor, rows: Rows, flat: Tensor | None, start: int, stop: int) -> Tensor:
+    if flat is None:
+        return states[rows.lo : rows.hi].flatten(0, 1)[start:stop]
+    return states.flatten(0, 1).index_select(0, flat)

@@ -1,0 +1,82 @@
+"""The memory of one solve: planned as one slab before the first round, nothing allocated after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ._types import Generators, Rows
+from .memory import Lease, MemoryPlan, SolverMemory
+from .noise import fill_drift
+from .solver import Chain, Solver
+from .solver.base import Size
+from .system import System
+
+
+@dataclass
+class Workspace:
+    """A leased slab cut into a chain, the model's input buffer and the solver's own memory."""
+
+    lease: Lease
+    chain: Chain
+    buffer: Tensor
+    memory: Any
+    system: System
+
+    @classmethod
+    def open(cls, system: System, solver: Solver, window: int, memory: SolverMemory, backend: str) -> Workspace:
+        steps, batch, numel = system.num_steps, system.batch, system.numel
+        rows = min(window * batch, system.max_batch or window * batch)
+        plan = MemoryPlan()
+        plan.add("states", (steps + 1, batch, numel), system.dtype)
+        plan.add("predictions", (steps, batch, numel), system.dtype)
+        if system.schedule.stochastic:
+            plan.add("drift", (steps, batch, numel), system.dtype)
+        plan.add("sq_diff", (steps, batch), system.accumulator)
+        plan.add("sq_norm", (steps, batch), system.accumulator)
+        plan.add("buffer", (rows, numel), system.model_dtype)
+        solver.plan(plan, Size(steps, window, batch, numel, system.dtype, system.accumulator))
+        lease = memory.lease(plan, system.device)
+        chain = Chain(
+            states=lease["states"],
+            predictions=lease["predictions"],
+            state_coef=system.state_coef,
+            model_coef=system.model_coef,
+            drift=lease["drift"] if system.schedule.stochastic else None,
+            lo=system.bounds(0),
+            hi=system.bounds(0),
+            sq_diff=lease["sq_diff"],
+            sq_norm=lease["sq_norm"],
+            window=window,
+            backend=backend,
+        )
+        return cls(lease, chain, lease["buffer"], solver.start(lease), system)
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        return self.chain.sq_diff, self.chain.sq_norm
+
+    def begin(self, noise: Tensor, generator: Generators) -> None:
+        """State 0 and the frozen noise."""
+        self.chain.states[0].copy_(noise.reshape(noise.shape[0], -1))
+        self.chain.sq_diff.zero_(), self.chain.sq_norm.zero_()
+        if self.chain.drift is not None:
+            fill_drift(self.chain.drift, self.system.schedule.noise_coef, tuple(noise.shape), generator, noise.dtype)
+
+    def guess(self, kind: str, init: Tensor | None) -> None:
+        """States 1..T: a given trajectory, copies of the noise, or the chain of unit Gaussian data."""
+        chain = self.chain
+        if init is not None:
+            chain.states[1:].copy_(init[1:].reshape(chain.num_steps, chain.batch, -1))
+        elif kind == "copy":
+            chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
+        else:
+            self.system.gaussian_guess(chain.states, chain.predictions, self.sums, chain.backend)
+
+    def evaluate(self, rows: Rows, round: int) -> None:
+        self.system.evaluate(self.chain.states, self.chain.predictions, rows, self.buffer, round)
+
+    def rebuild(self, old: list[int], new: list[int]) -> None:
+        self.system.extrapolate(self.chain.states, self.chain.predictions, self.sums, old, new, self.chain.backend)

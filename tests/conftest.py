@@ -1,0 +1,69 @@
+"""Models whose behaviour is known exactly, and schedules, shared by the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from deqdiff_fast import Schedule
+
+torch.set_num_threads(int(os.environ.get("DEQDIFF_TEST_THREADS", torch.get_num_threads())))
+ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+
+class Mixture:
+    """The exact prediction for data drawn from a mixture of isotropic Gaussians, in any prediction type."""
+
+    def __init__(self, shape: tuple[int, ...] = (3, 8, 8), prediction: str = "epsilon", components: int = 5) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.means = torch.randn(components, *shape, generator=draw, dtype=torch.float64).flatten(1) * 0.6
+        self.variance, self.prediction, self.calls, self.rows = 0.05, prediction, 0, 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls, self.rows = self.calls + 1, self.rows + len(x)
+        abar = ABAR.to(x.device)[t][:, None]
+        flat, alpha, sigma = x.double().flatten(1), abar.sqrt(), (1 - abar).sqrt()
+        spread = abar * self.variance + 1 - abar
+        offset = flat[:, None] - alpha[:, None] * self.means.to(x.device)
+        share = (-offset.square().sum(-1) / (2 * spread)).softmax(-1)
+        eps = sigma * (share[..., None] * offset).sum(1) / spread
+        clean = (flat - sigma * eps) / alpha
+        out = {"epsilon": eps, "sample": clean, "v_prediction": alpha * eps - sigma * clean}[self.prediction]
+        return out.view_as(x).to(x.dtype)
+
+
+@pytest.fixture
+def mixture() -> Callable[..., Mixture]:
+    return Mixture
+
+
+@pytest.fixture
+def ddim() -> Callable[..., Schedule]:
+    def make(steps: int = 20, eta: float = 0.0, prediction_type: str = "epsilon") -> Schedule:
+        timesteps = torch.arange(steps).flip(0) * (1000 // steps)
+        return Schedule.ddim(ABAR, timesteps, eta=eta, prediction_type=prediction_type)
+
+    return make
+
+
+@pytest.fixture
+def noise() -> Callable[..., Tensor]:
+    def make(batch: int = 2, shape: tuple[int, ...] = (3, 8, 8), seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+    return make
+
+
+def relative_error(x: Tensor, reference: Tensor) -> Tensor:
+    """(B,) relative L2 error."""
+    difference = (x.double() - reference.double()).flatten(1).norm(dim=1)
+    return difference / reference.double().flatten(1).norm(dim=1)
+
+
+@pytest.fixture(name="relative_error")
+def _relative_error() -> Callable[[Tensor, Tensor], Tensor]:
+    return relative_error

@@ -1,0 +1,199 @@
+"""What goes wrong in users' hands ends in a clear error or in the right sample, never in a wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deqdiff_fast as dq
+
+SOLVERS = ["picard", "anderson", "triangular", "deq-ddim"]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_at_one_timestep(mixture, ddim, noise, solver, value):
+    model = mixture()
+
+    def broken(x, t):
+        out = model(x, t)
+        out[t == 450] = value
+        return out
+
+    sampler = dq.DEQSampler(broken, ddim(20), solver=solver)
+    with pytest.raises(dq.NonFiniteError, match="NaN or Inf at timestep 450 .* round 1, sample 0") as caught:
+        sampler.sample(noise(2))
+    assert caught.value.timestep == 450 and caught.value.step == 10 and caught.value.round == 1
+    with pytest.raises(dq.NonFiniteError, match="timestep 450"):
+        sampler.serial(noise(2))
+
+
+def test_non_finite_names_the_sample(mixture, ddim, noise):
+    model = mixture()
+    start = noise(3)
+    start[1] += 100
+
+    def broken(x, t):
+        return torch.where(x.mean((1, 2, 3), keepdim=True) > 50, torch.nan, model(x, t))
+
+    with pytest.raises(dq.NonFiniteError, match="sample 1"):
+        dq.DEQSampler(broken, ddim(20)).sample(start)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_overflowing_chain(ddim, noise, solver):
+    sampler = dq.DEQSampler(lambda x, t: 1e12 * x, ddim(20), solver=solver)
+    with pytest.raises(dq.NonFiniteError, match="timestep"):
+        sampler.sample(noise(1))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_transient_overflow_is_repaired(ddim, noise, relative_error, solver):
+    """A stiff model whose Picard transient overflows float32 although its serial chain is tame."""
+    schedule = ddim(50)
+
+    def stiff(x, t):
+        return (60 * x / (1 + x.square().mean((1, 2, 3), keepdim=True))).clamp(-1e30, 1e30) + x.pow(5)
+
+    sampler = dq.DEQSampler(stiff, schedule, solver=solver, tol=1e-4)
+    start = noise(2) * 0.1
+    reference = sampler.serial(start)
+    assert reference.sample.isfinite().all()
+    out = sampler.sample(start)
+    assert relative_error(out.sample, reference.sample).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        (lambda x: x[:, :2], "shape"),
+        (lambda x: x[:-1], "shape"),
+        (lambda x: torch.cat([x, x], 1), "variance"),
+        (lambda x: x.long(), "dtype torch.int64"),
+        (lambda x: x.to(torch.complex64), "dtype torch.complex64"),
+        (lambda x: None, "NoneType"),
+        (lambda x: x.to("meta"), "device meta"),
+    ],
+)
+def test_wrong_output(ddim, noise, bad, message):
+    with pytest.raises(dq.ModelOutputError, match=f"{message}.*(round 1|noise is on)"):
+        dq.DEQSampler(lambda x, t: bad(x), ddim(10)).sample(noise(2))
+
+
+def test_exception_in_the_model_passes_through_and_memory_survives(mixture, ddim, noise, relative_error):
+    model, armed = mixture(), [True]
+
+    def flaky(x, t):
+        if armed[0]:
+            raise KeyError("mine")
+        return model(x, t)
+
+    sampler = dq.DEQSampler(flaky, ddim(20), tol=1e-5)
+    with pytest.raises(KeyError, match="mine"):
+        sampler.sample(noise(2))
+    armed[0] = False
+    assert relative_error(sampler.sample(noise(2)).sample, sampler.serial(noise(2)).sample).max() < 1e-4
+
+
+def test_model_that_is_not_deterministic(mixture, ddim, noise):
+    model = mixture()
+    sampler = dq.DEQSampler(lambda x, t: model(x, t) + 0.3 * torch.randn_like(x), ddim(20), max_rounds=6)
+    out = sampler.sample(noise(1))
+    assert out.sample.isfinite().all()
+    assert out.stats.finished_serially > 0, "noise in the model must not pass for convergence"
+
+
+def test_model_that_changes_its_input(mixture, ddim, noise, relative_error):
+    model = mixture()
+
+    def rude(x, t):
+        out = model(x, t)
+        x.zero_()
+        return out
+
+    out = dq.DEQSampler(rude, ddim(20), tol=1e-5).sample(noise(2))
+    assert relative_error(out.sample, dq.DEQSampler(model, ddim(20)).serial(noise(2)).sample).max() < 1e-4
+
+
+def test_empty_batch(mixture, ddim):
+    for run in (dq.DEQSampler(mixture(), ddim()).sample, dq.DEQSampler(mixture(), ddim()).serial):
+        out = run(torch.empty(0, 3, 8, 8))
+        assert out.sample.shape == (0, 3, 8, 8) and out.converged.shape == (0,)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_step(mixture, ddim, noise, solver):
+    sampler = dq.DEQSampler(mixture(), ddim(1), solver=solver)
+    out = sampler.sample(noise(2))
+    assert torch.allclose(out.sample, sampler.serial(noise(2)).sample) and out.stats.rounds == 1
+
+
+def test_non_contiguous_noise(mixture, ddim, noise):
+    start = noise(2).permute(0, 1, 3, 2)
+    sampler = dq.DEQSampler(mixture(), ddim(10))
+    assert not start.is_contiguous()
+    assert torch.equal(sampler.sample(start).sample, sampler.sample(start.contiguous()).sample)
+
+
+def test_noise_is_left_alone(mixture, ddim, noise):
+    start = noise(2)
+    before = start.clone()
+    dq.DEQSampler(mixture(), ddim(10)).sample(start)
+    assert torch.equal(start, before)
+
+
+@pytest.mark.parametrize(
+    "bad,error,message",
+    [
+        ([1.0], TypeError, "noise: expected a tensor"),
+        (torch.zeros(4), ValueError, "noise: expected shape"),
+        (torch.zeros(2, 3, dtype=torch.int64), ValueError, "noise: expected a floating-point dtype"),
+        (torch.full((2, 3), float("nan")), ValueError, "noise: expected finite"),
+    ],
+)
+def test_bad_noise(mixture, ddim, bad, error, message):
+    with pytest.raises(error, match=message):
+        dq.DEQSampler(mixture(), ddim()).sample(bad)
+
+
+def test_bad_calls(mixture, ddim, noise):
+    sampler = dq.DEQSampler(mixture(), ddim())
+    with pytest.raises(TypeError, match="model_kwargs: expected a dict"):
+        sampler.sample(noise(), model_kwargs=[1])
+    with pytest.raises(TypeError, match="generator: expected"):
+        sampler.sample(noise(), generator=3)
+    with pytest.raises(ValueError, match="generator: expected 2"):
+        sampler.sample(noise(), generator=[torch.Generator()])
+    with pytest.raises(TypeError, match="callback: expected"):
+        sampler.sample(noise(), callback=1)
+    with pytest.raises(ValueError, match="init_trajectory: expected shape"):
+        sampler.sample(noise(), init_trajectory=noise())
+    with pytest.raises(TypeError, match="model: expected"):
+        dq.DEQSampler(None, ddim())
+    with pytest.raises(TypeError, match="from_diffusers"):
+        dq.DEQSampler(mixture(), "ddim")
+
+
+def test_interrupting_callback_leaves_no_lease(mixture, ddim, noise):
+    memory = dq.SolverMemory()
+    sampler = dq.DEQSampler(mixture(), ddim(), memory=memory)
+
+    def stop(info):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(noise(), callback=stop)
+    sampler.sample(noise())
+    assert memory.stats()["reuses"] >= 1, "the slab of the interrupted solve must be free again"
+
+
+def test_threads_do_not_share_memory(mixture, ddim, noise, relative_error):
+    from concurrent.futures import ThreadPoolExecutor
+
+    sampler = dq.DEQSampler(mixture(), ddim(20), tol=1e-5)
+    starts = [noise(2, seed=k) for k in range(6)]
+    expected = [sampler.serial(s).sample for s in starts]
+    with ThreadPoolExecutor(3) as pool:
+        outs = list(pool.map(lambda s: sampler.sample(s).sample, starts * 2))
+    for out, reference in zip(outs, expected * 2):
+        assert relative_error(out, reference).max() < 1e-4
