@@ -53,7 +53,7 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
 def check_noise(noise: object) -> None:
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise: expected a tensor (B, *shape), got {type(noise).__name__}")
-    if noise.dim() < 2 or noise[:1].numel() == 0 and noise.shape[0] != 0:
+    if noise.dim() < 2 or 0 in noise.shape[1:]:
         raise ValueError(f"noise: expected shape (B, *shape) with a non-empty sample shape, got {tuple(noise.shape)}")
     if noise.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise ValueError(f"noise: expected a floating-point dtype, got {noise.dtype}")

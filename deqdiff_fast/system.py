@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ class System:
         self.model, self.schedule, self.max_batch = model, schedule, max_batch
         self.model_kwargs = dict(model_kwargs or {})
         self.num_steps, self.batch, self.shape = schedule.num_steps, noise.shape[0], tuple(noise.shape[1:])
-        self.numel, self.model_dtype, self.device = noise[0].numel(), noise.dtype, noise.device
+        self.numel, self.model_dtype, self.device = math.prod(self.shape), noise.dtype, noise.device
         self.dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
         on_cpu = noise.device.type == "cpu"
         self.accumulator = torch.float64 if on_cpu or self.dtype == torch.float64 else torch.float32
