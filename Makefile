@@ -1,0 +1,83 @@
+# Everything here starts from Python >= 3.10 and a C++ compiler; the rest is installed into $(VENV).
+#   make demo      sample the bundled CIFAR-10 model in parallel and serially; pictures and a table in out/
+#   make test      build the wheel, install it, test the installed wheel (not this checkout)
+#   make bench     rounds per solver, time per kernel; JSON in build/bench/
+#   make lint      ruff, mypy, clang-format, import directions
+#   make sanitize  C++ unit tests under ASan, UBSan and TSan
+#   make wheel     dist/*.whl
+# Variables: PYTHON (python3), VENV (.venv), TORCH (torch==2.13.0), TORCH_ARGS (more pip arguments for torch, for
+# example the index of PyTorch's CPU-only wheels), TEST (what pytest is given), DEMO_ARGS, PYTEST_ARGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+TEST ?= tests
+LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test bench lint sanitize wheel clean FORCE
+
+ROOT := $(CURDIR)
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# What the wheel is made of. `build/sources` changes when a file is added or removed, which no time stamp would show.
+SOURCES := $(sort $(wildcard setup.py pyproject.toml CMakeLists.txt MANIFEST.in README.md LICENSE) \
+	$(shell find deqdiff_fast kernels csrc assets -type f ! -name '*.pyc' ! -name '*.so' 2>/dev/null))
+
+demo: $(VENV)/installed
+	mkdir -p build/run
+	cd build/run && $(BIN)/deqdiff-fast demo --out $(ROOT)/out $(DEMO_ARGS)
+
+# From build/run, where no deqdiff_fast lies beside the tests: what is imported is what was installed.
+test: $(VENV)/installed
+	mkdir -p build/run
+	cd build/run && DEQDIFF_TEST_INSTALLED=1 $(BIN)/pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) \
+		--import-mode=importlib -p no:cacheprovider $(PYTEST_ARGS) $(addprefix $(ROOT)/,$(TEST))
+
+bench: $(VENV)/installed
+	mkdir -p build/bench
+	$(BIN)/deqdiff-fast bench rounds --json build/bench/rounds.json
+	$(BIN)/deqdiff-fast bench kernels --json build/bench/kernels.json
+
+lint: $(VENV)/linters $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc tests/cpp -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/pytest --import-mode=importlib -p no:cacheprovider -q tests/test_import_directions.py
+
+sanitize:
+	bash tests/cpp/sanitize.sh
+
+wheel: build/wheel
+
+clean:
+	rm -rf build dist out *.egg-info
+
+$(VENV)/torch:
+	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {v}: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)' $(TORCH_ARGS)
+	touch $@
+
+build/sources: FORCE
+	@mkdir -p build
+	@printf '%s\n' $(SOURCES) | cmp -s - $@ || printf '%s\n' $(SOURCES) > $@
+
+# build/lib*, build/bdist*: setuptools copies what it finds there into the wheel, files that are gone included.
+build/wheel: $(SOURCES) build/sources $(VENV)/torch
+	rm -rf dist build/lib* build/bdist* *.egg-info
+	$(PIP) wheel . --no-deps --wheel-dir dist
+	touch $@
+
+$(VENV)/installed: build/wheel
+	$(PIP) install --force-reinstall --no-deps dist/*.whl
+	$(PIP) install "$$(echo dist/*.whl)[demo,test]"
+	touch $@
+
+$(VENV)/linters: $(VENV)/torch
+	$(PIP) install $(LINTERS)
+	touch $@

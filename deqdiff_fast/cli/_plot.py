@@ -1,0 +1,48 @@
+"""The convergence plot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ._output import CommandError, replacing
+
+
+@dataclass
+class Curve:
+    """One line of the plot: values by round; `values[0]` is after round 1."""
+
+    label: str
+    values: list[float] = field(default_factory=list)
+
+
+def require_matplotlib() -> None:
+    """Refuse early: a run must not end with its plot missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CommandError('a plot needs matplotlib: pip install "deqdiff_fast[demo]"') from error
+
+
+def convergence_plot(curves: list[Curve], path: Path, *, ylabel: str, title: str, target: float | None = None) -> None:
+    """Write `curves` over rounds, logarithmic, as PNG; `target` is drawn as a dotted line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for curve, marker in zip(curves, "osD^vP*X" * len(curves)):
+        axes.plot(range(1, len(curve.values) + 1), curve.values, marker=marker, markersize=4, label=curve.label)
+    if target is not None:
+        axes.axhline(target, color="grey", linestyle=":", label=f"{target:g}")
+    axes.set_yscale("log")
+    axes.set_xlabel("round (one batched model call over the active timesteps)")
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as partial:
+        figure.savefig(partial)

@@ -1,0 +1,110 @@
+"""What `sample` and `demo` share: a model with its schedule and noise, and one solve with a progress bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..integrations.diffusers import ModelInfo, ddim_schedule, load_model
+from ..sampler import DEQSampler
+from ..schedule import Schedule
+from ..solution import RoundInfo, Solution
+from ._output import CommandError
+
+SOLVERS = ("auto", "picard", "anderson", "triangular", "deq-ddim")
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass
+class Problem:
+    """One chain to solve, the same each time it is asked for: noise and frozen step noise come from `seed`."""
+
+    model: torch.nn.Module
+    schedule: Schedule
+    info: ModelInfo
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def noise(self, batch: int) -> tuple[Tensor, list[torch.Generator]]:
+        """(batch, C, H, W) initial states and their generators. Image k has a stream of its own, whatever the batch."""
+        streams = [torch.Generator().manual_seed(self.seed * 1_000_003 + k) for k in range(batch)]
+        noise = torch.stack([torch.randn(self.info.sample_shape, generator=stream) for stream in streams])
+        noise *= self.schedule.init_noise_sigma
+        return noise.to(self.device, self.dtype), streams
+
+    def sampler(self, **settings: Any) -> DEQSampler:
+        return DEQSampler(self.model, self.schedule, **{**self.kwargs, **settings})
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CommandError(f"--device {name}: not usable here ({reason}); `deqdiff-fast info` lists devices") from error
+    return device
+
+
+def load_problem(
+    model: str, *, steps: int, eta: float, spacing: str | None, clip: bool | None, seed: int, device: str, dtype: str
+) -> Problem:
+    """Load `model` and lay out its chain. Raises CommandError for a model that needs more than noise and time."""
+    where, precision = pick_device(device), DTYPES[dtype]
+    loaded = load_model(model, device=where, dtype=precision)
+    if loaded.info.conditional:
+        raise CommandError(
+            f"{model} is a {loaded.info.model_class}, which needs {loaded.info.conditional}; the command line samples "
+            "unconditional models: use DEQSampler with model_kwargs in Python"
+        )
+    schedule = ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing, clip=clip)
+    return Problem(loaded.model, schedule, loaded.info, seed, where, precision)
+
+
+def solve(
+    problem: Problem,
+    batch: int,
+    *,
+    label: str,
+    watch: Callable[[RoundInfo], None] | None = None,
+    **settings: Any,
+) -> Solution:
+    """One parallel solve; the bar counts final timesteps and shows round, converged samples and residual."""
+    noise, streams = problem.noise(batch)
+    sampler = problem.sampler(**settings)
+    total = problem.schedule.num_steps * batch
+    with tqdm(total=total, desc=label, unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def callback(info: RoundInfo) -> None:
+            done = int((info.front >= info.num_steps).sum())
+            bar.set_postfix_str(
+                f"round {info.round}/{info.max_rounds}, converged {done}/{batch}, "
+                f"residual {float(info.residual.max()):.1e}",
+                refresh=False,
+            )
+            bar.update(int(info.front.sum()) - bar.n)
+            if watch is not None:
+                watch(info)
+
+        return sampler.sample(noise, generator=streams, callback=callback)
+
+
+def solve_serially(problem: Problem, batch: int) -> Solution:
+    """The ordinary chain from the same noise."""
+    noise, streams = problem.noise(batch)
+    return problem.sampler().serial(noise, generator=streams)

@@ -1,0 +1,137 @@
+"""`deqdiff-fast sample`: draw samples in parallel rounds, as a PNG grid."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..presets import PRESETS, preset
+from ._output import CommandError, check_picture
+from ._numbers import fraction, positive_float, positive_int, window
+
+DEFAULTS = {"model": "bundled", "steps": 50, "eta": 0.0, "solver": "auto"}
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="draw samples in parallel rounds",
+        description="Draw samples with DDIM, all timesteps in parallel, and write them as a PNG grid.",
+    )
+    parser.add_argument("--model", metavar="MODEL", help="diffusers folder, hub name or 'bundled' (the default)")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="the paper's model and settings; other options win")
+    parser.add_argument("--steps", type=positive_int, help="timesteps of the chain (default 50)")
+    parser.add_argument("--eta", type=fraction, help="0: DDIM (default), 1: as random as DDPM")
+    parser.add_argument("--spacing", choices=("leading", "trailing", "linspace", "quad"), help="default: the model's own")
+    parser.add_argument(
+        "--clip", action=argparse.BooleanOptionalAction, help="clamp the predicted image (default: the model's own setting)"
+    )
+    parser.add_argument("--solver", help="auto (default), picard, anderson, triangular or deq-ddim")
+    parser.add_argument("--tol", type=positive_float, help="relative error of the sample that is allowed (default 1e-2)")
+    parser.add_argument("--max-rounds", type=positive_int, help="rounds before the rest is finished serially")
+    parser.add_argument("--window", type=window, default="auto", help="timesteps solved at a time, or 'auto' (default)")
+    parser.add_argument("--max-batch", type=positive_int, help="rows in one model call at most; bounds memory")
+    parser.add_argument("--batch", type=positive_int, default=16, help="number of images (default 16)")
+    parser.add_argument("--seed", type=int, default=0, help="image k of a seed is the same for every --batch (default 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="PNG", help="default samples.png")
+    parser.add_argument(
+        "--compare-serial",
+        action="store_true",
+        help="run the serial chain too, report the error, and make the PNG serial | parallel | 16 x difference",
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="write a convergence plot")
+    parser.set_defaults(run=run)
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill what was not given from the preset, then from the defaults."""
+    chosen = preset(args.preset) if args.preset else None
+    for name in ("model", "steps", "eta", "spacing", "solver", "tol", "max_rounds"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(chosen, name) if chosen else DEFAULTS.get(name))
+    if args.clip is None and chosen:
+        args.clip = False
+
+
+def run(args: argparse.Namespace) -> int:
+    settle(args)
+    check_picture("--out", args.out)
+    check_picture("--plot", args.plot)
+    if args.plot is not None:
+        from ._plot import require_matplotlib
+
+        require_matplotlib()
+        if args.plot.resolve() == args.out.resolve():
+            raise CommandError(f"--out and --plot both name {args.out}; name two files")
+
+    from . import _images
+    from ._run import SOLVERS, load_problem, solve, solve_serially
+
+    if args.solver not in SOLVERS:
+        raise CommandError(f"--solver {args.solver}: expected one of {', '.join(SOLVERS)}")
+    problem = load_problem(
+        args.model, steps=args.steps, eta=args.eta, spacing=args.spacing, clip=args.clip, seed=args.seed,
+        device=args.device, dtype=args.dtype,
+    )  # fmt: skip
+    problem.kwargs = {"max_batch": args.max_batch}
+    reference = solve_serially(problem, args.batch) if args.compare_serial else None
+    errors: list[float] = []
+
+    def watch(info: Any) -> None:
+        if reference is not None and args.plot is not None:
+            errors.append(float(_images.relative_error(info.sample(), reference.sample).max()))
+
+    solution = solve(
+        problem, args.batch, label="sampling", watch=watch, solver=args.solver, tol=args.tol,
+        max_rounds=args.max_rounds, window=args.window,
+    )  # fmt: skip
+    if reference is None:
+        picture = _images.grid(_images.pixels(solution.sample))
+    else:
+        picture = _images.panels(reference.sample, solution.sample)
+    _images.save(picture, args.out)
+    print(summary(solution, problem.schedule.num_steps, args.batch))
+    if reference is not None:
+        print(comparison(solution, reference))
+    print(f"wrote {args.out}")
+    if args.plot is not None:
+        _plot(args, solution, errors)
+        print(f"wrote {args.plot}")
+    return 0
+
+
+def summary(solution: Any, steps: int, batch: int) -> str:
+    stats = solution.stats
+    text = (
+        f"{batch} images, {steps} timesteps, solver {stats.solver}, window {stats.window}: {stats.rounds} rounds, "
+        f"{stats.model_evals} model evaluations, {stats.wall_seconds:.2f} s"
+    )
+    if stats.finished_serially:
+        text += f"; the rounds ran out and {stats.finished_serially} steps were finished serially"
+    elif not bool(solution.converged.all()):
+        text += f"; NOT converged for {int((~solution.converged).sum())} of {batch} images"
+    return text
+
+
+def comparison(solution: Any, reference: Any) -> str:
+    from . import _images
+
+    error = float(_images.relative_error(solution.sample, reference.sample).max())
+    pixel = _images.largest_difference(solution.sample, reference.sample)
+    return (
+        f"serial chain: {reference.stats.wall_seconds:.2f} s; largest relative error {error:.1e}, "
+        f"largest pixel difference {pixel}/255"
+    )
+
+
+def _plot(args: argparse.Namespace, solution: Any, errors: list[float]) -> None:
+    from ._plot import Curve, convergence_plot
+
+    curves = [Curve("residual (largest of the unfinished timesteps)", solution.stats.residual_trace.amax(1).tolist())]
+    if errors:
+        curves.insert(0, Curve("relative error of the last state against the serial chain", errors))
+    title = f"{args.model}, {args.steps} timesteps, eta {args.eta:g}, {args.batch} images, {solution.stats.solver}"
+    convergence_plot(curves, args.plot, ylabel="largest over the images", title=title)

@@ -1,0 +1,84 @@
+"""`python -m deqdiff_fast.info`: what is installed, which backends work here and why the others do not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from .kernels import available_backends
+from .memory import default_memory
+
+_PACKAGES = ("deqdiff_fast", "torch", "triton", "diffusers", "safetensors", "numpy", "pillow", "matplotlib")
+
+
+def collect() -> dict[str, Any]:
+    """The facts as plain data, ready for JSON: versions, extension, devices, backends (name -> "available" or why not)
+    and the statistics of the default solver memory, in bytes."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "platform": platform.platform(),
+        "extension": _extension(),
+        "devices": _devices(),
+        "backends": available_backends(),
+        "memory": default_memory().stats(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _extension() -> dict[str, str]:
+    try:
+        from . import _C  # type: ignore[attr-defined, unused-ignore]
+    except ImportError as error:
+        return {"error": str(error)}
+    return {str(key): str(value) for key, value in _C.build_info().items()}
+
+
+def _devices() -> dict[str, str]:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {"cpu": f"{usable} cores usable, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"}
+    for k in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(k)
+        found[f"cuda:{k}"] = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+    if len(found) == 1:
+        built = torch.version.cuda or torch.version.hip
+        found["cuda"] = "no device found" if built else "this torch is built without CUDA"
+    return found
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as indented text."""
+    lines = []
+    for title, value in facts.items():
+        if isinstance(value, dict):
+            width = max(map(len, value), default=0)
+            lines.append(f"{title}:")
+            lines += [f"  {key.ljust(width)}  {item}" for key, item in value.items()]
+        else:
+            lines.append(f"{title}: {value}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    if argv is None:
+        argv = sys.argv[1:]
+    if argv:
+        print(f"deqdiff_fast.info takes no arguments, got {' '.join(argv)}", file=sys.stderr)
+        return 2
+    print(render(collect()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Models and schedulers out of diffusers folders, from disk, from the hub, or bundled with this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..schedule import Schedule, timesteps
+
+BUNDLED = "bundled"
+_DENOISERS = ("unet", "transformer", "")  # "": a flat folder, as diffusers wrote them at first
+_UNCONDITIONAL = ("UNet2DModel",)
+_CONDITIONS = {"UNet2DConditionModel": "encoder_hidden_states", "DiTTransformer2DModel": "class_labels"}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was loaded. sample_shape: (C, H, W). conditional: the inputs that the model needs besides x and t, or ""."""
+
+    name: str
+    model_class: str
+    scheduler_class: str
+    sample_shape: tuple[int, ...]
+    parameters: int
+    conditional: str
+
+
+class LoadedModel(NamedTuple):
+    """`model(x, t)`, in eval mode and without gradients for its weights; its diffusers scheduler; what it is."""
+
+    model: torch.nn.Module
+    scheduler: Any
+    info: ModelInfo
+
+
+def bundled_model() -> Path:
+    """The folder of the CIFAR-10 model that comes with the package."""
+    folder = Path(str(resources.files("deqdiff_fast"))) / "assets" / "cifar10"
+    try:
+        folder = Path(str(resources.files("deqdiff_fast.assets"))) / "cifar10"
+    except ModuleNotFoundError:
+        pass
+    if not (folder / "unet" / "config.json").is_file():
+        raise FileNotFoundError(f"the bundled model is not in this installation ({folder}); reinstall deqdiff_fast")
+    return folder
+
+
+def load_model(
+    name_or_folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedModel:
+    """Load the denoiser and the scheduler of a diffusers pipeline, and nothing else of it.
+
+    name_or_folder: "bundled", a folder or a hub name. The folder holds `unet/` or `transformer/` and `scheduler/`, or
+    is flat, with config.json, weights and scheduler_config.json side by side. Weights are converted to `dtype`
+    whatever they were saved in. Raises FileNotFoundError or OSError if there is nothing to load, ValueError if it is
+    no diffusers model, ImportError without diffusers.
+    """
+    library = _library()
+    source = _source(name_or_folder)
+    config, part = _config(library.UNet2DModel, source, _DENOISERS, "a denoiser (unet/ or transformer/)")
+    model_class = _class(library, config, source)
+    place = {"subfolder": part} if part else {}
+    model = model_class.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False, **place)
+    model = model.to(device=device).eval().requires_grad_(False)
+    rules, _ = _config(library.DDIMScheduler, source, ("scheduler", ""), "a scheduler (scheduler/scheduler_config.json)")
+    scheduler = _class(library, rules, source).from_config(rules)
+    name = model_class.__name__
+    needs = "" if name in _UNCONDITIONAL and not model.config.class_embed_type else _CONDITIONS.get(name, "conditioning")
+    info = ModelInfo(
+        name=str(name_or_folder),
+        model_class=name,
+        scheduler_class=type(scheduler).__name__,
+        sample_shape=_sample_shape(model.config),
+        parameters=sum(p.numel() for p in model.parameters()),
+        conditional=needs,
+    )
+    return LoadedModel(model, scheduler, info)
+
+
+def ddim_schedule(
+    scheduler: Any, steps: int, *, eta: float = 0.0, spacing: str | None = None, clip: bool | None = None
+) -> Schedule:
+    """DDIM on the noise schedule of any diffusers scheduler that has one (Song et al. 2020, arXiv 2010.02502).
+
+    steps: number of timesteps T. spacing: "leading", "trailing", "linspace", "quad", or None: the scheduler's own.
+    clip: clamp the predicted clean sample as the scheduler's config says (None), or never (False). A scheduler without
+    `alphas_cumprod` (flow matching, EDM) is taken as it is, which leaves nothing for the other arguments to change.
+    Raises ValueError for settings that cannot be combined, NotAffineError as `Schedule.from_diffusers`.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        if eta or spacing:
+            name = type(scheduler).__name__
+            raise ValueError(f"{name} is no DDPM noise schedule: eta and spacing do not apply to it; leave them out")
+        return Schedule.from_diffusers(scheduler, steps)
+    changes: dict[str, Any] = {"clip_sample": False} if clip is False else {}
+    if spacing not in (None, "quad"):
+        changes["timestep_spacing"] = spacing
+    ddim = _library().DDIMScheduler.from_config(scheduler.config, **changes)
+    if spacing != "quad":
+        return Schedule.from_diffusers(ddim, steps, eta=eta)
+    if ddim.config.clip_sample:
+        raise ValueError("spacing='quad' is built without clipping, and this scheduler clips; pass clip=False (--no-clip)")
+    return Schedule.ddim(
+        ddim.alphas_cumprod,
+        timesteps(len(ddim.alphas_cumprod), steps, "quad"),
+        eta=eta,
+        final_alpha_cumprod=float(ddim.final_alpha_cumprod),
+        prediction_type=ddim.config.prediction_type,
+    )
+
+
+def _library() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError('loading a model needs diffusers: pip install "deqdiff_fast[diffusers]"') from error
+    return diffusers
+
+
+def _source(name_or_folder: str | Path) -> str:
+    """A folder that exists, or what can only be a hub name."""
+    text = str(name_or_folder)
+    if text == BUNDLED:
+        return str(bundled_model())
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists():
+        raise FileNotFoundError(f"model {text!r} is a file; name the folder that holds it")
+    if isinstance(name_or_folder, Path) or text.startswith((".", "~", "/")) or text.count("/") != 1:
+        raise FileNotFoundError(f"model {text!r}: there is no such folder, and a hub name has the form owner/name")
+    return text
+
+
+def _config(loader: Any, source: str, parts: tuple[str, ...], what: str) -> tuple[dict[str, Any], str]:
+    """The first configuration among `parts` (subfolders) of `source`, and where it was."""
+    reason = ""
+    for part in parts:
+        try:
+            config = loader.load_config(source, **({"subfolder": part} if part else {}))
+        except OSError as error:
+            reason = str(error)
+            continue
+        return dict(config), part
+    if Path(source).is_dir():
+        raise FileNotFoundError(f"model {source!r}: the folder holds no {what.removeprefix('a ')}; is it a diffusers folder?")
+    raise OSError(
+        f"model {source!r}: there is no such folder here, and the hub did not give {what} (a wrong name, or no network?): "
+        + reason
+    )
+
+
+def _class(library: Any, config: dict[str, Any], source: str) -> Any:
+    name = config.get("_class_name")
+    found = getattr(library, str(name), None)
+    if found is None:
+        raise ValueError(f"model {source!r}: diffusers {library.__version__} has no class {name!r}; update diffusers?")
+    return found
+
+
+def _sample_shape(config: Any) -> tuple[int, ...]:
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return (int(config.in_channels), int(height), int(width))
