@@ -66,6 +66,11 @@ def check_kwargs(model_kwargs: object) -> None:
         raise TypeError(f"model_kwargs: expected a dict or None, got {type(model_kwargs).__name__}")
 
 
+def check_callback(callback: object) -> None:
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+
+
 def check_trajectory(trajectory: Tensor | None, noise: Tensor, steps: int) -> None:
     if trajectory is None:
         return

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._types import Generators
+from .schedule import Schedule
 
 
 def check_generator(generator: Generators, batch: int) -> None:
@@ -25,10 +26,10 @@ def draw(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, devi
     return torch.randn(shape, generator=generator, dtype=dtype, device=source).to(device)
 
 
-def fill_drift(drift: Tensor, noise_coef: Tensor, shape: tuple[int, ...], generator: Generators, dtype: torch.dtype) -> None:
-    """drift[i] = noise_coef[i] * z_i in place, drift: (T, B, D). Steps without noise draw nothing."""
-    for i, scale in enumerate(noise_coef.tolist()):
-        if scale == 0:
-            drift[i].zero_()
-        else:
+def fill_drift(drift: Tensor, schedule: Schedule, shape: tuple[int, ...], generator: Generators, dtype: torch.dtype) -> None:
+    """drift[i] = noise_coef[i] * z_i in place, drift: (T, B, D). Draws exactly where the schedule says so."""
+    for i, (scale, drawn) in enumerate(zip(schedule.noise_coef.tolist(), schedule.draws.tolist())):
+        if drawn:
             drift[i].copy_(draw(shape, generator, dtype, drift.device).flatten(1)).mul_(scale)
+        else:
+            drift[i].zero_()

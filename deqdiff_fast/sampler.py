@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import arguments
 from ._types import Backend, Generators, Model, OnFailure
-from .errors import ConvergenceWarning, NonFiniteError, NotConvergedError
+from .errors import ConvergenceWarning, NotConvergedError
+from .gradient import differentiable
 from .memory import SolverMemory, default_memory
 from .noise import check_generator
 from .progress import Reporter
@@ -23,6 +25,7 @@ from .system import System
 from .workspace import Workspace
 
 DEFAULT_TOL = 1e-2
+ADJOINT_TOL = 1e-4
 SAFETY = 0.1  # residual allowed for a timestep, per unit of relative error allowed in the sample
 FLOOR = {torch.float64: 1e-14, torch.float32: 2e-6}  # what rounding alone leaves of a residual
 
@@ -103,13 +106,47 @@ class DEQSampler:
         serial sampler. callback: called after every round with a `RoundInfo`; returning True stops. progress: show a bar.
         init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
 
+        Differentiable with respect to noise, the parameters of the model (an nn.Module) and tensors in model_kwargs.
+        A model whose parameters need no gradient is best called under torch.no_grad(): nothing is kept then.
+
         Returns a `Solution`. Raises NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError.
         """
-        clock = time.perf_counter()
         system = self._system(noise, model_kwargs, generator)
         arguments.check_trajectory(init_trajectory, noise, self.schedule.num_steps)
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+        arguments.check_callback(callback)
+
+        def solve(keep: bool) -> Solution:
+            return self._solve(system, noise, generator, callback, progress, init_trajectory, keep)
+
+        parameters = [p for p in getattr(self.model, "parameters", list)() if p.requires_grad]
+        kwargs = [x for x in tree_leaves(system.model_kwargs) if isinstance(x, Tensor) and x.requires_grad]
+        if noise.shape[0] == 0 or not torch.is_grad_enabled() or not (noise.requires_grad or parameters or kwargs):
+            return solve(return_trajectory)
+        solution = differentiable(system, lambda: solve(True), self._adjoint, noise, parameters)
+        solution.trajectory = solution.trajectory if return_trajectory else None
+        return solution
+
+    def _adjoint(self, model: Model, schedule: Schedule, start: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """Solve the adjoint chain with this sampler's settings; returns its trajectory (T + 1, B, D)."""
+        tol = min(ADJOINT_TOL, self.tol or ADJOINT_TOL)
+        solver = self.solver if self.solver.max_rounds is None else "auto"
+        sampler = DEQSampler(model, schedule, solver=solver, tol=tol, max_batch=self.max_batch, backend=self.backend)
+        with torch.no_grad():
+            trajectory = sampler.sample(start, model_kwargs, return_trajectory=True).trajectory
+        assert trajectory is not None
+        return trajectory
+
+    def _solve(
+        self,
+        system: System,
+        noise: Tensor,
+        generator: Generators,
+        callback: Callback | None,
+        progress: bool,
+        init_trajectory: Tensor | None,
+        return_trajectory: bool,
+    ) -> Solution:
+        clock = time.perf_counter()
         steps, batch = self.schedule.num_steps, noise.shape[0]
         window = steps if self.window == "auto" else min(int(self.window), steps)
         stats = Stats(solver=self.solver.name, window=window)
@@ -200,5 +237,3 @@ class DEQSampler:
             warnings.warn(message, ConvergenceWarning, stacklevel=3)
         return solution
 
-
-__all__ = ["DEQSampler", "NonFiniteError"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ._types import Model, Rows
 from .errors import ModelOutputError
@@ -48,30 +49,40 @@ class System:
         self.input_scale = schedule.input_scale.to(noise.device, self.dtype) if scaled else None
         self.clip_gain = None if schedule.clip is None else table(schedule.clip.gain)
         self.model_evals = self.model_calls = 0
-        self._kwargs_rows: tuple[Any, dict[str, Any]] | None = None
+        self._expanded: tuple[Any, dict[str, Any]] | None = None
 
     def evaluate(self, states: Tensor, predictions: Tensor, rows: Rows, buffer: Tensor, round: int) -> None:
         """predictions[i, b] = model(states[i, b], timestep i) for the given rows, in chunks of at most `max_batch`.
 
         buffer: (n, D) of the model's dtype with n >= min(rows.count, max_batch). Raises ModelOutputError.
         """
-        for start, stop in self._chunks(rows.count):
-            step, sample, flat = self._pick(rows, start, stop)
+        source = states.flatten(0, 1)
+        for start, stop in self.chunks(rows.count):
             inputs = buffer[: stop - start]
-            inputs.copy_(_rows(states, rows, flat, start, stop))
+            flat = None if rows.flat is None else rows.flat[start:stop].to(self.device)
+            if flat is None:
+                first = rows.lo * self.batch
+                rank = torch.arange(first + start, first + stop, device=self.device)
+                inputs.copy_(source[first + start : first + stop])
+            else:
+                rank = flat
+                inputs.copy_(source.index_select(0, flat))
+            step, sample = rank // self.batch, rank % self.batch
+            clean = inputs.clone() if self.clip_gain is not None and self.input_scale is not None else inputs
             if self.input_scale is not None:
                 inputs.mul_(self.input_scale[step, None].to(inputs.dtype))
-            kwargs = self._expand(rows, start, stop, sample)
-            output = self.model(inputs.view(-1, *self.shape), self.clock[step], **kwargs)
-            self.model_calls += 1
-            self.model_evals += stop - start
-            output = self._check(output, stop - start, step, round).reshape(stop - start, self.numel)
-            if self.clip_gain is not None:
-                output = self._clip(output, _rows(states, rows, flat, start, stop), step)
+            kwargs = self.expand_kwargs(sample, None if flat is not None else (rows.lo, rows.hi, start, stop))
+            output = self._clip(self._call(inputs, step, kwargs, round), clean, step)
+            target = predictions.flatten(0, 1)
             if flat is None:
-                predictions[rows.lo : rows.hi].view(-1, self.numel)[start:stop].copy_(output)
+                target[first + start : first + stop].copy_(output)
             else:
-                predictions.view(-1, self.numel).index_copy_(0, flat, output.to(predictions.dtype))
+                target.index_copy_(0, flat, output.to(predictions.dtype))
+
+    def predict(self, states: Tensor, step: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """(n, D) states at timesteps step: (n,) -> (n, D) predictions, differentiable; kwargs as the rows need them."""
+        inputs = states if self.input_scale is None else states * self.input_scale[step, None]
+        return self._clip(self._call(inputs.to(self.model_dtype), step, kwargs, 0), states, step).to(self.dtype)
 
     def denoised(self, states: Tensor, predictions: Tensor, step: list[int]) -> Tensor:
         """(B, *shape): the clean sample predicted at timestep step[b] of each sample b, in the model's dtype."""
@@ -107,37 +118,33 @@ class System:
         """(B,) int32, the same bound for every sample."""
         return torch.full((self.batch,), value, dtype=torch.int32, device=self.device)
 
-    def _chunks(self, count: int) -> Iterator[tuple[int, int]]:
-        size = self.max_batch or count
+    def chunks(self, count: int) -> Iterator[tuple[int, int]]:
+        """[start, stop) pieces of `count` rows, none larger than `max_batch`."""
+        size = self.max_batch or max(count, 1)
         return ((start, min(start + size, count)) for start in range(0, count, size))
 
-    def _pick(self, rows: Rows, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Timestep and sample index of the rows of one chunk, and their flat index where they are not a plain slice."""
-        if rows.flat is None:
-            flat = torch.arange(rows.lo * self.batch + start, rows.lo * self.batch + stop, device=self.device)
-            return flat // self.batch, flat % self.batch, None
-        flat = rows.flat[start:stop].to(self.device)
-        return flat // self.batch, flat % self.batch, flat
+    def expand_kwargs(self, sample: Tensor, key: Any = None) -> dict[str, Any]:
+        """model_kwargs with every per-sample tensor (first dimension B) indexed by `sample`: (n,), for n rows.
 
-    def _expand(self, rows: Rows, start: int, stop: int, sample: Tensor) -> dict[str, Any]:
-        """model_kwargs with every per-sample tensor (first dimension B) repeated for the rows of a chunk."""
-        key = (rows.lo, rows.hi, start, stop) if rows.flat is None else None
-        if key is not None and self._kwargs_rows is not None and self._kwargs_rows[0] == key:
-            return self._kwargs_rows[1]
+        What was expanded for the last `key` is kept: neighbouring rounds often ask for the same rows.
+        """
+        if key is not None and self._expanded is not None and self._expanded[0] == key:
+            return self._expanded[1]
 
         def expand(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                per_sample = value.dim() > 0 and value.shape[0] == self.batch
-                return value.index_select(0, sample.to(value.device)) if per_sample else value
-            if isinstance(value, dict):
-                return {name: expand(item) for name, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return type(value)(expand(item) for item in value)
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch:
+                return value.index_select(0, sample.to(value.device))
             return value
 
-        expanded = {name: expand(value) for name, value in self.model_kwargs.items()}
-        self._kwargs_rows = (key, expanded)
+        expanded: dict[str, Any] = tree_map(expand, self.model_kwargs)
+        self._expanded = (key, expanded) if key is not None else None
         return expanded
+
+    def _call(self, inputs: Tensor, step: Tensor, kwargs: dict[str, Any], round: int) -> Tensor:
+        output = self.model(inputs.view(-1, *self.shape), self.clock[step], **kwargs)
+        self.model_calls += 1
+        self.model_evals += len(step)
+        return self._check(output, len(step), step, round).reshape(len(step), self.numel)
 
     def _check(self, output: Any, count: int, step: Tensor, round: int) -> Tensor:
         """The prediction tensor of whatever the model returned, or ModelOutputError."""
@@ -165,9 +172,10 @@ class System:
 
     def _clip(self, output: Tensor, states: Tensor, step: Tensor) -> Tensor:
         """output + gain (clamp(x0) - x0): clipping the predicted sample, as a pointwise map of the prediction."""
-        assert self.schedule.clip is not None and self.clip_gain is not None
+        if self.schedule.clip is None or self.clip_gain is None:
+            return output
         p, q = self.denoised_coef[step].to(self.dtype).unbind(-1)
-        clean = p[:, None] * states + q[:, None] * output.to(self.dtype)
+        clean = p[:, None] * states.to(self.dtype) + q[:, None] * output.to(self.dtype)
         excess = clean.clamp(-self.schedule.clip.range, self.schedule.clip.range) - clean
         return output.to(self.dtype) + self.clip_gain[step, None].to(self.dtype) * excess
 
@@ -178,9 +186,3 @@ def linear_state_coef(schedule: Schedule) -> Tensor:
     for lag in range(schedule.lags):
         coef[lag:, lag] += schedule.model_coef[lag:, lag] * slope[: len(slope) - lag]
     return coef
-
-
-def _rows(states: Tensor, rows: Rows, flat: Tensor | None, start: int, stop: int) -> Tensor:
-    if flat is None:
-        return states[rows.lo : rows.hi].flatten(0, 1)[start:stop]
-    return states.flatten(0, 1).index_select(0, flat)

@@ -63,7 +63,7 @@ class Workspace:
         self.chain.states[0].copy_(noise.reshape(noise.shape[0], -1))
         self.chain.sq_diff.zero_(), self.chain.sq_norm.zero_()
         if self.chain.drift is not None:
-            fill_drift(self.chain.drift, self.system.schedule.noise_coef, tuple(noise.shape), generator, noise.dtype)
+            fill_drift(self.chain.drift, self.system.schedule, tuple(noise.shape), generator, noise.dtype)
 
     def guess(self, kind: str, init: Tensor | None) -> None:
         """States 1..T: a given trajectory, copies of the noise, or the chain of unit Gaussian data."""

@@ -1,0 +1,87 @@
+"""The implicit gradient is that of back-propagation through the serial chain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import deqdiff_fast as dq
+
+
+class Net(nn.Module):
+    """A small smooth network in float64, with a conditioning vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(9, 24), nn.Linear(24, 8)
+        self.double()
+
+    def forward(self, x, t, cond=None):
+        h = torch.cat([x, t[:, None].to(x.dtype) / 1000], dim=1)
+        h = torch.tanh(self.inner(h if cond is None else h + torch.nn.functional.pad(cond, (0, 1))))
+        return 0.7 * x + 0.5 * self.outer(h)
+
+
+def backpropagation(model, schedule, noise, cond=None):
+    """The serial chain with autograd on, from the schedule's tables."""
+    states, outs = [noise], []
+    for i in range(schedule.num_steps):
+        t = schedule.timesteps[i].expand(len(noise))
+        outs.append(model(states[-1] * schedule.input_scale[i], t, cond))
+        x = torch.zeros_like(noise)
+        for lag in range(min(schedule.lags, i + 1)):
+            x = x + schedule.state_coef[i, lag] * states[i - lag] + schedule.model_coef[i, lag] * outs[i - lag]
+        states.append(x)
+    return states[-1]
+
+
+SIGMAS = [*torch.linspace(3, 0.1, 20, dtype=torch.float64).tolist(), 0.0]
+
+
+@pytest.mark.parametrize("kind", ["ddim", "multistep", "euler"])
+@pytest.mark.parametrize("solver", ["auto", "picard"])
+def test_matches_backpropagation(ddim, kind, solver):
+    schedule = {
+        "ddim": lambda: ddim(20),
+        "multistep": lambda: dq.Schedule.from_sigmas(SIGMAS, "dpmpp_2m", prediction_type="epsilon"),
+        "euler": lambda: dq.Schedule.from_sigmas(SIGMAS, "euler", prediction_type="epsilon"),
+    }[kind]()
+    model, draw = Net(), torch.Generator().manual_seed(1)
+    noise = torch.randn(3, 8, generator=draw, dtype=torch.float64, requires_grad=True)
+    cond = torch.randn(3, 8, generator=draw, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(3, 8, generator=draw, dtype=torch.float64)
+    leaves = [noise, cond, *model.parameters()]
+    expected = torch.autograd.grad((backpropagation(model, schedule, noise, cond) - target).square().mean(), leaves)
+    out = dq.DEQSampler(model, schedule, solver=solver, tol=1e-9).sample(noise, {"cond": cond})
+    got = torch.autograd.grad((out.sample - target).square().mean(), leaves)
+    for a, b in zip(got, expected):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999999
+
+
+def test_only_what_is_asked_for_gets_a_gradient(ddim):
+    model, noise = Net().requires_grad_(False), torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    out = dq.DEQSampler(model, ddim(10), tol=1e-6).sample(noise)
+    out.sample.sum().backward()
+    assert noise.grad is not None and noise.grad.norm() > 0
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        assert not dq.DEQSampler(model, ddim(10)).sample(noise).sample.requires_grad
+    assert not dq.DEQSampler(model, ddim(10)).sample(noise.detach()).sample.requires_grad
+
+
+def test_gradient_of_a_stochastic_chain(ddim):
+    model, schedule = Net().requires_grad_(False), ddim(20, eta=1.0)
+    noise = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        sampler = dq.DEQSampler(model, schedule, tol=1e-10)
+        return sampler.sample(x, generator=torch.Generator().manual_seed(2)).sample.square().sum()
+
+    (got,) = torch.autograd.grad(loss(noise), noise)
+    way = torch.randn(2, 8, dtype=torch.float64)
+    with torch.no_grad():
+        slope = (loss(noise + 1e-5 * way) - loss(noise - 1e-5 * way)) / 2e-5
+    assert torch.isclose((got * way).sum(), slope, rtol=1e-5)
