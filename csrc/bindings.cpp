@@ -1,0 +1,199 @@
+// The only file that knows Python. Tensors come as addresses: no libtorch, so one wheel serves every torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "affine_scan.h"
+#include "anderson.h"
+#include "arena.h"
+#include "parallel.h"
+
+#ifndef DEQDIFF_VERSION
+#define DEQDIFF_VERSION "unknown"
+#endif
+
+namespace py = pybind11;
+using namespace deqdiff;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Index = std::int64_t;
+
+void require(bool good, const std::string& name, const std::string& wanted) {
+  if (!good) throw py::value_error(name + ": expected " + wanted);
+}
+
+void require_range(const char* name, Index value, Index low, Index high) {
+  require(value >= low && value <= high, name,
+          std::to_string(low) + " to " + std::to_string(high) + ", got " + std::to_string(value));
+}
+
+void* storage(const char* name, Address address, std::size_t alignment, bool needed) {
+  require(address != 0 || !needed, name, "an address, got 0");
+  require(address % alignment == 0, name, "an address aligned to " + std::to_string(alignment) + " bytes");
+  return reinterpret_cast<void*>(address);
+}
+
+template <class T>
+T* table(const char* name, Address address, bool needed) {
+  return static_cast<T*>(storage(name, address, alignof(T), needed));
+}
+
+ScanProblem scan_problem(int dtype, Address states, Address predictions, Address state_coef, Address model_coef,
+                         Address drift, Address lo, Address hi, Address sq_diff, Address sq_norm, Index T, Index B,
+                         Index D, int L, int threads) {
+  require_range("dtype (0 float32, 1 float64, 2 bfloat16)", dtype, 0, 2);
+  require_range("T", T, 0, Index{1} << 30);
+  require_range("B", B, 0, Index{1} << 30);
+  require_range("D", D, 0, Index{1} << 40);
+  require_range("L", L, 1, kMaxLags);
+  require_range("threads", threads, 1, 1 << 20);
+  const Index lines = (T + 1) * std::max<Index>(B, 1);
+  require(D <= std::numeric_limits<Index>::max() / 16 / lines, "T, B, D", "a size within the address space");
+  const bool rows = T > 0 && B > 0, data = rows && D > 0;
+  const std::size_t item = static_cast<std::size_t>(item_size(static_cast<Dtype>(dtype)));
+  ScanProblem problem;
+  problem.dtype = static_cast<Dtype>(dtype);
+  problem.states = storage("states_ptr", states, item, data);
+  problem.predictions = storage("predictions_ptr", predictions, item, data);
+  problem.drift = storage("drift_ptr", drift, item, false);
+  problem.state_coef = table<const double>("state_coef_ptr", state_coef, rows);
+  problem.model_coef = table<const double>("model_coef_ptr", model_coef, rows);
+  problem.lo = table<const std::int32_t>("lo_ptr", lo, B > 0);
+  problem.hi = table<const std::int32_t>("hi_ptr", hi, B > 0);
+  problem.sq_diff = table<double>("sq_diff_ptr", sq_diff, rows);
+  problem.sq_norm = table<double>("sq_norm_ptr", sq_norm, rows);
+  problem.steps = T;
+  problem.batch = B;
+  problem.size = D;
+  problem.lags = L;
+  problem.threads = threads;
+  return problem;
+}
+
+void ddim_update_py(int dtype, Address states, Address predictions, Address state_coef, Address model_coef,
+                    Address drift, Address lo, Address hi, Address sq_diff, Address sq_norm, Index T, Index B, Index D,
+                    int L, int threads) {
+  const ScanProblem problem = scan_problem(dtype, states, predictions, state_coef, model_coef, drift, lo, hi, sq_diff,
+                                           sq_norm, T, B, D, L, threads);
+  py::gil_scoped_release unlocked;
+  ddim_update(problem);
+}
+
+void anderson_step_py(int dtype, Address states, Address predictions, Address state_coef, Address model_coef,
+                      Address drift, Address lo, Address hi, Address sq_diff, Address sq_norm, Address f, Address g,
+                      Address gram, Address filled, Index T, Index B, Index D, int L, int M, Index W, int column,
+                      int scope, double ridge, bool relative_ridge, double damping, double stale, int threads) {
+  AndersonProblem problem;
+  problem.scan = scan_problem(dtype, states, predictions, state_coef, model_coef, drift, lo, hi, sq_diff, sq_norm, T, B,
+                              D, L, threads);
+  require_range("M", M, 1, kMaxHistory);
+  require_range("W", W, T > 0 ? 1 : 0, Index{1} << 30);
+  require_range("column", column, 0, M - 1);
+  require_range("scope (0 timestep, 1 trajectory, 2 triangular)", scope, 0, 2);
+  require(std::isfinite(ridge) && ridge >= 0, "ridge", "a finite number >= 0, got " + std::to_string(ridge));
+  require(std::isfinite(damping), "damping", "a finite number, got " + std::to_string(damping));
+  require(stale >= 0, "stale", "a number >= 0, got " + std::to_string(stale));
+  const Index lines = M * std::max<Index>(W, 1) * std::max<Index>(B, 1);
+  require(lines <= (Index{1} << 59) && D <= std::numeric_limits<Index>::max() / 16 / lines, "M, W, B, D",
+          "a size within the address space");
+  const bool rows = T > 0 && B > 0;
+  const std::size_t item = static_cast<std::size_t>(item_size(problem.scan.dtype));
+  problem.f = storage("f_ptr", f, item, rows && D > 0);
+  problem.g = storage("g_ptr", g, item, rows && D > 0);
+  problem.gram = table<double>("gram_ptr", gram, rows);
+  problem.filled = table<std::int32_t>("filled_ptr", filled, rows);
+  problem.history = M;
+  problem.width = W;
+  problem.column = column;
+  problem.scope = static_cast<Scope>(scope);
+  problem.ridge = ridge;
+  problem.relative_ridge = relative_ridge;
+  problem.damping = damping;
+  problem.stale = stale;
+  py::gil_scoped_release unlocked;
+  anderson_step(problem);
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+  info["isa"] = isa_table().name;
+  info["version"] = DEQDIFF_VERSION;
+  info["block"] = kBlock;
+  info["max_history"] = kMaxHistory;
+  info["max_lags"] = kMaxLags;
+  info["worker_threads"] = worker_count();
+  return info;
+}
+
+py::tuple plan_py(const std::vector<std::pair<std::string, std::size_t>>& request) {
+  const Plan plan = make_plan(request);
+  py::dict offsets;
+  for (std::size_t k = 0; k < request.size(); ++k) offsets[py::str(request[k].first)] = plan.offsets[k];
+  return py::make_tuple(offsets, plan.total);
+}
+
+py::dict stats_py(const Arena& arena) {
+  const ArenaStats stats = arena.stats();
+  py::dict result;
+  result["bytes"] = stats.bytes;
+  result["idle_bytes"] = stats.idle_bytes;
+  result["high_water"] = stats.high_water;
+  result["leases"] = stats.leases;
+  result["reuses"] = stats.reuses;
+  result["active"] = stats.active;
+  return result;
+}
+
+py::buffer_info lease_buffer(Lease& lease) {
+  return py::buffer_info(lease.view(), 1, py::format_descriptor<unsigned char>::format(),
+                         static_cast<py::ssize_t>(lease.bytes()));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ core of deqdiff_fast: solver memory and CPU kernels. Use it through deqdiff_fast.kernels and .memory.";
+  m.attr("__version__") = DEQDIFF_VERSION;
+  m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, version and limits.");
+  using py::arg;
+  m.def("ddim_update", &ddim_update_py, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"), arg("state_coef_ptr"),
+        arg("model_coef_ptr"), arg("drift_ptr"), arg("lo_ptr"), arg("hi_ptr"), arg("sq_diff_ptr"), arg("sq_norm_ptr"),
+        arg("T"), arg("B"), arg("D"), arg("L"), arg("threads"),
+        "Affine scan in place with residual sums; see deqdiff_fast.kernels.ddim_update. Releases the GIL.");
+  m.def("anderson_step", &anderson_step_py, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"),
+        arg("state_coef_ptr"), arg("model_coef_ptr"), arg("drift_ptr"), arg("lo_ptr"), arg("hi_ptr"),
+        arg("sq_diff_ptr"), arg("sq_norm_ptr"), arg("f_ptr"), arg("g_ptr"), arg("gram_ptr"), arg("filled_ptr"),
+        arg("T"), arg("B"), arg("D"), arg("L"), arg("M"), arg("W"), arg("column"), arg("scope"), arg("ridge"),
+        arg("relative_ridge"), arg("damping"), arg("stale"), arg("threads"),
+        "One Anderson round in place; see deqdiff_fast.kernels.anderson_mix. Releases the GIL.");
+
+  py::class_<Lease, std::shared_ptr<Lease>>(m, "Lease", py::buffer_protocol(),
+                                            "Exclusive use of one slab of 256-byte aligned host memory.")
+      .def_buffer(&lease_buffer)
+      .def("release", &Lease::release, "Give the slab back. It is reused once no view of it is left. Idempotent.")
+      .def_property_readonly("released", &Lease::released)
+      .def_property_readonly("generation", &Lease::generation)
+      .def_property_readonly("nbytes", &Lease::bytes);
+
+  py::class_<Arena>(m, "Arena", "Slabs of host memory, reused between solves; idle ones above the budget are freed.")
+      .def(py::init<std::size_t>(), arg("byte_budget"))
+      .def_static("plan", &plan_py, arg("request"),
+                  "[(name, nbytes), ...] -> ({name: offset}, total bytes), offsets aligned to 256 bytes.")
+      .def("lease", &Arena::lease, arg("total_bytes"), py::call_guard<py::gil_scoped_release>())
+      .def("stats", &stats_py)
+      .def("set_poison", &Arena::set_poison, arg("on"), "Fill slabs with NaN (0xFF bytes) on lease and on release.")
+      .def("trim", &Arena::trim, "Free every idle slab.");
+}

@@ -1,0 +1,126 @@
+// Vectors of the width that the including file is compiled for, and the three storage types.
+// Included only by rows.cpp. Everything has internal linkage and no standard template is used: an inline function
+// compiled here with AVX-512 must never be the copy that the linker keeps for the rest of the library.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define DEQDIFF_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define DEQDIFF_VECTOR_BYTES 32
+#else
+#define DEQDIFF_VECTOR_BYTES 16
+#endif
+#define DEQDIFF_INLINE static inline __attribute__((always_inline))
+
+namespace deqdiff {
+namespace {
+
+typedef float FloatV __attribute__((vector_size(DEQDIFF_VECTOR_BYTES)));
+typedef double DoubleV __attribute__((vector_size(DEQDIFF_VECTOR_BYTES)));
+typedef uint32_t WordV __attribute__((vector_size(DEQDIFF_VECTOR_BYTES)));
+typedef uint16_t HalfV __attribute__((vector_size(DEQDIFF_VECTOR_BYTES / 2)));
+
+template <class To, class From>
+DEQDIFF_INLINE To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit casts keep the size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+struct Float32 {
+  typedef float Item;
+  typedef float Wide;
+  typedef FloatV Vector;
+  DEQDIFF_INLINE Vector unpack(const Vector& packed) { return packed; }
+  DEQDIFF_INLINE Vector pack(const Vector& wide) { return wide; }
+  typedef FloatV Packed;
+};
+
+struct Float64 {
+  typedef double Item;
+  typedef double Wide;
+  typedef DoubleV Vector;
+  typedef DoubleV Packed;
+  DEQDIFF_INLINE Vector unpack(const Packed& packed) { return packed; }
+  DEQDIFF_INLINE Packed pack(const Vector& wide) { return wide; }
+};
+
+struct BFloat16 {
+  typedef uint16_t Item;
+  typedef float Wide;
+  typedef FloatV Vector;
+  typedef HalfV Packed;
+  DEQDIFF_INLINE Vector unpack(const Packed& packed) {
+    return bits<FloatV>(__builtin_convertvector(packed, WordV) << 16);
+  }
+  // Round to nearest, ties to even; NaN stays NaN (the carry would turn some into infinity).
+  DEQDIFF_INLINE Packed pack(const Vector& wide) {
+    const WordV word = bits<WordV>(wide);
+    const WordV rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
+    const WordV is_nan = (WordV)((word & 0x7FFFFFFFu) > 0x7F800000u);
+    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0u), HalfV);
+  }
+};
+
+template <class S>
+struct Lanes {
+  static constexpr int count = DEQDIFF_VECTOR_BYTES / sizeof(typename S::Wide);
+};
+
+template <class S>
+DEQDIFF_INLINE typename S::Vector load(const void* base, int64_t index) {
+  typename S::Packed packed;
+  memcpy(&packed, static_cast<const typename S::Item*>(base) + index, sizeof(packed));
+  return S::unpack(packed);
+}
+
+template <class S>
+DEQDIFF_INLINE void store(void* base, int64_t index, const typename S::Vector& value) {
+  const typename S::Packed packed = S::pack(value);
+  memcpy(static_cast<typename S::Item*>(base) + index, &packed, sizeof(packed));
+}
+
+// The last items of a row: missing lanes read as zero, which adds nothing to any sum.
+template <class S>
+DEQDIFF_INLINE typename S::Vector load_tail(const void* base, int64_t index, int64_t items) {
+  typename S::Packed packed = {};
+  memcpy(&packed, static_cast<const typename S::Item*>(base) + index, items * sizeof(typename S::Item));
+  return S::unpack(packed);
+}
+
+template <class S>
+DEQDIFF_INLINE void store_tail(void* base, int64_t index, const typename S::Vector& value, int64_t items) {
+  const typename S::Packed packed = S::pack(value);
+  memcpy(static_cast<typename S::Item*>(base) + index, &packed, items * sizeof(typename S::Item));
+}
+
+template <class S>
+DEQDIFF_INLINE typename S::Vector stored(const typename S::Vector& value) {
+  return S::unpack(S::pack(value));
+}
+
+template <class S>
+DEQDIFF_INLINE typename S::Vector broadcast(double value) {
+  return typename S::Vector{} + static_cast<typename S::Wide>(value);
+}
+
+// Pairwise, in double: the order depends on nothing but the vector width.
+template <class S>
+DEQDIFF_INLINE double sum(const typename S::Vector& vector) {
+  constexpr int count = Lanes<S>::count;
+  typename S::Wide lanes[count];
+  memcpy(lanes, &vector, sizeof(lanes));
+  double wide[count];
+  for (int k = 0; k < count; ++k) wide[k] = lanes[k];
+  for (int half = count / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) wide[k] += wide[k + half];
+  }
+  return wide[0];
+}
+
+}  // namespace
+}  // namespace deqdiff
