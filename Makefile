@@ -75,7 +75,7 @@ build/wheel: $(SOURCES) build/sources $(VENV)/torch
 
 $(VENV)/installed: build/wheel
 	$(PIP) install --force-reinstall --no-deps dist/*.whl
-	$(PIP) install "$$(echo dist/*.whl)[demo,test]"
+	$(PIP) install "$$(echo dist/*.whl)[diffusers,plot,test]"
 	touch $@
 
 $(VENV)/linters: $(VENV)/torch

@@ -47,7 +47,8 @@ def _extension() -> dict[str, str]:
 
 def _devices() -> dict[str, str]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"cpu": f"{usable} cores usable, {torch.get_num_threads()} torch threads, {torch.backends.cpu.get_cpu_capability()}"}
+    threads, vectors = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    found = {"cpu": f"{usable} cores usable, {threads} torch threads, {vectors}"}
     for k in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(k)
         found[f"cuda:{k}"] = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"

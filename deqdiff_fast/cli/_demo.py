@@ -19,15 +19,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="serial and parallel side by side",
-        description="Sample the bundled CIFAR-10 model serially and in parallel rounds from the same noise, and compare.",
+        description="Sample the bundled model serially and in parallel rounds from the same noise, and compare.",
     )
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="default out")
     parser.add_argument("--model", default="bundled", help="diffusers folder, hub name or 'bundled' (the default)")
     parser.add_argument("--steps", type=positive_int, default=100, help="DDIM timesteps (default 100)")
     parser.add_argument("--images", type=positive_int, default=16, help="images in the pictures (default 16)")
     parser.add_argument("--curve-images", type=positive_int, default=4, help="images behind the plot (default 4)")
-    parser.add_argument("--solver", choices=BASELINES, default="triangular", help="of the pictures (default triangular)")
-    parser.add_argument("--tol", type=positive_float, help="relative error of the sample that is allowed (default 1e-2)")
+    parser.add_argument("--solver", choices=BASELINES, default="triangular", help="of the pictures")
+    parser.add_argument("--tol", type=positive_float, help="relative error allowed in a sample (default 1e-2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.set_defaults(run=run)
@@ -50,19 +50,20 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         error = "-" if self.error is None else f"{self.error:.1e}"
         pixel = "-" if self.pixel is None else str(self.pixel)
-        return (self.solver, str(self.images), str(self.rounds), str(self.evals), f"{self.seconds:.1f}", error, pixel, self.note)
+        counts = (str(self.images), str(self.rounds), str(self.evals), f"{self.seconds:.1f}")
+        return (self.solver, *counts, error, pixel, self.note)
 
 
-HEADER = (
-    "solver", "images", "rounds", "model evaluations", "seconds", "relative error", "largest pixel difference (1/255)", "",
-)  # fmt: skip
+PIXEL = "largest pixel difference (1/255)"
+HEADER = ("solver", "images", "rounds", "model evaluations", "seconds", "relative error", PIXEL, "")
 
 
 def markdown(rows: list[Row]) -> str:
     """An aligned markdown table."""
     lines = [HEADER, *(row.cells() for row in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(HEADER))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    text = ["| " + " | ".join(cells) + " |" for cells in padded]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(text)
 
@@ -84,9 +85,11 @@ def run(args: argparse.Namespace) -> int:
     from ._run import load_problem, solve_serially
 
     problem = load_problem(
-        args.model, steps=args.steps, eta=0.0, spacing=None, clip=None, seed=args.seed, device=args.device, dtype="float32"
-    )
-    print(f"{args.images} images, DDIM, {args.steps} timesteps, {problem.info.parameters / 1e6:.1f} M parameters, {problem.device}")
+        args.model, steps=args.steps, eta=0.0, spacing=None, clip=None, seed=args.seed, device=args.device,
+        dtype="float32",
+    )  # fmt: skip
+    size = f"{problem.info.parameters / 1e6:.1f} M parameters"
+    print(f"{args.images} images, DDIM, {args.steps} timesteps, {size}, {problem.device}")
     serial = solve_serially(problem, args.images)
     stats = serial.stats
     rows = [Row("serial chain", args.images, args.steps, stats.model_evals, stats.wall_seconds, note="the reference")]
@@ -94,15 +97,16 @@ def run(args: argparse.Namespace) -> int:
     rows.append(main_row)
     _images.save(_images.panels(serial.sample, sample), paths["pictures"])
     print(f"wrote {paths['pictures']}")
-    for solver in BASELINES:
-        rows.append(_measure(problem, serial.sample, args.curve_images, solver, args.tol)[0])
-    where = f"{problem.device}, {torch.get_num_threads()} threads" if problem.device.type == "cpu" else str(problem.device)
+    rows += [_measure(problem, serial.sample, args.curve_images, solver, args.tol)[0] for solver in BASELINES]
+    where = str(problem.device)
+    if problem.device.type == "cpu":
+        where += f", {torch.get_num_threads()} threads"
     _report(args, rows, paths, where, time.monotonic() - started)
     return 0
 
 
 def _measure(problem: Any, reference: Any, images: int, solver: str, tol: float | None) -> tuple[Row, Any]:
-    """Solve the first `images` of the reference's chains and compare after every round. Returns the row and the samples."""
+    """Solve the first `images` chains and compare with the reference after every round. Returns row and samples."""
     from . import _images
     from ._run import solve
 
@@ -138,8 +142,8 @@ def _report(args: argparse.Namespace, rows: list[Row], paths: dict[str, Path], w
 def _notes(args: argparse.Namespace, rows: list[Row], where: str) -> list[str]:
     """What a reader of the table must know."""
     notes = [
-        f"DDIM, {args.steps} timesteps, eta 0, seed {args.seed}, on {where}. Relative errors and pixel differences are the "
-        "largest over the images, against the serial chain."
+        f"DDIM, {args.steps} timesteps, eta 0, seed {args.seed}, on {where}. Relative errors and pixel "
+        "differences are the largest over the images, against the serial chain."
     ]
     if args.curve_images < args.images:
         notes.append(
@@ -149,9 +153,9 @@ def _notes(args: argparse.Namespace, rows: list[Row], where: str) -> list[str]:
     serial, parallel = rows[0], rows[1]
     if parallel.seconds > serial.seconds:
         notes.append(
-            f"{parallel.solver} needs {serial.rounds / parallel.rounds:.0f} times fewer rounds than the chain has steps, but "
-            f"{parallel.evals / serial.evals:.1f} times its model evaluations. Here {args.images} images already fill "
-            "the device, so evaluations decide and the serial chain is faster; the rounds pay where one call leaves the "
-            "device idle."
+            f"{parallel.solver}: {serial.rounds} steps in {parallel.rounds} rounds, with "
+            f"{parallel.evals / serial.evals:.1f} times the model evaluations. {args.images} images at a time already "
+            "fill this device, so the evaluations decide and the serial chain is faster; rounds pay where one call "
+            "leaves the device idle."
         )
     return notes

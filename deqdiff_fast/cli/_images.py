@@ -20,7 +20,7 @@ def pixels(samples: Tensor) -> Tensor:
     """(B, C, H, W) in [-1, 1] -> (B, H, W, 3) uint8, on the CPU; one channel becomes grey, more than three are cut."""
     channels = samples[:, :3] if samples.shape[1] >= 3 else samples[:, :1].expand(-1, 3, -1, -1)
     scaled = (channels.detach().float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    return torch.as_tensor(scaled.round(), dtype=torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def largest_difference(a: Tensor, b: Tensor) -> int:
@@ -31,7 +31,7 @@ def largest_difference(a: Tensor, b: Tensor) -> int:
 def relative_error(sample: Tensor, reference: Tensor) -> Tensor:
     """(B,) float64: |sample - reference| / |reference|, L2 over each sample."""
     a, b = sample.detach().double().cpu().flatten(1), reference.detach().double().cpu().flatten(1)
-    return (a - b).norm(dim=1) / b.norm(dim=1)
+    return torch.linalg.vector_norm(a - b, dim=1) / torch.linalg.vector_norm(b, dim=1)
 
 
 def grid(images: Tensor, least: int = 96) -> Image.Image:
@@ -56,7 +56,8 @@ def panels(serial: Tensor, parallel: Tensor) -> Image.Image:
     width, height = pictures[0].size
     canvas = Image.new("RGB", (3 * width + 4 * _MARGIN, height + _LABEL + 2 * _MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    for k, (title, picture) in enumerate(zip(("serial", "parallel", f"difference x {DIFFERENCE_GAIN}"), pictures)):
+    titles = ("serial", "parallel", f"difference x {DIFFERENCE_GAIN}")
+    for k, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
         left = _MARGIN + k * (width + _MARGIN)
         draw.text((left, _MARGIN), title, fill="black")
         canvas.paste(picture, (left, _MARGIN + _LABEL))

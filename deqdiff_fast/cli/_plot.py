@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 from ._output import CommandError, replacing
@@ -21,7 +22,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise CommandError('a plot needs matplotlib: pip install "deqdiff_fast[demo]"') from error
+        raise CommandError('a plot needs matplotlib: pip install "deqdiff_fast[plot]"') from error
 
 
 def convergence_plot(curves: list[Curve], path: Path, *, ylabel: str, title: str, target: float | None = None) -> None:
@@ -33,7 +34,7 @@ def convergence_plot(curves: list[Curve], path: Path, *, ylabel: str, title: str
     figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for curve, marker in zip(curves, "osD^vP*X" * len(curves)):
+    for curve, marker in zip(curves, cycle("osD^vP*X"), strict=False):
         axes.plot(range(1, len(curve.values) + 1), curve.values, marker=marker, markersize=4, label=curve.label)
     if target is not None:
         axes.axhline(target, color="grey", linestyle=":", label=f"{target:g}")

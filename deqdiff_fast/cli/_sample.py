@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..presets import PRESETS, preset
-from ._output import CommandError, check_picture
 from ._numbers import fraction, positive_float, positive_int, window
+from ._output import CommandError, check_picture
 
+SPACINGS = ("leading", "trailing", "linspace", "quad")
 DEFAULTS = {"model": "bundled", "steps": 50, "eta": 0.0, "solver": "auto"}
 
 
@@ -23,17 +24,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--preset", choices=tuple(PRESETS), help="the paper's model and settings; other options win")
     parser.add_argument("--steps", type=positive_int, help="timesteps of the chain (default 50)")
     parser.add_argument("--eta", type=fraction, help="0: DDIM (default), 1: as random as DDPM")
-    parser.add_argument("--spacing", choices=("leading", "trailing", "linspace", "quad"), help="default: the model's own")
-    parser.add_argument(
-        "--clip", action=argparse.BooleanOptionalAction, help="clamp the predicted image (default: the model's own setting)"
-    )
+    parser.add_argument("--spacing", choices=SPACINGS, help="of the timesteps (default: the model's own)")
+    clip = "clamp the predicted image (default: the model's own setting)"
+    parser.add_argument("--clip", action=argparse.BooleanOptionalAction, help=clip)
     parser.add_argument("--solver", help="auto (default), picard, anderson, triangular or deq-ddim")
-    parser.add_argument("--tol", type=positive_float, help="relative error of the sample that is allowed (default 1e-2)")
+    parser.add_argument("--tol", type=positive_float, help="relative error allowed in a sample (default 1e-2)")
     parser.add_argument("--max-rounds", type=positive_int, help="rounds before the rest is finished serially")
     parser.add_argument("--window", type=window, default="auto", help="timesteps solved at a time, or 'auto' (default)")
     parser.add_argument("--max-batch", type=positive_int, help="rows in one model call at most; bounds memory")
     parser.add_argument("--batch", type=positive_int, default=16, help="number of images (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="image k of a seed is the same for every --batch (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="image k is the same for every --batch (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="PNG", help="default samples.png")

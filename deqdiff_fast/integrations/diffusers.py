@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,14 +39,11 @@ class LoadedModel(NamedTuple):
 
 def bundled_model() -> Path:
     """The folder of the CIFAR-10 model that comes with the package."""
-    folder = Path(str(resources.files("deqdiff_fast"))) / "assets" / "cifar10"
-    try:
-        folder = Path(str(resources.files("deqdiff_fast.assets"))) / "cifar10"
-    except ModuleNotFoundError:
-        pass
-    if not (folder / "unet" / "config.json").is_file():
-        raise FileNotFoundError(f"the bundled model is not in this installation ({folder}); reinstall deqdiff_fast")
-    return folder
+    spec = find_spec("deqdiff_fast.assets")  # in an editable installation it is not below the package's own folder
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(place) / "cifar10" / "unet" / "config.json").is_file():
+            return Path(place) / "cifar10"
+    raise FileNotFoundError("the bundled model is not part of this installation; reinstall deqdiff_fast")
 
 
 def load_model(
@@ -66,17 +63,17 @@ def load_model(
     place = {"subfolder": part} if part else {}
     model = model_class.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False, **place)
     model = model.to(device=device).eval().requires_grad_(False)
-    rules, _ = _config(library.DDIMScheduler, source, ("scheduler", ""), "a scheduler (scheduler/scheduler_config.json)")
+    rules, _ = _config(library.DDIMScheduler, source, ("scheduler", ""), "a scheduler (scheduler_config.json)")
     scheduler = _class(library, rules, source).from_config(rules)
     name = model_class.__name__
-    needs = "" if name in _UNCONDITIONAL and not model.config.class_embed_type else _CONDITIONS.get(name, "conditioning")
+    free = name in _UNCONDITIONAL and not model.config.class_embed_type and not model.config.num_class_embeds
     info = ModelInfo(
         name=str(name_or_folder),
         model_class=name,
         scheduler_class=type(scheduler).__name__,
         sample_shape=_sample_shape(model.config),
         parameters=sum(p.numel() for p in model.parameters()),
-        conditional=needs,
+        conditional="" if free else _CONDITIONS.get(name, "class_labels or other conditioning"),
     )
     return LoadedModel(model, scheduler, info)
 
@@ -103,7 +100,7 @@ def ddim_schedule(
     if spacing != "quad":
         return Schedule.from_diffusers(ddim, steps, eta=eta)
     if ddim.config.clip_sample:
-        raise ValueError("spacing='quad' is built without clipping, and this scheduler clips; pass clip=False (--no-clip)")
+        raise ValueError("spacing='quad' comes without clipping, and this scheduler clips: pass clip=False (--no-clip)")
     return Schedule.ddim(
         ddim.alphas_cumprod,
         timesteps(len(ddim.alphas_cumprod), steps, "quad"),
@@ -147,10 +144,9 @@ def _config(loader: Any, source: str, parts: tuple[str, ...], what: str) -> tupl
             continue
         return dict(config), part
     if Path(source).is_dir():
-        raise FileNotFoundError(f"model {source!r}: the folder holds no {what.removeprefix('a ')}; is it a diffusers folder?")
+        raise FileNotFoundError(f"model {source!r}: no {what.removeprefix('a ')} in it; is it a diffusers folder?")
     raise OSError(
-        f"model {source!r}: there is no such folder here, and the hub did not give {what} (a wrong name, or no network?): "
-        + reason
+        f"model {source!r}: no such folder, and the hub did not give {what} (wrong name, or no network?): {reason}"
     )
 
 
