@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 def summary(solution: Any, steps: int, batch: int) -> str:
     stats = solution.stats
     text = (
-        f"{batch} images, {steps} timesteps, solver {stats.solver}, window {stats.window}: {stats.rounds} rounds, "
+        f"{batch} image{'s' * (batch != 1)}, {steps} timesteps, solver {stats.solver}, window {stats.window}: {stats.rounds} rounds, "
         f"{stats.model_evals} model evaluations, {stats.wall_seconds:.2f} s"
     )
     if stats.finished_serially:
