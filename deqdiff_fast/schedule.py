@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import schedule_checks as checks
 from . import schedule_tables as tables
 from .schedule_tables import timesteps as timesteps  # re-exported: the spacing helper
 
@@ -92,9 +91,8 @@ class Schedule:
                     "state_coef": (t, lags), "model_coef": (t, lags), "x0_coef": (t, 2)}  # fmt: skip
         for name, shape in expected.items():
             if name in fields and fields[name].shape != shape:
-                got = tuple(fields[name].shape)
-                raise ValueError(f"{name}: expected shape {shape} for T = {t} timesteps, got {got}")
-        checks.check_values(fields, lags)
+                raise ValueError(f"{name}: expected shape {shape} for T = {t}, got {tuple(fields[name].shape)}")
+        tables.check_values(fields, lags)
         for name, value in fields.items():
             object.__setattr__(self, name, value)
         if not 0 < self.init_noise_sigma < float("inf"):
@@ -123,18 +121,20 @@ class Schedule:
             return self.x0_coef
         return tables.denoised_coef(self.signal[:-1], self.sigma[:-1], self.prediction_type)
 
-    def slope(self, variance: float = 1.0) -> Tensor:
+    def slope(self, variance: float | Tensor = 1.0) -> Tensor:
         """(T,) float64: c_i with E[o_i | x_i] = c_i x_i for zero-mean Gaussian data of that variance.
 
-        x_i is in state coordinates (before input_scale). E[x0 | x] = signal v / (signal^2 v + sigma^2) x, and
-        x0 = p x + q o; 0 where the output does not enter x0 (q = 0).
+        With variance: (D,), one for each coefficient, (T, D). x_i is in state coordinates (before input_scale).
+        E[x0 | x] = signal v / (signal^2 v + sigma^2) x, and x0 = p x + q o; 0 where the output does not enter x0.
         """
-        if not variance >= 0:
-            raise ValueError(f"variance: expected a value >= 0, got {variance}")
-        signal, sigma = self.signal[:-1], self.sigma[:-1]
+        v = torch.as_tensor(variance, dtype=torch.float64)
+        if not bool((v >= 0).all()):
+            raise ValueError(f"variance: expected values >= 0, got {variance}")
         p, q = self.denoised_coef().unbind(1)
-        total = signal.square() * variance + sigma.square()
-        mean = torch.where(total > 0, signal * variance / total, 0)
+        rows = [self.signal[:-1], self.sigma[:-1], p, q]
+        signal, sigma, p, q = (row[:, None] for row in rows) if v.dim() else rows
+        total = signal.square() * v + sigma.square()
+        mean = torch.where(total > 0, signal * v / total, 0)
         slope = (mean - p) / q
         return torch.where(slope.isfinite(), slope, 0)
 
@@ -147,7 +147,25 @@ class Schedule:
         use an output which does not enter x0 (q = 0) are not checked.
         """
         p, q = self.denoised_coef().unbind(1)
-        return checks.path_error(self.state_coef, self.model_coef, self.noise_coef, self.signal, self.sigma, p, q)
+        after = []
+        for x0, eps in ((1.0, 0.0), (0.0, 1.0)):
+            x = self.signal * x0 + self.sigma * eps
+            after.append(self._rows(self.state_coef, x, torch.where(q != 0, (x0 - p * x[:-1]) / q, 0)))
+        worst = (after[0] - self.signal[1:]).abs()
+        if not self.stochastic:
+            worst = torch.maximum(worst, (after[1] - self.sigma[1:]).abs())
+        elif self.lags == 1:
+            worst = torch.maximum(worst, (torch.hypot(after[1], self.noise_coef) - self.sigma[1:]).abs())
+        unknown = self._rows(torch.zeros_like(self.state_coef), self.signal, (q == 0).to(q.dtype)) != 0
+        return torch.where(unknown, 0, worst / torch.hypot(self.signal, self.sigma)[1:])
+
+    def _rows(self, state_coef: Tensor, x: Tensor, o: Tensor) -> Tensor:
+        """Every step on its own, from given (T+1,) states and (T,) outputs, without noise."""
+        count = self.num_steps
+        out = torch.zeros_like(o)
+        for lag in range(min(self.lags, count)):
+            out[lag:] += state_coef[lag:, lag] * x[: count - lag] + self.model_coef[lag:, lag] * o[: count - lag]
+        return out
 
     @classmethod
     def _checked(cls, fields: dict[str, Any]) -> Schedule:

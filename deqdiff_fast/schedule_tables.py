@@ -34,6 +34,27 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_values(fields: dict[str, Tensor], lags: int) -> None:
+    """Raises ValueError for tables of the right shape that no chain can have."""
+    if lags < 1:
+        raise ValueError("state_coef: expected at least one lag, got shape with L = 0")
+    for name, value in fields.items():
+        if not bool(value.isfinite().all()):
+            where = [int(k) for k in (~value.isfinite()).nonzero()[0]]
+            raise ValueError(f"{name}: expected finite values, got {value[tuple(where)].item()} at index {where}")
+    early = torch.arange(len(fields["timesteps"]))[:, None] < torch.arange(lags)[None, :]
+    for name in ("state_coef", "model_coef"):
+        if bool((fields[name][early] != 0).any()):
+            raise ValueError(f"{name}: expected zeros where i - l < 0 (there is no state before x_0)")
+    for name in ("signal", "sigma"):
+        if bool((fields[name] < 0).any()):
+            raise ValueError(f"{name}: expected values >= 0, got {fields[name].min().item()}")
+    if bool(((fields["signal"] == 0) & (fields["sigma"] == 0)).any()):
+        raise ValueError("signal, sigma: expected at least one of the two to be positive at every index")
+    if bool(((fields["noise_coef"] != 0) & ~fields["draws"]).any()):
+        raise ValueError("draws: expected True wherever noise_coef is not zero")
+
+
 def timesteps(num_train: int, n: int, spacing: str = "leading") -> Tensor:
     """`n` of the timesteps 0..num_train-1, descending, int64 (n,).
 

@@ -128,7 +128,7 @@ def _levels(scheduler: Any, chain: Chain, steps: Tensor, measured: Tensor | None
     if sigmas is not None and len(sigmas) == count + 1:
         out += _coordinates(sigmas)
     table = _table(scheduler, "alphas_cumprod")
-    if table is not None and bool((steps == steps.round()).all()) and 0 <= steps.min() and steps.max() < len(table):
+    if table is not None and bool((steps == steps.round()).all()) and steps.min() >= 0 and steps.max() < len(table):
         abar = table[steps.long()]
         if hasattr(scheduler, "initial_alpha_cumprod"):  # DDIMInverse: the state is one step behind its timestep
             out.append(_preserving(torch.cat([torch.as_tensor([float(scheduler.initial_alpha_cumprod)]), abar])))
