@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
 def summary(solution: Any, steps: int, batch: int) -> str:
     stats = solution.stats
     text = (
-        f"{batch} image{'s' * (batch != 1)}, {steps} timesteps, solver {stats.solver}, window {stats.window}: {stats.rounds} rounds, "
-        f"{stats.model_evals} model evaluations, {stats.wall_seconds:.2f} s"
+        f"{batch} image{'s' * (batch != 1)}, {steps} timesteps, solver {stats.solver}, window {stats.window}: "
+        f"{stats.rounds} rounds, {stats.model_evals} model evaluations, {stats.wall_seconds:.2f} s"
     )
     if stats.finished_serially:
         text += f"; the rounds ran out and {stats.finished_serially} steps were finished serially"
