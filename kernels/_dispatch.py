@@ -166,7 +166,7 @@ def check_anderson(
 def check_windows(lo: Tensor, hi: Tensor, steps: int, width: int | None = None) -> None:
     """Values of the windows, where reading them costs nothing (on the CPU); the CUDA kernels clamp instead."""
     limit = steps if width is None else width
-    for b, (first, last) in enumerate(zip(lo.tolist(), hi.tolist())):
+    for b, (first, last) in enumerate(zip(lo.tolist(), hi.tolist(), strict=True)):
         if not 0 <= first <= last <= steps:
             raise ValueError(f"lo, hi: expected 0 <= lo <= hi <= {steps}, got {first}, {last} for sample {b}")
         if last - first > limit:

@@ -28,7 +28,7 @@ def _packed(tensors: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> tu
 
 
 def _write_back(originals: tuple[Tensor, ...], used: tuple[Tensor, ...]) -> None:
-    for original, stand_in in zip(originals, used):
+    for original, stand_in in zip(originals, used, strict=True):
         if stand_in is not original:
             original.copy_(stand_in)
 
@@ -102,9 +102,7 @@ def _anderson_triton(
     used = _packed(out)
     inputs = _packed((predictions, state_coef, model_coef, lo, hi))
     noise = None if drift is None else drift.contiguous()
-    _triton.launch(
-        used[0], *inputs, *used[1:], column, scope, ridge, relative_ridge, damping, stale, noise
-    )  # fmt: skip
+    _triton.launch(used[0], *inputs, *used[1:], column, scope, ridge, relative_ridge, damping, stale, noise)
     _write_back(out, used)
 
 
@@ -116,27 +114,29 @@ ANDERSON: dict[str, Callable[..., None]] = {
 }
 
 
-def run_ddim(backend: str, *args: Tensor | None) -> None:
-    """args: those of the schema, in its order."""
-    states, predictions, lo, hi, drift = args[0], args[1], args[4], args[5], args[8]
-    assert states is not None and predictions is not None and lo is not None and hi is not None
+def run_ddim(
+    backend: str, states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
+    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The op on one backend."""
     name = _dispatch.resolve(backend, (states, predictions) if drift is None else (states, predictions, drift))
     if states.device.type == "cpu":
-        _dispatch.check_windows(lo, hi, states.shape[0] - 1)
+        _dispatch.check_windows(lo, hi, predictions.shape[0])
     if states.shape[1]:
-        DDIM[name](*args)
+        DDIM[name](states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
 
 
-def run_anderson(backend: str, states: Tensor, predictions: Tensor, *args: Tensor | float | str | bool | None) -> None:
-    """args: those of the schema, in its order."""
-    lo, hi, f, drift = args[2], args[3], args[6], args[-1]
-    assert isinstance(lo, Tensor) and isinstance(hi, Tensor) and isinstance(f, Tensor)
-    storage = (states, predictions, f, drift) if isinstance(drift, Tensor) else (states, predictions, f)
-    name = _dispatch.resolve(backend, storage)
+def run_anderson(
+    backend: str, states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
+    sq_diff: Tensor, sq_norm: Tensor, f: Tensor, *rest: Tensor | float | str | None,
+) -> None:  # fmt: skip
+    """The op on one backend; rest: g, gram, ..., drift in the order of the schema."""
+    drift = rest[-1]
+    name = _dispatch.resolve(backend, (states, predictions, f, *([drift] if isinstance(drift, Tensor) else [])))
     if states.device.type == "cpu":
-        _dispatch.check_windows(lo, hi, states.shape[0] - 1, f.shape[1])
+        _dispatch.check_windows(lo, hi, predictions.shape[0], f.shape[1])
     if states.shape[1]:
-        ANDERSON[name](states, predictions, *args)
+        ANDERSON[name](states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, f, *rest)
 
 
 def _ddim_auto(

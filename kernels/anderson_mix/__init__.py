@@ -46,8 +46,8 @@ def anderson_step(
         filled: (W, B) int32, how many of the ring columns up to `column` are valid for the slot; raised by one, up to
             M. Zero it for a slot that a new row takes over.
         column: round % M, where this round is stored.
-        scope: "timestep": one alpha per row; "trajectory": one per sample; "triangular": row i's alpha minimises the sum
-            over rows lo..i, which respects causality.
+        scope: "timestep": one alpha per row; "trajectory": one per sample; "triangular": row i's alpha minimises the
+            sum over rows lo..i, which respects causality.
         ridge: >= 0, in units of the Gram (state squared), or relative to its diagonal if `relative_ridge`.
         damping: weight of the new iterate; 1 is undamped.
         stale: a column whose squared residual exceeds `stale` times the newest one's is left out; inf keeps all.

@@ -13,9 +13,8 @@ def solve_alpha(gram: Tensor, ridge: float, relative: bool, stale: float) -> Ten
     newest = gram[-1, -1]
     keep = torch.diagonal(gram) <= stale * newest  # a residual far above the newest carries no information
     keep[-1] = True
-    pair = keep[:, None] & keep[None, :]
     scale = torch.diagonal(gram) if relative else torch.ones_like(newest).expand(len(gram))
-    system = torch.where(pair, gram, 0) + torch.diag(torch.where(keep, ridge * scale, 1.0))
+    system = torch.where(keep[:, None] & keep, gram, 0) + torch.diag(torch.where(keep, ridge * scale, 1.0))
     alpha = torch.linalg.solve_ex(system, keep.to(gram.dtype)).result * keep
     alpha = alpha / alpha.sum()
     usable = newest > 0 and bool(alpha.isfinite().all())
@@ -27,8 +26,7 @@ def anderson_step(
     scope="timestep", ridge=1e-3, relative_ridge=False, damping=1.0, stale=float("inf"), drift=None,
 ) -> None:  # fmt: skip
     """F = scan(E), G = F - X, X <- sum_j alpha_j (F_j - (1 - damping) G_j); row lo[b] takes the plain step X <- F."""
-    history, width = f.shape[:2]
-    plain = states.clone()
+    (history, width), plain = f.shape[:2], states.clone()
     ddim_update(plain, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
     for b in range(states.shape[1]):
         rows, orders = range(int(lo[b]), int(hi[b])), {}
@@ -40,12 +38,13 @@ def anderson_step(
             dots = g[orders[i], s, b].to(gram.dtype) @ g[column, s, b].to(gram.dtype)
             gram[s, b, column, orders[i]], gram[s, b, orders[i], column] = dots, dots
         for i in rows:
-            if i == rows[0]:  # every state before it is known, so the plain step is final: Picard's guarantee survives
+            if i == rows[0]:  # every state before it is known: the plain step is final
                 states[i + 1, b] = plain[i + 1, b]
                 continue
             share = {"timestep": [i], "triangular": range(rows[0], i + 1), "trajectory": rows}[scope]
             order = min((orders[j] for j in share), key=len)
             total = sum(gram[j % width, b][order][:, order] for j in share)
             alpha = solve_alpha(total, ridge, relative_ridge, stale)
-            past = f[order, i % width, b].to(gram.dtype) - (1 - damping) * g[order, i % width, b].to(gram.dtype)
-            states[i + 1, b] = (alpha @ past).to(states.dtype)
+            past = f[order, i % width, b].to(gram.dtype)
+            past[-1] = plain[i + 1, b]  # not rounded to the history's dtype
+            states[i + 1, b] = (alpha @ (past - (1 - damping) * g[order, i % width, b].to(gram.dtype))).to(states.dtype)

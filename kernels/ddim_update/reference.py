@@ -19,7 +19,7 @@ def ddim_update(
 ) -> None:
     """F[i+1] = sum_l state_coef[i,l] F[i-l] + model_coef[i,l] E[i-l] + drift[i] for lo[b] <= i < hi[b]; states <- F.
 
-    Rows up to lo[b] are known, F = X there. sq_diff[i] = |F[i+1] - X[i+1]|^2 and sq_norm[i] = |F[i+1]|^2, summed over D.
+    Rows up to lo[b] are known, F = X there. sq_diff[i] = |F[i+1] - X[i+1]|^2, sq_norm[i] = |F[i+1]|^2, summed over D.
     """
     wide = torch.float64 if states.dtype == torch.float64 else torch.float32
     for b in range(states.shape[1]):

@@ -1,0 +1,69 @@
+"""Launch shapes of the Triton kernels: hand-picked per architecture, so that no user's first call autotunes.
+
+Streaming kernels give every thread 16 bytes per access. The scans run one warp per program: a time step then needs no
+barrier, and the grid, not the program, fills the device. Where B * D alone is too small for that, a scan splits the
+window over time as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+WARPS_WANTED = 8  # per multiprocessor, before a scan stops splitting the window
+MAX_CHUNKS, MIN_CHUNK_ROWS = 32, 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """accesses: 16-byte accesses per thread and stream, at 32 threads a warp; rows, prior: a solve's rows at a time."""
+
+    accesses: int
+    num_warps: int = 1
+    rows: int = 16
+    prior: int = 64
+
+    def block(self, itemsize: int) -> int:
+        """Elements per program."""
+        return self.accesses * (16 // itemsize) * 32 * self.num_warps
+
+
+_DEFAULT = {"scan": Config(2), "anderson_scan": Config(1), "solve": Config(0, 4), "mix": Config(2, 4)}
+TABLE: dict[str, dict[str, Config]] = {
+    "sm_80": _DEFAULT,
+    "sm_90": _DEFAULT,
+    "sm_100": _DEFAULT | {"mix": Config(4, 4)},
+    "gfx942": _DEFAULT | {"anderson_scan": Config(2)},  # 64 lanes share the block
+    "cpu": _DEFAULT | {"scan": Config(8), "anderson_scan": Config(8)},  # interpreted: fewer, larger programs
+}
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """A key of TABLE: the newest listed architecture that is not newer than the device's."""
+    if device.type != "cuda":
+        return "cpu"
+    name = getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")
+    if torch.version.hip:
+        return name.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    known = sorted(int(key[3:]) for key in TABLE if key.startswith("sm_"))
+    return f"sm_{max((k for k in known if k <= 10 * major + minor), default=known[0])}"
+
+
+def config(op: str, device: torch.device) -> Config:
+    """The launch shape of one kernel on one device."""
+    return TABLE.get(architecture(device), _DEFAULT)[op]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def scan_chunks(programs: int, rows: int, device: torch.device) -> int:
+    """Into how many parts a scan splits `rows` time steps, when samples and blocks of D make `programs` programs."""
+    wanted = WARPS_WANTED * _multiprocessors(device) // max(programs, 1)
+    return max(1, min(wanted, MAX_CHUNKS, rows // MIN_CHUNK_ROWS))

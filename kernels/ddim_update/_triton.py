@@ -1,0 +1,191 @@
+"""Triton kernels of the batched DDIM update: an affine scan over time, elementwise over D, with its residual norms.
+
+F[i+1] = sum_{l<L} state_coef[i,l] F[i-l] + model_coef[i,l] E[i-l] + drift[i], L <= 4: the sampler's own step (DDIM:
+Song et al. 2021, arXiv 2010.02502, eq. 12; multistep: Lu et al. 2022, arXiv 2211.01095). One program carries the last L
+states of one block of D in registers through the rows of one sample's window, so E and X are read once and F is written
+once: 3 elements per state element. When B * D alone cannot fill the device, the window is cut into chunks of rows; each
+program then repeats the recursion over the rows before its chunk, which reads E only, so that the result does not
+depend, bit for bit, on the number of chunks.
+
+Norms are summed per block, then over blocks by a second kernel in a fixed order: no atomics, the same bits every time.
+Arithmetic is float32, or float64 if the states are; offsets are int64; the tail of D is masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _config
+
+
+@triton.jit
+def window(lo, hi, b, T):
+    """The active rows of sample b, clamped into the chain whatever the device memory holds."""
+    first = tl.maximum(tl.load(lo + b), 0)
+    return first, tl.minimum(tl.load(hi + b), T)
+
+
+@triton.jit
+def chunk_of(first, last, chunk, chunks):
+    """Rows [begin, end) of one of `chunks` nearly equal parts of [first, last)."""
+    size = tl.cdiv(tl.maximum(last - first, 0), chunks)
+    begin = first + chunk * size
+    return begin, tl.minimum(begin + size, last)
+
+
+@triton.jit
+def known_row(x, i, b, B, D, lanes, mask, WIDE: tl.constexpr):
+    """Row i of a time-major tensor, zero where i < 0."""
+    row = x + (tl.cast(tl.maximum(i, 0), tl.int64) * B + b) * D
+    return tl.where(i >= 0, tl.load(row + lanes, mask=mask, other=0.0).to(WIDE), 0.0)
+
+
+@triton.jit
+def scan_row(
+    i, b, B, D, lanes, mask, x0, x1, x2, x3, e1, e2, e3, predictions, drift, state_coef, model_coef,
+    L: tl.constexpr, DRIFT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The state that follows row i, and row i's prediction; x_l, e_l are those of l rows before."""
+    at = (tl.cast(i, tl.int64) * B + b) * D
+    a, c = state_coef + i * L, model_coef + i * L
+    e0 = tl.load(predictions + at + lanes, mask=mask, other=0.0).to(WIDE)
+    new = tl.fma(tl.load(a).to(WIDE), x0, tl.load(c).to(WIDE) * e0)  # spelled out: rounds alike wherever it is inlined
+    if L > 1:
+        new = tl.fma(tl.load(c + 1).to(WIDE), e1, tl.fma(tl.load(a + 1).to(WIDE), x1, new))
+    if L > 2:
+        new = tl.fma(tl.load(c + 2).to(WIDE), e2, tl.fma(tl.load(a + 2).to(WIDE), x2, new))
+    if L > 3:
+        new = tl.fma(tl.load(c + 3).to(WIDE), e3, tl.fma(tl.load(a + 3).to(WIDE), x3, new))
+    if DRIFT:
+        new += tl.load(drift + at + lanes, mask=mask, other=0.0).to(WIDE)
+    return new, e0
+
+
+@triton.jit
+def scan_start(
+    states, predictions, drift, state_coef, model_coef, first, begin, b, B, D, lanes, mask,
+    L: tl.constexpr, DRIFT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What the recursion carries into row `begin`: the last states and predictions, from the known row `first` on."""
+    x0 = known_row(states, first, b, B, D, lanes, mask, WIDE)
+    x1, x2, x3, e1, e2, e3 = x0, x0, x0, x0, x0, x0
+    if L > 1:
+        x1 = known_row(states, first - 1, b, B, D, lanes, mask, WIDE)
+        e1 = known_row(predictions, first - 1, b, B, D, lanes, mask, WIDE)
+    if L > 2:
+        x2 = known_row(states, first - 2, b, B, D, lanes, mask, WIDE)
+        e2 = known_row(predictions, first - 2, b, B, D, lanes, mask, WIDE)
+    if L > 3:
+        x3 = known_row(states, first - 3, b, B, D, lanes, mask, WIDE)
+        e3 = known_row(predictions, first - 3, b, B, D, lanes, mask, WIDE)
+    for i in tl.range(first, begin, loop_unroll_factor=4):
+        new, e0 = scan_row(
+            i, b, B, D, lanes, mask, x0, x1, x2, x3, e1, e2, e3, predictions, drift, state_coef, model_coef,
+            L, DRIFT, WIDE,
+        )  # fmt: skip
+        if L > 3:
+            x3, e3 = x2, e2
+        if L > 2:
+            x2, e2 = x1, e1
+        if L > 1:
+            x1, e1 = x0, e0
+        x0 = new
+    return x0, x1, x2, x3, e1, e2, e3
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def ddim_update_kernel(
+    states, predictions, drift, state_coef, model_coef, lo, hi, partials, T, B, D, chunks,
+    L: tl.constexpr, DRIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of D, one sample, one chunk of rows. partials: (T, B, blocks, 2)."""
+    WIDE: tl.constexpr = tl.float64 if states.dtype.element_ty == tl.float64 else tl.float32
+    blocks = tl.cdiv(D, BLOCK)
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b = rest % B
+    first, last = window(lo, hi, b, T)
+    begin, end = chunk_of(first, last, rest // B, chunks)
+    if begin >= end:
+        return
+    lanes = block * BLOCK + tl.arange(0, BLOCK)
+    mask = lanes < D
+    x0, x1, x2, x3, e1, e2, e3 = scan_start(
+        states, predictions, drift, state_coef, model_coef, first, begin, b, B, D, lanes, mask, L, DRIFT, WIDE
+    )
+    for i in tl.range(begin, end):
+        target = states + (tl.cast(i + 1, tl.int64) * B + b) * D + lanes
+        old = tl.load(target, mask=mask, other=0.0).to(WIDE)
+        new, e0 = scan_row(
+            i, b, B, D, lanes, mask, x0, x1, x2, x3, e1, e2, e3, predictions, drift, state_coef, model_coef,
+            L, DRIFT, WIDE,
+        )  # fmt: skip
+        tl.store(target, new.to(states.dtype.element_ty), mask=mask)
+        diff = new - old
+        sums = partials + ((tl.cast(i, tl.int64) * B + b) * blocks + block) * 2
+        tl.store(sums, tl.sum(diff * diff))
+        tl.store(sums + 1, tl.sum(new * new))
+        if L > 3:
+            x3, e3 = x2, e2
+        if L > 2:
+            x2, e2 = x1, e1
+        if L > 1:
+            x1, e1 = x0, e0
+        x0 = new
+
+
+@triton.jit(do_not_specialize=["T", "blocks"])
+def norms_kernel(
+    partials, lo, hi, sq_diff, sq_norm, T, B, blocks, K: tl.constexpr, AT: tl.constexpr, ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """Sums over blocks of entries AT and AT + 1 of partials (T, B, blocks, K), for ROWS rows of one sample."""
+    b = tl.program_id(0) % B
+    first, last = window(lo, hi, b, T)
+    i = first + (tl.program_id(0) // B) * ROWS + tl.arange(0, ROWS)
+    if tl.min(i) >= last:
+        return
+    row = i.to(tl.int64) * B + b
+    span = tl.arange(0, SPAN)
+    diff = tl.zeros((ROWS,), partials.dtype.element_ty)
+    norm = tl.zeros((ROWS,), partials.dtype.element_ty)
+    for start in tl.range(0, blocks, SPAN):
+        at = (row[:, None] * blocks + start + span[None, :]) * K + AT
+        mask = (i < last)[:, None] & (start + span < blocks)[None, :]
+        diff += tl.sum(tl.load(partials + at, mask=mask, other=0.0), axis=1)
+        norm += tl.sum(tl.load(partials + at + 1, mask=mask, other=0.0), axis=1)
+    tl.store(sq_diff + row, diff.to(sq_diff.dtype.element_ty), mask=i < last)
+    tl.store(sq_norm + row, norm.to(sq_norm.dtype.element_ty), mask=i < last)
+
+
+def launch_norms(
+    partials: Tensor, lo: Tensor, hi: Tensor, sq_diff: Tensor, sq_norm: Tensor, rows: int, entry: int
+) -> None:
+    """sq_diff, sq_norm <- sums over blocks of entries `entry` and `entry + 1` of partials (T, B, blocks, K)."""
+    steps, batch, blocks, entries = partials.shape
+    norms_kernel[(batch * triton.cdiv(rows, 16),)](
+        partials, lo, hi, sq_diff, sq_norm, steps, batch, blocks, K=entries, AT=entry, ROWS=16, SPAN=64, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def launch(
+    states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
+    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None, chunks: int | None = None,
+) -> None:  # fmt: skip
+    """The op on contiguous tensors: two launches. chunks overrides how many parts the window is cut into."""
+    steps, batch, size = predictions.shape
+    config = _config.config("scan", states.device)
+    block = config.block(states.element_size())
+    blocks = triton.cdiv(size, block)
+    chunks = chunks or _config.scan_chunks(blocks * batch, steps, states.device)
+    wide = torch.float64 if states.dtype == torch.float64 else torch.float32
+    partials = torch.empty((steps, batch, blocks, 2), dtype=wide, device=states.device)
+    ddim_update_kernel[(blocks * batch * chunks,)](
+        states, predictions, drift, state_coef, model_coef, lo, hi, partials, steps, batch, size, chunks,
+        L=state_coef.shape[1], DRIFT=drift is not None, BLOCK=block, num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    launch_norms(partials, lo, hi, sq_diff, sq_norm, steps, 0)
