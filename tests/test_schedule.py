@@ -202,6 +202,12 @@ def test_slope_is_the_regression_of_the_output_on_the_state(variance):
             torch.testing.assert_close(p * x + q * o, x0, rtol=1e-7, atol=1e-7)
 
 
+def test_a_signal_that_is_almost_zero():
+    abar = torch.cat([ABAR[:-1], torch.tensor([1e-20], dtype=torch.float64)])
+    for kind in KINDS:
+        assert Schedule.ddim(abar, timesteps(1000, 10, "trailing"), prediction_type=kind).state_coef.isfinite().all()
+
+
 def test_spacings():
     assert timesteps(1000, 4).tolist() == [750, 500, 250, 0]
     assert timesteps(1000, 4, "trailing").tolist() == [999, 749, 499, 249]
