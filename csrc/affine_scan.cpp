@@ -4,83 +4,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "parallel.h"
-
 namespace deqdiff {
 namespace {
 
-constexpr std::int64_t kStripBlocks = 16;  // 16 KB of float32: the lagged rows stay in the second-level cache
-
-struct Addresses {
-  const ScanProblem& problem;
-  const HistoryView& history;
-  std::int64_t item, row_bytes;
-
-  Addresses(const ScanProblem& p, const HistoryView& h)
-      : problem(p), history(h), item(item_size(p.dtype)), row_bytes(p.size * item_size(p.dtype)) {}
-
-  char* at(const void* base, std::int64_t row, std::int64_t b, std::int64_t element) const {
-    char* bytes = const_cast<char*>(static_cast<const char*>(base));
-    return bytes + (row * problem.batch + b) * row_bytes + element * item;
-  }
-  char* ring(const void* base, std::int64_t column, std::int64_t i, std::int64_t b, std::int64_t element) const {
-    return at(base, column * history.width + i % history.width, b, element);
-  }
-  // The value of state i on the scan: known states as they are, later ones as this round computed them.
-  const char* scanned(std::int64_t i, std::int64_t b, std::int64_t element) const {
-    if (history.f == nullptr || i <= problem.lo[b]) return at(problem.states, i, b, element);
-    return ring(history.f, history.column, i - 1, b, element);
-  }
-};
-
-int collect_terms(const Addresses& where, std::int64_t i, std::int64_t b, std::int64_t element, AffineRow* row) {
-  const ScanProblem& p = where.problem;
-  int count = 0;
-  const auto add = [&](double coef, const void* term) {
-    row->coef[count] = coef;
-    row->terms[count++] = term;
-  };
-  for (std::int64_t lag = 0; lag < p.lags && lag <= i; ++lag) {
-    const double state = p.state_coef[i * p.lags + lag], model = p.model_coef[i * p.lags + lag];
-    // A lag that the schedule does not use must not be read: it may lie outside the window.
-    if (lag == 0 || state != 0) add(state, where.scanned(i - lag, b, element));
-    if (lag == 0 || model != 0) add(model, where.at(p.predictions, i - lag, b, element));
-  }
-  if (p.drift != nullptr) add(1.0, where.at(p.drift, i, b, element));
-  return count;
-}
-
-void scan_strip(const Addresses& where, const RowIndex& index, std::int64_t b, std::int64_t block, std::int64_t blocks,
-                double* partial, int sums) {
-  const ScanProblem& p = where.problem;
-  const HistoryView& h = where.history;
-  const RowKernels& kernels = row_kernels(p.dtype);
-  const std::int64_t element = block * kBlock, all_blocks = block_count(p.size);
-  AffineRow row;
-  row.size = std::min(p.size, element + blocks * kBlock) - element;
-  row.stride = sums;
-  for (std::int64_t i = p.lo[b]; i < p.hi[b]; ++i) {
-    row.term_count = collect_terms(where, i, b, element, &row);
-    row.state = where.at(p.states, i + 1, b, element);
-    row.f = const_cast<void*>(row.state);
-    row.g = nullptr;
-    row.older_count = 0;
-    if (h.f != nullptr) {
-      row.f = where.ring(h.f, h.column, i, b, element);
-      row.g = where.ring(h.g, h.column, i, b, element);
-      row.older_count = std::clamp<int>(h.filled[i % h.width * p.batch + b], 0, h.history - 1);
-      for (int j = 0; j < row.older_count; ++j) {
-        row.older[j] = where.ring(h.g, (h.column - 1 - j + h.history) % h.history, i, b, element);
-      }
-    }
-    row.partial = partial + (index.row(b, i) * all_blocks + block) * sums;
-    kernels.affine(row);
-  }
-}
+constexpr std::int64_t kStripBlocks = 16;  // 16 KB of float32: the row before stays in the first or second-level cache
 
 }  // namespace
 
-RowIndex::RowIndex(const ScanProblem& problem, std::int64_t width) : problem_(problem) {
+RowIndex::RowIndex(const ScanProblem& problem, std::int64_t width) : lo_(problem.lo) {
   first_.reserve(problem.batch + 1);
   first_.push_back(0);
   for (std::int64_t b = 0; b < problem.batch; ++b) {
@@ -94,8 +25,87 @@ RowIndex::RowIndex(const ScanProblem& problem, std::int64_t width) : problem_(pr
   }
 }
 
-std::int64_t RowIndex::sample(std::int64_t row) const {
-  return std::upper_bound(first_.begin(), first_.end(), row) - first_.begin() - 1;
+Piece piece_of(const Range& range, std::int64_t blocks, std::int64_t b) {
+  return {b, std::max(range.begin - b * blocks, std::int64_t{0}), std::min(range.end - b * blocks, blocks)};
+}
+
+AffineScan::AffineScan(const ScanProblem& problem, const HistoryView& history, const RowIndex& index, double* partial,
+                       int sums)
+    : p_(problem),
+      h_(history),
+      index_(index),
+      partial_(partial),
+      sums_(sums),
+      blocks_(block_count(problem.size)),
+      item_(item_size(problem.dtype)),
+      kernels_(row_kernels(problem.dtype)) {}
+
+char* AffineScan::at(const void* base, std::int64_t row, std::int64_t b, std::int64_t element) const {
+  char* bytes = const_cast<char*>(static_cast<const char*>(base));
+  return bytes + ((row * p_.batch + b) * p_.size + element) * item_;
+}
+
+char* AffineScan::ring(const void* base, int column, std::int64_t i, std::int64_t b, std::int64_t element) const {
+  return at(base, column * h_.width + i % h_.width, b, element);
+}
+
+// The value of state i on the scan: known states as they are, later ones as this round computed them.
+const char* AffineScan::scanned(std::int64_t i, std::int64_t b, std::int64_t element) const {
+  if (h_.f == nullptr || i <= p_.lo[b]) return at(p_.states, i, b, element);
+  return ring(h_.f, h_.column, i - 1, b, element);
+}
+
+int AffineScan::collect_terms(std::int64_t i, std::int64_t b, std::int64_t element, AffineRow* row) const {
+  int count = 0;
+  const auto add = [&](double coef, const void* term) {
+    row->coef[count] = coef;
+    row->terms[count++] = term;
+  };
+  for (std::int64_t lag = 0; lag < p_.lags && lag <= i; ++lag) {
+    const double state = p_.state_coef[i * p_.lags + lag], model = p_.model_coef[i * p_.lags + lag];
+    // Lags that this row does not use cost nothing, and may not have been written yet.
+    if (lag == 0 || state != 0) add(state, scanned(i - lag, b, element));
+    if (lag == 0 || model != 0) add(model, at(p_.predictions, i - lag, b, element));
+  }
+  if (p_.drift != nullptr) add(1.0, at(p_.drift, i, b, element));
+  return count;
+}
+
+void AffineScan::run_strip(const Piece& strip, std::int64_t from, std::int64_t to) const {
+  const std::int64_t b = strip.b, element = strip.begin * kBlock;
+  AffineRow row;
+  row.size = std::min(p_.size, strip.end * kBlock) - element;
+  row.stride = sums_;
+  row.g = nullptr;
+  row.older_count = 0;
+  for (std::int64_t i = from; i < to; ++i) {
+    row.term_count = collect_terms(i, b, element, &row);
+    row.state = row.f = at(p_.states, i + 1, b, element);
+    if (h_.f != nullptr) {
+      row.f = ring(h_.f, h_.column, i, b, element);
+      row.g = ring(h_.g, h_.column, i, b, element);
+      row.older_count = std::clamp<int>(h_.filled[i % h_.width * p_.batch + b], 0, h_.history - 1);
+      for (int j = 0; j < row.older_count; ++j) {
+        row.older[j] = ring(h_.g, (h_.column - 1 - j + h_.history) % h_.history, i, b, element);
+      }
+    }
+    row.partial = partial_ + (index_.row(b, i) * blocks_ + strip.begin) * sums_;
+    kernels_.affine(row);
+  }
+}
+
+void AffineScan::run(const Piece& piece, std::int64_t from, std::int64_t to) const {
+  for (std::int64_t begin = piece.begin; begin < piece.end; begin += kStripBlocks) {
+    run_strip({piece.b, begin, std::min(piece.end, begin + kStripBlocks)}, from, to);
+  }
+}
+
+void AffineScan::reduce(std::int64_t b, std::int64_t i, int count, double* total) const {
+  std::fill(total, total + count, 0.0);
+  const double* group = partial_ + index_.row(b, i) * blocks_ * sums_;
+  for (std::int64_t block = 0; block < blocks_; ++block, group += sums_) {
+    for (int k = 0; k < count; ++k) total[k] += group[k];
+  }
 }
 
 double* scratch(std::size_t doubles) {
@@ -104,36 +114,23 @@ double* scratch(std::size_t doubles) {
   return memory.data();
 }
 
-void scan_rows(const ScanProblem& problem, const HistoryView& history, const RowIndex& index, double* partial, int sums) {
-  const Addresses where(problem, history);
-  const std::int64_t blocks = block_count(problem.size);
-  const int parts = useful_threads(index.rows() * problem.size, problem.threads);
-  parallel_for(problem.batch * blocks, parts, [&](std::int64_t begin, std::int64_t end) {
-    while (begin < end) {
-      const std::int64_t b = begin / blocks, block = begin % blocks;
-      const std::int64_t count = std::min({end - begin, blocks - block, kStripBlocks});
-      scan_strip(where, index, b, block, count, partial, sums);
-      begin += count;
-    }
-  });
-}
-
 void ddim_update(const ScanProblem& problem) {
+  constexpr int kSums = 2;
   const RowIndex index(problem, problem.steps);
   const std::int64_t blocks = block_count(problem.size);
-  const int sums = 2;
-  double* partial = scratch(index.rows() * blocks * sums);
-  scan_rows(problem, HistoryView{}, index, partial, sums);
+  const AffineScan scan(problem, HistoryView{}, index, scratch(index.rows() * blocks * kSums), kSums);
+  team(useful_threads(index.rows() * problem.size, problem.threads), [&](int part, int parts) {
+    const Range range(problem.batch * blocks, part, parts);
+    for (std::int64_t b = blocks > 0 ? range.begin / blocks : 0; b * blocks < range.end; ++b) {
+      scan.run(piece_of(range, blocks, b), problem.lo[b], problem.hi[b]);
+    }
+  });
   for (std::int64_t b = 0; b < problem.batch; ++b) {
     for (std::int64_t i = problem.lo[b]; i < problem.hi[b]; ++i) {
-      const double* group = partial + index.row(b, i) * blocks * sums;
-      double diff = 0, norm = 0;
-      for (std::int64_t block = 0; block < blocks; ++block, group += sums) {
-        diff += group[0];
-        norm += group[1];
-      }
-      problem.sq_diff[i * problem.batch + b] = diff;
-      problem.sq_norm[i * problem.batch + b] = norm;
+      double total[kSums];
+      scan.reduce(b, i, kSums, total);
+      problem.sq_diff[i * problem.batch + b] = total[0];
+      problem.sq_norm[i * problem.batch + b] = total[1];
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "parallel.h"
 #include "rows.h"
 
 namespace deqdiff {
@@ -27,37 +28,69 @@ struct ScanProblem {
   int threads;
 };
 
-// Where row i+1 of sample b is written, what its older columns are, and how many sums each block yields.
+// Where an Anderson round keeps F and G = F - X: rings (M, W, B, D), row i in slot i % W.
 struct HistoryView {
-  void* f = nullptr;  // (M, W, B, D); null: results go to the states themselves
+  void* f = nullptr;  // null: no history, F goes to the states themselves
   void* g = nullptr;
-  const std::int32_t* filled = nullptr;  // (W, B)
+  const std::int32_t* filled = nullptr;  // (W, B) older columns of a row, before this round
   int history = 1;
   std::int64_t width = 1;
   int column = 0;
 };
 
-// Active rows of all samples, numbered sample by sample, and the partial sums of each of their blocks.
+// Active rows of all samples, numbered sample by sample.
 class RowIndex {
  public:
   // Throws std::invalid_argument when a window reaches outside [0, steps] or is wider than `width`.
   RowIndex(const ScanProblem& problem, std::int64_t width);
 
   std::int64_t rows() const { return first_.back(); }
-  std::int64_t row(std::int64_t b, std::int64_t i) const { return first_[b] + i - problem_.lo[b]; }
-  std::int64_t sample(std::int64_t row) const;
-  std::int64_t step(std::int64_t row, std::int64_t b) const { return problem_.lo[b] + row - first_[b]; }
+  std::int64_t count(std::int64_t b) const { return first_[b + 1] - first_[b]; }
+  std::int64_t row(std::int64_t b, std::int64_t i) const { return first_[b] + i - lo_[b]; }
 
  private:
-  const ScanProblem& problem_;
+  const std::int32_t* lo_;
   std::vector<std::int64_t> first_;
 };
 
-// Memory for the sums, kept by the calling thread from one call to the next.
-double* scratch(std::size_t doubles);
+// Blocks [begin, end) of sample b, to be walked through time by one thread.
+struct Piece {
+  std::int64_t b, begin, end;
+};
+// What a thread that owns `range` of all samples' blocks owns of sample b.
+Piece piece_of(const Range& range, std::int64_t blocks, std::int64_t b);
 
-// Runs the recursion. partial: (rows, blocks, sums) doubles, sums = 2, or 3 + M - 1 with a history.
-void scan_rows(const ScanProblem& problem, const HistoryView& history, const RowIndex& index, double* partial, int sums);
+// The recursion and its partial sums: `sums` doubles for every block of every active row.
+class AffineScan {
+ public:
+  AffineScan(const ScanProblem& problem, const HistoryView& history, const RowIndex& index, double* partial, int sums);
+
+  // Rows [from, to) of the piece. The piece's earlier rows must have been run.
+  void run(const Piece& piece, std::int64_t from, std::int64_t to) const;
+
+  // total[k] = the sum over blocks, in block order, for k < count.
+  void reduce(std::int64_t b, std::int64_t i, int count, double* total) const;
+
+  // Address of an element of row `row` of a (rows, B, D) tensor, and of ring column `column` for row i.
+  char* at(const void* base, std::int64_t row, std::int64_t b, std::int64_t element) const;
+  char* ring(const void* base, int column, std::int64_t i, std::int64_t b, std::int64_t element) const;
+
+ private:
+  void run_strip(const Piece& strip, std::int64_t from, std::int64_t to) const;
+  int collect_terms(std::int64_t i, std::int64_t b, std::int64_t element, AffineRow* row) const;
+  const char* scanned(std::int64_t i, std::int64_t b, std::int64_t element) const;
+
+  const ScanProblem& p_;
+  HistoryView h_;
+  const RowIndex& index_;
+  double* partial_;
+  int sums_;
+  std::int64_t blocks_, item_;
+  const RowKernels& kernels_;
+};
+
+// Memory for sums and weights, kept by the calling thread from one call to the next.
+double* scratch(std::size_t doubles);
 
 void ddim_update(const ScanProblem& problem);
 

@@ -1,38 +1,19 @@
 #include "anderson.h"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
+#include <memory>
 #include <vector>
 
 #include "parallel.h"
+#include "ridge_solve.h"
 
 namespace deqdiff {
 namespace {
 
-// Solves matrix x = right by elimination with partial pivoting, in place. False when a pivot is zero or not a number.
-bool eliminate(double (*matrix)[kMaxHistory], double* right, int n) {
-  for (int k = 0; k < n; ++k) {
-    int pivot = k;
-    for (int r = k + 1; r < n; ++r) {
-      if (std::fabs(matrix[r][k]) > std::fabs(matrix[pivot][k])) pivot = r;
-    }
-    if (!(std::fabs(matrix[pivot][k]) > 0)) return false;
-    if (pivot != k) {
-      std::swap_ranges(matrix[k], matrix[k] + n, matrix[pivot]);
-      std::swap(right[k], right[pivot]);
-    }
-    for (int r = k + 1; r < n; ++r) {
-      const double factor = matrix[r][k] / matrix[k][k];
-      for (int c = k + 1; c < n; ++c) matrix[r][c] -= factor * matrix[k][c];
-      right[r] -= factor * right[k];
-    }
-  }
-  for (int k = n - 1; k >= 0; --k) {
-    for (int c = k + 1; c < n; ++c) right[k] -= matrix[k][c] * right[c];
-    right[k] /= matrix[k][k];
-  }
-  return true;
-}
+// A round walks through time in chunks: scan a chunk, solve its weights, mix it while its new F and X are still in the
+// second-level cache. Threads own blocks of D; the last thread to finish a chunk of a sample solves for that chunk.
+constexpr std::int64_t kChunkBytes = 512 << 10;
 
 class Round {
  public:
@@ -41,176 +22,228 @@ class Round {
         s_(problem.scan),
         index_(problem.scan, problem.width),
         blocks_(block_count(problem.scan.size)),
-        sums_(2 + problem.history),
-        square_(problem.history * problem.history) {
-    const std::int64_t rows = index_.rows();
-    const bool shared = p_.scope != Scope::kTimestep;
-    double* memory = scratch(rows * (blocks_ * sums_ + p_.history + (shared ? square_ + 1 : 0)));
-    partial_ = memory;
-    alpha_ = partial_ + rows * blocks_ * sums_;
-    shared_gram_ = alpha_ + rows * p_.history;
-    shared_count_ = shared_gram_ + rows * square_;
-  }
+        square_(problem.history * problem.history),
+        memory_(reserve()),
+        scan_(s_, {p_.f, p_.g, p_.filled, p_.history, p_.width, p_.column}, index_, memory_.partial, 2 + p_.history) {}
 
-  void run() {
-    HistoryView view{p_.f, p_.g, p_.filled, p_.history, p_.width, p_.column};
-    scan_rows(s_, view, index_, partial_, sums_);
-    const int parts = useful_threads(index_.rows() * 1024, s_.threads);
-    for_rows(parts, [this](std::int64_t row, std::int64_t b, std::int64_t i) {
-      finish_row(row, b, i);
-      if (p_.scope == Scope::kTimestep) solve_row(row, b, i, gram(i, b), filled(i, b));
-    });
-    if (p_.scope != Scope::kTimestep) {
-      for (std::int64_t b = 0; b < s_.batch; ++b) accumulate(b);
-      for_rows(parts, [this](std::int64_t row, std::int64_t b, std::int64_t i) {
-        const std::int64_t from = p_.scope == Scope::kTrajectory ? index_.row(b, s_.hi[b] - 1) : row;
-        solve_row(row, b, i, shared_gram_ + from * square_, static_cast<int>(shared_count_[from]));
-      });
-    }
-    mix();
-  }
+  void run();
 
  private:
-  std::int64_t slot(std::int64_t i, std::int64_t b) const { return i % p_.width * s_.batch + b; }
-  double* gram(std::int64_t i, std::int64_t b) const { return p_.gram + slot(i, b) * square_; }
-  std::int32_t& filled(std::int64_t i, std::int64_t b) const { return p_.filled[slot(i, b)]; }
-  int column(int back) const { return (p_.column - back + p_.history) % p_.history; }
+  struct Memory {
+    double* partial;      // (rows, blocks, 2 + M)
+    double* alpha;        // (rows, M) by age: alpha[0] belongs to the newest column
+    double* shared_gram;  // (rows, M, M) running sums, unless the scope is the timestep
+    double* shared_fill;  // (rows,) columns that all rows up to this one have
+  };
+  struct Gate {
+    std::atomic<int> arrived{0};  // threads that have scanned this chunk of this sample
+    std::atomic<bool> solved{false};
+  };
 
-  template <class F>
-  void for_rows(int parts, const F& visit) {
-    parallel_for(index_.rows(), parts, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t row = begin; row < end; ++row) {
-        const std::int64_t b = index_.sample(row);
-        visit(row, b, index_.step(row, b));
-      }
-    });
+  Memory reserve() const;
+  std::int64_t chunk_rows(int parts) const;
+  void share(int part, int parts);
+  void walk(const Piece* pieces, int count, int parts);
+  void solve_chunk(std::int64_t b, std::int64_t from, std::int64_t to);
+  void finish_row(std::int64_t b, std::int64_t i);
+  void accumulate(std::int64_t b, std::int64_t i);
+  void solve_row(std::int64_t b, std::int64_t i, const double* matrix, int n);
+  void mix(const Piece& piece, std::int64_t from, std::int64_t to) const;
+
+  std::int64_t slot(std::int64_t b, std::int64_t i) const { return i % p_.width * s_.batch + b; }
+  double* gram(std::int64_t b, std::int64_t i) const { return p_.gram + slot(b, i) * square_; }
+  std::int32_t& filled(std::int64_t b, std::int64_t i) const { return p_.filled[slot(b, i)]; }
+  int column(int age) const { return (p_.column - age + p_.history) % p_.history; }
+  std::int64_t chunks(std::int64_t b) const { return (index_.count(b) + chunk_ - 1) / chunk_; }
+  std::int64_t start(std::int64_t b, std::int64_t chunk) const {
+    return s_.lo[b] + std::min(chunk * chunk_, index_.count(b));
   }
-
-  // Adds the partial sums in block order and writes the residual, the new Gram row and column, and the column count.
-  void finish_row(std::int64_t row, std::int64_t b, std::int64_t i) {
-    double total[2 + kMaxHistory] = {};
-    const int older = std::clamp<int>(filled(i, b), 0, p_.history - 1), used = 3 + older;
-    const double* group = partial_ + row * blocks_ * sums_;
-    for (std::int64_t block = 0; block < blocks_; ++block, group += sums_) {
-      for (int k = 0; k < used; ++k) total[k] += group[k];
-    }
-    s_.sq_diff[i * s_.batch + b] = total[0];
-    s_.sq_norm[i * s_.batch + b] = total[1];
-    double* matrix = gram(i, b);
-    for (int back = 0; back <= older; ++back) {
-      matrix[p_.column * p_.history + column(back)] = total[2 + back];
-      matrix[column(back) * p_.history + p_.column] = total[2 + back];
-    }
-    filled(i, b) = older + 1;
-  }
-
-  // Running sums of the Gram blocks from the first active row on, and the columns that all rows so far have.
-  void accumulate(std::int64_t b) {
-    for (std::int64_t i = s_.lo[b]; i < s_.hi[b]; ++i) {
-      const std::int64_t row = index_.row(b, i);
-      double* total = shared_gram_ + row * square_;
-      const double* own = gram(i, b);
-      const bool first = i == s_.lo[b];
-      for (int k = 0; k < square_; ++k) total[k] = own[k] + (first ? 0.0 : total[k - square_]);
-      shared_count_[row] = first ? filled(i, b) : std::min<double>(shared_count_[row - 1], filled(i, b));
-    }
-  }
-
-  void solve_row(std::int64_t row, std::int64_t b, std::int64_t i, const double* matrix, int n) {
-    double* alpha = alpha_ + row * p_.history;  // indexed by age: alpha[0] is the newest column
-    std::fill(alpha, alpha + p_.history, 0.0);
-    alpha[0] = 1.0;
-    if (i == s_.lo[b] || n <= 1) return;  // the first row's plain step is exact: it follows the known states
-    double ordered[kMaxHistory][kMaxHistory], solved[kMaxHistory];
-    for (int r = 0; r < n; ++r) {
-      for (int c = 0; c < n; ++c) ordered[r][c] = matrix[column(n - 1 - r) * p_.history + column(n - 1 - c)];
-    }
-    solve_alpha(&ordered[0][0], n, kMaxHistory, p_.ridge, p_.relative_ridge, p_.stale, solved);
-    for (int k = 0; k < n; ++k) alpha[k] = solved[n - 1 - k];
-  }
-
-  void mix() {
-    const int parts = useful_threads(index_.rows() * s_.size, s_.threads);
-    parallel_for(index_.rows() * blocks_, parts, [this](std::int64_t begin, std::int64_t end) {
-      while (begin < end) {
-        const std::int64_t row = begin / blocks_, block = begin % blocks_;
-        const std::int64_t count = std::min(end - begin, blocks_ - block);
-        mix_strip(row, block * kBlock, std::min(s_.size, (block + count) * kBlock));
-        begin += count;
-      }
-    });
-  }
-
-  void mix_strip(std::int64_t row, std::int64_t begin, std::int64_t end) const {
-    const std::int64_t b = index_.sample(row), i = index_.step(row, b), item = item_size(s_.dtype);
-    const double* alpha = alpha_ + row * p_.history;
-    const double undamped = i == s_.lo[b] ? 0.0 : 1.0 - p_.damping;
-    const auto ring = [&](const void* base, int back) {
-      const std::int64_t line = (column(back) * p_.width + i % p_.width) * s_.batch + b;
-      return static_cast<const char*>(base) + (line * s_.size + begin) * item;
-    };
-    MixRow mix;
-    mix.f_count = mix.g_count = 0;
-    mix.newest = ring(p_.f, 0);
-    mix.out = static_cast<char*>(s_.states) + (((i + 1) * s_.batch + b) * s_.size + begin) * item;
-    mix.size = end - begin;
-    for (int back = 0; back < p_.history; ++back) {
-      if (alpha[back] == 0) continue;
-      if (back > 0) {
-        mix.f[mix.f_count] = ring(p_.f, back);
-        mix.weight[mix.f_count++] = alpha[back];
-      }
-      if (undamped != 0) {
-        mix.g[mix.g_count] = ring(p_.g, back);
-        mix.g_weight[mix.g_count++] = -undamped * alpha[back];
-      }
-    }
-    row_kernels(s_.dtype).mix(mix);
+  // Threads that own blocks of sample b. Every part owns at least one block (run() sees to it), so none is skipped.
+  int sharers(std::int64_t b, int parts) const {
+    const auto owner = [&](std::int64_t unit) { return ((unit + 1) * parts - 1) / (s_.batch * blocks_); };
+    return static_cast<int>(owner((b + 1) * blocks_ - 1) - owner(b * blocks_)) + 1;
   }
 
   const AndersonProblem& p_;
   const ScanProblem& s_;
   RowIndex index_;
   std::int64_t blocks_;
-  int sums_;
   int square_;
-  double* partial_;
-  double* alpha_;
-  double* shared_gram_;
-  double* shared_count_;
+  Memory memory_;
+  AffineScan scan_;
+  std::int64_t chunk_ = 1;  // rows
+  std::vector<std::int64_t> first_gate_;
+  std::unique_ptr<Gate[]> gates_;
 };
 
-}  // namespace
-
-void solve_alpha(const double* gram, int n, int stride, double ridge, bool relative, double stale, double* alpha) {
-  const double newest = gram[(n - 1) * stride + n - 1];
-  const auto fall_back = [&] {
-    std::fill(alpha, alpha + n, 0.0);
-    alpha[n - 1] = 1.0;
-  };
-  int kept[kMaxHistory], count = 0;
-  for (int k = 0; k < n; ++k) {
-    if (k == n - 1 || gram[k * stride + k] <= stale * newest) kept[count++] = k;
-  }
-  if (!(newest > 0)) return fall_back();
-  double system[kMaxHistory][kMaxHistory], solution[kMaxHistory];
-  for (int r = 0; r < count; ++r) {
-    for (int c = 0; c < count; ++c) system[r][c] = gram[kept[r] * stride + kept[c]];
-    system[r][r] += ridge * (relative ? system[r][r] : 1.0);
-    solution[r] = 1.0;
-  }
-  if (!eliminate(system, solution, count)) return fall_back();
-  double total = 0;
-  bool finite = true;
-  for (int r = 0; r < count; ++r) total += solution[r];
-  for (int r = 0; r < count; ++r) {
-    solution[r] /= total;
-    finite = finite && std::isfinite(solution[r]);
-  }
-  if (!finite) return fall_back();
-  std::fill(alpha, alpha + n, 0.0);
-  for (int r = 0; r < count; ++r) alpha[kept[r]] = solution[r];
+Round::Memory Round::reserve() const {
+  const std::int64_t rows = index_.rows(), sums = rows * blocks_ * (2 + p_.history);
+  const std::int64_t shared = p_.scope == Scope::kTimestep ? 0 : rows;
+  double* partial = scratch(sums + rows * p_.history + shared * (square_ + 1));
+  double* alpha = partial + sums;
+  double* shared_gram = alpha + rows * p_.history;
+  return {partial, alpha, shared_gram, shared_gram + shared * square_};
 }
+
+std::int64_t Round::chunk_rows(int parts) const {
+  if (p_.scope == Scope::kTrajectory) return std::max<std::int64_t>(index_.rows(), 1);
+  const std::int64_t elements = std::min(s_.size, s_.batch * s_.size / parts);
+  const std::int64_t row_bytes = (2 * p_.history + 4) * std::max<std::int64_t>(elements, 1) * item_size(s_.dtype);
+  return std::max<std::int64_t>(kChunkBytes / row_bytes, 1);
+}
+
+void Round::run() {
+  if (blocks_ == 0) {
+    for (std::int64_t b = 0; b < s_.batch; ++b) solve_chunk(b, s_.lo[b], s_.lo[b] + index_.count(b));
+    return;
+  }
+  const std::int64_t units = s_.batch * blocks_;
+  const int parts =
+      static_cast<int>(std::min<std::int64_t>(useful_threads(index_.rows() * s_.size, s_.threads), units));
+  chunk_ = chunk_rows(std::max(parts, 1));
+  first_gate_.assign(1, 0);
+  for (std::int64_t b = 0; b < s_.batch; ++b) first_gate_.push_back(first_gate_.back() + chunks(b));
+  gates_ = std::make_unique<Gate[]>(first_gate_.back());
+  team(parts, [this](int part, int of) { share(part, of); });
+}
+
+// One thread's part. Samples shared with other threads come first, in step with them; then its own, one by one.
+void Round::share(int part, int parts) {
+  const Range range(s_.batch * blocks_, part, parts);
+  if (range.begin == range.end) return;
+  const std::int64_t first = range.begin / blocks_, last = (range.end - 1) / blocks_;
+  Piece shared[2];
+  int count = 0;
+  if (sharers(first, parts) > 1) shared[count++] = piece_of(range, blocks_, first);
+  if (last != first && sharers(last, parts) > 1) shared[count++] = piece_of(range, blocks_, last);
+  walk(shared, count, parts);
+  for (std::int64_t b = first; b <= last; ++b) {
+    if (sharers(b, parts) > 1) continue;
+    const Piece own = piece_of(range, blocks_, b);
+    walk(&own, 1, parts);
+  }
+}
+
+// Scans chunk by chunk and mixes behind. Where other threads are involved the mixing keeps one chunk of distance, so
+// that it seldom has to wait for their sums.
+void Round::walk(const Piece* pieces, int count, int parts) {
+  std::int64_t end = 0, lag = 0;
+  for (int k = 0; k < count; ++k) {
+    end = std::max(end, chunks(pieces[k].b));
+    if (sharers(pieces[k].b, parts) > 1) lag = 1;
+  }
+  for (std::int64_t chunk = 0; chunk < end + lag; ++chunk) {
+    for (int k = 0; k < count; ++k) {
+      const std::int64_t b = pieces[k].b;
+      if (chunk >= chunks(b)) continue;
+      scan_.run(pieces[k], start(b, chunk), start(b, chunk + 1));
+      Gate& gate = gates_[first_gate_[b] + chunk];
+      if (gate.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == sharers(b, parts)) {
+        solve_chunk(b, start(b, chunk), start(b, chunk + 1));
+        gate.solved.store(true, std::memory_order_release);
+      }
+    }
+    const std::int64_t behind = chunk - lag;
+    for (int k = 0; k < count && behind >= 0; ++k) {
+      const std::int64_t b = pieces[k].b;
+      if (behind >= chunks(b)) continue;
+      const Gate& gate = gates_[first_gate_[b] + behind];
+      wait_until([&gate] { return gate.solved.load(std::memory_order_acquire); });
+      mix(pieces[k], start(b, behind), start(b, behind + 1));
+    }
+  }
+}
+
+// The chunks of a sample are solved in order: whoever solves one has arrived at it after the one before was solved.
+void Round::solve_chunk(std::int64_t b, std::int64_t from, std::int64_t to) {
+  for (std::int64_t i = from; i < to; ++i) {
+    finish_row(b, i);
+    if (p_.scope == Scope::kTimestep) {
+      solve_row(b, i, gram(b, i), filled(b, i));
+      continue;
+    }
+    accumulate(b, i);
+    const std::int64_t row = index_.row(b, i);
+    if (p_.scope == Scope::kTriangular || i + 1 == to) {
+      solve_row(b, i, memory_.shared_gram + row * square_, static_cast<int>(memory_.shared_fill[row]));
+    }
+  }
+  if (p_.scope != Scope::kTrajectory) return;
+  for (std::int64_t i = from; i + 1 < to; ++i) {
+    const double* common = memory_.alpha + index_.row(b, to - 1) * p_.history;
+    double* alpha = memory_.alpha + index_.row(b, i) * p_.history;
+    if (i == s_.lo[b])
+      solve_row(b, i, nullptr, 0);
+    else
+      std::copy(common, common + p_.history, alpha);
+  }
+}
+
+// Adds the partial sums and writes the residual, the new Gram row and column, and the column count.
+void Round::finish_row(std::int64_t b, std::int64_t i) {
+  const int older = std::clamp<int>(filled(b, i), 0, p_.history - 1);
+  double total[2 + kMaxHistory];
+  scan_.reduce(b, i, 3 + older, total);
+  s_.sq_diff[i * s_.batch + b] = total[0];
+  s_.sq_norm[i * s_.batch + b] = total[1];
+  double* matrix = gram(b, i);
+  for (int age = 0; age <= older; ++age) {
+    matrix[p_.column * p_.history + column(age)] = total[2 + age];
+    matrix[column(age) * p_.history + p_.column] = total[2 + age];
+  }
+  filled(b, i) = older + 1;
+}
+
+// Running sums of the Gram matrices from the first active row on, and the columns that all rows so far have.
+void Round::accumulate(std::int64_t b, std::int64_t i) {
+  const std::int64_t row = index_.row(b, i);
+  double *total = memory_.shared_gram + row * square_, *fill = memory_.shared_fill + row;
+  const double* own = gram(b, i);
+  const bool first = i == s_.lo[b];
+  for (int k = 0; k < square_; ++k) total[k] = first ? own[k] : own[k] + total[k - square_];
+  *fill = first ? filled(b, i) : std::min<double>(fill[-1], filled(b, i));
+}
+
+// The first row's plain step is exact, since it follows the known states: newest column only.
+void Round::solve_row(std::int64_t b, std::int64_t i, const double* matrix, int n) {
+  double* alpha = memory_.alpha + index_.row(b, i) * p_.history;
+  std::fill(alpha, alpha + p_.history, 0.0);
+  alpha[0] = 1.0;
+  if (i == s_.lo[b] || n <= 1) return;
+  double ordered[kMaxHistory][kMaxHistory], solved[kMaxHistory];
+  for (int r = 0; r < n; ++r) {
+    for (int c = 0; c < n; ++c) ordered[r][c] = matrix[column(n - 1 - r) * p_.history + column(n - 1 - c)];
+  }
+  solve_alpha(&ordered[0][0], n, kMaxHistory, p_.ridge, p_.relative_ridge, p_.stale, solved);
+  for (int age = 0; age < n; ++age) alpha[age] = solved[n - 1 - age];
+}
+
+void Round::mix(const Piece& piece, std::int64_t from, std::int64_t to) const {
+  const std::int64_t b = piece.b, element = piece.begin * kBlock;
+  for (std::int64_t i = from; i < to; ++i) {
+    const double* alpha = memory_.alpha + index_.row(b, i) * p_.history;
+    const double undamped = i == s_.lo[b] ? 0.0 : 1.0 - p_.damping;
+    MixRow row;
+    row.f_count = row.g_count = 0;
+    row.newest = scan_.ring(p_.f, p_.column, i, b, element);
+    row.out = scan_.at(s_.states, i + 1, b, element);
+    row.size = std::min(s_.size, piece.end * kBlock) - element;
+    for (int age = 0; age < p_.history; ++age) {
+      if (alpha[age] == 0) continue;
+      if (age > 0) {
+        row.f[row.f_count] = scan_.ring(p_.f, column(age), i, b, element);
+        row.weight[row.f_count++] = alpha[age];
+      }
+      if (undamped != 0) {
+        row.g[row.g_count] = scan_.ring(p_.g, column(age), i, b, element);
+        row.g_weight[row.g_count++] = -undamped * alpha[age];
+      }
+    }
+    row_kernels(s_.dtype).mix(row);
+  }
+}
+
+}  // namespace
 
 void anderson_step(const AndersonProblem& problem) { Round(problem).run(); }
 

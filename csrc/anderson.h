@@ -24,13 +24,10 @@ struct AndersonProblem {
   double ridge;
   bool relative_ridge;
   double damping;
-  double stale;  // columns whose squared residual exceeds stale x the newest's get weight zero
+  double stale;  // see ridge_solve.h
 };
 
-// The constrained ridge least squares on a Gram matrix (n x n, row stride `stride`, newest column last).
-// Falls back to the newest column alone when the newest residual is zero or the solution is not finite.
-void solve_alpha(const double* gram, int n, int stride, double ridge, bool relative, double stale, double* alpha);
-
+// Throws std::invalid_argument when a window does not fit the rings.
 void anderson_step(const AndersonProblem& problem);
 
 }  // namespace deqdiff

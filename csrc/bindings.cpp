@@ -10,6 +10,8 @@
 #include "affine_scan.h"
 #include "anderson.h"
 #include "arena.h"
+#include "newton_rows.h"
+#include "newton_scan.h"
 #include "parallel.h"
 
 #ifndef DEQDIFF_VERSION
@@ -120,6 +122,37 @@ void anderson_step_py(int dtype, Address states, Address predictions, Address st
   anderson_step(problem);
 }
 
+void newton_scan_py(int dtype, Address states, Address predictions, Address state_coef, Address model_coef,
+                    Address drift, Address slope, bool slope_per_element, Address lo, Address hi, Address sq_diff,
+                    Address sq_norm, Address z, Address e, Address filled, Index T, Index B, Index D, int L, int ring,
+                    Index W, int column, double ridge, double floor, int threads) {
+  NewtonProblem problem;
+  problem.scan = scan_problem(dtype, states, predictions, state_coef, model_coef, drift, lo, hi, sq_diff, sq_norm, T, B,
+                              D, L, threads);
+  const bool rows = T > 0 && B > 0, data = rows && D > 0, remembers = ring > 0;
+  require_range("ring", ring, 0, kMaxSecants + 1);
+  require_range("W", W, remembers && T > 0 ? 1 : 0, Index{1} << 30);
+  require_range("column", column, 0, std::max(ring - 1, 0));
+  require(std::isfinite(ridge) && ridge > 0, "ridge", "a finite number > 0, got " + std::to_string(ridge));
+  require(std::isfinite(floor) && floor >= 0, "floor", "a finite number >= 0, got " + std::to_string(floor));
+  const Index lines = std::max(ring, 1) * std::max<Index>(W, 1) * std::max<Index>(B, 1);
+  require(lines <= (Index{1} << 59) && D <= std::numeric_limits<Index>::max() / 16 / lines, "ring, W, B, D",
+          "a size within the address space");
+  const std::size_t item = static_cast<std::size_t>(item_size(problem.scan.dtype));
+  problem.slope = storage("slope_ptr", slope, problem.scan.dtype == Dtype::kFloat64 ? 8 : 4, data);
+  problem.slope_per_element = slope_per_element;
+  problem.z = remembers ? storage("z_ptr", z, item, data) : nullptr;
+  problem.e = remembers ? storage("e_ptr", e, item, data) : nullptr;
+  problem.filled = remembers ? table<std::int32_t>("filled_ptr", filled, rows) : nullptr;
+  problem.ring = ring;
+  problem.width = W;
+  problem.column = column;
+  problem.ridge = ridge;
+  problem.floor = floor;
+  py::gil_scoped_release unlocked;
+  newton_scan(problem);
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -179,6 +212,12 @@ PYBIND11_MODULE(_C, m) {
         arg("T"), arg("B"), arg("D"), arg("L"), arg("M"), arg("W"), arg("column"), arg("scope"), arg("ridge"),
         arg("relative_ridge"), arg("damping"), arg("stale"), arg("threads"),
         "One Anderson round in place; see deqdiff_fast.kernels.anderson_mix. Releases the GIL.");
+
+  m.def("newton_scan", &newton_scan_py, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"), arg("state_coef_ptr"),
+        arg("model_coef_ptr"), arg("drift_ptr"), arg("slope_ptr"), arg("slope_per_element"), arg("lo_ptr"),
+        arg("hi_ptr"), arg("sq_diff_ptr"), arg("sq_norm_ptr"), arg("z_ptr"), arg("e_ptr"), arg("filled_ptr"), arg("T"),
+        arg("B"), arg("D"), arg("L"), arg("ring"), arg("W"), arg("column"), arg("ridge"), arg("floor"), arg("threads"),
+        "Quasi-Newton scan in place; see deqdiff_fast.kernels.newton_scan. Releases the GIL.");
 
   py::class_<Lease, std::shared_ptr<Lease>>(m, "Lease", py::buffer_protocol(),
                                             "Exclusive use of one slab of 256-byte aligned host memory.")

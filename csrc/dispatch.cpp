@@ -1,25 +1,34 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "newton_rows.h"
 #include "rows.h"
 
 namespace deqdiff {
 
 namespace baseline {
 extern const IsaTable table;
-}
+extern const NewtonTable newton_table;
+}  // namespace baseline
 #ifdef DEQDIFF_X86
 namespace avx2 {
 extern const IsaTable table;
-}
+extern const NewtonTable newton_table;
+}  // namespace avx2
 namespace avx512 {
 extern const IsaTable table;
-}
+extern const NewtonTable newton_table;
+}  // namespace avx512
 #endif
 
 namespace {
 
-const IsaTable& choose() {
+struct Chosen {
+  const IsaTable& rows;
+  const NewtonTable& newton;
+};
+
+Chosen choose() {
 #ifdef DEQDIFF_X86
   const char* wanted = std::getenv("DEQDIFF_FAST_ISA");
   const auto allowed = [wanted](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
@@ -27,17 +36,20 @@ const IsaTable& choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && allowed("avx512")) return avx512::table;
-  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return avx2::table;
+  if (has_avx512 && allowed("avx512")) return {avx512::table, avx512::newton_table};
+  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return {avx2::table, avx2::newton_table};
 #endif
-  return baseline::table;
+  return {baseline::table, baseline::newton_table};
+}
+
+const Chosen& chosen() {
+  static const Chosen tables = choose();
+  return tables;
 }
 
 }  // namespace
 
-const IsaTable& isa_table() {
-  static const IsaTable& chosen = choose();
-  return chosen;
-}
+const IsaTable& isa_table() { return chosen().rows; }
+const NewtonTable& newton_table() { return chosen().newton; }
 
 }  // namespace deqdiff

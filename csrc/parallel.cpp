@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -37,7 +38,9 @@ class Event {
     condition_.wait(lock, ready);
   }
   void notify() {
-    { std::lock_guard<std::mutex> lock(mutex_); }  // orders the caller's atomic write before the sleeper's check
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+    }  // orders the caller's atomic write before the sleeper's check
     condition_.notify_one();
   }
 
@@ -47,31 +50,25 @@ class Event {
 };
 
 struct Region {
-  RangeBody body;
+  TeamBody body;
   void* context;
-  std::int64_t count;
   int parts;
-  void run(int part) const { body(context, count * part / parts, count * (part + 1) / parts); }
 };
 
 class Pool {
  public:
-  void run(const Region& region) noexcept {
+  void run(int wanted, TeamBody body, void* context) noexcept {
     std::unique_lock<std::mutex> use(use_, std::try_to_lock);
-    if (!use.owns_lock()) {
-      for (int part = 0; part < region.parts; ++part) region.run(part);
-      return;
-    }
-    const int started = start(region.parts - 1);
-    region_ = &region;
-    pending_.store(started, std::memory_order_relaxed);
-    for (int k = 0; k < started; ++k) {
+    const int helpers = use.owns_lock() ? start(wanted - 1) : 0;
+    if (helpers == 0) return body(context, 0, 1);
+    region_ = Region{body, context, helpers + 1};
+    pending_.store(helpers, std::memory_order_relaxed);
+    for (int k = 0; k < helpers; ++k) {
       workers_[k]->ready.store(true, std::memory_order_release);
       workers_[k]->event.notify();
     }
-    region.run(0);
-    for (int part = started + 1; part < region.parts; ++part) region.run(part);
-    if (started > 0) done_.wait([this] { return pending_.load(std::memory_order_acquire) == 0; });
+    body(context, 0, helpers + 1);
+    done_.wait([this] { return pending_.load(std::memory_order_acquire) == 0; });
   }
 
   int size() const noexcept { return alive_.load(std::memory_order_relaxed); }
@@ -106,14 +103,14 @@ class Pool {
     for (;;) {
       self->event.wait([self] { return self->ready.load(std::memory_order_acquire); });
       self->ready.store(false, std::memory_order_relaxed);
-      region_->run(part);
+      region_.body(region_.context, part, region_.parts);
       if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.notify();
     }
   }
 
-  std::mutex use_;  // one region at a time; whoever finds it taken computes alone
+  std::mutex use_;  // one team at a time; whoever finds it taken computes alone
   std::vector<std::unique_ptr<Worker>> workers_;
-  const Region* region_ = nullptr;
+  Region region_{};
   std::atomic<int> pending_{0};
   std::atomic<int> alive_{0};
   Event done_;
@@ -134,11 +131,19 @@ Pool& pool() {
 
 }  // namespace
 
-void run_parts(std::int64_t count, int parts, RangeBody body, void* context) noexcept {
-  if (count <= 0) return;
-  parts = static_cast<int>(std::min<std::int64_t>(std::min(parts, kMaxWorkers + 1), count));
-  if (parts <= 1) return body(context, 0, count);
-  pool().run(Region{body, context, count, parts});
+void run_team(int wanted, TeamBody body, void* context) noexcept {
+  if (wanted <= 1) return body(context, 0, 1);
+  pool().run(std::min(wanted, kMaxWorkers + 1), body, context);
+}
+
+void back_off(int attempt) noexcept {
+  if (attempt < kSpins) {
+    relax();
+  } else if (attempt < 4 * kSpins) {
+    std::this_thread::yield();
+  } else {
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
 }
 
 int useful_threads(std::int64_t elements, int threads) noexcept {

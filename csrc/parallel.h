@@ -1,5 +1,5 @@
-// A small thread pool with a static partition. Kernels built on it give the same bits for every number of threads:
-// they split work only at block boundaries and add partial sums in block order afterwards.
+// A small thread pool. Kernels built on it give the same bits for every number of threads: they split work statically,
+// only at block boundaries, and add partial sums in block order afterwards.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,13 @@
 
 namespace deqdiff {
 
-using RangeBody = void (*)(void* context, std::int64_t begin, std::int64_t end);
+using TeamBody = void (*)(void* context, int part, int parts);
 
-// Runs body on `parts` contiguous pieces of [0, count), one of them on the calling thread, and waits for all.
-// Runs inline when parts <= 1, or when another thread is inside a parallel region. Safe after fork(): the child starts
-// with an empty pool. `body` must not throw.
-void run_parts(std::int64_t count, int parts, RangeBody body, void* context) noexcept;
+// Runs body(context, part, parts) for every part < parts, each on a thread of its own (part 0 on the caller's), and
+// waits for all. parts is at most `wanted`, and 1 when another thread is inside a team or no thread can be had, so
+// parts may wait for each other (wait_until). Safe after fork(): the child starts with an empty pool. `body` must not
+// throw and must not start a team.
+void run_team(int wanted, TeamBody body, void* context) noexcept;
 
 // Threads worth using for `elements` touched elements: below a few microseconds of work, waking a thread costs more.
 int useful_threads(std::int64_t elements, int threads) noexcept;
@@ -20,13 +21,34 @@ int useful_threads(std::int64_t elements, int threads) noexcept;
 // Worker threads alive in this process (not counting callers). For tests.
 int worker_count() noexcept;
 
+// Waits for another part of the same team: spins, then lets other threads run, then naps.
+void back_off(int attempt) noexcept;
+template <class Ready>
+void wait_until(const Ready& ready) {
+  for (int attempt = 0; !ready(); ++attempt) back_off(attempt);
+}
+
+template <class F>
+void team(int wanted, F&& body) {
+  using Function = std::remove_reference_t<F>;
+  run_team(
+      wanted, [](void* context, int part, int parts) { (*static_cast<Function*>(context))(part, parts); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Part `part` of [0, count), cut into `parts` contiguous pieces of nearly equal size.
+struct Range {
+  std::int64_t begin, end;
+  Range(std::int64_t count, int part, int parts) : begin(count * part / parts), end(count * (part + 1) / parts) {}
+};
+
+// body(begin, end) on each part of [0, count).
 template <class F>
 void parallel_for(std::int64_t count, int parts, F&& body) {
-  using Function = std::remove_reference_t<F>;
-  run_parts(
-      count, parts,
-      [](void* context, std::int64_t begin, std::int64_t end) { (*static_cast<Function*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&body)));
+  team(static_cast<int>(parts < count ? parts : count), [&](int part, int of) {
+    const Range range(count, part, of);
+    if (range.begin < range.end) body(range.begin, range.end);
+  });
 }
 
 }  // namespace deqdiff

@@ -37,6 +37,12 @@ void affine_block(const AffineRow& row, int64_t begin, int64_t size, double* par
   const int64_t end = begin + size, whole = end - size % Lanes<S>::count;
   int64_t at = begin;
   for (; at < whole; at += Lanes<S>::count) {
+    prefetch<S, false>(row.terms[1], at);
+    prefetch<S, true>(row.state, at);
+    if (row.g != nullptr) {
+      prefetch<S, true>(row.f, at);
+      prefetch<S, true>(row.g, at);
+    }
     step([&](const void* p) { return load<S>(p, at); }, [&](void* p, const V& v) { store<S>(p, at, v); });
   }
   if (at < end) {
@@ -57,6 +63,7 @@ void dots_block(const AffineRow& row, int64_t begin, int64_t size, double* parti
   int64_t at = begin;
   for (; at < whole; at += Lanes<S>::count) {
     const V g = load<S>(row.g, at);
+    for (int j = 0; j < J; ++j) prefetch<S, false>(row.older[j], at);
     for (int j = 0; j < J; ++j) sums[j] += g * load<S>(row.older[j], at);
   }
   if (at < end) {
@@ -101,6 +108,7 @@ void mix_rows(const MixRow& row) {
   const int64_t whole = row.size - row.size % Lanes<S>::count;
   int64_t at = 0;
   for (; at < whole; at += Lanes<S>::count) {
+    for (int j = 0; j < J; ++j) prefetch<S, false>(row.f[j], at);
     store<S>(row.out, at, combine([&](const void* p) { return load<S>(p, at); }));
   }
   if (at < row.size) {
@@ -113,9 +121,9 @@ typedef void (*MixKernel)(const MixRow&);
 
 template <class S, bool kDamped>
 void mix_any(const MixRow& row) {
-  static const MixKernel table[kMaxHistory] = {mix_rows<S, 0, kDamped>, mix_rows<S, 1, kDamped>, mix_rows<S, 2, kDamped>,
-                                               mix_rows<S, 3, kDamped>, mix_rows<S, 4, kDamped>, mix_rows<S, 5, kDamped>,
-                                               mix_rows<S, 6, kDamped>, mix_rows<S, 7, kDamped>};
+  static const MixKernel table[kMaxHistory] = {
+      mix_rows<S, 0, kDamped>, mix_rows<S, 1, kDamped>, mix_rows<S, 2, kDamped>, mix_rows<S, 3, kDamped>,
+      mix_rows<S, 4, kDamped>, mix_rows<S, 5, kDamped>, mix_rows<S, 6, kDamped>, mix_rows<S, 7, kDamped>};
   table[row.f_count](row);
 }
 
@@ -128,8 +136,9 @@ void mix(const MixRow& row) {
 
 namespace DEQDIFF_ISA {
 extern const IsaTable table;
-const IsaTable table = {DEQDIFF_NAME(DEQDIFF_ISA),
-                        {{affine<Float32>, mix<Float32>}, {affine<Float64>, mix<Float64>}, {affine<BFloat16>, mix<BFloat16>}}};
+const IsaTable table = {
+    DEQDIFF_NAME(DEQDIFF_ISA),
+    {{affine<Float32>, mix<Float32>}, {affine<Float64>, mix<Float64>}, {affine<BFloat16>, mix<BFloat16>}}};
 }  // namespace DEQDIFF_ISA
 
 }  // namespace deqdiff

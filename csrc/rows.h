@@ -26,9 +26,9 @@ struct AffineRow {
   void* g;            // null: no history, two sums per block
   const void* older[kMaxHistory];
   int older_count;
-  std::int64_t size;     // elements of this strip, which starts at a block boundary
-  double* partial;       // one group of sums per block
-  std::int64_t stride;   // doubles from one group to the next
+  std::int64_t size;    // elements of this strip, which starts at a block boundary
+  double* partial;      // one group of sums per block
+  std::int64_t stride;  // doubles from one group to the next
 };
 
 // out = newest + sum_j weight[j] (f[j] - newest) + sum_k g_weight[k] g[k]

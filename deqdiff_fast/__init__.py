@@ -16,7 +16,8 @@ from .memory import SolverMemory
 from .sampler import DEQSampler
 from .schedule import Schedule
 from .solution import RoundInfo, Solution, Stats
-from .solver import Anderson, Picard
+from .solver import Anderson, Picard, QuasiNewton
+from .spectral import SpectralSlope
 
 __version__ = "0.1.0"
 
@@ -31,10 +32,12 @@ __all__ = [
     "NotAffineError",
     "NotConvergedError",
     "Picard",
+    "QuasiNewton",
     "RoundInfo",
     "Schedule",
     "Solution",
     "SolverMemory",
+    "SpectralSlope",
     "StaleLeaseError",
     "Stats",
     "__version__",

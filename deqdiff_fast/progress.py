@@ -42,7 +42,7 @@ class Reporter:
         last = [max(hi - 1, 0) for hi in chain.hi.tolist()]
 
         def sample() -> Tensor:
-            return chain.states[-1].view(system.batch, *system.shape).to(system.model_dtype, copy=True)
+            return system.from_basis(chain.states[-1]).view(system.batch, *system.shape).to(system.model_dtype)
 
         return RoundInfo(
             round=round,

@@ -21,6 +21,7 @@ from .schedule import Schedule
 from .serial import finish, non_finite
 from .solution import Callback, Solution, Stats
 from .solver import Picard, Solver, iterate, resolve
+from .spectral import SpectralSlope
 from .system import System
 from .workspace import Workspace
 
@@ -36,13 +37,14 @@ class DEQSampler:
     model: `model(x, t, **model_kwargs)` -> prediction, a tensor or an object with `.sample`; x: (n, *shape), t: (n,), n
     any batch size. It must treat the rows of a batch independently and be deterministic (no dropout, no batch norm in
     training mode). schedule: see `Schedule`.
-    solver: "auto", "picard", "anderson", "triangular", "deq-ddim" or a solver object.
+    solver: "auto" (quasi-Newton), "picard", "anderson", "triangular", "deq-ddim" or a solver object.
     tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim": the
     paper's 1e-3 on the residual). A timestep counts as final when its relative residual is below a tenth of it.
     max_rounds: batched model calls before giving up (None: the solver's own limit, else T).
     window: number of timesteps solved at a time, or "auto" (all of them).
     on_failure: what to do when the rounds run out: finish the chain one step after the other ("serial"), raise
     NotConvergedError ("raise"), or warn and return the best iterate ("warn").
+    spectrum: the data's power spectrum (`SpectralSlope`), a better slope for "auto" and `QuasiNewton(slope="spectral")`.
     max_batch: most rows in one model call. backend: "auto", "reference", "cpp" or "triton".
 
     Raises TypeError for unknown arguments and ValueError for bad values.
@@ -63,11 +65,13 @@ class DEQSampler:
         max_batch: int | None = None,
         cuda_graph: bool | str = "auto",
         deterministic: bool = True,
+        spectrum: SpectralSlope | None = None,
         memory: SolverMemory | None = None,
     ) -> None:
         arguments.check_model(model)
         arguments.check_schedule(schedule)
-        self.model, self.schedule, self.solver = model, schedule, resolve(solver)
+        self.model, self.schedule, self.spectrum = model, schedule, spectrum
+        self.solver = resolve(solver, spectral=spectrum is not None)
         self.tol = arguments.positive("tol", tol)
         self.max_rounds = arguments.count("max_rounds", max_rounds)
         self.max_batch = arguments.count("max_batch", max_batch)
@@ -185,7 +189,7 @@ class DEQSampler:
     ) -> Solution:
         """The plain chain, one model call after the other; arguments and result as for `sample`."""
         clock = time.perf_counter()
-        system = self._system(noise, model_kwargs, generator)
+        system = self._system(noise, model_kwargs, generator, serial=True)
         stats = Stats(solver="serial", window=1, stop_reason="serial")
         if noise.shape[0] == 0:
             return Solution(noise.detach().clone(), torch.ones(0, dtype=torch.bool), stats)
@@ -198,11 +202,21 @@ class DEQSampler:
                 stats.rounds = stats.finished_serially
                 return self._conclude(work, fronts, stopped, stats, clock, return_trajectory)
 
-    def _system(self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators) -> System:
+    def _slope(self, noise: Tensor) -> SpectralSlope | str | None:
+        slope = getattr(self.solver, "slope", "scalar")
+        slope = self.spectrum if slope == "spectral" else slope
+        if isinstance(slope, SpectralSlope) and noise.dim() > 1 and slope.shape != tuple(noise.shape[1:]):
+            raise ValueError(f"noise: expected samples of the spectrum's shape {slope.shape}, got {tuple(noise.shape[1:])}")
+        return slope
+
+    def _system(
+        self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, serial: bool = False
+    ) -> System:
         arguments.check_noise(noise)
         arguments.check_kwargs(model_kwargs)
         check_generator(generator, noise.shape[0])
-        return System(self.model, self.schedule, noise, model_kwargs, self.max_batch)
+        slope = "scalar" if serial else self._slope(noise)
+        return System(self.model, self.schedule, noise, model_kwargs, self.max_batch, slope)
 
     def _conclude(
         self, work: Workspace, fronts: list[int], stopped: bool, stats: Stats, clock: float, keep: bool
@@ -222,8 +236,8 @@ class DEQSampler:
         shape = (system.batch, *system.shape)
         trajectory = None
         if keep:
-            trajectory = chain.states.view(-1, *shape).to(system.model_dtype, copy=True)
-        sample = chain.states[-1].view(shape).to(system.model_dtype, copy=True)
+            trajectory = system.from_basis(chain.states.flatten(0, 1)).view(-1, *shape).to(system.model_dtype)
+        sample = system.from_basis(chain.states[-1]).view(shape).to(system.model_dtype)
         stats.wall_seconds = time.perf_counter() - clock
         solution = Solution(sample, done, stats, trajectory)
         if rounds_ran_out and self.on_failure != "serial":

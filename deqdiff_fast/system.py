@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,13 @@ from torch.utils._pytree import tree_map
 
 from ._types import Model, Rows
 from .errors import ModelOutputError
-from .kernels import ddim_update
+from .kernels import newton_scan
+from .memory import Lease, MemoryPlan
 from .schedule import Schedule
+from .spectral import SpectralSlope
+
+if TYPE_CHECKING:
+    from .solver.base import Chain
 
 SANE_RMS = 1e4  # an input beyond this is the solver's doing, not the chain's: not the model's fault if it overflows
 
@@ -26,7 +31,13 @@ class System:
     """
 
     def __init__(
-        self, model: Model, schedule: Schedule, noise: Tensor, model_kwargs: dict[str, Any] | None, max_batch: int | None
+        self,
+        model: Model,
+        schedule: Schedule,
+        noise: Tensor,
+        model_kwargs: dict[str, Any] | None,
+        max_batch: int | None,
+        slope: SpectralSlope | str | None = "scalar",
     ) -> None:
         self.model, self.schedule, self.max_batch = model, schedule, max_batch
         self.model_kwargs = dict(model_kwargs or {})
@@ -40,9 +51,13 @@ class System:
             return values.to(noise.device, self.accumulator).contiguous()
 
         self.state_coef, self.model_coef = table(schedule.state_coef), table(schedule.model_coef)
-        self.linear_coef = table(linear_state_coef(schedule))
-        self.slope = table(schedule.slope())
         self.denoised_coef = table(schedule.denoised_coef())
+        if isinstance(slope, SpectralSlope):
+            self.basis, linear = slope.basis(), slope.slope(schedule)
+        else:
+            self.basis, linear = None, schedule.slope()[:, None]
+        self.linear = linear.to(noise.device, self.dtype)
+        self.slope = torch.zeros_like(self.linear) if slope is None else self.linear
         clock = schedule.timesteps if not schedule.timesteps.is_floating_point() else schedule.timesteps.to(self.dtype)
         self.clock = clock.to(noise.device)
         scaled = not bool((schedule.input_scale == 1).all())
@@ -51,33 +66,52 @@ class System:
         self.model_evals = self.model_calls = 0
         self._expanded: tuple[Any, dict[str, Any]] | None = None
 
-    def evaluate(self, states: Tensor, predictions: Tensor, rows: Rows, buffer: Tensor, round: int) -> None:
+    def plan(self, plan: MemoryPlan, rows: int) -> None:
+        """Ask for what `evaluate` needs for that many rows in one call of the model."""
+        plan.add("rows", (rows, self.numel), self.dtype)
+        plan.add("inputs", (rows, self.numel), self.model_dtype)
+        if self.basis is not None:
+            plan.add("spare", (rows, self.numel), self.dtype)
+
+    def evaluate(self, states: Tensor, predictions: Tensor, rows: Rows, lease: Lease, round: int) -> None:
         """predictions[i, b] = model(states[i, b], timestep i) for the given rows, in chunks of at most `max_batch`.
 
-        buffer: (n, D) of the model's dtype with n >= min(rows.count, max_batch). Raises ModelOutputError.
+        lease: the memory asked for in `plan`. Raises ModelOutputError.
         """
-        source = states.flatten(0, 1)
+        source, target = states.flatten(0, 1), predictions.flatten(0, 1)
         for start, stop in self.chunks(rows.count):
-            inputs = buffer[: stop - start]
+            held, inputs = lease["rows"][: stop - start], lease["inputs"][: stop - start]
+            spare = None if self.basis is None else lease["spare"][: stop - start]
             flat = None if rows.flat is None else rows.flat[start:stop].to(self.device)
+            first = rows.lo * self.batch + start
             if flat is None:
-                first = rows.lo * self.batch
-                rank = torch.arange(first + start, first + stop, device=self.device)
-                inputs.copy_(source[first + start : first + stop])
+                rank = torch.arange(first, first + stop - start, device=self.device)
+                held.copy_(source[first : first + stop - start])
             else:
                 rank = flat
-                inputs.copy_(source.index_select(0, flat))
+                torch.index_select(source, 0, flat, out=held)
+            if self.basis is not None:
+                self.basis.inverse(held, spare)
             step, sample = rank // self.batch, rank % self.batch
-            clean = inputs.clone() if self.clip_gain is not None and self.input_scale is not None else inputs
+            inputs.copy_(held)
             if self.input_scale is not None:
                 inputs.mul_(self.input_scale[step, None].to(inputs.dtype))
             kwargs = self.expand_kwargs(sample, None if flat is not None else (rows.lo, rows.hi, start, stop))
-            output = self._clip(self._call(inputs, step, kwargs, round), clean, step)
-            target = predictions.flatten(0, 1)
+            held.copy_(self._clip(self._call(inputs, step, kwargs, round), held, step))
+            if self.basis is not None:
+                self.basis.forward(held, spare)
             if flat is None:
-                target[first + start : first + stop].copy_(output)
+                target[first : first + stop - start].copy_(held)
             else:
-                target.index_copy_(0, flat, output.to(predictions.dtype))
+                target.index_copy_(0, flat, held)
+
+    def to_basis(self, rows: Tensor) -> Tensor:
+        """(n, D) in the coordinates of the solver; may be changed in place."""
+        return rows if self.basis is None else self.basis.forward(rows.contiguous())
+
+    def from_basis(self, rows: Tensor) -> Tensor:
+        """(n, D) in the coordinates of the model, a copy."""
+        return rows.clone() if self.basis is None else self.basis.inverse(rows.clone())
 
     def predict(self, states: Tensor, step: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """(n, D) states at timesteps step: (n,) -> (n, D) predictions, differentiable; kwargs as the rows need them."""
@@ -88,31 +122,31 @@ class System:
         """(B, *shape): the clean sample predicted at timestep step[b] of each sample b, in the model's dtype."""
         at, who = torch.tensor(step, device=self.device), torch.arange(self.batch, device=self.device)
         p, q = self.denoised_coef[at].to(self.dtype).unbind(-1)
-        clean = p[:, None] * states[at, who] + q[:, None] * predictions[at, who]
+        clean = self.from_basis(p[:, None] * states[at, who] + q[:, None] * predictions[at, who])
         if self.schedule.clip is not None:
             clean = clean.clamp(-self.schedule.clip.range, self.schedule.clip.range)
         return clean.view(self.batch, *self.shape).to(self.model_dtype)
 
-    def gaussian_guess(self, states: Tensor, predictions: Tensor, sums: tuple[Tensor, Tensor], backend: str) -> None:
-        """Fill states 1..T with the chain of unit Gaussian data, whose best model is linear: no model call."""
-        predictions.zero_()
-        lo, hi = self.bounds(0), self.bounds(self.num_steps)
-        zero = torch.zeros_like(self.model_coef)
-        ddim_update(states, predictions, self.linear_coef, zero, lo, hi, *sums, backend=backend)
+    def gaussian_guess(self, chain: Chain) -> None:
+        """Fill states 1..T with the chain of Gaussian data, whose best model is linear: no model call."""
+        chain.predictions.zero_()
+        self._linear_scan(chain, self.bounds(0), self.bounds(self.num_steps))
 
-    def extrapolate(
-        self, states: Tensor, predictions: Tensor, sums: tuple[Tensor, Tensor], old: list[int], new: list[int], backend: str
-    ) -> None:
+    def extrapolate(self, chain: Chain, old: list[int], new: list[int]) -> None:
         """Fill states old[b] < i <= new[b], which enter a window: the nonlinear part of the prediction stays as it is."""
         for b, (start, stop) in enumerate(zip(old, new)):
             if start < stop:
-                last = max(start - 1, 0)
-                rest = predictions[last, b] - self.slope[last].to(self.dtype) * states[last, b]
-                predictions[start:stop, b] = rest if start > 0 and self.schedule.lags == 1 else 0
+                last = start - 1
+                rest = chain.predictions[last, b] - self.linear[last] * chain.states[last, b] if start > 0 else 0
+                chain.predictions[start:stop, b] = rest
         lo = torch.tensor(old, dtype=torch.int32, device=self.device)
-        hi = torch.tensor(new, dtype=torch.int32, device=self.device)
-        model_coef = self.model_coef if self.schedule.lags == 1 else torch.zeros_like(self.model_coef)
-        ddim_update(states, predictions, self.linear_coef, model_coef, lo, hi, *sums, backend=backend)
+        self._linear_scan(chain, lo, torch.tensor(new, dtype=torch.int32, device=self.device))
+
+    def _linear_scan(self, chain: Chain, lo: Tensor, hi: Tensor) -> None:
+        newton_scan(
+            chain.states, chain.predictions, chain.state_coef, chain.model_coef, self.linear, lo, hi,
+            chain.sq_diff, chain.sq_norm, drift=chain.drift, backend=chain.backend,
+        )  # fmt: skip
 
     def bounds(self, value: int) -> Tensor:
         """(B,) int32, the same bound for every sample."""
@@ -179,10 +213,3 @@ class System:
         excess = clean.clamp(-self.schedule.clip.range, self.schedule.clip.range) - clean
         return output.to(self.dtype) + self.clip_gain[step, None].to(self.dtype) * excess
 
-
-def linear_state_coef(schedule: Schedule) -> Tensor:
-    """(T, L): the recursion of states alone when the model is linear, E[i] = slope[i] X[i]."""
-    slope, coef = schedule.slope(), schedule.state_coef.clone()
-    for lag in range(schedule.lags):
-        coef[lag:, lag] += schedule.model_coef[lag:, lag] * slope[: len(slope) - lag]
-    return coef

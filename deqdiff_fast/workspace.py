@@ -17,11 +17,10 @@ from .system import System
 
 @dataclass
 class Workspace:
-    """A leased slab cut into a chain, the model's input buffer and the solver's own memory."""
+    """A leased slab cut into a chain, the model's inputs and the solver's own memory."""
 
     lease: Lease
     chain: Chain
-    buffer: Tensor
     memory: Any
     system: System
 
@@ -36,7 +35,7 @@ class Workspace:
             plan.add("drift", (steps, batch, numel), system.dtype)
         plan.add("sq_diff", (steps, batch), system.accumulator)
         plan.add("sq_norm", (steps, batch), system.accumulator)
-        plan.add("buffer", (rows, numel), system.model_dtype)
+        system.plan(plan, rows)
         solver.plan(plan, Size(steps, window, batch, numel, system.dtype, system.accumulator))
         lease = memory.lease(plan, system.device)
         chain = Chain(
@@ -44,6 +43,7 @@ class Workspace:
             predictions=lease["predictions"],
             state_coef=system.state_coef,
             model_coef=system.model_coef,
+            slope=system.slope,
             drift=lease["drift"] if system.schedule.stochastic else None,
             lo=system.bounds(0),
             hi=system.bounds(0),
@@ -52,31 +52,30 @@ class Workspace:
             window=window,
             backend=backend,
         )
-        return cls(lease, chain, lease["buffer"], solver.start(lease), system)
-
-    @property
-    def sums(self) -> tuple[Tensor, Tensor]:
-        return self.chain.sq_diff, self.chain.sq_norm
+        return cls(lease, chain, solver.start(lease), system)
 
     def begin(self, noise: Tensor, generator: Generators) -> None:
         """State 0 and the frozen noise."""
-        self.chain.states[0].copy_(noise.reshape(noise.shape[0], -1))
+        rows = noise.detach().reshape(noise.shape[0], -1).to(self.system.dtype)
+        self.chain.states[0].copy_(self.system.to_basis(rows))
         self.chain.sq_diff.zero_(), self.chain.sq_norm.zero_()
         if self.chain.drift is not None:
             fill_drift(self.chain.drift, self.system.schedule, tuple(noise.shape), generator, noise.dtype)
+            self.chain.drift.copy_(self.system.to_basis(self.chain.drift.flatten(0, 1)).view_as(self.chain.drift))
 
     def guess(self, kind: str, init: Tensor | None) -> None:
         """States 1..T: a given trajectory, copies of the noise, or the chain of unit Gaussian data."""
         chain = self.chain
         if init is not None:
-            chain.states[1:].copy_(init[1:].reshape(chain.num_steps, chain.batch, -1))
+            rows = init[1:].reshape(chain.num_steps * chain.batch, -1).to(self.system.device, self.system.dtype)
+            chain.states[1:].copy_(self.system.to_basis(rows).view_as(chain.states[1:]))
         elif kind == "copy":
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
         else:
-            self.system.gaussian_guess(chain.states, chain.predictions, self.sums, chain.backend)
+            self.system.gaussian_guess(chain)
 
     def evaluate(self, rows: Rows, round: int) -> None:
-        self.system.evaluate(self.chain.states, self.chain.predictions, rows, self.buffer, round)
+        self.system.evaluate(self.chain.states, self.chain.predictions, rows, self.lease, round)
 
     def rebuild(self, old: list[int], new: list[int]) -> None:
-        self.system.extrapolate(self.chain.states, self.chain.predictions, self.sums, old, new, self.chain.backend)
+        self.system.extrapolate(self.chain, old, new)

@@ -8,5 +8,6 @@ device. Importing this package needs neither Triton, nor a GPU, nor the compiled
 from ._dispatch import BACKENDS, available_backends
 from .anderson_mix import anderson_step
 from .ddim_update import ddim_update
+from .newton_scan import newton_scan
 
-__all__ = ["BACKENDS", "anderson_step", "available_backends", "ddim_update"]
+__all__ = ["BACKENDS", "anderson_step", "available_backends", "ddim_update", "newton_scan"]

@@ -9,7 +9,7 @@ import torch
 
 import deqdiff_fast as dq
 
-SOLVERS = ["auto", "picard", "anderson", "triangular", dq.Anderson(scope="trajectory"), "deq-ddim"]
+SOLVERS = ["auto", dq.QuasiNewton(history=5, slope=None), "picard", "anderson", "triangular", dq.Anderson(scope="trajectory"), "deq-ddim"]
 
 
 def plain_ddim(model, noise, schedule, generator=None):

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from .anderson import Anderson
 from .base import Chain, Solver
 from .iterate import iterate
 from .picard import Picard
+from .quasi_newton import QuasiNewton
 from .window import Window
 
 NAMED = {
-    "auto": Anderson,
+    "auto": QuasiNewton,
     "picard": Picard,
     "anderson": lambda: Anderson(scope="timestep"),
     "triangular": Anderson,
     "deq-ddim": Anderson.deq_ddim,
+    "quasi-newton": QuasiNewton,
 }
 
 
-def resolve(solver: str | Solver) -> Solver:
-    """A solver object from a name or an object. Raises ValueError with the known names, TypeError for anything else."""
+def resolve(solver: str | Solver, spectral: bool = False) -> Solver:
+    """A solver object from a name or an object; spectral: whether the data's spectrum is known. Raises ValueError with the known names, TypeError for anything else."""
     if isinstance(solver, str):
         if solver not in NAMED:
             raise ValueError(f"solver: expected one of {', '.join(map(repr, NAMED))} or a solver object, got {solver!r}")
         made: Solver = NAMED[solver]()
-        return made
+        return dataclasses.replace(made, slope="spectral") if spectral and isinstance(made, QuasiNewton) else made
     missing = [name for name in ("plan", "start", "step", "settle", "enter") if not callable(getattr(solver, name, None))]
     if missing:
         raise TypeError(f"solver: {type(solver).__name__} is not a solver, it has no {', '.join(missing)}")
+    if getattr(solver, "slope", None) == "spectral" and not spectral:
+        raise ValueError("solver: slope='spectral' needs DEQSampler(spectrum=SpectralSlope...) to take the slope from")
     return solver
 
 
-__all__ = ["NAMED", "Anderson", "Chain", "Picard", "Solver", "Window", "iterate", "resolve"]
+__all__ = ["NAMED", "Anderson", "Chain", "Picard", "QuasiNewton", "Solver", "Window", "iterate", "resolve"]

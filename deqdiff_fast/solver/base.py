@@ -44,6 +44,7 @@ class Chain:
     predictions: Tensor
     state_coef: Tensor
     model_coef: Tensor
+    slope: Tensor  # (T, 1) or (T, D): the diagonal part of d prediction / d state
     drift: Tensor | None
     lo: Tensor
     hi: Tensor

@@ -1,0 +1,78 @@
+"""Quasi-Newton: the model linearised at the old iterate, the linear system solved exactly by a scan over time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import newton_scan
+from .base import Chain, Lease, Plan, Size, ring_rows
+
+
+class NewtonMemory(NamedTuple):
+    z: Tensor  # (H + 1, W, B, D) states at which the model was called, a ring over rounds and over timesteps
+    e: Tensor  # (H + 1, W, B, D) its predictions
+    filled: Tensor  # (W, B) int32
+
+
+@dataclass(frozen=True)
+class QuasiNewton:
+    """X <- the exact solution of the chain whose predictions are linear, E + J (x - X), around the last evaluation.
+
+    J is a diagonal slope plus a multisecant correction from the last `history` rounds (0 to 7, 0 = slope alone).
+    slope: "scalar", the slope of unit Gaussian data; "spectral" or a `SpectralSlope`, one slope for every coefficient of
+    the data's spectrum ("spectral" wants the sampler to be given one); None, no slope. The fixed point does not depend
+    on J. Sources: Lim et al. 2024, arXiv 2309.12252; Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009.
+    ridge: of the secant fit, relative. floor: shortest step worth keeping, relative to the state.
+    """
+
+    history: int = 3
+    slope: Any = "scalar"
+    ridge: float = 1e-6
+    floor: float = 1e-5
+    max_rounds: int | None = None
+    tol: float | None = None
+    guess: str = "gaussian"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.history, bool) or not isinstance(self.history, int) or not 0 <= self.history <= 7:
+            raise ValueError(f"history: expected an int from 0 to 7, got {self.history!r}")
+        if isinstance(self.slope, str) and self.slope not in ("scalar", "spectral"):
+            raise ValueError(f"slope: expected 'scalar', 'spectral', a SpectralSlope or None, got {self.slope!r}")
+        if not (self.ridge > 0 and self.floor >= 0):
+            raise ValueError(f"ridge, floor: expected ridge > 0 and floor >= 0, got {self.ridge!r}, {self.floor!r}")
+        if self.max_rounds is not None and not self.max_rounds >= 1:
+            raise ValueError(f"max_rounds: expected an int >= 1 or None, got {self.max_rounds!r}")
+
+    @property
+    def name(self) -> str:
+        kind = self.slope if isinstance(self.slope, str) else "none" if self.slope is None else "spectral"
+        return f"quasi-newton-{kind}"
+
+    def plan(self, plan: Plan, size: Size) -> None:
+        ring = (self.history + 1, size.window, size.batch, size.numel)
+        plan.add("newton.z", ring, size.dtype)
+        plan.add("newton.e", ring, size.dtype)
+        plan.add("newton.filled", ring[1:3], torch.int32)
+
+    def start(self, lease: Lease) -> NewtonMemory:
+        memory = NewtonMemory(*(lease[f"newton.{name}"] for name in NewtonMemory._fields))
+        memory.filled.zero_()
+        return memory
+
+    def step(self, chain: Chain, memory: NewtonMemory, round: int) -> None:
+        newton_scan(
+            chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.slope, chain.lo, chain.hi,
+            chain.sq_diff, chain.sq_norm, memory.z, memory.e, memory.filled, round % (self.history + 1),
+            self.ridge, self.floor, chain.drift, backend=chain.backend,
+        )  # fmt: skip
+
+    def settle(self, chain: Chain, memory: NewtonMemory, round: int, old: list[int], new: list[int]) -> None:
+        """The states come from the last evaluation already, plain step and linear correction together."""
+
+    def enter(self, chain: Chain, memory: NewtonMemory, old: list[int], new: list[int]) -> None:
+        for b, _, slots in ring_rows(old, new, chain.window):
+            memory.filled[slots, b] = 0
