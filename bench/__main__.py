@@ -1,0 +1,52 @@
+"""`python -m bench NAME [options]`: the registry and the options that every benchmark has."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+# A benchmark is a module of this folder with `add_arguments(parser)` and `run(args) -> int`, the exit status.
+BENCHMARKS = {
+    "rounds": "per solver: rounds, model evaluations and error at tolerance",
+    "accuracy": "the promised error of every solver's converged samples, as PASS or FAIL",
+    "kernels": "time of each op: reference, the paper's formulation, torch.compile, compiled; against a memory copy",
+    "overhead": "share of a solve's time that is spent outside the model",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", metavar="NAME", required=True)
+    for name, summary in BENCHMARKS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--json", type=Path, metavar="FILE", help="write environment, settings and figures there")
+        command.add_argument("--threads", type=int, help="torch threads, for all sides alike (default: torch's own)")
+        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+        importlib.import_module(f"bench.{name}").add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one benchmark. Returns its exit status: 0, 1 where a check failed, 2 for bad arguments."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.threads is not None:
+        if args.threads < 1:
+            parser.error(f"--threads: expected a whole number >= 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    if args.json is not None and not args.json.resolve().parent.is_dir():
+        parser.error(f"--json {args.json}: the folder does not exist; create it first")
+    try:
+        return int(importlib.import_module(f"bench.{args.benchmark}").run(args))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"bench {args.benchmark}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Rounds, model evaluations and error of every solver, one sample at a time (B = 1), as medians over noises.
+
+Two solves for each noise. One at the default tolerance: where the solver stops by itself, what that costs and how far
+the sample then is from the serial chain's. One at tolerance 1e-5, watched round by round: the round from which on the
+running sample stays within 1e-2 and 1e-4 of the serial chain's (relative L2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+import deqdiff_fast as dq
+from deqdiff_fast.solver import Solver
+
+from ._common import environment, markdown, note, positive_int, summary, write_json
+from ._problems import Problem, add_model_arguments, load, relative_error, solvers, warm_up
+
+TARGETS = (1e-2, 1e-4)
+TIGHT = 1e-5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--steps", type=positive_int, nargs="+", default=[20, 50, 100], help="T (default 20 50 100)")
+    parser.add_argument("--eta", type=float, nargs="+", default=[0.0], help="default 0")
+    parser.add_argument("--noises", type=positive_int, default=3, help="noises, seeded one after the other (default 3)")
+    parser.add_argument("--solvers", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of error against rounds and evaluations")
+
+
+def run(args: argparse.Namespace) -> int:
+    chosen, problem = solvers(args.solvers), load(args)
+    if args.plot is not None:
+        from . import _plot  # refuse before the work, not after it
+    facts = environment(args.device)
+    warm_up(problem)
+    rows: list[dict[str, Any]] = []
+    for steps in args.steps:
+        for eta in args.eta:
+            rows += _cell(args, problem, chosen, steps, eta)
+    print(f"{summary(facts)}\n{problem.name}, B = 1, medians over {args.noises} noises from seed {args.seed}\n")
+    header = (
+        "T", "eta", "solver", "rounds to 1e-2", "rounds to 1e-4", "rounds at stop", "evaluations / T", "error at stop",
+        "seconds", "serial steps",
+    )  # fmt: skip
+    print(markdown(header, [_cells(row) for row in rows]))
+    write_json(args, facts, rows)
+    if args.plot is not None:
+        _plot.error_curves(rows, args.plot, f"{problem.name}, B = 1")
+        note(f"wrote {args.plot}")
+    return 0
+
+
+def _cell(
+    args: argparse.Namespace, problem: Problem, chosen: dict[str, Solver], steps: int, eta: float
+) -> list[dict[str, Any]]:
+    """The rows of one T and eta: the serial chain and every solver."""
+    schedule = problem.schedule(steps, eta)
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in ("serial", *chosen)}
+    for seed in range(args.seed, args.seed + args.noises):
+        seeds = range(seed, seed + 1)
+        noise = problem.noise(seeds)
+        chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch)
+        serial = chain.serial(noise, generator=problem.generators(seeds))
+        records["serial"].append(
+            {"rounds_to": [steps] * len(TARGETS), "rounds": steps, "evaluations": steps, "error": 0.0,
+             "seconds": serial.stats.wall_seconds, "finished_serially": 0, "curve": []}
+        )  # fmt: skip
+        for name, solver in chosen.items():
+            note(f"T = {steps}, eta = {eta:g}, seed {seed}: {name} ...")
+            records[name].append(_solve(args, problem, schedule, solver, seeds, noise, serial.sample))
+    return [{"steps": steps, "eta": eta, "solver": name, "runs": runs} for name, runs in records.items()]
+
+
+def _solve(
+    args: argparse.Namespace, problem: Problem, schedule: dq.Schedule, solver: Solver, seeds: range, noise: Tensor,
+    reference: Tensor,
+) -> dict[str, Any]:  # fmt: skip
+    """One noise, one solver: the solve at its own stopping, and the watched one."""
+
+    def sampler(**settings: Any) -> dq.DEQSampler:
+        return dq.DEQSampler(problem.model, schedule, solver=solver, max_batch=args.max_batch, **settings)
+
+    own = sampler().sample(noise, generator=problem.generators(seeds))
+    curve: list[tuple[int, float]] = []
+    spent = active = 0
+
+    def watch(info: dq.RoundInfo) -> bool:
+        nonlocal spent, active
+        spent, active = spent + info.num_steps - active, int(info.front[0])
+        error = float(relative_error(info.sample(), reference)[0])
+        curve.append((spent, error))
+        return error <= min(TARGETS)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dq.ConvergenceWarning)  # a solver out of rounds shows as a missing figure
+        tight = sampler(tol=TIGHT, on_failure="warn", window=schedule.num_steps)
+        tight.sample(noise, generator=problem.generators(seeds), callback=watch)
+    return {
+        "rounds_to": [_reached([error for _, error in curve], target) for target in TARGETS],
+        "rounds": own.stats.rounds,
+        "evaluations": own.stats.model_evals,
+        "error": float(relative_error(own.sample, reference)[0]),
+        "seconds": own.stats.wall_seconds,
+        "finished_serially": own.stats.finished_serially,
+        "curve": curve,
+    }
+
+
+def _reached(errors: list[float], target: float) -> float:
+    """The round from which on the error stays within the target; infinity if it never does."""
+    outside = [k for k, error in enumerate(errors, 1) if not error <= target]
+    first = (outside[-1] if outside else 0) + 1
+    return first if first <= len(errors) else math.inf
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    runs, steps = row["runs"], row["steps"]
+
+    def middle(key: str) -> float:
+        return float(median(run[key] for run in runs))
+
+    reached = []
+    for k in range(len(TARGETS)):
+        value = median(run["rounds_to"][k] for run in runs)
+        reached.append(f"{value:g}" if math.isfinite(value) else f"> {median(len(run['curve']) for run in runs):g}")
+    left = max(run["finished_serially"] for run in runs)
+    return (
+        str(steps), f"{row['eta']:g}", row["solver"], *reached, f"{middle('rounds'):g}",
+        f"{middle('evaluations') / steps:.2f}", f"{middle('error'):.1e}", f"{middle('seconds'):.2f}", str(left or ""),
+    )  # fmt: skip

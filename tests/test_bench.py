@@ -1,0 +1,170 @@
+"""The benchmarks run, write what they should and refuse what they should; nothing here looks at a clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import deqdiff_fast as dq
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "bench" / "__main__.py").is_file(), reason="bench/ is not beside the tests")
+
+MIXTURE = ("--model", "mixture", "--size", "8", "--steps", "8")
+
+
+def bench(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `python -m bench` in the root of the checkout, on one thread, against the deqdiff_fast imported here."""
+    where = os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": where, "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", "bench", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def figures(tmp_path):
+    """Run a benchmark that must succeed; what it wrote as JSON, and its table."""
+
+    def run(name: str, *words: str | Path) -> tuple[dict, str]:
+        file = tmp_path / f"{name}.json"
+        done = bench(name, "--json", file, *words)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(file.read_text(encoding="utf-8"))
+        assert report["benchmark"] == name
+        assert {"device", "cpu", "threads", "torch", "triton", "deqdiff_fast", "commit"} <= set(report["environment"])
+        assert report["environment"]["deqdiff_fast"] == dq.__version__
+        assert report["environment"]["threads"] == 1
+        return report, done.stdout
+
+    return run
+
+
+def test_rounds(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "rounds.png"
+    report, table = figures("rounds", *MIXTURE, "--eta", "0", "0.5", "--noises", "2", "--plot", plot)
+    rows = report["rows"]
+    named = {row["solver"].split(" ")[0] for row in rows}
+    assert {"serial", "picard", "anderson", "triangular", "trajectory", "deq-ddim"} <= named
+    assert len(rows) == 2 * len(named)
+    assert all(row["solver"] in table for row in rows)
+    for row in rows:
+        for run in row["runs"]:
+            assert run["error"] <= 1e-2
+            assert run["rounds"] <= 8
+            assert run["evaluations"] >= 8
+            errors = [error for _, error in run["curve"]]
+            first = run["rounds_to"][0]  # the row must say what the curve says
+            if row["solver"] != "serial":
+                assert all(error <= 1e-2 for error in errors[first - 1 :])
+                assert first == 1 or errors[first - 2] > 1e-2
+                assert errors[-1] <= 1e-4
+                assert run["curve"][-1][0] >= 8
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracy(figures):
+    report, table = figures("accuracy", *MIXTURE, "--noises", "2", "--solvers", "picard", "auto")
+    assert len(report["rows"]) == 2 * 2 * 2
+    assert table.count("PASS") == 9
+    assert "FAIL" not in table
+    for row in report["rows"]:
+        assert row["error"] == max(row["errors"]) <= row["promised"]
+        assert row["unconverged"] == 0
+
+
+def test_overhead(figures):
+    report, table = figures("overhead", *MIXTURE, "--repeats", "2", "--solvers", "auto")
+    (row,) = report["rows"]
+    assert len(row["runs"]) == 2
+    assert "triangular" in table
+    assert all(0 < run["model"] < run["seconds"] and 0 < run["share"] < 1 for run in row["runs"])
+
+
+def test_kernels(figures):
+    sides = ("copy", "reference", "eager", "eager-loop", "cpp")
+    report, table = figures("kernels", "--shape", "2,6,40,3", "--passes", "2", "--sides", *sides)
+    seen = {(row["op"], row["side"]) for row in report["rows"]}
+    assert {(op, side) for op in ("ddim_update", "anderson_step") for side in sides[:4]} <= seen
+    moved = {row["op"]: row["bytes_moved"] for row in report["rows"]}
+    elements = 2 * 6 * 40
+    assert moved == {"ddim_update": 3 * 4 * elements, "anderson_step": 11 * 4 * elements}
+    for row in report["rows"]:
+        assert len(row["passes"]) == 2
+        assert row["side"] in table
+        assert len(row.get("ratio_copy", [0, 0])) == 2
+
+
+@pytest.fixture
+def baseline(monkeypatch):
+    """The modules of bench/, with the path put back afterwards."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    import bench.__main__
+    import bench._operands
+    import bench._timing
+
+    return bench
+
+
+def test_refusals(baseline, tmp_path, capsys):
+    for words, said in {
+        ("rounds", *MIXTURE, "--solvers", "newton?"): "expected some of picard",
+        ("rounds", *MIXTURE, "--json", str(tmp_path / "missing" / "x.json")): "create it first",
+        ("kernels", "--shape", "1,2,3"): "four whole numbers",
+    }.items():
+        try:
+            status = baseline.__main__.main(words)
+        except SystemExit as stop:
+            status = stop.code
+        assert status == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["cumsum", "loop"])
+def test_the_papers_formulation_computes_the_same_round(baseline, loop):
+    """Row 0 apart: the kernels take the plain step there, the paper mixes everywhere."""
+    shape = baseline._operands.Shape(2, 12, 33, 3)
+    inputs = baseline._operands.Inputs(shape, torch.float64, "cpu")
+    fused, paper = baseline._operands.Fused(inputs, "reference"), baseline._operands.Paper(inputs, loop=loop)
+    for k in range(5):
+        fused.round, paper.round = k, k
+        fused.predictions.copy_(inputs.predictions(k))
+        paper.predictions.copy_(inputs.predictions(k))
+        fused.anderson_step()
+        residual, _ = paper.anderson_step()
+        mixed = paper.solver.states().view(12, 2, 33)
+        assert torch.allclose(mixed[1:], fused.states[2:], rtol=1e-6, atol=1e-8)
+        if k == 0:
+            assert residual == pytest.approx(float(fused.sums[0].sum().sqrt()), rel=1e-9)
+            paper.solver.past.x[:, 1].view(12, 2, 33)[0] = fused.states[1]
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["cumsum", "loop"])
+def test_the_papers_chain_is_the_scan(baseline, loop):
+    inputs = baseline._operands.Inputs(baseline._operands.Shape(2, 30, 17, 2), torch.float64, "cpu")
+    fused, paper = baseline._operands.Fused(inputs, "reference"), baseline._operands.Paper(inputs, loop=loop)
+    fused.ddim_update()
+    paper.ddim_update()
+    assert torch.allclose(paper.states, fused.states, rtol=1e-9, atol=1e-12)
+
+
+def test_sides_take_turns(baseline):
+    order = []
+    sides = [
+        baseline._timing.Side(name, lambda name=name: order.append(name), lambda name=name: order.append(f"{name}'"))
+        for name in "ab"
+    ]
+    baseline._timing.interleave(sides, "cpu", passes=3, budget=1e-9, visit=0.0)
+    warm, timed = order[:8], order[8:]
+    assert warm == ["a'", "a"] * 2 + ["b'", "b"] * 2
+    assert timed == ["a'", "a", "b'", "b", "b'", "b", "a'", "a", "a'", "a", "b'", "b"]
+    assert [len(side.seconds) for side in sides] == [3, 3]
+    assert baseline._timing.ratios(sides[0], sides[1]) == [
+        a / b for a, b in zip(*(s.seconds for s in sides), strict=True)
+    ]
