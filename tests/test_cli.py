@@ -295,9 +295,9 @@ def test_bench_needs_a_checkout_and_runs_what_it_finds(tmp_path, monkeypatch, ca
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__init__.py").touch()
     (tmp_path / "bench" / "__main__.py").write_text("import sys\nprint('got', sys.argv[1:])\nsys.exit(7)\n")
-    code = "import sys; from deqdiff_fast.cli import main; sys.exit(main(['bench', 'rounds', '--json', 'x']))"
+    code = "import sys; from deqdiff_fast.cli import main; sys.exit(main(['bench', '--help', 'rounds', '-x']))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert (run.returncode, run.stdout) == (7, "got ['rounds', '--json', 'x']\n")
+    assert (run.returncode, run.stdout) == (7, "got ['--help', 'rounds', '-x']\n")
 
 
 def test_demo(pipeline, tmp_path, capsys):

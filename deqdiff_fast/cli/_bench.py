@@ -17,9 +17,7 @@ def add_parser(commands: Any) -> None:
         "bench",
         help="run the benchmarks of a source checkout",
         description="Run `bench` of the checkout in the current folder against the installed package.",
-        add_help=False,
     )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
     parser.set_defaults(run=run)
 
 
@@ -35,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
     module = importlib.util.module_from_spec(spec)
     sys.modules["bench"] = module
     spec.loader.exec_module(module)
-    sys.argv = ["bench", *args.arguments]
+    sys.argv = ["bench", *args.rest]
     runpy.run_module("bench", run_name="__main__")
     return 0
