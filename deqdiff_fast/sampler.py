@@ -72,6 +72,8 @@ class DEQSampler:
         arguments.check_schedule(schedule)
         self.model, self.schedule, self.spectrum = model, schedule, spectrum
         self.solver = resolve(solver, spectral=spectrum is not None)
+        if spectrum is not None and not isinstance(spectrum, SpectralSlope):
+            raise TypeError(f"spectrum: expected a SpectralSlope or None, got {type(spectrum).__name__}")
         self.tol = arguments.positive("tol", tol)
         self.max_rounds = arguments.count("max_rounds", max_rounds)
         self.max_batch = arguments.count("max_batch", max_batch)

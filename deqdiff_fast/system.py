@@ -106,8 +106,8 @@ class System:
                 target.index_copy_(0, flat, held)
 
     def to_basis(self, rows: Tensor) -> Tensor:
-        """(n, D) in the coordinates of the solver; may be changed in place."""
-        return rows if self.basis is None else self.basis.forward(rows.contiguous())
+        """(n, D) in the coordinates of the solver, a copy."""
+        return rows.clone() if self.basis is None else self.basis.forward(rows.clone())
 
     def from_basis(self, rows: Tensor) -> Tensor:
         """(n, D) in the coordinates of the model, a copy."""

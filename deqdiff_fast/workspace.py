@@ -23,6 +23,7 @@ class Workspace:
     chain: Chain
     memory: Any
     system: System
+    warm: bool = False
 
     @classmethod
     def open(cls, system: System, solver: Solver, window: int, memory: SolverMemory, backend: str) -> Workspace:
@@ -61,11 +62,13 @@ class Workspace:
         self.chain.sq_diff.zero_(), self.chain.sq_norm.zero_()
         if self.chain.drift is not None:
             fill_drift(self.chain.drift, self.system.schedule, tuple(noise.shape), generator, noise.dtype)
-            self.chain.drift.copy_(self.system.to_basis(self.chain.drift.flatten(0, 1)).view_as(self.chain.drift))
+            if self.system.basis is not None:
+                self.system.basis.forward(self.chain.drift.flatten(0, 1))
 
     def guess(self, kind: str, init: Tensor | None) -> None:
         """States 1..T: a given trajectory, copies of the noise, or the chain of unit Gaussian data."""
         chain = self.chain
+        self.warm = init is not None
         if init is not None:
             rows = init[1:].reshape(chain.num_steps * chain.batch, -1).to(self.system.device, self.system.dtype)
             chain.states[1:].copy_(self.system.to_basis(rows).view_as(chain.states[1:]))
@@ -77,5 +80,7 @@ class Workspace:
     def evaluate(self, rows: Rows, round: int) -> None:
         self.system.evaluate(self.chain.states, self.chain.predictions, rows, self.lease, round)
 
-    def rebuild(self, old: list[int], new: list[int]) -> None:
+    def rebuild(self, old: list[int], new: list[int], broken: bool) -> None:
+        if self.warm and not broken:
+            return  # a given trajectory is the better guess
         self.system.extrapolate(self.chain, old, new)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A unit is a module or package right below deqdiff_fast. It may import units of earlier layers and of its own.
 LAYERS = (
     {"errors", "_types", "_C"},
-    {"schedule_tables", "schedule", "solution", "noise", "_arena"},
+    {"schedule_tables", "schedule", "solution", "noise", "_arena", "spectral"},
     {"kernels", "memory", "arguments"},
     {"system"},
     {"solver"},
@@ -27,8 +27,8 @@ LAYERS = (
 LAYER_OF = {unit: number for number, layer in enumerate(LAYERS) for unit in layer}
 # Stricter than their layer: the kernels stand alone, and the solvers know no diffusion.
 ONLY = {"kernels": {"errors", "_C"}, "solver": {"errors", "_types", "kernels"}}
-# The one arrow back, taken inside the function that needs it: Schedule.from_diffusers.
-LAZY = {("schedule", "integrations")}
+# The arrows back, taken inside the functions that need them: Schedule.from_diffusers, SpectralSlope.from_model.
+LAZY = {("schedule", "integrations"), ("spectral", "sampler")}
 # Who may import a library that is not a plain dependency of the package.
 HOMES = {
     "diffusers": {"integrations"},

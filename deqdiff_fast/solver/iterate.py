@@ -17,7 +17,7 @@ from .window import Window
 TINY = 1e-30  # keeps 0 / 0 a zero residual; Inf / Inf and NaN stay NaN
 
 Evaluate = Callable[[Rows, int], None]
-Rebuild = Callable[[list[int], list[int]], None]
+Rebuild = Callable[[list[int], list[int], bool], None]
 
 
 @dataclass
@@ -45,7 +45,8 @@ def iterate(
 ) -> Progress:
     """Solve `chain` in place until every row is final, the rounds run out, or `report` returns True.
 
-    evaluate(rows, round) fills predictions; rebuild(old, new) guesses the states of rows old[b] <= i < new[b];
+    evaluate(rows, round) fills predictions; rebuild(old, new, broken) guesses the states of rows old[b] <= i < new[b], which enter the
+    window or were lost to an overflow;
     diagnose(step, sample, round) says whether a non-finite row is the model's fault, and then returns the error.
     """
     window = Window(chain.num_steps, chain.batch, chain.window)
@@ -73,7 +74,7 @@ def iterate(
             starts = [max(a, b) for a, b in zip(old_hi, new_lo)]
         if any(a < b for a, b in zip(starts, new_hi)):
             solver.enter(chain, memory, starts, new_hi)
-            rebuild(starts, new_hi)
+            rebuild(starts, new_hi, bool(broken))
         worst = window.worst(residual, lo, hi)
         progress.trace.append(worst)
         progress.stopped = report(progress.rounds, window, worst) is True
