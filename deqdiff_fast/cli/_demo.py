@@ -84,10 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from . import _images
     from ._run import load_problem, solve_serially
 
-    problem = load_problem(
-        args.model, steps=args.steps, eta=0.0, spacing=None, clip=None, seed=args.seed, device=args.device,
-        dtype="float32",
-    )  # fmt: skip
+    problem = load_problem(args.model, steps=args.steps, seed=args.seed, device=args.device)
     size = f"{problem.info.parameters / 1e6:.1f} M parameters"
     print(f"{args.images} images, DDIM, {args.steps} timesteps, {size}, {problem.device}")
     serial = solve_serially(problem, args.images)

@@ -61,8 +61,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def chunk(device: torch.device) -> int | None:
+    """Rows in one model call. On a CPU more than a few dozen only push the activations out of the cache."""
+    return 64 if device.type == "cpu" else None
+
+
 def load_problem(
-    model: str, *, steps: int, eta: float, spacing: str | None, clip: bool | None, seed: int, device: str, dtype: str
+    model: str,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    spacing: str | None = None,
+    clip: bool | None = None,
+    seed: int,
+    device: str,
+    dtype: str = "float32",
+    max_batch: int | None = None,
 ) -> Problem:
     """Load `model` and lay out its chain. Raises CommandError for a model that needs more than noise and time."""
     where, precision = pick_device(device), DTYPES[dtype]
@@ -73,7 +87,9 @@ def load_problem(
             "unconditional models: use DEQSampler with model_kwargs in Python"
         )
     schedule = ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing, clip=clip)
-    return Problem(loaded.model, schedule, loaded.info, seed, where, precision)
+    return Problem(
+        loaded.model, schedule, loaded.info, seed, where, precision, {"max_batch": max_batch or chunk(where)}
+    )
 
 
 def solve(
