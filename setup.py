@@ -105,7 +105,10 @@ setup(
     long_description_content_type="text/markdown",
     packages=list(packages),
     package_dir=packages,
-    package_data={"deqdiff_fast": ["py.typed", "*.pyi"], "deqdiff_fast.assets": ["**/*.json", "**/*.safetensors", "**/*.md"]},
+    package_data={
+        "deqdiff_fast": ["py.typed", "*.pyi"],
+        "deqdiff_fast.assets": ["**/*.json", "**/*.safetensors", "**/*.md"],
+    },
     include_package_data=False,
     ext_modules=[] if pure else [Extension("deqdiff_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -41,15 +41,19 @@ class ArenaState {
     std::unique_ptr<Slab> slab = take_idle(size);
     const bool reused = slab != nullptr;
     if (!reused) slab = std::make_unique<Slab>(size);  // outside the lock: it may take the kernel a while
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!reused) {
-      stats_.bytes += size;
-      stats_.high_water = std::max(stats_.high_water, stats_.bytes);
+    bool poison;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!reused) {
+        stats_.bytes += size;
+        stats_.high_water = std::max(stats_.high_water, stats_.bytes);
+      }
+      stats_.reuses += reused;
+      stats_.active += 1;
+      *generation = ++stats_.leases;
+      poison = poison_;
     }
-    stats_.reuses += reused;
-    stats_.active += 1;
-    *generation = ++stats_.leases;
-    if (poison_) std::memset(slab->data, 0xFF, slab->capacity);
+    if (poison) std::memset(slab->data, 0xFF, slab->capacity);
     return slab;
   }
 
