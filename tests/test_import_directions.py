@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,7 @@ def names(node: ast.AST, module: str, is_package: bool) -> list[str]:
     return [f"{base}.{alias.name}" if alias.name in LAYER_OF else base for alias in node.names]
 
 
+@functools.cache
 def library() -> list[Arrow]:
     found = []
     for folder, name in (("deqdiff_fast", "deqdiff_fast"), ("kernels", "deqdiff_fast.kernels")):

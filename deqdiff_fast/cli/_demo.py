@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..solver import NAMED
 from ._numbers import positive_float, positive_int
 from ._output import CommandError, check_folder, check_picture, replacing
 
-BASELINES = ("picard", "anderson", "triangular", "deq-ddim")
+SOLVERS = tuple(NAMED)
+CURVES = tuple(name for name in NAMED if name != "auto")
 NAMES = {"pictures": "samples.png", "plot": "convergence.png", "table": "results.md"}
 
 
@@ -26,7 +28,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--steps", type=positive_int, default=100, help="DDIM timesteps (default 100)")
     parser.add_argument("--images", type=positive_int, default=16, help="images in the pictures (default 16)")
     parser.add_argument("--curve-images", type=positive_int, default=4, help="images behind the plot (default 4)")
-    parser.add_argument("--solver", choices=BASELINES, default="triangular", help="of the pictures")
+    parser.add_argument("--solver", choices=SOLVERS, default="auto", help="of the pictures (default auto)")
     parser.add_argument("--tol", type=positive_float, help="relative error allowed in a sample (default 1e-2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     rows.append(main_row)
     _images.save(_images.panels(serial.sample, sample), paths["pictures"])
     print(f"wrote {paths['pictures']}")
-    rows += [_measure(problem, serial.sample, args.curve_images, solver, args.tol)[0] for solver in BASELINES]
+    rows += [_measure(problem, serial.sample, args.curve_images, solver, args.tol)[0] for solver in CURVES]
     where = str(problem.device)
     if problem.device.type == "cpu":
         where += f", {torch.get_num_threads()} threads"
@@ -113,7 +115,8 @@ def _measure(problem: Any, reference: Any, images: int, solver: str, tol: float 
         watch=lambda info: curve.append(float(_images.relative_error(info.sample(), wanted).max())),
     )  # fmt: skip
     stats = solution.stats
-    row = Row(solver, images, stats.rounds, stats.model_evals, stats.wall_seconds, curve=curve[: stats.rounds])
+    name = stats.solver if solver == "auto" else solver
+    row = Row(name, images, stats.rounds, stats.model_evals, stats.wall_seconds, curve=curve[: stats.rounds])
     row.error = float(_images.relative_error(solution.sample, wanted).max())
     row.pixel = _images.largest_difference(solution.sample, wanted)
     if stats.finished_serially:
@@ -144,7 +147,7 @@ def _notes(args: argparse.Namespace, rows: list[Row], where: str) -> list[str]:
     ]
     if args.curve_images < args.images:
         notes.append(
-            f"To save time, the plot and the last {len(BASELINES)} rows use the first {args.curve_images} of the "
+            f"To save time, the plot and the last {len(CURVES)} rows use the first {args.curve_images} of the "
             f"{args.images} images."
         )
     serial, parallel = rows[0], rows[1]

@@ -17,7 +17,6 @@ from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
 from ._output import CommandError
 
-SOLVERS = ("auto", "picard", "anderson", "triangular", "deq-ddim")
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -87,9 +86,8 @@ def load_problem(
             "unconditional models: use DEQSampler with model_kwargs in Python"
         )
     schedule = ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing, clip=clip)
-    return Problem(
-        loaded.model, schedule, loaded.info, seed, where, precision, {"max_batch": max_batch or chunk(where)}
-    )
+    options = {"max_batch": max_batch or chunk(where), "spectrum": loaded.spectrum}
+    return Problem(loaded.model, schedule, loaded.info, seed, where, precision, options)
 
 
 def solve(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..presets import PRESETS, preset
+from ..solver import NAMED
 from ._numbers import fraction, positive_float, positive_int, window
 from ._output import CommandError, check_picture
 
@@ -27,7 +28,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--spacing", choices=SPACINGS, help="of the timesteps (default: the model's own)")
     clip = "clamp the predicted image (default: the model's own setting)"
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, help=clip)
-    parser.add_argument("--solver", help="auto (default), picard, anderson, triangular or deq-ddim")
+    parser.add_argument("--solver", choices=tuple(NAMED), help="default auto")
     parser.add_argument("--tol", type=positive_float, help="relative error allowed in a sample (default 1e-2)")
     parser.add_argument("--max-rounds", type=positive_int, help="rounds before the rest is finished serially")
     parser.add_argument("--window", type=window, default="auto", help="timesteps solved at a time, or 'auto' (default)")
@@ -68,10 +69,8 @@ def run(args: argparse.Namespace) -> int:
             raise CommandError(f"--out and --plot both name {args.out}; name two files")
 
     from . import _images
-    from ._run import SOLVERS, load_problem, solve, solve_serially
+    from ._run import load_problem, solve, solve_serially
 
-    if args.solver not in SOLVERS:
-        raise CommandError(f"--solver {args.solver}: expected one of {', '.join(SOLVERS)}")
     problem = load_problem(
         args.model, steps=args.steps, eta=args.eta, spacing=args.spacing, clip=args.clip, seed=args.seed,
         device=args.device, dtype=args.dtype, max_batch=args.max_batch,
