@@ -49,17 +49,20 @@ lint: $(VENV)/linters $(VENV)/installed
 	find csrc tests/cpp -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/pytest --import-mode=importlib -p no:cacheprovider -q tests/test_import_directions.py
 
-sanitize:
-	bash tests/cpp/sanitize.sh
+sanitize: $(VENV)/cmake
+	PATH="$(BIN):$$PATH" bash tests/cpp/sanitize.sh
 
 wheel: build/wheel
 
 clean:
 	rm -rf build dist out *.egg-info
 
-$(VENV)/torch:
+$(VENV)/python:
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {v}: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/torch: $(VENV)/python
 	$(PIP) install '$(TORCH)' $(TORCH_ARGS)
 	touch $@
 
@@ -78,6 +81,10 @@ $(VENV)/installed: build/wheel
 	$(PIP) install "$$(echo dist/*.whl)[diffusers,plot,test]"
 	touch $@
 
-$(VENV)/linters: $(VENV)/torch
+$(VENV)/linters: $(VENV)/python
 	$(PIP) install $(LINTERS)
+	touch $@
+
+$(VENV)/cmake: $(VENV)/python
+	$(PIP) install cmake ninja
 	touch $@
