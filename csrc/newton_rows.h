@@ -37,15 +37,15 @@ struct NewtonRow {
   int lags;
   double state_coef[kMaxLags];
   double model_coef[kMaxLags];
-  const void* now[kMaxLags];         // the scan's states i, i-1, ...
-  const void* plain[kMaxLags];       // the plain scan's states, wide type
+  const void* now[kMaxLags];          // the scan's states i, i-1, ...
+  const void* plain[kMaxLags];        // the plain scan's states, wide type
   const void* predictions[kMaxLags];  // entry 0 unused: E itself
-  void* e_hat[kMaxLags];             // wide type; entry 0 is written
-  const void* old_next;              // the state that is replaced
-  void* next;                        // may equal old_next
-  void* plain_next;                  // wide type
-  void* keep_prediction;             // ring column that takes E, or null
-  void* keep_next;                   // ring column that takes old_next, or null
+  void* e_hat[kMaxLags];              // wide type; entry 0 is written
+  const void* old_next;               // the state that is replaced
+  void* next;                         // may equal old_next
+  void* plain_next;                   // wide type
+  void* keep_prediction;              // ring column that takes E, or null
+  void* keep_next;                    // ring column that takes old_next, or null
   std::int64_t size;
   // Results: |next - old|^2, |plain - old|^2, |next|^2.
   double step, residual, norm;

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The C++ unit tests as they are shipped, under AddressSanitizer with UndefinedBehaviorSanitizer, and under
+# ThreadSanitizer, in build/sanitize-*. Needs CMake and a C++17 compiler; Ninja is used where there is one.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export TSAN_OPTIONS=halt_on_error=1
+generator=()
+if command -v ninja > /dev/null; then generator=(-G Ninja); fi
+
+run() {
+  local name=$1 type=$2 sanitizers=$3 build="build/sanitize-$1"
+  echo "== $name"
+  cmake -S . -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE="$type" -DDEQDIFF_PYTHON=OFF -DDEQDIFF_TESTS=ON \
+    -DDEQDIFF_SANITIZE="$sanitizers" > "$build.log" 2>&1 || { cat "$build.log"; return 1; }
+  cmake --build "$build" --parallel "${JOBS:-2}" > "$build.log" 2>&1 || { cat "$build.log"; return 1; }
+  ctest --test-dir "$build" --output-on-failure
+}
+
+mkdir -p build
+run plain Release ""
+run address RelWithDebInfo address,undefined
+run thread RelWithDebInfo thread
