@@ -47,6 +47,7 @@ class Problem:
     schedule: Callable[[int, float], dq.Schedule]
     shape: tuple[int, ...]
     device: str
+    spectrum: dq.SpectralSlope | None = None
 
     def noise(self, seeds: range) -> Tensor:
         """(len(seeds), *shape): one noise for each seed, whatever the other seeds are."""
@@ -90,7 +91,9 @@ def load(args: argparse.Namespace) -> Problem:
     def schedule(steps: int, eta: float) -> dq.Schedule:
         return ddim_schedule(loaded.scheduler, steps, eta=eta)
 
-    return Problem(Path(args.model).name, loaded.model, schedule, loaded.info.sample_shape, args.device)
+    return Problem(
+        Path(args.model).name, loaded.model, schedule, loaded.info.sample_shape, args.device, loaded.spectrum
+    )
 
 
 def solvers(names: list[str] | None) -> dict[str, Solver]:
@@ -112,7 +115,7 @@ def solvers(names: list[str] | None) -> dict[str, Solver]:
 
 def warm_up(problem: Problem) -> None:
     """A short solve, so that what is loaded on first use does not count in the first one timed."""
-    sampler = dq.DEQSampler(problem.model, problem.schedule(4, 0.0))
+    sampler = dq.DEQSampler(problem.model, problem.schedule(4, 0.0), spectrum=problem.spectrum)
     sampler.sample(problem.noise(range(1)))
     sampler.serial(problem.noise(range(1)))
 

@@ -54,14 +54,16 @@ def _cell(
     schedule, seeds = problem.schedule(steps, eta), range(args.seed, args.seed + args.noises)
     noise = problem.noise(seeds)
     note(f"T = {steps}, eta = {eta:g}: serial ...")
-    chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch)
+    chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch, spectrum=problem.spectrum)
     reference = chain.serial(noise, generator=problem.generators(seeds)).sample
     rows = []
     for name, solver in chosen.items():
         for label in args.tol:
             note(f"T = {steps}, eta = {eta:g}: {name}, tol {label} ...")
             tol, promised = PROMISED[label]
-            sampler = dq.DEQSampler(problem.model, schedule, solver=solver, tol=tol, max_batch=args.max_batch)
+            sampler = dq.DEQSampler(
+                problem.model, schedule, solver=solver, tol=tol, max_batch=args.max_batch, spectrum=problem.spectrum
+            )
             out = sampler.sample(noise, generator=problem.generators(seeds))
             errors = relative_error(out.sample, reference)
             worst = float(errors.cpu()[out.converged].max()) if bool(out.converged.any()) else float("nan")

@@ -55,7 +55,13 @@ def run(args: argparse.Namespace) -> int:
         for name, solver in chosen.items():
             note(f"T = {steps}: {name} ...")
             watch = Stopwatch(problem)
-            sampler = dq.DEQSampler(watch, problem.schedule(steps, args.eta), solver=solver, max_batch=args.max_batch)
+            sampler = dq.DEQSampler(
+                watch,
+                problem.schedule(steps, args.eta),
+                solver=solver,
+                max_batch=args.max_batch,
+                spectrum=problem.spectrum,
+            )
             runs = [_solve(args, problem, sampler, watch) for _ in range(1 + args.repeats)]
             rows.append({"steps": steps, "solver": name, "first": runs[0], "runs": runs[1:]})
     print(f"{summary(facts)}\n{problem.name}, B = 1, eta {args.eta:g}, {args.repeats} solves after a first one\n")

@@ -67,7 +67,7 @@ def _cell(
     for seed in range(args.seed, args.seed + args.noises):
         seeds = range(seed, seed + 1)
         noise = problem.noise(seeds)
-        chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch)
+        chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch, spectrum=problem.spectrum)
         serial = chain.serial(noise, generator=problem.generators(seeds))
         records["serial"].append(
             {"rounds_to": [steps] * len(TARGETS), "rounds": steps, "evaluations": steps, "error": 0.0,
@@ -86,7 +86,9 @@ def _solve(
     """One noise, one solver: the solve at its own stopping, and the watched one."""
 
     def sampler(**settings: Any) -> dq.DEQSampler:
-        return dq.DEQSampler(problem.model, schedule, solver=solver, max_batch=args.max_batch, **settings)
+        return dq.DEQSampler(
+            problem.model, schedule, solver=solver, max_batch=args.max_batch, spectrum=problem.spectrum, **settings
+        )
 
     own = sampler().sample(noise, generator=problem.generators(seeds))
     curve: list[tuple[int, float]] = []

@@ -28,5 +28,4 @@ class Rows:
     count: int
 
 
-
 __all__ = ["Backend", "Generators", "Model", "OnFailure", "Rows"]

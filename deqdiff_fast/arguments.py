@@ -19,8 +19,8 @@ def check_model(model: object) -> None:
 def check_schedule(schedule: object) -> None:
     if not isinstance(schedule, Schedule):
         raise TypeError(
-            f"schedule: expected a deqdiff_fast.Schedule, got {type(schedule).__name__}; a diffusers scheduler becomes one "
-            "with Schedule.from_diffusers(scheduler, num_inference_steps)"
+            f"schedule: expected a deqdiff_fast.Schedule, got {type(schedule).__name__}; a diffusers scheduler "
+            "becomes one with Schedule.from_diffusers(scheduler, num_inference_steps)"
         )
 
 

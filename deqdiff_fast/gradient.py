@@ -27,7 +27,7 @@ PARAMETER_ROWS = 64  # rows in one call of the pass that collects parameter grad
 
 
 def adjoint_schedule(schedule: Schedule) -> Schedule:
-    """The chain of lambda_T ... lambda_0 for a one-step schedule; its timesteps are the indices i of the forward chain."""
+    """The chain of lambda_T ... lambda_0 for a one-step schedule; its timesteps are the forward chain's indices i."""
     slope = schedule.slope().flip(0)
     ones = torch.ones(schedule.num_steps + 1, dtype=torch.float64)
     return Schedule(
@@ -51,7 +51,8 @@ def differentiable(
     leaves, structure = tree_flatten(system.model_kwargs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     held: list[Solution] = []
-    sample = _Attach.apply(system, solve, adjoint, (leaves, structure), held, len(tensors), noise, *tensors, *parameters)
+    attach: Callable[..., Tensor] = _Attach.apply
+    sample = attach(system, solve, adjoint, (leaves, structure), held, len(tensors), noise, *tensors, *parameters)
     solution = held[0]
     solution.sample = sample
     return solution
@@ -59,17 +60,26 @@ def differentiable(
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, system: System, solve: Any, adjoint: Any, kwargs: Any, held: Any, count: int, noise: Tensor, *leaves: Tensor
+    def forward(
+        ctx: Any,
+        system: System,
+        solve: Any,
+        adjoint: Any,
+        kwargs: Any,
+        held: Any,
+        count: int,
+        noise: Tensor,
+        *leaves: Tensor,
     ) -> Tensor:
         solution = solve()
         held.append(solution)
         ctx.system, ctx.adjoint, ctx.kwargs, ctx.count = system, adjoint, kwargs, count
         ctx.save_for_backward(solution.trajectory, *leaves)
-        return solution.sample.clone()
+        sample: Tensor = solution.sample.clone()
+        return sample
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         trajectory, *leaves = ctx.saved_tensors
         system: System = ctx.system
         steps, batch = system.num_steps, system.batch
@@ -118,8 +128,9 @@ def _solve_adjoint(system: System, rows: _Rows, start: Tensor, adjoint: Solve, d
     # gradients of mean losses are tiny, and the solver's sanity checks think in units of one
     scale = start.norm(dim=1, keepdim=True).clamp_min(torch.finfo(system.dtype).tiny) / system.numel**0.5
     who = torch.arange(system.batch, device=system.device)
-    lam = adjoint(model, adjoint_schedule(system.schedule), start / scale, {"sample": who})
-    return lam.flip(0) * scale
+    lam: Tensor = adjoint(model, adjoint_schedule(system.schedule), start / scale, {"sample": who})
+    result: Tensor = lam.flip(0) * scale
+    return result
 
 
 def _serial_adjoint(system: System, rows: _Rows, start: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,9 @@ def check_generator(generator: Generators, batch: int) -> None:
     """Raise unless `generator` is None, one torch.Generator, or a list with one for each sample."""
     if isinstance(generator, (list, tuple)):
         if len(generator) != batch or not all(isinstance(g, torch.Generator) for g in generator):
-            raise ValueError(f"generator: expected {batch} torch.Generator, one for each sample, got {len(generator)} items")
+            raise ValueError(
+                f"generator: expected {batch} torch.Generator, one for each sample, got {len(generator)} items"
+            )
     elif generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(generator).__name__}")
 
@@ -26,8 +28,11 @@ def draw(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, devi
     return torch.randn(shape, generator=generator, dtype=dtype, device=source).to(device)
 
 
-def fill_drift(drift: Tensor, schedule: Schedule, shape: tuple[int, ...], generator: Generators, dtype: torch.dtype) -> None:
+def fill_drift(
+    drift: Tensor, schedule: Schedule, shape: tuple[int, ...], generator: Generators, dtype: torch.dtype
+) -> None:
     """drift[i] = noise_coef[i] * z_i in place, drift: (T, B, D). Draws exactly where the schedule says so."""
+    assert schedule.draws is not None  # filled in by the schedule itself
     for i, (scale, drawn) in enumerate(zip(schedule.noise_coef.tolist(), schedule.draws.tolist())):
         if drawn:
             drift[i].copy_(draw(shape, generator, dtype, drift.device).flatten(1)).mul_(scale)

@@ -44,7 +44,9 @@ class SpectralSlope:
         variance, channels = self.variance.detach().double().cpu(), self.channels.detach().double().cpu()
         count = variance.shape[0] if variance.dim() else 0
         if count == 0 or not bool((variance.isfinite() & (variance > 0)).all()):
-            raise ValueError(f"variance: expected positive finite values of shape (C, ...), got {tuple(variance.shape)}")
+            raise ValueError(
+                f"variance: expected positive finite values of shape (C, ...), got {tuple(variance.shape)}"
+            )
         if channels.shape != (count, count):
             raise ValueError(f"channels: expected shape {(count, count)}, got {tuple(channels.shape)}")
         if not torch.allclose(channels @ channels.T, torch.eye(count, dtype=torch.float64), atol=1e-6):
@@ -61,7 +63,9 @@ class SpectralSlope:
         """From samples or latents (N, C, ...), N >= 2: channel covariance, then variances averaged over rings of equal
         frequency, so that a few samples are enough."""
         if samples.dim() < 2 or samples.shape[0] < 2 or not bool(samples.isfinite().all()):
-            raise ValueError(f"samples: expected at least 2 finite samples (N, C, ...), got shape {tuple(samples.shape)}")
+            raise ValueError(
+                f"samples: expected at least 2 finite samples (N, C, ...), got shape {tuple(samples.shape)}"
+            )
         x = samples.detach().double().cpu()
         x = x - x.mean(0)
         flat = x.flatten(2) if x.dim() > 2 else x[..., None]
@@ -136,7 +140,9 @@ class Basis:
         for matrix in reversed(matrices):
             torch.mm(rows.view(-1, axes[-1]), matrix, out=spare.view(-1, axes[-1]))
             axes = [axes[-1], *axes[:-1]]  # the last axis goes to the front: after one turn each, the order is restored
-            rows.view(-1, axes[0], math.prod(axes[1:])).copy_(spare.view(-1, math.prod(axes[1:]), axes[0]).transpose(1, 2))
+            rows.view(-1, axes[0], math.prod(axes[1:])).copy_(
+                spare.view(-1, math.prod(axes[1:]), axes[0]).transpose(1, 2)
+            )
         return rows
 
 
@@ -145,7 +151,7 @@ def _average_rings(power: Tensor) -> Tensor:
     if power.dim() < 2:
         return power
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) / n for n in power.shape[1:]), indexing="ij")
-    radius = (sum(a.square() for a in axes).sqrt() * max(power.shape[1:])).round().long().flatten()
+    radius = (torch.stack([a.square() for a in axes]).sum(0).sqrt() * max(power.shape[1:])).round().long().flatten()
     flat, rings = power.flatten(1), int(radius.max()) + 1
     total = torch.zeros(len(flat), rings, dtype=power.dtype).index_add_(1, radius, flat)
     return (total / torch.bincount(radius, minlength=rings).clamp_min(1))[:, radius].view(power.shape)

@@ -52,10 +52,11 @@ class System:
 
         self.state_coef, self.model_coef = table(schedule.state_coef), table(schedule.model_coef)
         self.denoised_coef = table(schedule.denoised_coef())
+        self.basis = slope.basis() if isinstance(slope, SpectralSlope) else None
         if isinstance(slope, SpectralSlope):
-            self.basis, linear = slope.basis(), slope.slope(schedule)
+            linear = slope.slope(schedule)
         else:
-            self.basis, linear = None, schedule.slope()[:, None]
+            linear = schedule.slope()[:, None]
         self.linear = linear.to(noise.device, self.dtype)
         self.slope = torch.zeros_like(self.linear) if slope is None else self.linear
         clock = schedule.timesteps if not schedule.timesteps.is_floating_point() else schedule.timesteps.to(self.dtype)
@@ -133,7 +134,7 @@ class System:
         self._linear_scan(chain, self.bounds(0), self.bounds(self.num_steps))
 
     def extrapolate(self, chain: Chain, old: list[int], new: list[int]) -> None:
-        """Fill states old[b] < i <= new[b], which enter a window: the nonlinear part of the prediction stays as it is."""
+        """Fill states old[b] < i <= new[b], which enter a window: the nonlinear part of a prediction stays as it is."""
         for b, (start, stop) in enumerate(zip(old, new)):
             if start < stop:
                 last = start - 1
@@ -194,7 +195,9 @@ class System:
         if tuple(value.shape) != (count, *self.shape):
             hint = ""
             if value.dim() >= 2 and value.shape[:1] == (count,) and value.shape[1] == 2 * self.shape[0]:
-                hint = "; a model that also predicts a variance must be wrapped to return the first half of its channels"
+                hint = (
+                    "; a model that also predicts a variance must be wrapped to return the first half of its channels"
+                )
             raise ModelOutputError(
                 f"the model returned shape {tuple(value.shape)} {where}; expected {(count, *self.shape)}{hint}"
             )
@@ -212,4 +215,3 @@ class System:
         clean = p[:, None] * states.to(self.dtype) + q[:, None] * output.to(self.dtype)
         excess = clean.clamp(-self.schedule.clip.range, self.schedule.clip.range) - clean
         return output.to(self.dtype) + self.clip_gain[step, None].to(self.dtype) * excess
-

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import pickle
@@ -33,7 +34,7 @@ def load_images(path: Path) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([b[b"data"] for b in batches]).reshape(-1, 3, 32, 32))
     with np.load(path) as packed:
         jpeg, offset = packed["jpeg"], packed["offset"]
-    images = [Image.open(io.BytesIO(jpeg[a:b].tobytes())).convert("RGB") for a, b in zip(offset[:-1], offset[1:])]
+    images = [Image.open(io.BytesIO(jpeg[a:b].tobytes())).convert("RGB") for a, b in itertools.pairwise(offset)]
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).contiguous()
 
 
@@ -134,7 +135,9 @@ def main() -> None:
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, smoothing=0.02)
     clock = time.monotonic()
     for step in bar:
-        draw = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # one stream a step: resuming changes nothing
+        draw = torch.Generator().manual_seed(
+            args.seed * 1_000_003 + step
+        )  # one stream a step: resuming changes nothing
         pick = torch.randint(len(images), (args.batch,), generator=draw)
         x = (images[pick].float() / 127.5 - 1).to(device)
         flip = torch.rand(args.batch, generator=draw).to(device) < 0.5
@@ -159,9 +162,10 @@ def main() -> None:
             now = time.monotonic()
             seconds, clock = seconds + now - clock, now
             facts = {
-                "steps": step + 1, "planned_steps": args.steps, "batch": args.batch, "peak_lr": args.lr, "ema": args.ema,
-                "seed": args.seed, "training_seconds": round(seconds), "device": device.type,
-                "threads": torch.get_num_threads(), "torch": torch.__version__, "mean_loss_last_200_steps": round(recent, 5),
+                "steps": step + 1, "planned_steps": args.steps, "batch": args.batch, "peak_lr": args.lr,
+                "ema": args.ema, "seed": args.seed, "training_seconds": round(seconds), "device": device.type,
+                "threads": torch.get_num_threads(), "torch": torch.__version__,
+                "mean_loss_last_200_steps": round(recent, 5),
             }  # fmt: skip
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**state, "step": step + 1, "seconds": seconds, "losses": losses}, args.out / "checkpoint.tmp")

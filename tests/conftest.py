@@ -52,7 +52,9 @@ def ddim() -> Callable[..., Schedule]:
 
 @pytest.fixture
 def noise() -> Callable[..., Tensor]:
-    def make(batch: int = 2, shape: tuple[int, ...] = (3, 8, 8), seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    def make(
+        batch: int = 2, shape: tuple[int, ...] = (3, 8, 8), seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
     return make

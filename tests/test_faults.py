@@ -21,9 +21,11 @@ def test_non_finite_at_one_timestep(mixture, ddim, noise, solver, value):
         return out
 
     sampler = dq.DEQSampler(broken, ddim(20), solver=solver)
-    with pytest.raises(dq.NonFiniteError, match="NaN or Inf at timestep 450 .* round 1, sample 0") as caught:
+    with pytest.raises(dq.NonFiniteError, match=r"NaN or Inf at timestep 450 .* round 1, sample 0") as caught:
         sampler.sample(noise(2))
-    assert caught.value.timestep == 450 and caught.value.step == 10 and caught.value.round == 1
+    assert caught.value.timestep == 450
+    assert caught.value.step == 10
+    assert caught.value.round == 1
     with pytest.raises(dq.NonFiniteError, match="timestep 450"):
         sampler.serial(noise(2))
 
@@ -49,7 +51,7 @@ def test_overflowing_chain(ddim, noise, solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_transient_overflow_is_repaired(ddim, noise, relative_error, solver):
-    """A stiff linear model: every serial step shrinks the state, but Picard's powers grow like 150^n / n! and overflow."""
+    """A stiff linear model: serial steps shrink the state, but Picard's powers grow like 150^n / n! and overflow."""
     schedule = ddim(100)
     stiffness = torch.zeros(1000)
     stiffness[schedule.timesteps] = (-1.5 / schedule.model_coef[:, 0]).float()
@@ -61,13 +63,14 @@ def test_transient_overflow_is_repaired(ddim, noise, relative_error, solver):
     reference = sampler.serial(noise(2))
     assert reference.sample.abs().max() < 10
     out = sampler.sample(noise(2))
-    assert relative_error(out.sample, reference.sample).max() < 1e-3 and out.converged.all()
+    assert relative_error(out.sample, reference.sample).max() < 1e-3
+    assert out.converged.all()
     if solver == "picard":
         assert out.stats.repairs > 0, "the test must meet an overflow"
 
 
 @pytest.mark.parametrize(
-    "bad,message",
+    ("bad", "message"),
     [
         (lambda x: x[:, :2], r"shape \(20, 2, 8, 8\) in round 1, timesteps 900 to 0"),
         (lambda x: x[:-1], r"shape \(19, 3, 8, 8\) in round 1"),
@@ -121,14 +124,16 @@ def test_model_that_changes_its_input(mixture, ddim, noise, relative_error):
 def test_empty_batch(mixture, ddim):
     for run in (dq.DEQSampler(mixture(), ddim()).sample, dq.DEQSampler(mixture(), ddim()).serial):
         out = run(torch.empty(0, 3, 8, 8))
-        assert out.sample.shape == (0, 3, 8, 8) and out.converged.shape == (0,)
+        assert out.sample.shape == (0, 3, 8, 8)
+        assert out.converged.shape == (0,)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_one_step(mixture, ddim, noise, solver):
     sampler = dq.DEQSampler(mixture(), ddim(1), solver=solver)
     out = sampler.sample(noise(2))
-    assert torch.allclose(out.sample, sampler.serial(noise(2)).sample) and out.stats.rounds == 1
+    assert torch.allclose(out.sample, sampler.serial(noise(2)).sample)
+    assert out.stats.rounds == 1
 
 
 def test_non_contiguous_noise(mixture, ddim, noise):
@@ -146,7 +151,7 @@ def test_noise_is_left_alone(mixture, ddim, noise):
 
 
 @pytest.mark.parametrize(
-    "bad,error,message",
+    ("bad", "error", "message"),
     [
         ([1.0], TypeError, "noise: expected a tensor"),
         (torch.zeros(4), ValueError, "noise: expected shape"),

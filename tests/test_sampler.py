@@ -9,7 +9,15 @@ import torch
 
 import deqdiff_fast as dq
 
-SOLVERS = ["auto", dq.QuasiNewton(history=5, slope=None), "picard", "anderson", "triangular", dq.Anderson(scope="trajectory"), "deq-ddim"]
+SOLVERS = [
+    "auto",
+    dq.QuasiNewton(history=5, slope=None),
+    "picard",
+    "anderson",
+    "triangular",
+    dq.Anderson(scope="trajectory"),
+    "deq-ddim",
+]
 
 
 def plain_ddim(model, noise, schedule, generator=None):
@@ -32,11 +40,14 @@ def test_serial_is_ddim(mixture, ddim, noise, relative_error, eta):
     expected = plain_ddim(model, start, schedule, torch.Generator().manual_seed(3))
     got = dq.DEQSampler(model, schedule).serial(start, generator=torch.Generator().manual_seed(3))
     assert relative_error(got.sample, expected).max() < 1e-5
-    assert got.stats.model_evals == 40 and got.converged.all()
+    assert got.stats.model_evals == 40
+    assert got.converged.all()
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s if isinstance(s, str) else s.name)
-@pytest.mark.parametrize("steps,eta,prediction", [(20, 0.0, "epsilon"), (50, 0.5, "v_prediction"), (100, 0.0, "sample")])
+@pytest.mark.parametrize(
+    ("steps", "eta", "prediction"), [(20, 0.0, "epsilon"), (50, 0.5, "v_prediction"), (100, 0.0, "sample")]
+)
 def test_matches_serial(mixture, ddim, noise, relative_error, solver, steps, eta, prediction):
     model, schedule, start = mixture(prediction=prediction), ddim(steps, eta, prediction), noise(3)
     for tol, allowed in ((None, 1e-2), (1e-5, 1e-4)):
@@ -45,14 +56,17 @@ def test_matches_serial(mixture, ddim, noise, relative_error, solver, steps, eta
         out = sampler.sample(start, generator=torch.Generator().manual_seed(1))
         assert out.converged.all()
         assert relative_error(out.sample, reference.sample).max() <= allowed
-        assert out.sample.dtype == start.dtype and out.sample.shape == start.shape
-        assert out.stats.rounds <= steps and len(out.stats.residual_trace) == out.stats.rounds
+        assert out.sample.dtype == start.dtype
+        assert out.sample.shape == start.shape
+        assert out.stats.rounds <= steps
+        assert len(out.stats.residual_trace) == out.stats.rounds
         assert out.stats.model_evals <= 3 * steps * out.stats.rounds + 3 * out.stats.finished_serially
 
 
 def test_parallel_is_fewer_rounds_than_steps(mixture, ddim, noise):
     out = dq.DEQSampler(mixture(), ddim(100)).sample(noise(1))
-    assert out.stats.rounds <= 20 and out.stats.finished_serially == 0
+    assert out.stats.rounds <= 20
+    assert out.stats.finished_serially == 0
 
 
 @pytest.mark.parametrize("window", [1, 7, 20, 1000])
@@ -62,9 +76,11 @@ def test_windows(mixture, ddim, noise, relative_error, window, solver):
     sampler = dq.DEQSampler(model, ddim(40), solver=solver, window=window, tol=1e-4)
     out = sampler.sample(start)
     assert relative_error(out.sample, sampler.serial(start).sample).max() < 1e-4
-    assert out.stats.window == min(window, 40) and out.converged.all()
+    assert out.stats.window == min(window, 40)
+    assert out.converged.all()
     if window == 1:
-        assert out.stats.rounds == 40 and out.stats.model_evals == 120
+        assert out.stats.rounds == 40
+        assert out.stats.model_evals == 120
 
 
 def test_final_rows_are_not_evaluated_again(mixture, ddim, noise):
@@ -99,15 +115,18 @@ def test_chunks(mixture, ddim, noise, max_batch):
 
     whole = dq.DEQSampler(model, ddim(20)).sample(noise(2))
     cut = dq.DEQSampler(spy, ddim(20), max_batch=max_batch).sample(noise(2))
-    assert max(sizes) <= max_batch and cut.stats.model_calls == len(sizes)
-    assert cut.stats.rounds == whole.stats.rounds and torch.allclose(cut.sample, whole.sample, atol=1e-5)
+    assert max(sizes) <= max_batch
+    assert cut.stats.model_calls == len(sizes)
+    assert cut.stats.rounds == whole.stats.rounds
+    assert torch.allclose(cut.sample, whole.sample, atol=1e-5)
 
 
 def test_model_kwargs_follow_their_sample(ddim, noise, relative_error):
     start, shift = noise(3), torch.tensor([0.0, 1.0, -2.0])
 
     def model(x, t, shift, scale, extra):
-        assert len(shift) == len(x) and extra["keep"].shape == (7,)
+        assert len(shift) == len(x)
+        assert extra["keep"].shape == (7,)
         return scale * (0.5 * x + shift[:, None, None, None])
 
     kwargs = {"shift": shift, "scale": 0.5, "extra": {"keep": torch.zeros(7)}}
@@ -121,11 +140,14 @@ def test_callback_previews_and_stops(mixture, ddim, noise):
 
     def callback(info):
         seen.append((info.preview(), info.sample(), float(info.residual.max())))
-        assert info.num_steps == 50 and info.round == len(seen)
+        assert info.num_steps == 50
+        assert info.round == len(seen)
         return info.round == 2
 
     out = dq.DEQSampler(mixture(), ddim(50)).sample(noise(2), callback=callback)
-    assert out.stats.stop_reason == "callback" and out.stats.rounds == 2 and not out.converged.any()
+    assert out.stats.stop_reason == "callback"
+    assert out.stats.rounds == 2
+    assert not out.converged.any()
     assert all(p.shape == (2, 3, 8, 8) and p.isfinite().all() for p, _, _ in seen)
     assert torch.equal(seen[-1][1], out.sample)
 
@@ -136,12 +158,15 @@ def test_out_of_rounds(mixture, ddim, noise, relative_error, on_failure):
     start = noise(2)
     if on_failure == "serial":
         out = sampler.sample(start)
-        assert out.converged.all() and out.stats.finished_serially > 0 and out.stats.stop_reason == "max_rounds"
+        assert out.converged.all()
+        assert out.stats.finished_serially > 0
+        assert out.stats.stop_reason == "max_rounds"
         assert relative_error(out.sample, sampler.serial(start).sample).max() < 1e-5
     elif on_failure == "warn":
         with pytest.warns(dq.ConvergenceWarning, match="2 of 2 samples did not converge in 2 rounds"):
             out = sampler.sample(start)
-        assert not out.converged.any() and out.sample.isfinite().all()
+        assert not out.converged.any()
+        assert out.sample.isfinite().all()
     else:
         with pytest.raises(dq.NotConvergedError, match="raise max_rounds") as caught:
             sampler.sample(start)
@@ -153,7 +178,8 @@ def test_init_trajectory_saves_rounds(mixture, ddim, noise):
     first = sampler.sample(noise(1), return_trajectory=True)
     near = noise(1) + 1e-3 * noise(1, seed=5)
     warm, cold = sampler.sample(near, init_trajectory=first.trajectory), sampler.sample(near)
-    assert first.trajectory.shape == (51, 1, 3, 8, 8) and torch.equal(first.trajectory[-1], first.sample)
+    assert first.trajectory.shape == (51, 1, 3, 8, 8)
+    assert torch.equal(first.trajectory[-1], first.sample)
     assert warm.stats.rounds < cold.stats.rounds
 
 
@@ -169,7 +195,8 @@ def test_dtypes(mixture, ddim, noise, relative_error, dtype):
     sampler = dq.DEQSampler(spy, ddim(20), tol=1e-9 if dtype == torch.float64 else None)
     start = noise(2).to(dtype)
     out, reference = sampler.sample(start), sampler.serial(start)
-    assert seen == {dtype} and out.sample.dtype == dtype
+    assert seen == {dtype}
+    assert out.sample.dtype == dtype
     assert relative_error(out.sample, reference.sample).max() < (1e-9 if dtype == torch.float64 else 1e-2)
 
 
@@ -200,4 +227,5 @@ def test_nothing_is_printed(mixture, ddim, noise, capsys, caplog):
     with caplog.at_level(logging.DEBUG, logger="deqdiff_fast"):
         dq.DEQSampler(mixture(), ddim()).sample(noise())
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err == ""
+    assert captured.out == ""
+    assert captured.err == ""

@@ -38,7 +38,8 @@ def test_basis_is_orthonormal(shape):
     channels = torch.linalg.qr(torch.randn(shape[0], shape[0], dtype=torch.float64)).Q
     basis, x = Basis(channels, shape), torch.randn(5, *shape, dtype=torch.float64).flatten(1)
     y = basis.forward(x.clone(), torch.empty_like(x))
-    assert torch.allclose(y.norm(dim=1), x.norm(dim=1)) and torch.allclose(basis.inverse(y.clone()), x, atol=1e-12)
+    assert torch.allclose(y.norm(dim=1), x.norm(dim=1))
+    assert torch.allclose(basis.inverse(y.clone()), x, atol=1e-12)
     expected = torch.einsum("kc,nc...->nk...", channels, x.view(-1, *shape))
     for axis in range(2, len(shape) + 1):
         expected = torch.movedim(torch.movedim(expected, axis, -1) @ dct_matrix(shape[axis - 1]).T, -1, axis)
@@ -59,7 +60,8 @@ def test_save_and_load(tmp_path):
     spectrum = dq.SpectralSlope.fit(smooth_images(10))
     spectrum.save(tmp_path / "spectrum.safetensors")
     again = dq.SpectralSlope.load(tmp_path / "spectrum.safetensors")
-    assert torch.allclose(again.variance, spectrum.variance, rtol=1e-6) and torch.allclose(again.channels, spectrum.channels)
+    assert torch.allclose(again.variance, spectrum.variance, rtol=1e-6)
+    assert torch.allclose(again.channels, spectrum.channels)
 
 
 def test_gaussian_data_needs_two_rounds(ddim, noise, relative_error):
@@ -69,19 +71,23 @@ def test_gaussian_data_needs_two_rounds(ddim, noise, relative_error):
     before = start.clone()
     sampler = dq.DEQSampler(model, schedule, spectrum=spectrum, tol=1e-4)
     out = sampler.sample(start)
-    assert out.stats.rounds <= 2 and relative_error(out.sample, sampler.serial(start).sample).max() < 1e-5
+    assert out.stats.rounds <= 2
+    assert relative_error(out.sample, sampler.serial(start).sample).max() < 1e-5
     assert torch.equal(start, before), "the caller's noise must not be transformed in place"
     scalar = dq.DEQSampler(model, schedule, tol=1e-4).sample(start)
     assert scalar.stats.rounds > out.stats.rounds
 
 
-@pytest.mark.parametrize("spoil", [lambda v: torch.ones_like(v), lambda v: v.flip(1, 2), lambda v: 100 * v, lambda v: v / 100])
+@pytest.mark.parametrize(
+    "spoil", [lambda v: torch.ones_like(v), lambda v: v.flip(1, 2), lambda v: 100 * v, lambda v: v / 100]
+)
 def test_a_wrong_spectrum_still_converges(mixture, ddim, noise, relative_error, spoil):
     good = dq.SpectralSlope.fit(smooth_images(50))
     wrong = dq.SpectralSlope(spoil(good.variance), good.channels)
     sampler = dq.DEQSampler(mixture((3, 16, 16)), ddim(50), spectrum=wrong, tol=1e-3)
     out, reference = sampler.sample(noise(2, (3, 16, 16))), sampler.serial(noise(2, (3, 16, 16)))
-    assert out.converged.all() and relative_error(out.sample, reference.sample).max() < 1e-3
+    assert out.converged.all()
+    assert relative_error(out.sample, reference.sample).max() < 1e-3
 
 
 def test_stochastic_windowed_and_previewed(mixture, ddim, noise, relative_error):
@@ -119,4 +125,5 @@ def test_bad_spectra(mixture, ddim, noise):
 
 def test_from_model(mixture, ddim):
     spectrum = dq.SpectralSlope.from_model(mixture(), ddim(10), (3, 8, 8), count=8)
-    assert spectrum.shape == (3, 8, 8) and bool((spectrum.variance > 0).all())
+    assert spectrum.shape == (3, 8, 8)
+    assert bool((spectrum.variance > 0).all())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..schedule import Schedule, timesteps
+from ..spectral import SpectralSlope
 
 BUNDLED = "bundled"
 _DENOISERS = ("unet", "transformer", "")  # "": a flat folder, as diffusers wrote them at first
@@ -30,11 +31,13 @@ class ModelInfo:
 
 
 class LoadedModel(NamedTuple):
-    """`model(x, t)`, in eval mode and without gradients for its weights; its diffusers scheduler; what it is."""
+    """`model(x, t)`, in eval mode and without gradients for its weights; its diffusers scheduler; what it is; and the
+    power spectrum of its samples, where the folder holds one (spectrum.safetensors, see `SpectralSlope.save`)."""
 
     model: torch.nn.Module
     scheduler: Any
     info: ModelInfo
+    spectrum: SpectralSlope | None
 
 
 def bundled_model() -> Path:
@@ -75,7 +78,8 @@ def load_model(
         parameters=sum(p.numel() for p in model.parameters()),
         conditional="" if free else _CONDITIONS.get(name, "class_labels or other conditioning"),
     )
-    return LoadedModel(model, scheduler, info)
+    stored = Path(source) / "spectrum.safetensors"
+    return LoadedModel(model, scheduler, info, SpectralSlope.load(stored) if stored.is_file() else None)
 
 
 def ddim_schedule(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 
 from .anderson import Anderson
 from .base import Chain, Solver
@@ -11,7 +11,7 @@ from .picard import Picard
 from .quasi_newton import QuasiNewton
 from .window import Window
 
-NAMED = {
+NAMED: dict[str, Callable[[], Solver]] = {
     "auto": QuasiNewton,
     "picard": Picard,
     "anderson": lambda: Anderson(scope="timestep"),
@@ -21,18 +21,19 @@ NAMED = {
 }
 
 
-def resolve(solver: str | Solver, spectral: bool = False) -> Solver:
-    """A solver object from a name or an object; spectral: whether the data's spectrum is known. Raises ValueError with the known names, TypeError for anything else."""
+def resolve(solver: str | Solver) -> Solver:
+    """A solver object from a name or an object. Raises ValueError with the known names, TypeError for anything else."""
     if isinstance(solver, str):
         if solver not in NAMED:
-            raise ValueError(f"solver: expected one of {', '.join(map(repr, NAMED))} or a solver object, got {solver!r}")
-        made: Solver = NAMED[solver]()
-        return dataclasses.replace(made, slope="spectral") if spectral and isinstance(made, QuasiNewton) else made
-    missing = [name for name in ("plan", "start", "step", "settle", "enter") if not callable(getattr(solver, name, None))]
+            raise ValueError(
+                f"solver: expected one of {', '.join(map(repr, NAMED))} or a solver object, got {solver!r}"
+            )
+        return NAMED[solver]()
+    missing = [
+        name for name in ("plan", "start", "step", "settle", "enter") if not callable(getattr(solver, name, None))
+    ]
     if missing:
         raise TypeError(f"solver: {type(solver).__name__} is not a solver, it has no {', '.join(missing)}")
-    if getattr(solver, "slope", None) == "spectral" and not spectral:
-        raise ValueError("solver: slope='spectral' needs DEQSampler(spectrum=SpectralSlope...) to take the slope from")
     return solver
 
 

@@ -29,8 +29,8 @@ class Anderson:
     eq. 9), per trajectory, or per prefix of the trajectory ("triangular", Tang et al. 2024, arXiv 2402.09970).
     ridge: relative to the Gram's own diagonal, or absolute if `relative_ridge=False`. damping: weight of the plain
     steps against the old iterates, 1 = plain steps only. stale: a kept iterate whose squared residual is more than
-    this many times the newest one's is left out. The timestep next to the known state always takes the plain step. tol: residual at which a timestep is final if the sampler is
-    given no tolerance of its own.
+    this many times the newest one's is left out. The timestep next to the known state always takes the plain step. tol:
+    residual at which a timestep is final if the sampler is given no tolerance of its own.
     """
 
     history: int = 5
@@ -66,7 +66,7 @@ class Anderson:
 
     @classmethod
     def deq_ddim(cls) -> Anderson:
-        """The paper's own setting: per timestep, history 5, absolute ridge 1e-3, noise copied to every state, 15 rounds."""
+        """The paper's own setting: per timestep, history 5, absolute ridge 1e-3, noise in every state, 15 rounds."""
         return cls(
             scope="timestep", history=5, ridge=1e-3, relative_ridge=False, stale=float("inf"), guess="copy",
             max_rounds=15, tol=1e-3, label="deq-ddim",

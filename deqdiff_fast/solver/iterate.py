@@ -45,9 +45,9 @@ def iterate(
 ) -> Progress:
     """Solve `chain` in place until every row is final, the rounds run out, or `report` returns True.
 
-    evaluate(rows, round) fills predictions; rebuild(old, new, broken) guesses the states of rows old[b] <= i < new[b], which enter the
-    window or were lost to an overflow;
-    diagnose(step, sample, round) says whether a non-finite row is the model's fault, and then returns the error.
+    evaluate(rows, round) fills predictions; rebuild(old, new, broken) guesses the states of rows old[b] <= i < new[b],
+    which enter the window or were lost to an overflow; diagnose(step, sample, round) says whether a non-finite row is
+    the model's fault, and then returns the error.
     """
     window = Window(chain.num_steps, chain.batch, chain.window)
     progress = Progress(window)

@@ -23,14 +23,15 @@ class QuasiNewton:
     """X <- the exact solution of the chain whose predictions are linear, E + J (x - X), around the last evaluation.
 
     J is a diagonal slope plus a multisecant correction from the last `history` rounds (0 to 7, 0 = slope alone).
-    slope: "scalar", the slope of unit Gaussian data; "spectral" or a `SpectralSlope`, one slope for every coefficient of
-    the data's spectrum ("spectral" wants the sampler to be given one); None, no slope. The fixed point does not depend
-    on J. Sources: Lim et al. 2024, arXiv 2309.12252; Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009.
-    ridge: of the secant fit, relative. floor: shortest step worth keeping, relative to the state.
+    slope: "scalar", the slope of unit Gaussian data; "spectral" or a `SpectralSlope`, one slope for every coefficient
+    of the data's spectrum ("spectral" wants the sampler to be given one); "auto", spectral where the sampler was given
+    one, else scalar; None, no slope. The fixed point does not depend on J. Sources: Lim et al. 2024, arXiv 2309.12252;
+    Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009. ridge: of the secant fit, relative. floor: shortest step
+    worth keeping, relative to the state.
     """
 
     history: int = 3
-    slope: Any = "scalar"
+    slope: Any = "auto"
     ridge: float = 1e-6
     floor: float = 1e-5
     max_rounds: int | None = None
@@ -40,8 +41,10 @@ class QuasiNewton:
     def __post_init__(self) -> None:
         if isinstance(self.history, bool) or not isinstance(self.history, int) or not 0 <= self.history <= 7:
             raise ValueError(f"history: expected an int from 0 to 7, got {self.history!r}")
-        if isinstance(self.slope, str) and self.slope not in ("scalar", "spectral"):
-            raise ValueError(f"slope: expected 'scalar', 'spectral', a SpectralSlope or None, got {self.slope!r}")
+        if isinstance(self.slope, str) and self.slope not in ("auto", "scalar", "spectral"):
+            raise ValueError(
+                f"slope: expected 'auto', 'scalar', 'spectral', a SpectralSlope or None, got {self.slope!r}"
+            )
         if not (self.ridge > 0 and self.floor >= 0):
             raise ValueError(f"ridge, floor: expected ridge > 0 and floor >= 0, got {self.ridge!r}, {self.floor!r}")
         if self.max_rounds is not None and not self.max_rounds >= 1:
@@ -49,7 +52,9 @@ class QuasiNewton:
 
     @property
     def name(self) -> str:
-        kind = self.slope if isinstance(self.slope, str) else "none" if self.slope is None else "spectral"
+        if self.slope == "auto":
+            return "quasi-newton"
+        kind = self.slope if isinstance(self.slope, str) else "plain" if self.slope is None else "spectral"
         return f"quasi-newton-{kind}"
 
     def plan(self, plan: Plan, size: Size) -> None:

@@ -35,8 +35,8 @@ class Window:
     def advance(self, residual: Tensor, tolerance: float) -> tuple[list[int], list[int], list[int], list[int]]:
         """Slide past what has converged; residual: (T, B) on the CPU. Returns the old and new lo, the old and new hi.
 
-        Row lo[b] was evaluated at a final state, so it is final now whatever its residual. After it, a row is final when
-        its residual is small and all rows before it are final: an error made early is carried along.
+        Row lo[b] was evaluated at a final state, so it is final now whatever its residual. After it, a row is final
+        when its residual is small and all rows before it are final: an error made early is carried along.
         """
         old_lo, old_hi = list(self.lo), list(self.hi)
         small = (residual <= tolerance).tolist()

@@ -50,7 +50,8 @@ BACKENDS: dict[str, Callable[..., None]] = {"reference": _reference, "cpp": _cpp
 def run(backend: str, states: Tensor, predictions: Tensor, *args: Tensor | float | None) -> None:
     """args: those of the schema, in its order."""
     lo, hi, z, drift = args[3], args[4], args[7], args[-1]
-    assert isinstance(lo, Tensor) and isinstance(hi, Tensor)
+    assert isinstance(lo, Tensor)
+    assert isinstance(hi, Tensor)
     others = [t for t in (z, drift) if isinstance(t, Tensor)]
     name = _dispatch.resolve(backend, (states, predictions, *others))
     if states.device.type == "cpu":

@@ -22,7 +22,7 @@ def newton_scan(
 ) -> None:  # fmt: skip
     """N[i+1] = sum_l a[i,l] N[i-l] + b[i,l] Ê[i-l] + drift[i], Ê[i] = E[i] + J[i] (N[i] - X[i]); states <- N.
 
-    J[i] = c + (dE - c dX) (dX^T dX + ridge)^-1 dX^T, c = slope[i] (T, 1 or D), columns from the rings z, e: (H+1, W, B, D).
+    J[i] = c + (dE - c dX) (dX^T dX + ridge)^-1 dX^T, c = slope[i] (T, 1 or D), columns: rings z, e (H+1, W, B, D).
     sq_diff = max(|N - X|^2, |F - X|^2), F the plain step. Without rings X counts as zero: the scan of a linear model.
     """
     wide, n_lags, start = torch.float64, state_coef.shape[1], states.to(torch.float64, copy=True)

@@ -14,7 +14,9 @@ NAN = float("nan")
 class Case:
     """A random chain with several rounds of history, the unfilled parts NaN."""
 
-    def __init__(self, steps, batch, size, lags=1, width=None, history=3, dtype=torch.float32, spectral=True, drift=False):
+    def __init__(
+        self, steps, batch, size, lags=1, width=None, history=3, dtype=torch.float32, spectral=True, drift=False
+    ):
         g = torch.Generator().manual_seed(steps * 131 + size)
 
         def draw(*shape):
@@ -22,7 +24,9 @@ class Case:
 
         self.steps, self.batch, self.size, self.width, self.ring = steps, batch, size, width or steps, history + 1
         early = torch.arange(steps)[:, None] >= torch.arange(lags)[None]
-        self.a = torch.where(early, torch.full((steps, lags), 0.9 / lags, dtype=torch.float64) + 0.02 * draw(steps, lags), 0)
+        self.a = torch.where(
+            early, torch.full((steps, lags), 0.9 / lags, dtype=torch.float64) + 0.02 * draw(steps, lags), 0
+        )
         self.b = torch.where(early, 0.1 * draw(steps, lags), 0)
         self.slope = (0.5 * draw(steps, size if spectral else 1)).to(torch.float32).double()
         self.x = draw(steps + 1, batch, size).to(dtype)
@@ -76,14 +80,20 @@ def test_matches_reference(steps, size, spectral):
 @pytest.mark.parametrize("history", [1, 5, 7])
 def test_lags_windows_and_histories(lags, width, history):
     case = Case(20, 3, 100, lags=lags, width=width, history=history, drift=True)
-    expected, got = case.run(reference, torch.float64), case.run(lambda *a: newton_scan(*a, backend="cpp"), torch.float64)
+    expected, got = (
+        case.run(reference, torch.float64),
+        case.run(lambda *a: newton_scan(*a, backend="cpp"), torch.float64),
+    )
     close(got[0], expected[0], 1e-8)
     close(got[1][0], expected[1][0], 1e-8)
 
 
 def test_bfloat16_storage():
     case = Case(12, 2, 64, dtype=torch.bfloat16)
-    expected, got = case.run(reference, torch.float64, 2), case.run(lambda *a: newton_scan(*a, backend="cpp"), torch.bfloat16, 2)
+    expected, got = (
+        case.run(reference, torch.float64, 2),
+        case.run(lambda *a: newton_scan(*a, backend="cpp"), torch.bfloat16, 2),
+    )
     close(got[0], expected[0], 5e-2)
 
 
@@ -139,7 +149,8 @@ def test_degenerate_history_is_harmless():
     case = Case(15, 2, 30)
     case.predictions = [case.predictions[0]] * 5
     states, sums, _, _ = case.run(lambda *a: newton_scan(*a, backend="cpp"), torch.float32)
-    assert states.isfinite().all() and sums[1][3:10, 0].isfinite().all()
+    assert states.isfinite().all()
+    assert sums[1][3:10, 0].isfinite().all()
 
 
 def test_opcheck_and_bad_arguments():
