@@ -101,19 +101,21 @@ def anderson_mix_kernel(
     if i > first:  # row `first` has its plain step already
         lanes = block * BLOCK + tl.arange(0, BLOCK)
         target = states + (tl.cast(i + 1, tl.int64) * B + b) * D + lanes
-        mixed = tl.zeros((BLOCK,), WIDE)
-        for j in tl.static_range(M):
+        mask = lanes < D
+        at = (tl.cast(column * W + slot, tl.int64) * B + b) * D + lanes
+        newest = tl.load(target if MIXED else f + at, mask=mask, other=0.0).to(WIDE)
+        if DAMPED:
+            newest -= tl.full((), undamped, WIDE) * tl.load(g + at, mask=mask, other=0.0).to(WIDE)
+        mixed = newest
+        for age in tl.static_range(1, M):  # differences: the weights sum to one only up to rounding
+            j = (column + M - age) % M
             weight = tl.load(alpha + (tl.cast(i, tl.int64) * B + b) * M + j)
-            at = (tl.cast(j * W + slot, tl.int64) * B + b) * D + lanes
             mask = lanes < tl.where(weight != 0, D, 0)
-            if MIXED:
-                past = tl.load(f + at, mask=lanes < tl.where((weight != 0) & (j != column), D, 0), other=0.0).to(WIDE)
-                past += tl.load(target, mask=lanes < tl.where(j == column, D, 0), other=0.0).to(WIDE)
-            else:
-                past = tl.load(f + at, mask=mask, other=0.0).to(WIDE)
+            at = (tl.cast(j * W + slot, tl.int64) * B + b) * D + lanes
+            past = tl.load(f + at, mask=mask, other=0.0).to(WIDE)
             if DAMPED:
                 past -= tl.full((), undamped, WIDE) * tl.load(g + at, mask=mask, other=0.0).to(WIDE)
-            mixed += weight * past
+            mixed += weight * (past - newest)
         tl.store(target, mixed.to(states.dtype.element_ty), mask=lanes < D)
 
 
@@ -142,7 +144,7 @@ def launch(
     solve_kernel[(triton.cdiv(rows, solve.rows) * batch,)](
         partials, lo, hi, gram, filled, alpha, sq_diff, sq_norm, steps, batch, width, blocks, column, ridge, stale,
         SCOPE=scope, RELATIVE=relative_ridge, M=history, P=triton.next_power_of_2(history), K=entries,
-        ROWS=solve.rows, PRIOR=solve.prior, num_warps=solve.num_warps, enable_fp_fusion=True,
+        ROWS=solve.rows, PRIOR=solve.prior * 4 // gram.element_size(), num_warps=solve.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     block = mix.block(states.element_size())
     anderson_mix_kernel[(triton.cdiv(size, block) * batch * rows,)](

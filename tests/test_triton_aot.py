@@ -1,0 +1,176 @@
+"""Every Triton kernel, compiled ahead of time for GPUs that are not here, and read back.
+
+The scans and the mix must move every element of D in accesses of 16 bytes; no kernel may spill or touch local memory;
+registers stay within what the intended number of resident warps allows. Prints the table (pytest -s).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from deqdiff_fast.kernels import _config  # noqa: E402
+from deqdiff_fast.kernels.anderson_mix import _triton as anderson  # noqa: E402
+from deqdiff_fast.kernels.anderson_mix import _triton_solve as solve  # noqa: E402
+from deqdiff_fast.kernels.ddim_update import _triton as scan  # noqa: E402
+
+NVIDIA = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)}
+AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
+STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HISTORY = 5
+TABLES = ("state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm")
+STREAMS = ("states", "predictions", "drift", "f", "g")
+# registers per thread: the scans are to keep 16 warps of 32 on a multiprocessor (65,536 registers), whose loads in
+# flight cover the memory's latency; the mix four programs of four warps; a solve is small, and alone
+BUDGET = {"ddim_update_kernel": 128, "anderson_scan_kernel": 128, "anderson_mix_kernel": 128, "solve_kernel": 255,
+          "norms_kernel": 128}  # fmt: skip
+
+
+def cases():
+    """(kernel, storage, constants, operation in the launch table); L = 1 without and L = 2 with frozen noise."""
+    for storage in STORAGE:
+        for lags in (1, 2):
+            common = {"L": lags, "DRIFT": lags == 2}
+            yield scan.ddim_update_kernel, storage, common, "scan"
+            yield (
+                anderson.anderson_scan_kernel,
+                storage,
+                common | {"M": HISTORY, "K": 8, "MIXED": False},
+                "anderson_scan",
+            )
+        for damped in (False, True):
+            yield anderson.anderson_mix_kernel, storage, {"M": HISTORY, "DAMPED": damped, "MIXED": False}, "mix"
+    yield scan.norms_kernel, "fp32", {"K": 2, "AT": 0, "ROWS": 16, "SPAN": 64}, "norms"
+    for scope in ("timestep", "trajectory", "triangular"):
+        shape = _config.TABLE["sm_90"]["solve"]
+        sizes = {"M": HISTORY, "P": 8, "K": 8, "ROWS": shape.rows, "PRIOR": shape.prior}
+        yield solve.solve_kernel, "fp32", {"SCOPE": scope, "RELATIVE": True, **sizes}, "solve"
+    yield solve.solve_kernel, "fp64", {"SCOPE": scope, "RELATIVE": True, **sizes, "PRIOR": shape.prior // 2}, "solve"
+
+
+def label(case) -> str:
+    kernel, storage, constants, _ = case
+    detail = "-".join(f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE"))
+    return f"{kernel.fn.__name__}-{storage}-{detail}"
+
+
+CASES = {label(case): case for case in cases()}
+SOLVES = [name for name in CASES if name.startswith("solve")]
+# the solves are the slow ones to compile: all on one architecture, the largest on the others
+ON_NVIDIA = [(a, n) for a in NVIDIA for n in CASES if n not in SOLVES or a == "sm_90" or "fp32-scopetriangular" in n]
+ON_AMD = [n for n in CASES if "bf16" in n or "fp32-scopetriangular" in n]
+
+
+@functools.cache
+def compiled(name: str, target: GPUTarget, aligned: bool = True):
+    """The kernel as a launch with D divisible by 16 compiles it, or with `aligned` off as one with odd D does."""
+    kernel, storage, constants, op = CASES[name]
+    architecture = target.arch if target.backend == "hip" else f"sm_{target.arch}"
+    config = _config.TABLE[architecture].get(op, _config.Config(0, 4))
+    constants = dict(constants)
+    if "BLOCK" in kernel.arg_names:
+        constants["BLOCK"] = config.block(STORAGE[storage].itemsize)
+    if constants.get("DRIFT") is False:
+        constants["drift"] = None
+    types = dict.fromkeys(STREAMS, f"*{storage}") | dict.fromkeys(TABLES, "*fp64" if storage == "fp64" else "*fp32")
+    types |= dict.fromkeys(("lo", "hi", "filled"), "*i32") | dict.fromkeys(("ridge", "stale", "undamped"), "fp64")
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    hints = [n for n, kind in signature.items() if kind.startswith("*") or (n == "D" and aligned)]
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in hints},
+    )
+    return triton.compile(source, target=target, options={"num_warps": config.num_warps, "enable_fp_fusion": True})
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers, stack, shared and local bytes, as the linker would charge them."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def stream_accesses(ttgir: str, block: int) -> tuple[int, int, int]:
+    """Loads and stores of whole blocks of D, and loads of single numbers, in the kernel of a whole program."""
+    whole = rf"tensor<{block}x!tt\.ptr<"
+    loads = [line for line in ttgir.splitlines() if "tt.load" in line]
+    stores = [line for line in ttgir.splitlines() if "tt.store" in line]
+    in_blocks = sum(bool(re.search(whole, line)) for line in loads)
+    return in_blocks, sum(bool(re.search(whole, line)) for line in stores), len(loads) - in_blocks
+
+
+@pytest.fixture(scope="module")
+def table(request):
+    rows: list[str] = []
+    yield rows
+    header = f"{'target':8} {'kernel':44} {'regs':>5} {'shared':>7} {'spills':>7}  16-byte loads/stores"
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n" + "\n".join([header, *rows]))
+
+
+@pytest.mark.parametrize(("architecture", "name"), ON_NVIDIA)
+def test_nvidia(architecture, name, table, tmp_path):
+    kernel = compiled(name, NVIDIA[architecture])
+    ptx, used = kernel.asm["ptx"], resources(kernel.asm["cubin"], tmp_path)
+    wide = {op: len(re.findall(rf"\b{op}\.global\S*\.v4\.b32", ptx)) for op in ("ld", "st")}
+    used["SHARED"] = max(used["SHARED"], kernel.metadata.shared)
+    table.append(
+        f"{architecture:8} {name:44} {used['REG']:5} {used['SHARED']:7} {used['LOCAL']:7}  {wide['ld']}/{wide['st']}"
+    )
+    assert used["LOCAL"] == used["STACK"] == 0, "local memory"
+    assert not re.search(r"\b(ld|st)\.local", ptx), "local memory"
+    assert not re.search(r"\b(atom|red)\.", ptx), "sums in no fixed order"
+    assert used["REG"] <= BUDGET[CASES[name][0].fn.__name__]
+    if "BLOCK" in CASES[name][0].arg_names:
+        config, storage = _config.TABLE[architecture][CASES[name][3]], STORAGE[CASES[name][1]]
+        loads, stores, scalars = stream_accesses(kernel.asm["ttgir"], config.block(storage.itemsize))
+        assert loads > 0
+        assert stores > 0
+        assert wide == {"ld": loads * config.accesses, "st": stores * config.accesses}
+        narrow = len(re.findall(r"\bld\.global\S*", ptx)) - wide["ld"]
+        assert narrow <= scalars, "elements of D are loaded one by one"
+
+
+def test_the_check_sees_narrow_accesses():
+    """The same kernel with a D that 16 does not divide has no 16-byte access: the test above can fail."""
+    ptx = compiled("ddim_update_kernel-fp32-l1", NVIDIA["sm_90"], aligned=False).asm["ptx"]
+    assert not re.search(r"\b(ld|st)\.global\S*\.v4\.b32", ptx)
+
+
+@pytest.mark.parametrize("name", ON_AMD)
+def test_amd(name, table):
+    try:
+        kernel = compiled(name, AMD["gfx942"])
+    except (ImportError, KeyError, RuntimeError) as error:
+        pytest.skip(f"this Triton does not compile for gfx942: {error}")
+    text = kernel.asm["amdgcn"]
+
+    def count(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
+
+    wide = {op: len(re.findall(rf"\b(?:global|buffer)_{op}_dwordx4", text)) for op in ("load", "store")}
+    spills = count("vgpr_spill_count")
+    used = (count("vgpr_count"), kernel.metadata.shared, spills)
+    table.append("gfx942   {:44} {:5} {:7} {:7}  {}/{}".format(name, *used, wide["load"], wide["store"]))
+    assert spills == count("private_segment_fixed_size") == 0
+    if "BLOCK" in CASES[name][0].arg_names:
+        assert wide["load"] > 0
+        assert wide["store"] > 0
