@@ -144,7 +144,7 @@ def launch(
     solve_kernel[(triton.cdiv(rows, solve.rows) * batch,)](
         partials, lo, hi, gram, filled, alpha, sq_diff, sq_norm, steps, batch, width, blocks, column, ridge, stale,
         SCOPE=scope, RELATIVE=relative_ridge, M=history, P=triton.next_power_of_2(history), K=entries,
-        ROWS=solve.rows, PRIOR=solve.prior * 4 // gram.element_size(), num_warps=solve.num_warps, enable_fp_fusion=True,
+        ROWS=solve.rows, PRIOR=solve.prior, num_warps=solve.num_warps * gram.element_size() // 4, enable_fp_fusion=True,
     )  # fmt: skip
     block = mix.block(states.element_size())
     anderson_mix_kernel[(triton.cdiv(size, block) * batch * rows,)](
