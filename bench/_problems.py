@@ -18,7 +18,6 @@ from ._common import positive_int
 
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 TRAIN_STEPS = len(ABAR)
-CPU_ROWS = 64  # larger batches cost a CPU no less per row, only memory
 
 
 class Mixture:
@@ -66,14 +65,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive_int, default=32, help="image size of the mixture (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first noise (default 0)")
     parser.add_argument(
-        "--max-batch", type=positive_int, help=f"most rows in one model call (default: {CPU_ROWS} on a CPU, else all)"
+        "--max-batch", type=positive_int, help="most rows in one model call (default: the sampler's own)"
     )
 
 
 def load(args: argparse.Namespace) -> Problem:
-    """The problem that the arguments of `add_model_arguments` name; settles `args.max_batch`."""
-    if args.max_batch is None and torch.device(args.device).type == "cpu":
-        args.max_batch = CPU_ROWS
+    """The problem that the arguments of `add_model_arguments` name."""
     if args.model == "mixture":
         shape = (3, args.size, args.size)
 

@@ -26,8 +26,8 @@ from .system import System
 from .workspace import Workspace
 
 DEFAULT_TOL = 1e-2
+CPU_ROWS, CPU_ELEMENTS = 64, 1 << 18
 ADJOINT_TOL = 1e-4
-SAFETY = 0.2  # residual allowed for a timestep, per unit of relative error allowed in the sample
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7}  # what rounding alone leaves of a residual
 
 
@@ -39,14 +39,15 @@ class DEQSampler:
     training mode). schedule: see `Schedule`.
     solver: "auto" (quasi-Newton), "picard", "anderson", "triangular", "deq-ddim" or a solver object.
     tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim": the
-    paper's 1e-3 on the residual). A timestep counts as final when its relative residual is below a fifth of it.
+    paper's 1e-3 on the residual). A timestep is final when its relative residual is below `solver.safety` times that.
     max_rounds: batched model calls before giving up (None: the solver's own limit, else T).
     window: number of timesteps solved at a time, or "auto" (all of them).
     on_failure: what to do when the rounds run out: finish the chain one step after the other ("serial"), raise
     NotConvergedError ("raise"), or warn and return the best iterate ("warn").
     spectrum: the data's power spectrum (`SpectralSlope`), a better slope for "auto" and
-    `QuasiNewton(slope="spectral")`. max_batch: most rows in one model call. backend: "auto", "reference", "cpp" or
-    "triton".
+    `QuasiNewton(slope="spectral")`. max_batch: most rows in one model call (None: all of them on a GPU; on a CPU 2^18
+    elements and at least 64 rows, since more only push the activations out of the cache). backend: "auto",
+    "reference", "cpp" or "triton".
 
     Raises TypeError for unknown arguments and ValueError for bad values.
     """
@@ -96,7 +97,7 @@ class DEQSampler:
         if self.tol is None and default is not None:
             return float(default)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return max(SAFETY * (DEFAULT_TOL if self.tol is None else self.tol), FLOOR[wide])
+        return max(self.solver.safety * (DEFAULT_TOL if self.tol is None else self.tol), FLOOR[wide])
 
     def sample(
         self,
@@ -226,7 +227,10 @@ class DEQSampler:
         arguments.check_kwargs(model_kwargs)
         check_generator(generator, noise.shape[0])
         slope = "scalar" if serial else self._slope(noise)
-        return System(self.model, self.schedule, noise, model_kwargs, self.max_batch, slope)
+        limit = self.max_batch
+        if limit is None and noise.device.type == "cpu":
+            limit = max(CPU_ROWS, CPU_ELEMENTS // max(noise[:1].numel(), 1))
+        return System(self.model, self.schedule, noise, model_kwargs, limit, slope)
 
     def _conclude(
         self, work: Workspace, fronts: list[int], stopped: bool, stats: Stats, clock: float, keep: bool

@@ -60,11 +60,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def chunk(device: torch.device) -> int | None:
-    """Rows in one model call. On a CPU more than a few dozen only push the activations out of the cache."""
-    return 64 if device.type == "cpu" else None
-
-
 def load_problem(
     model: str,
     *,
@@ -86,7 +81,7 @@ def load_problem(
             "unconditional models: use DEQSampler with model_kwargs in Python"
         )
     schedule = ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing, clip=clip)
-    options = {"max_batch": max_batch or chunk(where), "spectrum": loaded.spectrum}
+    options = {"max_batch": max_batch, "spectrum": loaded.spectrum}
     return Problem(loaded.model, schedule, loaded.info, seed, where, precision, options)
 
 

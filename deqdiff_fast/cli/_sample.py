@@ -32,7 +32,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tol", type=positive_float, help="relative error allowed in a sample (default 1e-2)")
     parser.add_argument("--max-rounds", type=positive_int, help="rounds before the rest is finished serially")
     parser.add_argument("--window", type=window, default="auto", help="timesteps solved at a time, or 'auto' (default)")
-    parser.add_argument("--max-batch", type=positive_int, help="most rows in one model call (default: 64 on a CPU)")
+    parser.add_argument(
+        "--max-batch",
+        type=positive_int,
+        help="most rows in one model call (default: all on a GPU, 64 or more on a CPU)",
+    )
     parser.add_argument("--batch", type=positive_int, default=16, help="number of images (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="image k is the same for every --batch (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")

@@ -30,7 +30,8 @@ class Anderson:
     ridge: relative to the Gram's own diagonal, or absolute if `relative_ridge=False`. damping: weight of the plain
     steps against the old iterates, 1 = plain steps only. stale: a kept iterate whose squared residual is more than
     this many times the newest one's is left out. The timestep next to the known state always takes the plain step. tol:
-    residual at which a timestep is final if the sampler is given no tolerance of its own.
+    residual at which a timestep is final if the sampler is given no tolerance of its own. safety: see `Solver`; small,
+    because mixing can make residuals small before errors are.
     """
 
     history: int = 5
@@ -41,6 +42,7 @@ class Anderson:
     stale: float = 1e6
     max_rounds: int | None = None
     guess: str = "gaussian"
+    safety: float = 0.05
     tol: float | None = None
     label: str = ""
 

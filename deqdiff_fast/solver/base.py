@@ -85,6 +85,11 @@ class Solver(Protocol):
     @property
     def max_rounds(self) -> int | None: ...
 
+    @property
+    def safety(self) -> float:
+        """Largest relative residual of a final timestep, per unit of relative error allowed in the sample."""
+        ...
+
     def plan(self, plan: Plan, size: Size) -> None:
         """Ask for the solver's own memory."""
         ...

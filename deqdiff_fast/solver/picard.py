@@ -15,6 +15,7 @@ class Picard:
 
     max_rounds: int | None = None
     guess: str = "gaussian"
+    safety: float = 0.2
 
     @property
     def name(self) -> str:

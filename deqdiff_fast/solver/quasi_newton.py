@@ -27,7 +27,7 @@ class QuasiNewton:
     of the data's spectrum ("spectral" wants the sampler to be given one); "auto", spectral where the sampler was given
     one, else scalar; None, no slope. The fixed point does not depend on J. Sources: Lim et al. 2024, arXiv 2309.12252;
     Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009. ridge: of the secant fit, relative. floor: shortest step
-    worth keeping, relative to the state.
+    worth keeping, relative to the state. safety: see `Solver`.
     """
 
     history: int = 3
@@ -37,6 +37,7 @@ class QuasiNewton:
     max_rounds: int | None = None
     tol: float | None = None
     guess: str = "gaussian"
+    safety: float = 0.2
 
     def __post_init__(self) -> None:
         if isinstance(self.history, bool) or not isinstance(self.history, int) or not 0 <= self.history <= 7:
