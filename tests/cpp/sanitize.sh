@@ -21,5 +21,11 @@ run() {
 
 mkdir -p build
 run plain Release ""
+# What is compiled for one instruction set must be private to it: a shared inline function built with AVX-512 could be
+# the copy that the linker keeps for all.
+if command -v nm > /dev/null; then
+  shared=$(find build/sanitize-plain -path '*rows_*' -name '*.o' -exec nm -C {} + | grep -E ' [VWu] ' || true)
+  if [ -n "$shared" ]; then echo "shared symbols in the row kernels:"; echo "$shared"; exit 1; fi
+fi
 run address RelWithDebInfo address,undefined
 run thread RelWithDebInfo thread
