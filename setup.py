@@ -71,8 +71,9 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as error:
+            why = f"exit status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else str(error)
             raise SystemExit(
-                f"deqdiff_fast: {doing} the C++ core failed ({error}); the output is above. It needs a C++17 compiler "
+                f"deqdiff_fast: {doing} the C++ core failed ({why}); the output is above. It needs a C++17 compiler "
                 "(Debian: apt install g++; Fedora: dnf install gcc-c++) and the Python headers. "
                 "DEQDIFF_FAST_NO_EXT=1 builds a pure Python package without it."
             ) from None
