@@ -8,7 +8,7 @@ namespace deqdiff {
 enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
 
 constexpr int kMaxHistory = 8;
-constexpr int kMaxLags = 8;
+constexpr int kMaxLags = 16;
 constexpr int kMaxTerms = 2 * kMaxLags + 1;
 // Sums run in the wide type inside one block and in double across blocks, so results do not depend on the partition.
 constexpr std::int64_t kBlock = 256;

@@ -18,7 +18,9 @@ logger = logging.getLogger("deqdiff_fast")
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 SCOPES = ("timestep", "trajectory", "triangular")  # the position is the extension's code for the scope
-MAX_HISTORY, MAX_LAGS = 8, 4  # the compiled kernels keep both in registers
+MAX_HISTORY = 8
+MAX_LAGS = 16  # PNDM with its Runge-Kutta start needs 11
+TRITON_LAGS = 4  # the Triton kernels keep the lagged rows in registers
 
 _WIDE = (torch.float32, torch.float64)
 _STORAGE = (*_WIDE, torch.bfloat16, torch.float16)
@@ -59,7 +61,7 @@ def available_backends() -> dict[str, str]:
     return {"reference": "available", "cpp": extension()[1], "triton": _triton_status()}
 
 
-def _obstacle(backend: str, storage: tuple[Tensor, ...]) -> str:
+def _obstacle(backend: str, storage: tuple[Tensor, ...], lags: int) -> str:
     """Why `backend` cannot serve these tensors; empty if it can."""
     kind = storage[0].device.type
     if backend == "cpp":
@@ -76,6 +78,8 @@ def _obstacle(backend: str, storage: tuple[Tensor, ...]) -> str:
             return status
         if kind != "cuda" and not (kind == "cpu" and interpreting()):
             return f"it works on CUDA tensors (on CPU tensors only under TRITON_INTERPRET=1), got {kind} tensors"
+        if lags > TRITON_LAGS:
+            return f"it takes at most {TRITON_LAGS} lags, got {lags}"
     return ""
 
 
@@ -84,21 +88,21 @@ def _announce(backend: str, kind: str, reason: str) -> None:
     logger.info("kernels: backend %r serves %s tensors%s", backend, kind, f" ({reason})" if reason else "")
 
 
-def resolve(backend: str, storage: tuple[Tensor, ...]) -> str:
-    """The backend that serves tensors with the device and dtypes of `storage` (states first).
+def resolve(backend: str, storage: tuple[Tensor, ...], lags: int = 1) -> str:
+    """The backend that serves tensors with the device and dtypes of `storage` (states first) and that many lags.
 
     Raises BackendUnavailableError when a backend asked for by name cannot; "auto" logs its choice once.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend != "auto":
-        obstacle = _obstacle(backend, storage)
+        obstacle = _obstacle(backend, storage, lags)
         if obstacle:
             raise BackendUnavailableError(f"backend {backend!r} is not available here: {obstacle}")
         return backend
     kind = storage[0].device.type
     fast = {"cpu": "cpp", "cuda": "triton"}.get(kind)
-    reason = _obstacle(fast, storage) if fast else "no kernel is written for this device"
+    reason = _obstacle(fast, storage, lags) if fast else "no kernel is written for this device"
     chosen = "reference" if reason or fast is None else fast
     _announce(chosen, kind, reason)
     return chosen

@@ -119,7 +119,8 @@ def run_ddim(
     sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The op on one backend."""
-    name = _dispatch.resolve(backend, (states, predictions) if drift is None else (states, predictions, drift))
+    storage = (states, predictions) if drift is None else (states, predictions, drift)
+    name = _dispatch.resolve(backend, storage, state_coef.shape[1])
     if states.device.type == "cpu":
         _dispatch.check_windows(lo, hi, predictions.shape[0])
     if states.shape[1]:
@@ -132,7 +133,8 @@ def run_anderson(
 ) -> None:  # fmt: skip
     """The op on one backend; rest: g, gram, ..., drift in the order of the schema."""
     drift = rest[-1]
-    name = _dispatch.resolve(backend, (states, predictions, f, *([drift] if isinstance(drift, Tensor) else [])))
+    storage = (states, predictions, f, *([drift] if isinstance(drift, Tensor) else []))
+    name = _dispatch.resolve(backend, storage, state_coef.shape[1])
     if states.device.type == "cpu":
         _dispatch.check_windows(lo, hi, predictions.shape[0], f.shape[1])
     if states.shape[1]:

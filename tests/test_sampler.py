@@ -229,3 +229,14 @@ def test_nothing_is_printed(mixture, ddim, noise, capsys, caplog):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+def test_many_lags(mixture, noise, relative_error):
+    """The Runge-Kutta start of diffusers' default PNDM looks back 11 model calls."""
+    diffusers = pytest.importorskip("diffusers")
+    schedule = dq.Schedule.from_diffusers(diffusers.PNDMScheduler(skip_prk_steps=False), 20)
+    assert schedule.lags > 4
+    sampler = dq.DEQSampler(mixture(), schedule, tol=1e-5)
+    out = sampler.sample(noise(2))
+    assert out.converged.all()
+    assert relative_error(out.sample, sampler.serial(noise(2)).sample).max() < 1e-4

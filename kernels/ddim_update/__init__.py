@@ -31,7 +31,7 @@ def ddim_update(
     Args:
         states: (T + 1, B, D), time first; row 0 is the noise, row T the sample. Overwritten in the window.
         predictions: (T, B, D), the model's outputs; row i was computed from states[i].
-        state_coef, model_coef: (T, L) float32 or float64, 1 <= L <= 4; zero where i - l < 0.
+        state_coef, model_coef: (T, L) float32 or float64, 1 <= L <= 16; zero where i - l < 0.
         lo, hi: (B,) int32 with 0 <= lo <= hi <= T, the active rows of each sample. Not read back from a GPU.
         sq_diff, sq_norm: (T, B) float32 or float64; row i receives |F[i+1] - states[i+1]|^2 and |F[i+1]|^2 in the
             window, in units of the state squared, summed over D; other rows are left alone.

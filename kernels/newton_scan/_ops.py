@@ -49,11 +49,12 @@ BACKENDS: dict[str, Callable[..., None]] = {"reference": _reference, "cpp": _cpp
 
 def run(backend: str, states: Tensor, predictions: Tensor, *args: Tensor | float | None) -> None:
     """args: those of the schema, in its order."""
-    lo, hi, z, drift = args[3], args[4], args[7], args[-1]
+    coef, lo, hi, z, drift = args[0], args[3], args[4], args[7], args[-1]
+    assert isinstance(coef, Tensor)
     assert isinstance(lo, Tensor)
     assert isinstance(hi, Tensor)
     others = [t for t in (z, drift) if isinstance(t, Tensor)]
-    name = _dispatch.resolve(backend, (states, predictions, *others))
+    name = _dispatch.resolve(backend, (states, predictions, *others), coef.shape[1])
     if states.device.type == "cpu":
         _dispatch.check_windows(lo, hi, states.shape[0] - 1, z.shape[1] if isinstance(z, Tensor) else None)
     if states.shape[1]:
