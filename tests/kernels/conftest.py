@@ -123,11 +123,11 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def small() -> Callable[[int, int], tuple[int, int]]:
+def small() -> Callable[..., tuple[int, int]]:
     """Steps and elements as asked, or fewer where every operation is interpreted; still odd and over several blocks."""
 
-    def shrink(steps: int, size: int) -> tuple[int, int]:
-        return (min(steps, 5), min(size, 130 + size % 7)) if INTERPRETED else (steps, size)
+    def shrink(steps: int, size: int, most: int = 5) -> tuple[int, int]:
+        return (min(steps, most), min(size, 130 + size % 7)) if INTERPRETED else (steps, size)
 
     return shrink
 
