@@ -26,6 +26,7 @@ from .system import System
 from .workspace import Workspace
 
 DEFAULT_TOL = 1e-2
+FREEZE = 0.1  # a timestep is frozen early at this part of the residual at which the solve may end
 CPU_ROWS, CPU_ELEMENTS = 64, 1 << 18
 ADJOINT_TOL = 1e-4
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7}  # what rounding alone leaves of a residual
@@ -39,7 +40,7 @@ class DEQSampler:
     training mode). schedule: see `Schedule`.
     solver: "auto" (quasi-Newton), "picard", "anderson", "triangular", "deq-ddim" or a solver object.
     tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim": the
-    paper's 1e-3 on the residual). A timestep is final when its relative residual is below `solver.safety` times that.
+    paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety` times that.
     max_rounds: batched model calls before giving up (None: the solver's own limit, else T).
     window: number of timesteps solved at a time, or "auto" (all of them).
     on_failure: what to do when the rounds run out: finish the chain one step after the other ("serial"), raise
@@ -92,7 +93,7 @@ class DEQSampler:
         self.memory = memory if memory is not None else default_memory()
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """The relative residual below which a timestep counts as final, for states of that dtype."""
+        """The relative residual below which the solve ends, for states of that dtype."""
         default = getattr(self.solver, "tol", None)
         if self.tol is None and default is not None:
             return float(default)
@@ -177,7 +178,8 @@ class DEQSampler:
                     evaluate=work.evaluate,
                     rebuild=work.rebuild,
                     diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
-                    tolerance=report.tolerance,
+                    freeze=max(FREEZE * report.tolerance, FLOOR[system.dtype]),
+                    finish=report.tolerance,
                     max_rounds=limit,
                     report=report,
                 )

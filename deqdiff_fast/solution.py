@@ -57,7 +57,7 @@ class RoundInfo:
     residual: Tensor
     """(B,) largest relative residual among the timesteps that were not final; 0 when done."""
     tolerance: float
-    """The residual at which a timestep counts as converged."""
+    """The residual at which the solve ends."""
     _preview: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
     _sample: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
 

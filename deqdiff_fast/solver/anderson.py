@@ -42,7 +42,7 @@ class Anderson:
     stale: float = 1e6
     max_rounds: int | None = None
     guess: str = "gaussian"
-    safety: float = 0.05
+    safety: float = 0.1
     tol: float | None = None
     label: str = ""
 

@@ -87,7 +87,7 @@ class Solver(Protocol):
 
     @property
     def safety(self) -> float:
-        """Largest relative residual of a final timestep, per unit of relative error allowed in the sample."""
+        """Largest relative residual at which a solve may end, per unit of relative error allowed in the sample."""
         ...
 
     def plan(self, plan: Plan, size: Size) -> None:

@@ -39,7 +39,8 @@ def iterate(
     evaluate: Evaluate,
     rebuild: Rebuild,
     diagnose: Callable[[int, int, int], NonFiniteError | None],
-    tolerance: float,
+    freeze: float,
+    finish: float,
     max_rounds: int,
     report: Callable[[int, Window, Tensor], object],
 ) -> Progress:
@@ -65,7 +66,7 @@ def iterate(
             if error is not None:
                 raise error
             residual[step : hi[b], b] = float("inf")
-        old_lo, new_lo, old_hi, new_hi = window.advance(residual, tolerance)
+        old_lo, new_lo, old_hi, new_hi = window.advance(residual, freeze, finish)
         solver.settle(chain, memory, progress.rounds, old_lo, new_lo)
         if broken:
             progress.repairs += 1

@@ -15,7 +15,7 @@ class Picard:
 
     max_rounds: int | None = None
     guess: str = "gaussian"
-    safety: float = 0.2
+    safety: float = 0.3
 
     @property
     def name(self) -> str:

@@ -37,7 +37,7 @@ class QuasiNewton:
     max_rounds: int | None = None
     tol: float | None = None
     guess: str = "gaussian"
-    safety: float = 0.2
+    safety: float = 0.3
 
     def __post_init__(self) -> None:
         if isinstance(self.history, bool) or not isinstance(self.history, int) or not 0 <= self.history <= 7:

@@ -32,20 +32,26 @@ class Window:
         flat = (picked[:, 0] + int(step[0])) * len(self.lo) + picked[:, 1]
         return Rows(flat, int(step[0]), int(step[-1]) + 1, len(flat))
 
-    def advance(self, residual: Tensor, tolerance: float) -> tuple[list[int], list[int], list[int], list[int]]:
+    def advance(
+        self, residual: Tensor, freeze: float, finish: float
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
         """Slide past what has converged; residual: (T, B) on the CPU. Returns the old and new lo, the old and new hi.
 
         Row lo[b] was evaluated at a final state, so it is final now whatever its residual. After it, a row is final
-        when its residual is small and all rows before it are final: an error made early is carried along.
+        when its residual is at most `freeze` and all rows before it are final: an error that is frozen early is carried
+        along and may grow, so `freeze` is strict. All rows up to the sample are final when none is above `finish`: what
+        is left in them shrinks in the last step once more.
         """
         old_lo, old_hi = list(self.lo), list(self.hi)
-        small = (residual <= tolerance).tolist()
+        small, fine = (residual <= freeze).tolist(), residual <= finish
         for b in range(len(self.lo)):
             if self.lo[b] == self.num_steps:
                 continue
             front = self.lo[b] + 1
             while front < self.hi[b] and small[front][b]:
                 front += 1
+            if self.hi[b] == self.num_steps and bool(fine[front:, b].all()):
+                front = self.num_steps
             self.lo[b], self.hi[b] = front, min(self.num_steps, front + self.width)
         return old_lo, list(self.lo), old_hi, list(self.hi)
 
