@@ -48,7 +48,9 @@ class DEQSampler:
     spectrum: the data's power spectrum (`SpectralSlope`), a better slope for "auto" and
     `QuasiNewton(slope="spectral")`. max_batch: most rows in one model call (None: all of them on a GPU; on a CPU 2^18
     elements and at least 64 rows, since more only push the activations out of the cache). backend: "auto",
-    "reference", "cpp" or "triton".
+    "reference", "cpp" or "triton". gradient: "implicit", the adjoint system solved like the chain itself. memory: a
+    `SolverMemory` of one's own; by default all samplers share one pool. deterministic: sums are added in a fixed order
+    whatever is given. cuda_graph: "auto" or False; capturing is not part of this version.
 
     Raises TypeError for unknown arguments and ValueError for bad values.
     """
@@ -142,7 +144,8 @@ class DEQSampler:
     def _adjoint(self, model: Model, schedule: Schedule, start: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Solve the adjoint chain with this sampler's settings; returns its trajectory (T + 1, B, D)."""
         tol = min(ADJOINT_TOL, self.tol or ADJOINT_TOL)
-        solver = self.solver if self.solver.max_rounds is None else "auto"
+        plain = getattr(self.solver, "slope", None) in ("auto", "scalar", None)  # a spectrum has the shape of an image
+        solver = self.solver if plain and self.solver.max_rounds is None else "auto"
         sampler = DEQSampler(model, schedule, solver=solver, tol=tol, max_batch=self.max_batch, backend=self.backend)
         with torch.no_grad():
             trajectory = sampler.sample(start, model_kwargs, return_trajectory=True).trajectory

@@ -73,6 +73,17 @@ def test_only_what_is_asked_for_gets_a_gradient(ddim):
     assert not dq.DEQSampler(model, ddim(10)).sample(noise.detach()).sample.requires_grad
 
 
+def test_solvers_of_fixed_shape_or_few_rounds_have_gradients_too(ddim):
+    model = Net().requires_grad_(False)
+    spectrum = dq.SpectralSlope.fit(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)))
+    noise = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for solver in ("picard", dq.QuasiNewton(slope=spectrum), dq.QuasiNewton(slope=None), "deq-ddim"):
+        sampler = dq.DEQSampler(model, ddim(10), solver=solver, tol=1e-8)
+        grads += torch.autograd.grad(sampler.sample(noise).sample.square().sum(), noise)
+    assert all(torch.allclose(g, grads[0], rtol=1e-5) for g in grads)
+
+
 def test_gradient_of_a_stochastic_chain(ddim):
     model, schedule = Net().requires_grad_(False), ddim(20, eta=1.0)
     noise = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
