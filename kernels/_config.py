@@ -30,13 +30,18 @@ class Config:
         return self.accesses * (16 // itemsize) * 32 * self.num_warps
 
 
-_DEFAULT = {"scan": Config(2), "anderson_scan": Config(1), "solve": Config(0, 4), "mix": Config(2, 4)}
+_DEFAULT = {
+    "scan": Config(2), "anderson_scan": Config(1), "solve": Config(0, 4), "mix": Config(2, 4),
+    "newton_prepare": Config(1), "newton_advance": Config(1, 8),
+}  # fmt: skip
 TABLE: dict[str, dict[str, Config]] = {
     "sm_80": _DEFAULT,
     "sm_90": _DEFAULT,
     "sm_100": _DEFAULT,
-    "gfx942": _DEFAULT | {"anderson_scan": Config(2)},  # 64 lanes share the block
-    "cpu": _DEFAULT | {"scan": Config(1), "mix": Config(1)},  # interpreted: small, so that small tests see many blocks
+    "gfx942": _DEFAULT  # 64 lanes share the block
+    | {"anderson_scan": Config(2), "newton_prepare": Config(2), "newton_advance": Config(2, 8)},
+    "cpu": _DEFAULT  # interpreted: small, so that small tests see many blocks
+    | {"scan": Config(1), "mix": Config(1), "newton_advance": Config(1)},
 }
 
 

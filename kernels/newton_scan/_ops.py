@@ -44,7 +44,24 @@ def _cpp(
     _write_back(out, used)
 
 
-BACKENDS: dict[str, Callable[..., None]] = {"reference": _reference, "cpp": _cpp}
+def _triton(
+    states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, lo: Tensor, hi: Tensor,
+    sq_diff: Tensor, sq_norm: Tensor, z: Tensor | None = None, e: Tensor | None = None, filled: Tensor | None = None,
+    column: int = 0, ridge: float = 1e-6, floor: float = 1e-5, drift: Tensor | None = None,
+) -> None:  # fmt: skip
+    from . import _triton as kernels
+
+    rings = () if z is None or e is None or filled is None else (z, e, filled)
+    out = (states, sq_diff, sq_norm, *rings)
+    used = _packed(out)
+    inputs = _packed((predictions, state_coef, model_coef, slope, lo, hi))
+    held = used[3:] or (None, None, None)
+    noise = None if drift is None else drift.contiguous()
+    kernels.launch(used[0], *inputs, *used[1:3], *held, column, ridge, floor, noise)
+    _write_back(out, used)
+
+
+BACKENDS: dict[str, Callable[..., None]] = {"reference": _reference, "cpp": _cpp, "triton": _triton}
 
 
 def run(backend: str, states: Tensor, predictions: Tensor, *args: Tensor | float | None) -> None:
@@ -58,7 +75,7 @@ def run(backend: str, states: Tensor, predictions: Tensor, *args: Tensor | float
     if states.device.type == "cpu":
         _dispatch.check_windows(lo, hi, states.shape[0] - 1, z.shape[1] if isinstance(z, Tensor) else None)
     if states.shape[1]:
-        BACKENDS.get(name, _reference)(states, predictions, *args)
+        BACKENDS[name](states, predictions, *args)
 
 
 def _auto(

@@ -1,0 +1,132 @@
+"""What a quasi-Newton round can do for all rows at once, before its scan over time.
+
+1. `newton_prepare_kernel`: the plain scan F, for |F - X|^2, and the Gram of the secants dz_j = z_j - X with |X|^2, per
+   block of D; this round's states and predictions go into their ring column. Reads E, X and H columns of z once.
+2. `newton_weights_kernel`: sums over blocks in a fixed order, and S = Z (Z dZ^T dZ Z + ridge)^-1 Z of every row, with Z
+   the inverse lengths of the columns worth keeping: the least squares weights are then gamma = S dZ^T dX (Fang and Saad
+   2009, doi 10.1002/nla.617, on normalised columns). float64: a ridge of 1e-6 leaves float32 one digit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..ddim_update._triton import chunk_of, known_row, scan_row, scan_start, window
+
+
+@triton.jit
+def older_columns(ring, i, b, B, D, W, column, lanes, bound, RING: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr):
+    """Row i of the ring columns written 1, 2, ... P rounds ago, (P, lanes); zero where lanes >= bound (P,)."""
+    columns = (column + 2 * RING - 1 - tl.arange(0, P)) % RING
+    at = (((columns * W + i % W).to(tl.int64) * B + b) * D)[:, None] + lanes[None, :]
+    return tl.load(ring + at, mask=(lanes < D)[None, :] & (bound > 0)[:, None], other=0.0).to(WIDE)
+
+
+@triton.jit
+def own_column(ring, i, b, B, D, W, column):
+    """Row i of this round's ring column."""
+    return ring + (tl.cast(column * W + i % W, tl.int64) * B + b) * D
+
+
+@triton.jit(do_not_specialize=["T", "W", "column", "chunks"])
+def newton_prepare_kernel(
+    states, predictions, drift, state_coef, model_coef, lo, hi, z, e, filled, partials, T, B, D, W, column, chunks,
+    L: tl.constexpr, DRIFT: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of D, one sample, one chunk of rows. partials: (T, B, blocks, P * P + 2): Gram, |X|^2, |F - X|^2."""
+    WIDE: tl.constexpr = tl.float64 if states.dtype.element_ty == tl.float64 else tl.float32
+    blocks = tl.cdiv(D, BLOCK)
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b = rest % B
+    first, last = window(lo, hi, b, tl.minimum(T, tl.load(lo + b) + W))
+    begin, end = chunk_of(first, last, rest // B, chunks)
+    if begin >= end:
+        return
+    lanes = block * BLOCK + tl.arange(0, BLOCK)
+    mask = lanes < D
+    slots = tl.arange(0, P)
+    x0, x1, x2, x3, e1, e2, e3 = scan_start(
+        states, predictions, drift, state_coef, model_coef, first, begin, b, B, D, lanes, mask, L, DRIFT, WIDE
+    )
+    x = known_row(states, begin, b, B, D, lanes, mask, WIDE)
+    for i in tl.range(begin, end):
+        old = known_row(states, i + 1, b, B, D, lanes, mask, WIDE)
+        new, e0 = scan_row(
+            i, b, B, D, lanes, mask, x0, x1, x2, x3, e1, e2, e3, predictions, drift, state_coef, model_coef,
+            L, DRIFT, WIDE,
+        )  # fmt: skip
+        bound = tl.where(slots < tl.load(filled + (i % W) * B + b), tl.where(slots < RING - 1, D, 0), 0)
+        past = older_columns(z, i, b, B, D, W, column, lanes, bound, RING, P, WIDE)
+        dz = tl.where(lanes[None, :] < bound[:, None], past - x[None, :], 0.0)
+        tl.store(own_column(z, i, b, B, D, W, column) + lanes, x.to(z.dtype.element_ty), mask=mask)
+        tl.store(own_column(e, i, b, B, D, W, column) + lanes, e0.to(e.dtype.element_ty), mask=mask)
+        sums = partials + ((tl.cast(i, tl.int64) * B + b) * blocks + block) * (P * P + 2)
+        for k in tl.static_range(RING - 1):
+            dz_k = tl.sum(tl.where(slots[:, None] == k, dz, 0.0), axis=0)
+            tl.store(sums + k * P + slots, tl.sum(dz * dz_k[None, :], axis=1))
+        tl.store(sums + P * P, tl.sum(x * x))
+        tl.store(sums + P * P + 1, tl.sum((new - old) * (new - old)))
+        if L > 3:
+            x3, e3 = x2, e2
+        if L > 2:
+            x2, e2 = x1, e1
+        if L > 1:
+            x1, e1 = x0, e0
+        x0, x = new, old
+
+
+@triton.jit
+def inverse(system, P: tl.constexpr):
+    """Inverse (P, P) of a symmetric positive definite matrix, in place; zero where rounding made it neither."""
+    row_of, col_of = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
+    sound = 1
+    for c in tl.static_range(P):
+        row = tl.sum(tl.where(row_of == c, system, 0.0), axis=0)[None, :]
+        col = tl.sum(tl.where(col_of == c, system, 0.0), axis=1)[:, None]
+        pivot = tl.sum(tl.where(col_of == c, row, 0.0))
+        sound = tl.where(pivot > 0, sound, 0)
+        by = 1.0 / tl.where(pivot > 0, pivot, 1.0)
+        swept = tl.where((row_of == c) & (col_of == c), by, tl.where(col_of == c, -col * by, row * by))
+        system = tl.where((row_of == c) | (col_of == c), swept, system - col * row * by)
+    broken = tl.sum(tl.where(tl.abs(system) < float("inf"), 0, 1))
+    return tl.where((sound == 1) & (broken == 0), system, 0.0)
+
+
+@triton.jit(do_not_specialize=["T", "W", "blocks"])
+def newton_weights_kernel(
+    partials, lo, hi, filled, weights, sq_diff, T, B, W, blocks, ridge: tl.float64, floor: tl.float64,
+    RING: tl.constexpr, P: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """One row of one sample. weights: (T, B, P, P) float64, S; its diagonal is zero for columns not to be read."""
+    b = tl.program_id(0) % B
+    first, last = window(lo, hi, b, tl.minimum(T, tl.load(lo + b) + W))
+    i = first + tl.program_id(0) // B
+    if i >= last:
+        return
+    K: tl.constexpr = P * P + 2
+    row, slots, span = tl.cast(i, tl.int64) * B + b, tl.arange(0, P), tl.arange(0, SPAN)
+    eye = slots[:, None] == slots[None, :]
+    valid = filled + (i % W) * B + b
+    count = tl.minimum(tl.maximum(tl.load(valid), 0), RING - 1)
+    known = slots < count
+    gram = tl.zeros((P, P), tl.float64)
+    norm, residual = tl.zeros((SPAN,), tl.float64), tl.zeros((SPAN,), tl.float64)
+    for start in tl.range(0, blocks, SPAN):
+        here = start + span < blocks
+        at = partials + (row * blocks + start + span) * K
+        tile = at[:, None, None] + slots[None, :, None] * P + slots[None, None, :]
+        wanted = here[:, None, None] & known[None, :, None] & known[None, None, :]
+        gram += tl.sum(tl.load(tile, mask=wanted, other=0.0).to(tl.float64), axis=0)
+        norm += tl.load(at + P * P, mask=here, other=0.0).to(tl.float64)
+        residual += tl.load(at + P * P + 1, mask=here, other=0.0).to(tl.float64)
+    length = tl.sqrt(tl.sum(tl.where(eye, gram, 0.0), axis=1))
+    keep = known & (length > tl.full((), floor, tl.float64) * tl.sqrt(tl.sum(norm)))  # shorter steps are rounding
+    scale = tl.where(keep, 1.0 / tl.where(keep, length, 1.0), 0.0)
+    both = scale[:, None] * scale[None, :]
+    system = tl.where(both > 0, gram * both, 0.0)
+    system += tl.where(eye, tl.where(keep, tl.full((), ridge, tl.float64), 1.0)[:, None], 0.0)
+    solved = inverse(system, P) * both
+    tl.store(weights + row * (P * P) + slots[:, None] * P + slots[None, :], solved)
+    tl.store(sq_diff + row, tl.sum(residual).to(sq_diff.dtype.element_ty))
+    tl.store(valid, count + 1)
