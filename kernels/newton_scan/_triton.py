@@ -129,7 +129,8 @@ def newton_advance_kernel(
     T, B, D, W, column, L: tl.constexpr, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, RING: tl.constexpr,
     P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One sample, all its rows. e_hat: (L, B, D), row i in slot i % L. sq_diff holds |F - X|^2 on entry.
+    """One sample, all its rows. e_hat: (L, B, D), row i in slot i % L. On entry it holds the predictions before the
+    window, sq_diff |F - X|^2, and this round's ring column X.
 
     A row reads states and e_hat that rows before it wrote: the barrier at the end of a row makes them visible.
     """
@@ -137,13 +138,6 @@ def newton_advance_kernel(
     b = tl.program_id(0)
     first, last = window(lo, hi, b, tl.minimum(T, tl.load(lo + b) + W))
     slots = tl.arange(0, P)
-    if L > 1:
-        for start in tl.range(0, D, BLOCK):
-            lanes = start + tl.arange(0, BLOCK)
-            for lag in tl.static_range(1, L):  # before the window predictions are what the model said
-                known = known_row(predictions, first - lag, b, B, D, lanes, lanes < D, WIDE)
-                tl.store(own_column(e_hat, first + L - lag, b, B, D, L, 0) + lanes, known, mask=lanes < D)
-        tl.debug_barrier()
     dots = tl.zeros((P,), tl.float64)  # row `first` starts from its own state: dX = 0
     for i in tl.range(first, last):
         row, after = tl.cast(i, tl.int64) * B + b, tl.minimum(i + 1, last - 1)
@@ -208,7 +202,7 @@ def launch(
     spectral = {"SPECTRAL": slope.shape[1] > 1}
     tables = (slope, state_coef, model_coef, lo, hi)
     if not secants:
-        config = _config.config("scan", device)
+        config = _config.config("newton_linear", device)
         block = config.block(states.element_size())
         blocks = triton.cdiv(size, block)
         partials = torch.empty((steps, batch, blocks, 3), dtype=wide, device=device)
@@ -223,14 +217,14 @@ def launch(
         return
     prepare, advance = _config.config("newton_prepare", device), _config.config("newton_advance", device)
     block, pairs = prepare.block(states.element_size()), triton.next_power_of_2(secants)
-    blocks = triton.cdiv(size, block)
+    blocks, span = triton.cdiv(size, block), advance.block(states.element_size() if pairs < 8 else wide.itemsize)
     chunks = chunks or _config.scan_chunks(blocks * batch, rows, device)
     partials = torch.empty((steps, batch, blocks, pairs**2 + 2), dtype=wide, device=device)
     weights = torch.empty((steps, batch, pairs, pairs), dtype=torch.float64, device=device)
     e_hat = torch.empty((lags, batch, size), dtype=wide, device=device) if lags > 1 else None
     newton_prepare_kernel[(blocks * batch * chunks,)](
-        states, predictions, drift, *tables[1:], z, e, filled, partials, steps, batch, size, width, column, chunks,
-        **shape, RING=ring, P=pairs, BLOCK=block, num_warps=prepare.num_warps, enable_fp_fusion=True,
+        states, predictions, drift, *tables[1:], z, e, filled, e_hat, partials, steps, batch, size, width, column,
+        chunks, **shape, RING=ring, P=pairs, BLOCK=block, num_warps=prepare.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     newton_weights_kernel[(batch * rows,)](
         partials, lo, hi, filled, weights, sq_diff, steps, batch, width, blocks, ridge, floor, RING=ring, P=pairs,
@@ -238,6 +232,6 @@ def launch(
     )  # fmt: skip
     newton_advance_kernel[(batch,)](
         states, predictions, drift, *tables, z, e, weights, e_hat, sq_diff, sq_norm, steps, batch, size, width, column,
-        **shape, **spectral, RING=ring, P=pairs, BLOCK=advance.block(states.element_size()),
+        **shape, **spectral, RING=ring, P=pairs, BLOCK=span,
         num_warps=advance.num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip

@@ -31,8 +31,8 @@ def own_column(ring, i, b, B, D, W, column):
 
 @triton.jit(do_not_specialize=["T", "W", "column", "chunks"])
 def newton_prepare_kernel(
-    states, predictions, drift, state_coef, model_coef, lo, hi, z, e, filled, partials, T, B, D, W, column, chunks,
-    L: tl.constexpr, DRIFT: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    states, predictions, drift, state_coef, model_coef, lo, hi, z, e, filled, e_hat, partials, T, B, D, W, column,
+    chunks, L: tl.constexpr, DRIFT: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of D, one sample, one chunk of rows. partials: (T, B, blocks, P * P + 2): Gram, |X|^2, |F - X|^2."""
     WIDE: tl.constexpr = tl.float64 if states.dtype.element_ty == tl.float64 else tl.float32
@@ -49,6 +49,13 @@ def newton_prepare_kernel(
     x0, x1, x2, x3, e1, e2, e3 = scan_start(
         states, predictions, drift, state_coef, model_coef, first, begin, b, B, D, lanes, mask, L, DRIFT, WIDE
     )
+    if L > 1:  # noqa: SIM102 (before the window the linearised predictions are what the model said)
+        if begin == first:
+            tl.store(own_column(e_hat, first + L - 1, b, B, D, L, 0) + lanes, e1, mask=mask)
+            if L > 2:
+                tl.store(own_column(e_hat, first + L - 2, b, B, D, L, 0) + lanes, e2, mask=mask)
+            if L > 3:
+                tl.store(own_column(e_hat, first + L - 3, b, B, D, L, 0) + lanes, e3, mask=mask)
     x = known_row(states, begin, b, B, D, lanes, mask, WIDE)
     for i in tl.range(begin, end):
         old = known_row(states, i + 1, b, B, D, lanes, mask, WIDE)
