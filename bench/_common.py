@@ -93,7 +93,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def write_json(args: argparse.Namespace, environment: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write the figures to `args.json`, if it was asked for; NaN and infinity become null."""
+    """Write the figures to `args.json`, if it was asked for; NaN and infinity become null.
+
+    Benchmarks call this after every part, so that what a long run has measured survives its interruption.
+    """
     if args.json is None:
         return
     settings = {key: value for key, value in vars(args).items() if key not in ("json", "plot")}
@@ -101,7 +104,6 @@ def write_json(args: argparse.Namespace, environment: dict[str, Any], rows: list
         settings["model"] = Path(settings["model"]).name
     report = {"benchmark": args.benchmark, "environment": environment, "settings": settings, "rows": rows}
     args.json.write_text(json.dumps(_plain(report), indent=1) + "\n", encoding="utf-8")
-    note(f"wrote {args.json}")
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
-from deqdiff_fast.kernels import anderson_step, ddim_update
+from deqdiff_fast.kernels import anderson_step, ddim_update, newton_scan
 
 from . import _paper
 from ._problems import ABAR, TRAIN_STEPS
@@ -38,12 +38,14 @@ class Shape:
         return f"({self.batch}, {self.steps}, {self.size}, {self.history})"
 
 
-OPS = ("ddim_update", "anderson_step")
+OPS = ("ddim_update", "anderson_step", "newton_scan")
+HISTORY_OPS, PAPER_OPS = OPS[1:], OPS[:2]
 
 
 def elements_moved(op: str, history: int) -> int:
     """Elements read or written for each state element. ddim_update: predictions and old state in, new state out.
     anderson_step: predictions and old state in, M columns of f and g in, new state and a column of f and g out.
+    newton_scan: predictions and old state in, M columns of z and e in, new state and a column of z and e out.
     """
     return 3 if op == "ddim_update" else 2 * history + 5
 
@@ -61,6 +63,7 @@ class Inputs:
         self.accumulator = torch.float64 if on_cpu or dtype == torch.float64 else torch.float32
         self.state_coef = schedule.state_coef.to(device, self.accumulator).contiguous()
         self.model_coef = schedule.model_coef.to(device, self.accumulator).contiguous()
+        self.slope = schedule.slope().to(device, self.accumulator)[:, None].contiguous()
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*sizes: int) -> Tensor:
@@ -93,6 +96,7 @@ class Fused:
         self.f, self.g = (torch.zeros(m, t, b, d, dtype=inputs.dtype, device=device) for _ in range(2))
         self.gram = torch.zeros(t, b, m, m, dtype=inputs.accumulator, device=device)
         self.filled = torch.zeros(t, b, dtype=torch.int32, device=device)
+        self.z, self.e = (torch.zeros(m + 1, t, b, d, dtype=inputs.dtype, device=device) for _ in range(2))
         self.round = 0
 
     def prepare(self) -> None:
@@ -113,11 +117,18 @@ class Fused:
             ridge=RIDGE, relative_ridge=self.relative, damping=1.0, stale=float("inf"), backend=backend or self.backend,
         )  # fmt: skip
 
-    def fill(self) -> Fused:
+    def newton_scan(self, backend: str | None = None) -> None:
+        newton_scan(
+            self.states, self.predictions, self.inputs.state_coef, self.inputs.model_coef, self.inputs.slope, self.lo,
+            self.hi, *self.sums, self.z, self.e, self.filled, self.round % (self.inputs.shape.history + 1),
+            backend=backend or self.backend,
+        )  # fmt: skip
+
+    def fill(self, op: str) -> Fused:
         """Run as many rounds as there are history columns, with the quickest backend."""
-        for _ in range(self.inputs.shape.history):
+        for _ in range(self.inputs.shape.history + 1):
             self.prepare()
-            self.anderson_step("auto")
+            getattr(self, op)("auto")
         return self
 
 
@@ -145,11 +156,11 @@ class Paper:
     def anderson_step(self) -> tuple[float, float]:
         return self.solver.step(self.predictions, self.scan, self.compute)
 
-    def fill(self) -> Paper:
+    def fill(self, op: str = "anderson_step") -> Paper:
         """Run as many eager rounds as there are history columns."""
         for _ in range(self.inputs.shape.history):
             self.prepare()
-            self.solver.step(self.predictions, self.scan)
+            self.solver.step(self.predictions, self.scan)  # eager, whatever `op` will run
         return self
 
 

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     for steps in args.steps:
         for eta in args.eta:
             rows += _cell(args, problem, chosen, steps, eta)
+            write_json(args, facts, rows)
     print(f"{summary(facts)}\n{problem.name}, {args.noises} noises from seed {args.seed} as one batch\n")
     header = (
         "T", "eta", "solver", "tol", "largest error", "promised", "verdict", "rounds", "evaluations / (T B)",
@@ -43,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
     print(markdown(header, [_cells(row) for row in rows]))
     failed = sum(not row["holds"] for row in rows)
     print(f"\n{len(rows) - failed} of {len(rows)} cells PASS")
-    write_json(args, facts, rows)
     return 1 if failed else 0
 
 

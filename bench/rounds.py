@@ -45,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
     for steps in args.steps:
         for eta in args.eta:
             rows += _cell(args, problem, chosen, steps, eta)
+            write_json(args, facts, rows)
     print(f"{summary(facts)}\n{problem.name}, B = 1, medians over {args.noises} noises from seed {args.seed}\n")
     header = (
         "T", "eta", "solver", "rounds to 1e-2", "rounds to 1e-4", "rounds at stop", "evaluations / T", "error at stop",
         "seconds", "serial steps",
     )  # fmt: skip
     print(markdown(header, [_cells(row) for row in rows]))
-    write_json(args, facts, rows)
     if args.plot is not None:
         _plot.error_curves(rows, args.plot, f"{problem.name}, B = 1")
         note(f"wrote {args.plot}")

@@ -92,9 +92,10 @@ def test_kernels(figures):
     report, table = figures("kernels", "--shape", "2,6,40,3", "--passes", "2", "--sides", *sides)
     seen = {(row["op"], row["side"]) for row in report["rows"]}
     assert {(op, side) for op in ("ddim_update", "anderson_step") for side in sides[:4]} <= seen
+    assert {("newton_scan", side) for side in sides[:2]} <= seen
     moved = {row["op"]: row["bytes_moved"] for row in report["rows"]}
     elements = 2 * 6 * 40
-    assert moved == {"ddim_update": 3 * 4 * elements, "anderson_step": 11 * 4 * elements}
+    assert moved == {"ddim_update": 12 * elements, "anderson_step": 44 * elements, "newton_scan": 44 * elements}
     for row in report["rows"]:
         assert len(row["passes"]) == 2
         assert row["side"] in table
