@@ -75,8 +75,7 @@ void newton_span(NewtonRow& row, int64_t begin, int64_t size) {
   const auto step = [&](const auto& fetch, const auto& fetch_wide, const auto& put,
                         const auto& put_wide) __attribute__((always_inline)) {
     const V prediction = fetch(row.prediction), now = fetch(row.now[0]);
-    const V c = row.slope_per_element ? fetch_wide(row.slope)
-                                      : V{} + *static_cast<const typename W::Item*>(row.slope);
+    const V c = row.slope_per_element ? fetch_wide(row.slope) : V{} + *static_cast<const typename W::Item*>(row.slope);
     const V x = row.x != nullptr ? fetch(row.x) : V{};
     V e_hat = prediction + c * (now - x);
     for (int j = 0; j < row.count; ++j) {
@@ -149,7 +148,8 @@ constexpr NewtonKernels kernels() {
 
 namespace DEQDIFF_ISA {
 extern const NewtonTable newton_table;
-const NewtonTable newton_table = {DEQDIFF_NAME(DEQDIFF_ISA), {kernels<Float32>(), kernels<Float64>(), kernels<BFloat16>()}};
+const NewtonTable newton_table = {DEQDIFF_NAME(DEQDIFF_ISA),
+                                  {kernels<Float32>(), kernels<Float64>(), kernels<BFloat16>()}};
 }  // namespace DEQDIFF_ISA
 
 }  // namespace deqdiff
