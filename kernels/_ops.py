@@ -87,7 +87,8 @@ def _ddim_triton(
     out = (states, sq_diff, sq_norm)
     used = _packed(out)
     inputs = _packed((predictions, state_coef, model_coef, lo, hi))
-    _triton.launch(used[0], *inputs, *used[1:], None if drift is None else drift.contiguous())
+    with torch.cuda.device_of(states):  # Triton launches on the current device
+        _triton.launch(used[0], *inputs, *used[1:], None if drift is None else drift.contiguous())
     _write_back(out, used)
 
 
@@ -102,7 +103,8 @@ def _anderson_triton(
     used = _packed(out)
     inputs = _packed((predictions, state_coef, model_coef, lo, hi))
     noise = None if drift is None else drift.contiguous()
-    _triton.launch(used[0], *inputs, *used[1:], column, scope, ridge, relative_ridge, damping, stale, noise)
+    with torch.cuda.device_of(states):  # Triton launches on the current device
+        _triton.launch(used[0], *inputs, *used[1:], column, scope, ridge, relative_ridge, damping, stale, noise)
     _write_back(out, used)
 
 

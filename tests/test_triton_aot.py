@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.3", reason="compiling ahead of time by this interface")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
 
@@ -184,7 +184,9 @@ def test_the_check_sees_narrow_accesses():
 def test_amd(name, table):
     try:
         kernel = compiled(name, AMD["gfx942"])
-    except (ImportError, KeyError, RuntimeError) as error:
+    except Exception as error:
+        if not re.search(r"ROCm|lld|supports_target|Cannot find backend", str(error)):
+            raise
         pytest.skip(f"this Triton does not compile for gfx942: {error}")
     text = kernel.asm["amdgcn"]
 

@@ -58,7 +58,8 @@ def updated_gram(
 def solve_alpha(total, known, column, ridge, stale, RELATIVE: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
     """alpha (R, P) of the Grams total (R, P, P), over the columns known (R, P)."""
     ACC: tl.constexpr = total.dtype
-    TINY: tl.constexpr = 2e-15 if ACC.primitive_bitwidth == 64 else 1e-6  # 8 roundings of a pivot that began as 1
+    DOUBLE: tl.constexpr = total.dtype == tl.float64
+    TINY: tl.constexpr = 2e-15 if DOUBLE else 1e-6  # 8 roundings of a pivot that began as 1
     slots = tl.arange(0, P)[None, :]
     row_of, col_of = tl.arange(0, P)[None, :, None], tl.arange(0, P)[None, None, :]
     diagonal = tl.sum(tl.where(row_of == col_of, total, 0.0), axis=2)
@@ -131,8 +132,8 @@ def solve_kernel(
             count = tl.zeros((ROWS,), tl.int32) + least
     known = valid[:, None] & (age_of(slots, column, M)[None, :] < count[:, None])
     weights = solve_alpha(total, known, column, ridge, stale, RELATIVE, M, P)
-    tl.store(alpha + row[:, None] * M + slots[None, :], weights.to(alpha.dtype.element_ty), mask=inner & known)
-    tl.store(alpha + row[:, None] * M + slots[None, :], 0.0, mask=valid[:, None] & (slots < M)[None, :] & ~known)
+    weights = tl.where(known, weights, 0.0).to(alpha.dtype.element_ty)
+    tl.store(alpha + row[:, None] * M + slots[None, :], weights, mask=valid[:, None] & (slots < M)[None, :])
     norms = tl.arange(0, 2)[None, :]
     sums = block_sums(partials, row, blocks, M + tl.arange(0, 2), valid[:, None] & (norms >= 0), K, 32)
     diff, norm = tl.sum(tl.where(norms == 0, sums, 0.0), axis=1), tl.sum(tl.where(norms == 1, sums, 0.0), axis=1)

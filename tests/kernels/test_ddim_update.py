@@ -59,6 +59,20 @@ def test_equals_float64(backend, dtype, shape, lags, problem, small, close):
             torch.testing.assert_close(actual.states[kept, b].cpu(), before[kept, b], rtol=0, atol=0, equal_nan=True)
 
 
+def test_many_lags(backend, problem, close):
+    """As many as PNDM's start needs; Triton keeps the lagged rows in registers and refuses so many."""
+    given = problem(30, 2, 65, 11)
+    truth, actual = given.exact(), given.clone().serve(backend)
+    if backend == "triton":
+        with pytest.raises(BackendUnavailableError, match="at most 4 lags, got 11"):
+            ddim_update(*actual.scan(), actual.drift, backend=backend)
+        return
+    reference(*truth.scan(), truth.drift)
+    ddim_update(*actual.scan(), actual.drift, backend=backend)
+    close(actual.states, truth.states, 1e-6, 4e-6, "states")
+    close(actual.sq_diff, truth.sq_diff, 1e-5, 0.0, "sq_diff")
+
+
 def test_non_contiguous(backend, problem, small, close):
     steps, size = small(12, 130)
     given = problem(steps, 2, size, 2)

@@ -100,7 +100,7 @@ def replaced(run, name, value):
 SCAN_MISTAKES = {
     "states": [lambda t: t[0], lambda t: t[:1], lambda t: t.int(), lambda t: t[..., :0]],
     "predictions": [lambda t: t[1:], lambda t: t.long(), lambda t: t.to("meta")],
-    "state_coef": [lambda t: t[:, 0], lambda t: t.repeat(1, 3), lambda t: t.half()],
+    "state_coef": [lambda t: t[:, 0], lambda t: t.repeat(1, 9), lambda t: t.half()],
     "model_coef": [lambda t: t[:, :1], lambda t: t[1:]],
     "lo": [lambda t: t.long(), lambda t: t[:1]],
     "hi": [lambda t: t.float(), lambda t: t[:, None]],
