@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-FILES = ("test_ddim_update.py", "test_anderson_step.py", "test_newton_scan.py")
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
