@@ -173,8 +173,9 @@ def test_out_of_rounds(mixture, ddim, noise, relative_error, on_failure):
         assert caught.value.solution.sample.shape == start.shape
 
 
-def test_init_trajectory_saves_rounds(mixture, ddim, noise):
-    sampler = dq.DEQSampler(mixture(), ddim(50), solver="picard")
+@pytest.mark.parametrize("solver", ["auto", "triangular"])
+def test_init_trajectory_saves_rounds(mixture, ddim, noise, solver):
+    sampler = dq.DEQSampler(mixture(), ddim(50), solver=solver)
     first = sampler.sample(noise(1), return_trajectory=True)
     near = noise(1) + 1e-3 * noise(1, seed=5)
     warm, cold = sampler.sample(near, init_trajectory=first.trajectory), sampler.sample(near)
