@@ -179,33 +179,33 @@ class System:
         output = self.model(inputs.view(-1, *self.shape), self.clock[step], **kwargs)
         self.model_calls += 1
         self.model_evals += len(step)
-        return self._check(output, len(step), step, round).reshape(len(step), self.numel)
-
-    def _check(self, output: Any, count: int, step: Tensor, round: int) -> Tensor:
-        """The prediction tensor of whatever the model returned, or ModelOutputError."""
-        value = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
+        value: Any = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
         if isinstance(value, (tuple, list)) and value:
             value = value[0]
-        first, last = int(step[0]), int(step[-1])
-        where = f"in round {round}, timesteps {self.clock[first].item():g} to {self.clock[last].item():g}"
+        fault = self._fault(value, len(step))
+        if fault:  # only here is the clock read: it may lie on a device that must not be waited for
+            first, last = (self.clock[step[k]].item() for k in (0, -1))
+            raise ModelOutputError(f"the model returned {fault} (round {round}, timesteps {first:g} to {last:g})")
+        prediction: Tensor = value
+        return prediction.reshape(len(step), self.numel)
+
+    def _fault(self, value: Any, count: int) -> str:
+        """What is wrong with a prediction for `count` rows, and what was expected; empty if nothing is."""
+        expected = (count, *self.shape)
         if not isinstance(value, Tensor):
-            raise ModelOutputError(
-                f"the model returned {type(output).__name__} {where}; expected a tensor or an object with .sample"
-            )
-        if tuple(value.shape) != (count, *self.shape):
+            return f"{type(value).__name__}; expected a tensor or an object with .sample"
+        if tuple(value.shape) != expected:
             hint = ""
-            if value.dim() >= 2 and value.shape[:1] == (count,) and value.shape[1] == 2 * self.shape[0]:
+            if value.dim() >= 2 and value.shape[0] == count and value.shape[1] == 2 * self.shape[0]:
                 hint = (
-                    "; a model that also predicts a variance must be wrapped to return the first half of its channels"
+                    "; a model that also predicts a variance must be wrapped to return its first half of the channels"
                 )
-            raise ModelOutputError(
-                f"the model returned shape {tuple(value.shape)} {where}; expected {(count, *self.shape)}{hint}"
-            )
+            return f"shape {tuple(value.shape)}; expected {expected}{hint}"
         if not value.is_floating_point():
-            raise ModelOutputError(f"the model returned dtype {value.dtype} {where}; expected a floating-point dtype")
+            return f"dtype {value.dtype}; expected a floating-point dtype"
         if value.device != self.device:
-            raise ModelOutputError(f"the model returned device {value.device} {where}; the noise is on {self.device}")
-        return value
+            return f"device {value.device}; the noise is on {self.device}"
+        return ""
 
     def _clip(self, output: Tensor, states: Tensor, step: Tensor) -> Tensor:
         """output + gain (clamp(x0) - x0): clipping the predicted sample, as a pointwise map of the prediction."""

@@ -72,8 +72,8 @@ def test_transient_overflow_is_repaired(ddim, noise, relative_error, solver):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda x: x[:, :2], r"shape \(20, 2, 8, 8\) in round 1, timesteps 900 to 0"),
-        (lambda x: x[:-1], r"shape \(19, 3, 8, 8\) in round 1"),
+        (lambda x: x[:, :2], r"shape \(20, 2, 8, 8\); expected .* \(round 1, timesteps 900 to 0\)"),
+        (lambda x: x[:-1], r"shape \(19, 3, 8, 8\); .*round 1"),
         (lambda x: torch.cat([x, x], 1), "shape .*predicts a variance"),
         (lambda x: x.long(), "dtype torch.int64"),
         (lambda x: x.to(torch.complex64), "dtype torch.complex64"),
