@@ -20,6 +20,7 @@ LAYERS = (
     {"system"},
     {"solver"},
     {"workspace", "progress", "serial", "gradient"},
+    {"options", "conclude", "solve"},
     {"sampler", "inverter"},
     {"__init__"},
     {"integrations", "presets", "info"},

@@ -1,0 +1,118 @@
+"""The settings of a sampler: checked once, then read by everything that a solve is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from ._types import Backend, Generators, Model, OnFailure
+from .memory import SolverMemory, default_memory
+from .noise import check_generator
+from .schedule import Schedule
+from .solver import Solver, resolve
+from .spectral import SpectralSlope
+from .system import System
+
+DEFAULT_TOL = 1e-2
+FREEZE = 0.1  # a timestep is frozen early at this part of the residual at which the solve may end
+CPU_ROWS, CPU_ELEMENTS = 64, 1 << 18
+FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7}  # what rounding alone leaves of a residual
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `DEQSampler` was asked for, see there; names resolved and values checked."""
+
+    model: Model
+    schedule: Schedule
+    solver: Solver
+    tol: float | None
+    max_rounds: int | None
+    window: int | str
+    backend: Backend
+    gradient: str
+    on_failure: OnFailure
+    max_batch: int | None
+    cuda_graph: bool | str
+    deterministic: bool
+    spectrum: SpectralSlope | None
+    memory: SolverMemory
+
+    @classmethod
+    def check(
+        cls, model: Model, schedule: Schedule, solver: str | Solver, memory: SolverMemory | None, **given: Any
+    ) -> Options:
+        """Raises ValueError or TypeError, naming the argument, what was expected and what came."""
+        arguments.check_model(model)
+        arguments.check_schedule(schedule)
+        resolved, spectrum = resolve(solver), given["spectrum"]
+        if spectrum is not None and not isinstance(spectrum, SpectralSlope):
+            raise TypeError(f"spectrum: expected a SpectralSlope or None, got {type(spectrum).__name__}")
+        if spectrum is None and getattr(resolved, "slope", None) == "spectral":
+            raise ValueError(
+                "solver: slope='spectral' needs DEQSampler(spectrum=SpectralSlope...) to take the slope from"
+            )
+        return cls(
+            model=model,
+            schedule=schedule,
+            solver=resolved,
+            tol=arguments.positive("tol", given["tol"]),
+            max_rounds=arguments.count("max_rounds", given["max_rounds"]),
+            window=arguments.window(given["window"]),
+            backend=arguments.choice("backend", given["backend"], ("auto", "reference", "cpp", "triton")),
+            gradient=arguments.choice("gradient", given["gradient"], ("implicit",)),
+            on_failure=arguments.choice("on_failure", given["on_failure"], ("serial", "raise", "warn")),
+            max_batch=arguments.count("max_batch", given["max_batch"]),
+            cuda_graph=arguments.choice("cuda_graph", given["cuda_graph"], ("auto", False)),
+            deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
+            spectrum=spectrum,
+            memory=memory if memory is not None else default_memory(),
+        )
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The relative residual below which the solve ends, for states of that dtype."""
+        default = getattr(self.solver, "tol", None)
+        if self.tol is None and default is not None:
+            return float(default)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return max(self.solver.safety * (DEFAULT_TOL if self.tol is None else self.tol), FLOOR[wide])
+
+    def freeze(self, dtype: torch.dtype) -> float:
+        """The relative residual below which a timestep is final while later ones are not."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return max(FREEZE * self.tolerance(dtype), FLOOR[wide])
+
+    def round_limit(self) -> int:
+        limit = self.max_rounds or getattr(self.solver, "max_rounds", None) or self.schedule.num_steps
+        return int(limit)
+
+    def row_limit(self, noise: Tensor) -> int | None:
+        """Most rows in one model call."""
+        if self.max_batch is not None or noise.device.type != "cpu":
+            return self.max_batch
+        return max(CPU_ROWS, CPU_ELEMENTS // max(noise[:1].numel(), 1))
+
+    def slope(self, noise: Tensor) -> SpectralSlope | str | None:
+        """The slope that the solver wants; raises ValueError where the spectrum is one of other samples."""
+        slope = getattr(self.solver, "slope", "scalar")
+        if isinstance(slope, str) and slope in ("auto", "spectral"):
+            slope = self.spectrum if self.spectrum is not None else "scalar"
+        if isinstance(slope, SpectralSlope) and noise.dim() > 1 and slope.shape != tuple(noise.shape[1:]):
+            raise ValueError(
+                f"noise: expected samples of the spectrum's shape {slope.shape}, got {tuple(noise.shape[1:])}"
+            )
+        return slope
+
+    def system(
+        self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, serial: bool = False
+    ) -> System:
+        """The chain that starts at `noise`, after a check of what a caller gave."""
+        arguments.check_noise(noise)
+        arguments.check_kwargs(model_kwargs)
+        check_generator(generator, noise.shape[0])
+        slope = "scalar" if serial else self.slope(noise)
+        return System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
