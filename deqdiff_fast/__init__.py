@@ -12,6 +12,7 @@ from .errors import (
     NotConvergedError,
     StaleLeaseError,
 )
+from .inverter import DEQInverter, Inversion
 from .memory import SolverMemory
 from .sampler import DEQSampler
 from .schedule import Schedule
@@ -25,8 +26,10 @@ __all__ = [
     "Anderson",
     "BackendUnavailableError",
     "ConvergenceWarning",
+    "DEQInverter",
     "DEQSampler",
     "DeqDiffError",
+    "Inversion",
     "ModelOutputError",
     "NonFiniteError",
     "NotAffineError",

@@ -61,6 +61,21 @@ def check_noise(noise: object) -> None:
         raise ValueError("noise: expected finite values, got NaN or Inf")
 
 
+def check_image(image: object) -> None:
+    """An image to invert: pixels in [-1, 1] or latents; byte images and NaN are refused."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image: expected a tensor (B, *shape), got {type(image).__name__}")
+    if image.dim() < 2 or 0 in image.shape[1:]:
+        raise ValueError(f"image: expected shape (B, *shape) with a non-empty image shape, got {tuple(image.shape)}")
+    if image.shape[0] == 0:
+        raise ValueError("image: expected at least one image, got an empty batch")
+    if image.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        hint = "; scale pixels to [-1, 1] first" if image.dtype == torch.uint8 else ""
+        raise ValueError(f"image: expected a floating-point dtype, got {image.dtype}{hint}")
+    if not bool(image.isfinite().all()):
+        raise ValueError("image: expected finite values, got NaN or Inf")
+
+
 def check_kwargs(model_kwargs: object) -> None:
     if model_kwargs is not None and not isinstance(model_kwargs, dict):
         raise TypeError(f"model_kwargs: expected a dict or None, got {type(model_kwargs).__name__}")

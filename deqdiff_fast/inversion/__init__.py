@@ -1,0 +1,51 @@
+"""Methods of inversion: from an image to the noise that the chain maps to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import InversionInfo, InversionStats, Method, Outcome, Task
+from .ddim import DDIMInversion
+from .fixed_point import FixedPoint
+
+NAMED: dict[str, Any] = {
+    "ddim": DDIMInversion,
+    "fixed_point": FixedPoint,
+}
+
+
+def resolve(method: str | Method, options: dict[str, Any]) -> Method:
+    """A method object from a name and its options, or the object itself.
+
+    Raises ValueError with the known names or for a bad option, TypeError for an option that the method does not have.
+    """
+    if isinstance(method, str):
+        if method not in NAMED:
+            raise ValueError(
+                f"method: expected one of {', '.join(map(repr, NAMED))} or a method object, got {method!r}"
+            )
+        kind = NAMED[method]
+        known = list(kind.__dataclass_fields__)
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(f"{unknown[0]}: method {method!r} has no such option; it takes {', '.join(known)}")
+        made: Method = kind(**options)
+        return made
+    if not callable(getattr(method, "solve", None)):
+        raise TypeError(f"method: expected a name or a method object, got {type(method).__name__}")
+    if options:
+        raise TypeError(f"{next(iter(options))}: options go to the method object itself when one is given")
+    return method
+
+
+__all__ = [
+    "NAMED",
+    "DDIMInversion",
+    "FixedPoint",
+    "InversionInfo",
+    "InversionStats",
+    "Method",
+    "Outcome",
+    "Task",
+    "resolve",
+]

@@ -1,0 +1,166 @@
+"""What an inversion is given, what it returns, and what a method of inversion is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .._types import Backend, Generators, Model, OnFailure
+from ..errors import NonFiniteError
+from ..memory import SolverMemory
+from ..noise import fill_drift
+from ..schedule import Schedule
+from ..solution import RoundInfo, Stats
+from ..solver import Picard
+from ..spectral import SpectralSlope
+from ..system import SANE_RMS, System
+from ..workspace import Workspace
+
+DEFAULT_TOL = 1e-3
+
+
+@dataclass
+class InversionStats(Stats):
+    """How an inversion went. `rounds` counts the model calls that waited for each other, chunks of one batch as one,
+    serial steps included; the check of the result is counted apart."""
+
+    verify_evals: int = 0
+    """Model evaluations of the serial chain that measured `Inversion.error`."""
+    notes: list[str] = field(default_factory=list)
+    """What was done besides the ordinary iteration, in words: rows finished one after the other, damping, restarts."""
+
+
+@dataclass
+class InversionInfo(RoundInfo):
+    """The state of a running inversion, valid only during the callback. `front` counts final states from the image."""
+
+    def noise(self) -> Tensor:
+        """(B, *shape): the running noise."""
+        return self._sample()
+
+
+@dataclass
+class Task:
+    """One inversion to do: images, the chain that they are the end of, and the limits set by the user."""
+
+    model: Model
+    schedule: Schedule
+    image: Tensor
+    """(B, *shape), finite, floating point."""
+    model_kwargs: dict[str, Any] | None
+    generator: Generators
+    """Of the frozen noise. Use `generators()`: this one is never advanced."""
+    tol: float
+    """Relative L2 error allowed between serial(noise) and image."""
+    max_rounds: int | None
+    window: int | str
+    backend: Backend
+    on_failure: OnFailure
+    max_batch: int | None
+    memory: SolverMemory
+    spectrum: SpectralSlope | None
+    report: Callable[[InversionInfo], object] | None
+    """The user's callback and the progress bar; True asks to stop."""
+    init: Tensor | None = None
+    """(T + 1, B, *shape) starting trajectory, or None."""
+
+    @property
+    def batch(self) -> int:
+        return self.image.shape[0]
+
+    def generators(self) -> Generators:
+        """Copies in the state of the user's generators: every chain of this task draws the same noise."""
+        if self.generator is None:
+            return None
+        copies = [torch.Generator(g.device) for g in _listed(self.generator)]
+        for copy, original in zip(copies, _listed(self.generator), strict=True):
+            copy.set_state(original.get_state())
+        return copies if isinstance(self.generator, (list, tuple)) else copies[0]
+
+    def system(self, slope: SpectralSlope | str | None = "scalar") -> System:
+        """The chain as a system; `slope` chooses the basis and the diagonal slope."""
+        return System(self.model, self.schedule, self.image, self.model_kwargs, self.max_batch, slope)
+
+    def open(self, system: System, solver: Any = None, window: int = 1) -> Workspace:
+        """Leased memory with the image as state T and the frozen noise in place; the other states are zero.
+
+        solver: anything with `plan` and `start`, for memory of its own.
+        """
+        work = Workspace.open(system, solver or Picard(), window, self.memory, self.backend)
+        chain = work.chain
+        chain.states.zero_(), chain.predictions.zero_(), chain.sq_diff.zero_(), chain.sq_norm.zero_()
+        rows = self.image.detach().reshape(self.batch, -1).to(system.dtype)
+        chain.states[-1].copy_(system.to_basis(rows))
+        if chain.drift is not None:
+            fill_drift(chain.drift, self.schedule, tuple(self.image.shape), self.generators(), self.image.dtype)
+            if system.basis is not None:
+                system.basis.forward(chain.drift.flatten(0, 1))
+        return work
+
+
+def _listed(generator: Any) -> list[torch.Generator]:
+    return list(generator) if isinstance(generator, (list, tuple)) else [generator]
+
+
+@dataclass
+class Outcome:
+    """What a method found; how good it is, the inverter measures."""
+
+    noise: Tensor
+    """(B, *shape)"""
+    trajectory: Tensor | None
+    """(T + 1, B, *shape), index 0 the noise and T the image."""
+    converged: Tensor
+    """(B,) bool, on the CPU: whether the method believes that its tolerance holds."""
+    stats: InversionStats
+
+
+class Method(Protocol):
+    """One way to invert. Methods hold settings only."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether missing the tolerance is a failure, or the nature of the method."""
+        ...
+
+    def solve(self, task: Task) -> Outcome:
+        """Find the noise. Called under torch.no_grad(), with at least one image."""
+        ...
+
+
+def read_out(work: Workspace) -> tuple[Tensor, Tensor]:
+    """(noise, trajectory), copied out of the slab, in the coordinates and dtype of the model."""
+    system = work.system
+    shape = (system.num_steps + 1, system.batch, *system.shape)
+    trajectory = system.from_basis(work.chain.states.flatten(0, 1)).view(shape).to(system.model_dtype)
+    return trajectory[0], trajectory
+
+
+def check_finite(work: Workspace, step: int, missed: Tensor, round: int) -> None:
+    """Raise NonFiniteError where the model made NaN or Inf of an ordinary input; missed: (B,) residuals of that step.
+
+    A state that an expanding iteration has driven out of the model's range is not the model's fault.
+    """
+    broken = ~missed.isfinite()
+    if not bool(broken.any()):
+        return
+    chain = work.chain
+    sane = chain.states[step].square().mean(1).sqrt() <= SANE_RMS
+    fault = broken & sane & ~chain.predictions[step].isfinite().all(1)
+    if bool(fault.any()):
+        timestep, sample = float(work.system.clock[step]), int(fault.int().argmax())
+        raise NonFiniteError(
+            f"the model returned NaN or Inf at timestep {timestep:g} (step {step} of {work.system.num_steps}) in round "
+            f"{round}, sample {sample}; check the model's inputs and dtype",
+            step=step, timestep=timestep, round=round, sample=sample,
+        )  # fmt: skip
+
+
+__all__ = ["DEFAULT_TOL", "InversionInfo", "InversionStats", "Method", "Outcome", "Task", "check_finite", "read_out"]

@@ -1,0 +1,136 @@
+"""The serial inversion that users know: the chain backwards, each step implicit and solved by fixed-point iteration."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._types import Rows
+from ..workspace import Workspace
+from . import guess
+from .base import InversionInfo, InversionStats, Outcome, Task, check_finite, read_out
+
+SAFETY = 0.1  # part of the tolerance that one step may miss: the steps add up
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """x_i <- (x_{i+1} - b_i e_i(x_i) - drift_i) / a_i, repeated for each step until it holds, from the image backwards.
+
+    iterations: most model calls in one step; a step ends sooner once it misses x_{i+1} by less than a tenth of `tol`,
+    relative. AIDI, Pan et al. 2023, arXiv 2309.04907, equation 8; ReNoise, Garibi et al. 2024, arXiv 2403.14602.
+    sweeps: passes over the chain for multistep schedules, whose lagged terms come from the last pass. The iteration
+    diverges where |b_i de/dx| > |a_i|; the best state of such a step is kept.
+    """
+
+    iterations: int = 20
+    sweeps: int = 20
+
+    name = "fixed_point"
+    exact = True
+
+    def __post_init__(self) -> None:
+        for field in ("iterations", "sweeps"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field}: expected an int >= 1, got {value!r}")
+
+    def solve(self, task: Task) -> Outcome:
+        clock = time.perf_counter()
+        system = task.system()
+        work = task.open(system)
+        stats = InversionStats(self.name, 1)
+        with work.lease:
+            walk = _Walk(self, task, work, stats)
+            converged = walk.run()
+            noise, trajectory = read_out(work)
+        stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
+        stats.wall_seconds = time.perf_counter() - clock
+        return Outcome(noise, trajectory, converged, stats)
+
+
+class _Walk:
+    """One solve."""
+
+    def __init__(self, method: FixedPoint, task: Task, work: Workspace, stats: InversionStats) -> None:
+        self.method, self.task, self.work, self.stats = method, task, work, stats
+        self.schedule, self.chain = task.schedule, work.chain
+        self.limit = task.max_rounds or task.schedule.num_steps * method.iterations * self.sweeps
+        self.stopped = False
+
+    @property
+    def sweeps(self) -> int:
+        return 1 if self.schedule.lags == 1 else self.method.sweeps
+
+    def run(self) -> Tensor:
+        """(B,) whether every step of the last pass held to tolerance."""
+        chain, steps = self.chain, self.schedule.num_steps
+        bound = SAFETY * self.task.tol
+        if self.schedule.lags > 1:
+            guess.fill(self.work, None, self.task.init)
+        for _ in range(self.sweeps):
+            before = chain.states[0].clone()
+            worst = torch.zeros(chain.batch, dtype=torch.float64)
+            for i in reversed(range(steps)):
+                worst = torch.maximum(worst, self.step(i, bound))
+                if self._report(steps - i, worst):
+                    break
+            moved = (chain.states[0] - before).norm(dim=1) / chain.states[0].norm(dim=1)
+            held = worst <= bound
+            if self.schedule.lags > 1:
+                held &= (moved <= self.task.tol).cpu()
+            if bool(held.all()) or self.stopped:
+                break
+        return held & (not self.stopped)
+
+    def step(self, i: int, bound: float) -> Tensor:
+        """Solve for state i given state i + 1. Returns (B,) the relative residual of the best state, on the CPU."""
+        chain, schedule = self.chain, self.schedule
+        a, b = float(schedule.state_coef[i, 0]), float(schedule.model_coef[i, 0])
+        known = chain.states[i + 1] - self._given(i)
+        scale = known.norm(dim=1).clamp_min(torch.finfo(known.dtype).tiny)
+        x = best = chain.states[i + 1].clone()
+        least = torch.full_like(scale, float("inf"))
+        for _ in range(self.method.iterations):
+            chain.states[i].copy_(x)
+            self.work.evaluate(Rows(None, i, i + 1, chain.batch), self.stats.rounds + 1)
+            self.stats.rounds += 1
+            new = (known - b * chain.predictions[i]) / a
+            missed = abs(a) * (new - x).norm(dim=1) / scale
+            check_finite(self.work, i, missed, self.stats.rounds)
+            better = missed < least
+            best = torch.where(better[:, None], new, best)
+            least = torch.where(better, missed, least)
+            if self.method.iterations == 1 or bool((least <= bound).all()) or self.stats.rounds >= self.limit:
+                break
+            x = torch.where(((missed <= bound) | ~missed.isfinite())[:, None], x, new)
+        chain.states[i].copy_(best)
+        return least.double().cpu()
+
+    def _given(self, i: int) -> Tensor:
+        """What step i adds besides a_i x_i + b_i e_i: the frozen noise and the terms of earlier states."""
+        chain = self.chain
+        total = torch.zeros_like(chain.states[0]) if chain.drift is None else chain.drift[i].clone()
+        for lag in range(1, min(self.schedule.lags, i + 1)):
+            total += float(self.schedule.state_coef[i, lag]) * chain.states[i - lag]
+            total += float(self.schedule.model_coef[i, lag]) * chain.predictions[i - lag]
+        return total
+
+    def _report(self, done: int, residual: Tensor) -> bool:
+        if self.task.report is not None:
+            chain = self.chain
+            info = InversionInfo(
+                round=self.stats.rounds,
+                max_rounds=self.limit,
+                num_steps=self.schedule.num_steps,
+                front=torch.full((chain.batch,), done),
+                residual=residual,
+                tolerance=SAFETY * self.task.tol,
+                _sample=lambda: read_out(self.work)[0],
+            )
+            self.stopped = self.task.report(info) is True
+        self.stopped = self.stopped or self.stats.rounds >= self.limit
+        return self.stopped
