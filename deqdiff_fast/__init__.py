@@ -12,6 +12,7 @@ from .errors import (
     NotConvergedError,
     StaleLeaseError,
 )
+from .gradient import Implicit, Phantom, Reversible, Unrolled
 from .inverter import DEQInverter, Inversion
 from .memory import SolverMemory
 from .sampler import DEQSampler
@@ -29,13 +30,16 @@ __all__ = [
     "DEQInverter",
     "DEQSampler",
     "DeqDiffError",
+    "Implicit",
     "Inversion",
     "ModelOutputError",
     "NonFiniteError",
     "NotAffineError",
     "NotConvergedError",
+    "Phantom",
     "Picard",
     "QuasiNewton",
+    "Reversible",
     "RoundInfo",
     "Schedule",
     "Solution",
@@ -43,5 +47,6 @@ __all__ = [
     "SpectralSlope",
     "StaleLeaseError",
     "Stats",
+    "Unrolled",
     "__version__",
 ]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import arguments
 from ._types import Backend, Generators, Model, OnFailure
+from .gradient import Gradient
+from .gradient import resolve as resolve_gradient
 from .memory import SolverMemory, default_memory
 from .noise import check_generator
 from .schedule import Schedule
@@ -34,7 +36,7 @@ class Options:
     max_rounds: int | None
     window: int | str
     backend: Backend
-    gradient: str
+    gradient: Gradient
     on_failure: OnFailure
     max_batch: int | None
     cuda_graph: bool | str
@@ -64,7 +66,7 @@ class Options:
             max_rounds=arguments.count("max_rounds", given["max_rounds"]),
             window=arguments.window(given["window"]),
             backend=arguments.choice("backend", given["backend"], ("auto", "reference", "cpp", "triton")),
-            gradient=arguments.choice("gradient", given["gradient"], ("implicit",)),
+            gradient=resolve_gradient(given["gradient"]),
             on_failure=arguments.choice("on_failure", given["on_failure"], ("serial", "raise", "warn")),
             max_batch=arguments.count("max_batch", given["max_batch"]),
             cuda_graph=arguments.choice("cuda_graph", given["cuda_graph"], ("auto", False)),

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import arguments
 from ._types import Backend, Generators, Model, OnFailure
-from .gradient import differentiable
+from .gradient import Gradient, Problem
 from .memory import SolverMemory
 from .options import Options
 from .schedule import Schedule
@@ -39,7 +39,8 @@ class DEQSampler:
     spectrum: the data's power spectrum (`SpectralSlope`), a better slope for "auto" and
     `QuasiNewton(slope="spectral")`. max_batch: most rows in one model call (None: all of them on a GPU; on a CPU 2^18
     elements and at least 64 rows, since more only push the activations out of the cache). backend: "auto",
-    "reference", "cpp" or "triton". gradient: "implicit", the adjoint system solved like the chain itself. memory: a
+    "reference", "cpp" or "triton". gradient: "implicit", the adjoint system solved like the chain itself; "phantom",
+    "unrolled", "reversible", or an object (`Implicit`, `Phantom`, `Unrolled`, `Reversible`). memory: a
     `SolverMemory` of one's own; by default all samplers share one pool. deterministic: sums are added in a fixed order
     whatever is given. cuda_graph: "auto" or False; capturing is not part of this version.
 
@@ -56,7 +57,7 @@ class DEQSampler:
         max_rounds: int | None = None,
         window: int | str = "auto",
         backend: Backend = "auto",
-        gradient: str = "implicit",
+        gradient: str | Gradient = "implicit",
         on_failure: OnFailure = "serial",
         max_batch: int | None = None,
         cuda_graph: bool | str = "auto",
@@ -107,7 +108,14 @@ class DEQSampler:
         kwargs = [x for x in tree_leaves(system.model_kwargs) if isinstance(x, Tensor) and x.requires_grad]
         if noise.shape[0] == 0 or not torch.is_grad_enabled() or not (noise.requires_grad or parameters or kwargs):
             return self._solve(system, request, return_trajectory)
-        solution = differentiable(system, lambda: self._solve(system, request, True), self._adjoint, noise, parameters)
+        options = self.options
+        solution = options.gradient.attach(
+            Problem(
+                system, noise, parameters, lambda: self._solve(system, request, True), self._adjoint,
+                self.tolerance(noise.dtype), options.max_rounds, options.on_failure,
+                generator, init_trajectory, callback, progress,
+            )
+        )  # fmt: skip
         solution.trajectory = solution.trajectory if return_trajectory else None
         return solution
 

@@ -1,0 +1,49 @@
+"""What a gradient mode is given, and what it must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .._types import Generators, OnFailure
+from ..schedule import Schedule
+from ..solution import Callback, Solution
+from ..system import System
+
+Adjoint = Callable[[Any, Schedule, Tensor, dict[str, Any]], Tensor]
+"""`adjoint(model, schedule, start, model_kwargs)` -> the trajectory (T + 1, B, D) of that chain, solved in parallel."""
+
+
+@dataclass
+class Problem:
+    """One differentiable solve. noise: (B, *shape); parameters: those of the model that need a gradient."""
+
+    system: System
+    noise: Tensor
+    parameters: list[Tensor]
+    solve: Callable[[], Solution]
+    """The sampler's own solve; its solution holds the trajectory."""
+    adjoint: Adjoint
+    tolerance: float
+    """The relative residual at which a solve ends."""
+    max_rounds: int | None = None
+    """What the sampler was given; None leaves it to the mode."""
+    on_failure: OnFailure = "serial"
+    generator: Generators = None
+    init_trajectory: Tensor | None = None
+    callback: Callback | None = None
+    progress: bool = False
+
+
+class Gradient(Protocol):
+    """A way to differentiate the sample with respect to noise, model parameters and tensors in model_kwargs."""
+
+    @property
+    def name(self) -> str: ...
+
+    def attach(self, problem: Problem) -> Solution:
+        """The solution, with its trajectory, whose `sample` carries this mode's gradient."""
+        ...
