@@ -14,7 +14,8 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 from deqdiff_fast.errors import NotAffineError  # noqa: E402
-from deqdiff_fast.integrations.diffusers_schedule import REFUSED  # noqa: E402
+from deqdiff_fast.integrations.diffusers_probe import Part  # noqa: E402
+from deqdiff_fast.integrations.diffusers_schedule import REFUSED, from_diffusers  # noqa: E402
 from deqdiff_fast.schedule import Schedule  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
@@ -243,3 +244,24 @@ def test_noise_levels_are_those_of_the_schedulers_own_add_noise():
             assert schedule.signal[i].item() == pytest.approx(signal, rel=1e-5), (name, i)
             assert schedule.sigma[i].item() == pytest.approx(sigma, rel=1e-5), (name, i)
         assert schedule.path_error().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted({*MUST_ACCEPT, "UniPCMultistepScheduler", "TCDScheduler"}))
+def test_part_of_a_chain_as_image_to_image_runs_it(name):
+    """From the fifth timestep on, and without the last two: what the scheduler does when it is called for these only."""
+    scheduler, _ = make(name, {"skip_prk_steps": True} if name == "PNDMScheduler" else {})
+    scheduler.set_timesteps(12)
+    start, stop = 4 * scheduler.order, 10 * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
+    schedule = from_diffusers(scheduler, None, part=Part(start, stop))
+    assert torch.equal(schedule.timesteps, scheduler.timesteps[start:stop].to(schedule.timesteps.dtype))
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7))
+    x, generator = noise * schedule.init_noise_sigma, torch.Generator().manual_seed(11)
+    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for t in scheduler.timesteps[start:stop]:
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(toy_model(seen, t), t, x, return_dict=False, **extra)[0]
+    assert difference(replay(schedule, noise, 11), x) < 1e-5
+    known = slice(None, -1) if name.startswith("KDPM2") else slice(None)  # its sigmas are no table of its calls' levels
+    assert schedule.path_error()[known].max() < 1e-4

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import NotAffineError
 from ..schedule import Schedule
 from ..schedule_tables import PREDICTION_TYPES, denoised_coef
-from .diffusers_probe import Chain
+from .diffusers_probe import Chain, chain_timesteps
 from .recursion_fit import Recursion
 
 _LOG = logging.getLogger("deqdiff_fast")
@@ -39,10 +39,13 @@ def prediction_types(scheduler: Any) -> list[str]:
     return [kind]
 
 
-def describe(scheduler: Any, chain: Chain, recursion: Recursion, steps: Tensor, exact_x0: bool) -> dict[str, Any]:
-    """signal, sigma, prediction_type and x0_coef (None where the prediction type says it, unless exact_x0)."""
+def describe(scheduler: Any, chain: Chain, recursion: Recursion, start: int, exact_x0: bool) -> dict[str, Any]:
+    """signal, sigma, prediction_type and x0_coef (None where the prediction type says it, unless exact_x0).
+
+    start: which of the scheduler's timesteps the chain begins with.
+    """
     best: tuple[float, dict[str, Any]] | None = None
-    for fields in _readings(scheduler, chain, recursion, steps, exact_x0):
+    for fields in _readings(scheduler, chain, recursion, start, exact_x0):
         miss = float(_trial(recursion, fields).path_error().max())
         if best is None or miss < best[0]:
             best = miss, fields
@@ -57,10 +60,10 @@ def describe(scheduler: Any, chain: Chain, recursion: Recursion, steps: Tensor, 
 
 
 def _readings(
-    scheduler: Any, chain: Chain, recursion: Recursion, steps: Tensor, exact_x0: bool
+    scheduler: Any, chain: Chain, recursion: Recursion, start: int, exact_x0: bool
 ) -> Iterator[dict[str, Any]]:
     measured = measured_x0(chain)
-    candidates = _levels(scheduler, chain, steps, measured)
+    candidates = _levels(scheduler, chain, start, measured)
     for kind in prediction_types(scheduler):
         for signal, sigma in candidates:
             fields = {"signal": signal, "sigma": sigma, "prediction_type": kind}
@@ -114,11 +117,16 @@ def _trial(recursion: Recursion, fields: dict[str, Any]) -> Schedule:
     )
 
 
-def _levels(scheduler: Any, chain: Chain, steps: Tensor, measured: Tensor | None) -> list[Levels]:
+def _levels(scheduler: Any, chain: Chain, start: int, measured: Tensor | None) -> list[Levels]:
     """Candidates (signal, sigma), both (T+1,), most likely first."""
     out: list[Levels] = []
-    count = len(steps)
+    every = torch.stack(chain_timesteps(scheduler)).to(torch.float64)
+    count, total = len(chain.timesteps), len(every)
+    part = slice(start, start + count + 1)
+    steps = every[part]
     sigmas = _table(scheduler, "sigmas")
+    if sigmas is not None and len(sigmas) == total + 1:
+        sigmas = sigmas[part]
     if measured is not None:  # KDPM2 interleaves two tables of sigmas, so read them off the estimate: signal 1 and
         ratio = -measured[:, 1] / measured[:, 0]  # epsilon: sigma; v_prediction: sigma sqrt(1 + sigma^2)
         if scheduler.config.get("prediction_type") == "v_prediction":
@@ -131,17 +139,17 @@ def _levels(scheduler: Any, chain: Chain, steps: Tensor, measured: Tensor | None
     if table is not None and bool((steps == steps.round()).all()) and steps.min() >= 0 and steps.max() < len(table):
         abar = table[steps.long()]
         if hasattr(scheduler, "initial_alpha_cumprod"):  # DDIMInverse: the state is one step behind its timestep
-            out.append(_preserving(torch.cat([torch.as_tensor([float(scheduler.initial_alpha_cumprod)]), abar])))
+            first = table[every[start - 1].long()] if start else torch.as_tensor(float(scheduler.initial_alpha_cumprod))
+            out.append(_preserving(torch.cat([first[None], abar[:count]])))
         final = torch.as_tensor([float(getattr(scheduler, "final_alpha_cumprod", 1.0))], dtype=torch.float64)
-        out.append(_preserving(torch.cat([abar, final])))
+        out.append(_preserving(torch.cat([abar, final])[: count + 1]))
+    times = torch.as_tensor(scheduler.timesteps).to("cpu", torch.float64)[part]
     if hasattr(scheduler, "_alpha_cumprod"):  # Wuerstchen: a function of the continuous time
-        times = torch.as_tensor(scheduler.timesteps).to("cpu", torch.float64)
         out.append(_preserving(scheduler._alpha_cumprod(times, torch.device("cpu")).to(torch.float64)))
     alphas, betas = _table(scheduler, "alphas"), _table(scheduler, "betas")
-    if alphas is not None and betas is not None and len(alphas) == len(betas) == count + 1:  # IPNDM: not variances
-        out.append((alphas, betas))
+    if alphas is not None and betas is not None and len(alphas) == len(betas) == total + 1:  # IPNDM: not variances
+        out.append((alphas[part], betas[part]))
     if scheduler.config.get("prediction_type") == "trigflow":
-        times = torch.as_tensor(scheduler.timesteps).to("cpu", torch.float64)
         out.append((times.cos().clamp_min(0), times.sin() * float(scheduler.config.sigma_data)))
     return [(a, s) for a, s in out if bool((a.isfinite() & s.isfinite() & (a >= 0) & (s >= 0) & (a + s > 0)).all())]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ SHAPE = (2, 3, 4, 8)  # two samples: anything computed per sample or per channel
 _NORMAL = (torch.randn, torch.randn_like)
 _OTHER = (torch.rand, torch.rand_like, torch.randint, torch.bernoulli, torch.multinomial, torch.normal)
 _CASTS = (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type)
+
+
+class Part(NamedTuple):
+    """Steps start <= i < stop of a chain; stop = None: to its end."""
+
+    start: int = 0
+    stop: int | None = None
+
+
+WHOLE = Part()
 
 
 class _Probing(TorchFunctionMode):
@@ -101,13 +111,13 @@ def chain_timesteps(scheduler: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def run(scheduler: Any, step_kwargs: dict[str, Any], seed: int, output_scale: float = 1.0) -> Chain:
+def run(scheduler: Any, step_kwargs: dict[str, Any], seed: int, output_scale: float = 1.0, part: Part = WHOLE) -> Chain:
     """Step through the chain with random outputs. The scheduler is used up: pass a fresh copy.
 
     The second sample is `output_scale` times larger throughout, so that a bound anywhere in step() is met.
     """
     adapter = adapter_of(scheduler)
-    steps = chain_timesteps(scheduler)
+    steps = chain_timesteps(scheduler)[part.start : part.stop]
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor([1.0, output_scale], dtype=torch.float64).view(2, 1, 1, 1)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import NotAffineError
 from ..schedule import Clip, Schedule
 from . import diffusers_levels as levels
-from .diffusers_probe import Chain, run, step_accepts
+from .diffusers_probe import WHOLE, Chain, Part, run, step_accepts
 from .recursion_fit import Recursion, fit
 
 _MAX_LAGS = 16  # PNDM with its Runge-Kutta start looks back 11 calls, everything else at most 5
@@ -48,8 +48,13 @@ REFUSED = {
 }
 
 
-def from_diffusers(scheduler: Any, num_inference_steps: int | None = None, **kwargs: Any) -> Schedule:
-    """See `Schedule.from_diffusers`. Costs three to four runs of the chain on 192 numbers, no model call."""
+def from_diffusers(
+    scheduler: Any, num_inference_steps: int | None = None, *, part: Part = WHOLE, **kwargs: Any
+) -> Schedule:
+    """See `Schedule.from_diffusers`. Costs three to four runs of the chain on 192 numbers, no model call.
+
+    part: the steps of the chain that are made, where that is not all of them (image-to-image starts late).
+    """
     name = type(scheduler).__name__
     for base in type(scheduler).__mro__:
         if base.__name__ in REFUSED:
@@ -62,7 +67,7 @@ def from_diffusers(scheduler: Any, num_inference_steps: int | None = None, **kwa
     step_kwargs, set_kwargs = _split(scheduler, kwargs)
     _check_config(name, scheduler.config)
     try:
-        return _build(scheduler, num_inference_steps, set_kwargs, step_kwargs)
+        return _build(scheduler, num_inference_steps, part, set_kwargs, step_kwargs)
     except NotAffineError as error:
         raise NotAffineError(f"{name} cannot be solved in parallel with this configuration: {error}") from error
 
@@ -93,15 +98,17 @@ def _check_config(name: str, config: Any) -> None:
                              "trained so) or rescale_betas_zero_snr=False")  # fmt: skip
 
 
-def _build(scheduler: Any, count: int | None, set_kwargs: dict[str, Any], step_kwargs: dict[str, Any]) -> Schedule:
+def _build(
+    scheduler: Any, count: int | None, part: Part, set_kwargs: dict[str, Any], step_kwargs: dict[str, Any]
+) -> Schedule:
     clip_key = next((key for key in ("clip_sample", "clip_denoised") if scheduler.config.get(key)), None)
     plain = _prepared(scheduler, count, set_kwargs, {clip_key: False} if clip_key else {})
-    chain = _probe(plain, step_kwargs, seed=0)
+    chain = _probe(plain, step_kwargs, part, seed=0)
     # alternate columns between fit and hold-out, so that both see the small and the large sample
     order = torch.cat([torch.arange(k, chain.states.shape[1], 2) for k in (0, 1)])
     recursion = fit(chain.states[:, order], chain.outputs[:, order], chain.noises[:, order], max_lags=_MAX_LAGS,
                     tolerance=_FIT_TOLERANCE)  # fmt: skip
-    _verify(recursion, _probe(plain, step_kwargs, seed=1))
+    _verify(recursion, _probe(plain, step_kwargs, part, seed=1))
     steps = torch.stack(chain.timesteps)
     steps = steps.to(torch.float64 if steps.is_floating_point() else torch.int64)
     schedule = Schedule(
@@ -113,11 +120,11 @@ def _build(scheduler: Any, count: int | None, set_kwargs: dict[str, Any], step_k
         draws=chain.draws,
         name=f"{type(scheduler).__name__}({len(steps)})",
         init_noise_sigma=float(getattr(plain, "init_noise_sigma", 1.0)),
-        **levels.describe(plain, chain, recursion, steps.to(torch.float64), exact_x0=clip_key is not None),
+        **levels.describe(plain, chain, recursion, part.start, exact_x0=clip_key is not None),
     )
     if clip_key is None:
         return schedule
-    clipped = _probe(_prepared(scheduler, count, set_kwargs, {}), step_kwargs, seed=2)
+    clipped = _probe(_prepared(scheduler, count, set_kwargs, {}), step_kwargs, part, seed=2)
     bound = float(scheduler.config.get("clip_sample_range", 1.0))
     gain = _clip_gain(recursion, clipped, schedule.denoised_coef(), bound, clip_key)
     if not bool((gain.abs() > _VERIFY_TOLERANCE).any()):  # the key exists but step() does not look at it (CogVideoX)
@@ -146,9 +153,9 @@ def _prepared(scheduler: Any, count: int | None, set_kwargs: dict[str, Any], con
     return own
 
 
-def _probe(prepared: Any, step_kwargs: dict[str, Any], seed: int) -> Chain:
+def _probe(prepared: Any, step_kwargs: dict[str, Any], part: Part, seed: int) -> Chain:
     try:
-        return run(copy.deepcopy(prepared), step_kwargs, seed, _PROBE_SCALE)
+        return run(copy.deepcopy(prepared), step_kwargs, seed, _PROBE_SCALE, part)
     except NotAffineError:
         raise
     except Exception as error:  # whatever a scheduler raises on a configuration that it does not support
