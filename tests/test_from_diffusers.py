@@ -248,7 +248,7 @@ def test_noise_levels_are_those_of_the_schedulers_own_add_noise():
 
 @pytest.mark.parametrize("name", sorted({*MUST_ACCEPT, "UniPCMultistepScheduler", "TCDScheduler"}))
 def test_part_of_a_chain_as_image_to_image_runs_it(name):
-    """From the fifth timestep on, and without the last two: what the scheduler does when it is called for these only."""
+    """From the fifth timestep on, and without the last two: what the scheduler does when called for these only."""
     scheduler, _ = make(name, {"skip_prk_steps": True} if name == "PNDMScheduler" else {})
     scheduler.set_timesteps(12)
     start, stop = 4 * scheduler.order, 10 * scheduler.order
@@ -263,5 +263,6 @@ def test_part_of_a_chain_as_image_to_image_runs_it(name):
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(toy_model(seen, t), t, x, return_dict=False, **extra)[0]
     assert difference(replay(schedule, noise, 11), x) < 1e-5
-    known = slice(None, -1) if name.startswith("KDPM2") else slice(None)  # its sigmas are no table of its calls' levels
-    assert schedule.path_error()[known].max() < 1e-4
+    if name not in ("LMSDiscreteScheduler", "PNDMScheduler"):  # their own start in the middle leaves the path
+        known = slice(None, -1) if name.startswith("KDPM2") else slice(None)  # its sigmas are not its calls' levels
+        assert schedule.path_error()[known].max() < 1e-4
