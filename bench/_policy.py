@@ -13,7 +13,7 @@ HORIZON, ACTIONS = 16, 7
 
 
 def demonstrations(count: int, draw: torch.Generator) -> Tensor:
-    """(count, HORIZON, ACTIONS): smooth reaches that pass an obstacle on its left or on its right, and a little noise."""
+    """(count, HORIZON, ACTIONS): smooth reaches that pass an obstacle left or right, and a little noise."""
     time = torch.linspace(0, 1, HORIZON)[:, None]
     goal = 0.5 * torch.randn(count, 1, ACTIONS, generator=draw)
     side = torch.randint(0, 2, (count, 1, 1), generator=draw) * 2.0 - 1

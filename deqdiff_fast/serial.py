@@ -16,13 +16,16 @@ from .workspace import Workspace
 Report = Callable[[int, "list[int]", Tensor], object]
 
 
-def finish(work: Workspace, fronts: list[int], round: int, report: Report | None) -> tuple[int, bool]:
-    """Take every sample b from state fronts[b] to the end, one model call a step; `fronts` is moved along.
+def finish(
+    work: Workspace, fronts: list[int], round: int, report: Report | None, until: int | None = None
+) -> tuple[int, bool]:
+    """Take every sample b from state fronts[b] to the end (or to state `until`), one model call a step; `fronts` is
+    moved along.
 
     Returns the number of steps made and whether `report` asked to stop. Raises NonFiniteError, ModelOutputError.
     """
     chain, steps, made = work.chain, work.chain.num_steps, 0
-    for i in range(min(fronts), steps):
+    for i in range(min(fronts), steps if until is None else until):
         who = [b for b, front in enumerate(fronts) if front == i]
         flat = None if len(who) == chain.batch else torch.tensor([i * chain.batch + b for b in who])
         work.evaluate(Rows(flat, i, i + 1, len(who)), round + made + 1)

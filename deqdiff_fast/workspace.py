@@ -27,18 +27,7 @@ class Workspace:
 
     @classmethod
     def open(cls, system: System, solver: Solver, window: int, memory: SolverMemory, backend: str) -> Workspace:
-        steps, batch, numel = system.num_steps, system.batch, system.numel
-        rows = min(window * batch, system.max_batch or window * batch)
-        plan = MemoryPlan()
-        plan.add("states", (steps + 1, batch, numel), system.dtype)
-        plan.add("predictions", (steps, batch, numel), system.dtype)
-        if system.schedule.stochastic:
-            plan.add("drift", (steps, batch, numel), system.dtype)
-        plan.add("sq_diff", (steps, batch), system.accumulator)
-        plan.add("sq_norm", (steps, batch), system.accumulator)
-        system.plan(plan, rows)
-        solver.plan(plan, Size(steps, window, batch, numel, system.dtype, system.accumulator))
-        lease = memory.lease(plan, system.device)
+        lease = memory.lease(cls.layout(system, solver, window), system.device)
         chain = Chain(
             states=lease["states"],
             predictions=lease["predictions"],
@@ -54,6 +43,21 @@ class Workspace:
             backend=backend,
         )
         return cls(lease, chain, solver.start(lease), system)
+
+    @staticmethod
+    def layout(system: System, solver: Solver, window: int) -> MemoryPlan:
+        """The tensors of a solve; `.layout()[1]` of it is their size in bytes."""
+        steps, batch, numel = system.num_steps, system.batch, system.numel
+        plan = MemoryPlan()
+        plan.add("states", (steps + 1, batch, numel), system.dtype)
+        plan.add("predictions", (steps, batch, numel), system.dtype)
+        if system.schedule.stochastic:
+            plan.add("drift", (steps, batch, numel), system.dtype)
+        plan.add("sq_diff", (steps, batch), system.accumulator)
+        plan.add("sq_norm", (steps, batch), system.accumulator)
+        system.plan(plan, min(window * batch, system.max_batch or window * batch))
+        solver.plan(plan, Size(steps, window, batch, numel, system.dtype, system.accumulator))
+        return plan
 
     def begin(self, noise: Tensor, generator: Generators) -> None:
         """State 0 and the frozen noise."""
@@ -76,6 +80,16 @@ class Workspace:
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
         else:
             self.system.gaussian_guess(chain)
+
+    def resume(self, other: Workspace, front: int) -> None:
+        """Take over a chain of the same system whose first `front` steps are made; later states are extrapolated."""
+        chain, done = self.chain, other.chain
+        chain.states[: front + 1].copy_(done.states[: front + 1])
+        chain.predictions[:front].copy_(done.predictions[:front])
+        chain.sq_diff.zero_(), chain.sq_norm.zero_()
+        if chain.drift is not None and done.drift is not None:
+            chain.drift.copy_(done.drift)
+        self.system.extrapolate(chain, [front] * chain.batch, [chain.num_steps] * chain.batch)
 
     def evaluate(self, rows: Rows, round: int) -> None:
         self.system.evaluate(self.chain.states, self.chain.predictions, rows, self.lease, round)

@@ -43,14 +43,15 @@ def iterate(
     finish: float,
     max_rounds: int,
     report: Callable[[int, Window, Tensor], object],
+    start: int = 0,
 ) -> Progress:
     """Solve `chain` in place until every row is final, the rounds run out, or `report` returns True.
 
     evaluate(rows, round) fills predictions; rebuild(old, new, broken) guesses the states of rows old[b] <= i < new[b],
     which enter the window or were lost to an overflow; diagnose(step, sample, round) says whether a non-finite row is
-    the model's fault, and then returns the error.
+    the model's fault, and then returns the error. start: how many rows are final already.
     """
-    window = Window(chain.num_steps, chain.batch, chain.window)
+    window = Window(chain.num_steps, chain.batch, chain.window, start)
     progress = Progress(window)
     while not window.done and progress.rounds < max_rounds and not progress.stopped:
         progress.rounds += 1

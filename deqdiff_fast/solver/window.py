@@ -11,10 +11,11 @@ from .._types import Rows
 class Window:
     """Rows lo[b] <= i < hi[b] <= lo[b] + width are active. Everything before lo[b] is final, for each sample b."""
 
-    def __init__(self, num_steps: int, batch: int, width: int) -> None:
+    def __init__(self, num_steps: int, batch: int, width: int, start: int = 0) -> None:
+        """start: how many rows are final from the beginning."""
         self.num_steps, self.width = num_steps, width
-        self.lo = [0] * batch
-        self.hi = [min(width, num_steps)] * batch
+        self.lo = [start] * batch
+        self.hi = [min(start + width, num_steps)] * batch
 
     @property
     def done(self) -> bool:
