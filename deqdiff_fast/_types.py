@@ -14,7 +14,20 @@ Model = Callable[..., Any]
 
 OnFailure = Literal["serial", "raise", "warn"]
 Backend = Literal["auto", "reference", "cpp", "triton"]
-Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class FrozenNoise:
+    """Noise drawn beforehand, in the place of a generator: (n, B, *shape) for the n steps that draw, in chain order."""
+
+    draws: Tensor
+
+    def select(self, samples: Tensor) -> FrozenNoise:
+        """That of some of the samples, (m,) indices."""
+        return FrozenNoise(self.draws[:, samples])
+
+
+Generators = torch.Generator | list[torch.Generator] | FrozenNoise | None
 
 
 @dataclass
@@ -28,4 +41,4 @@ class Rows:
     count: int
 
 
-__all__ = ["Backend", "Generators", "Model", "OnFailure", "Rows"]
+__all__ = ["Backend", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows"]

@@ -7,10 +7,11 @@ can be run backwards from its last (y, z) alone, so nothing is stored of the rou
     z = (z+ - b f(y+)) / (1 - b),    y = (y+ - b f(z)) / (1 - b).
 
 f is the plain round with the scalar slope. Both directions evaluate f at the same rows in the same chunks, so what is
-lost is rounding, and every reversed round amplifies it by about 1 / |1 - b|: y and z are float64 whatever the model's
-dtype is, and the number of rounds is bounded. What the reversal gets wrong counts little: cotangents have shrunk by
-|1 - b|^rounds where it is farthest off. Every backward pass measures both at the known start and warns if their product
-is not small.
+lost is rounding, and every reversed round amplifies it by about 1 / |1 - b|. So y and z are float64 whatever the
+model's dtype is, and ANCHORS pairs of them are kept, from which the reversal goes on afresh: a fixed number, at rounds
+so far apart that rounding grows by GROWTH between them, which bounds the rounds there can be. Every backward pass
+measures how far the reversal misses the known start, weighs it with the cotangents there, which have shrunk by
+|1 - b|^rounds, and warns if that is not small.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from .implicit import Implicit
 from .rounds import RoundMap, Watch, finish_serially, frozen_noise, start
 from .rows import Rows
 
-GROWTH = 1e12  # of rounding errors in float64 (1e-16) on the way back, at most: 1e-4 of the states at the very start
+GROWTH = 1e5  # of float64 rounding (1e-16) on the way back: far below what a float32 model can tell apart
+ANCHORS = 2
 MISSED = 1e-3  # relative error of a gradient beyond which a warning is due
 
 
@@ -41,9 +43,9 @@ MISSED = 1e-3  # relative error of a gradient beyond which a warning is due
 class Reversible:
     """relaxation: b in (0, 2), not 1. Near 1 it converges faster and loses more digits per reversed round.
 
-    The sample is that of this iteration (two model calls on all timesteps a round), at the sampler's tolerance; it
-    ends after `max_rounds` or where GROWTH bounds the rounds, and then the sampler's `on_failure` decides ("serial":
-    the serial chain with the implicit gradient).
+    The sample is that of this iteration (two model calls on all timesteps a round), at the sampler's tolerance. It ends
+    after `max_rounds` or where the anchors are used up (21 rounds at 0.8); what then, the sampler's `on_failure` says
+    ("serial": the serial chain with the implicit gradient).
     """
 
     relaxation: float = 0.8
@@ -57,18 +59,18 @@ class Reversible:
     def name(self) -> str:
         return f"reversible(relaxation={self.relaxation:g})"
 
-    def round_limit(self) -> int:
-        """The rounds after which rounding errors, reversed, may have grown by GROWTH."""
+    def segment(self) -> int:
+        """The rounds over which rounding errors, reversed, grow by GROWTH."""
         return max(1, int(math.log(GROWTH) / -math.log(abs(1 - self.relaxation))))
 
     def attach(self, problem: Problem) -> Solution:
-        drift, bound = frozen_noise(problem), self.round_limit()
+        drift, bound = frozen_noise(problem), self.segment() * (ANCHORS + 1)
         limit = min(bound, problem.max_rounds or bound)
         f, tensors = RoundMap(problem.system, drift), Rows(problem.system).tensors
         held: list[Solution] = []
         with Watch(problem, self.name, limit) as watch:
             attach: Callable[..., Tensor] = _Iteration.apply
-            run = _Run(problem, f, self.relaxation, watch, len(tensors))
+            run = _Run(problem, f, self.relaxation, self.segment(), watch, len(tensors))
             sample = attach(run, held, problem.noise, *tensors, *problem.parameters)
         if watch.failed and problem.on_failure == "serial":
             return Implicit().attach(finish_serially(problem, watch, drift))
@@ -82,6 +84,7 @@ class _Run:
     problem: Problem
     f: RoundMap
     relaxation: float
+    segment: int
     watch: Watch
     count: int  # tensors of model_kwargs among the leaves
 
@@ -96,8 +99,10 @@ class _Iteration(Function):
         first = run.noise(noise)
         y = start(run.problem, f, first)
         z = y.clone()
-        rounds = 0
+        rounds, anchors = 0, []
         while rounds < watch.limit:
+            if rounds and rounds % run.segment == 0:
+                anchors += [y, z]
             rounds += 1
             predictions = rows.predictions(z[:-1])
             new = f.scan(first, z, predictions)
@@ -107,7 +112,7 @@ class _Iteration(Function):
             if ended:
                 break
         ctx.run, ctx.rounds = run, rounds
-        ctx.save_for_backward(y, z, noise, *leaves)
+        ctx.save_for_backward(y, z, noise, *leaves, *anchors)
         failed = watch.failed and run.problem.on_failure == "serial"
         if not failed:
             held.append(watch.solution(z[-1], z))
@@ -116,19 +121,22 @@ class _Iteration(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        y, z, noise, *leaves = ctx.saved_tensors
+        y, z, noise, *rest = ctx.saved_tensors
         run, b = ctx.run, ctx.run.relaxation
+        leaves, anchors = rest[: len(ctx.needs_input_grad) - 3], rest[len(ctx.needs_input_grad) - 3 :]
         rows, first = Rows(run.problem.system, leaves[: run.count]), run.noise(noise)
         needed = ctx.needs_input_grad[3:]
         wanted = [leaf for leaf, need in zip(leaves, needed) if need]
         total = [torch.zeros_like(leaf) for leaf in wanted]
         to_y, to_z, to_noise = torch.zeros_like(y), torch.zeros_like(z), torch.zeros_like(first)
         to_z[-1] = grad.flatten(1)
-        for _ in range(ctx.rounds):
+        for left in reversed(range(ctx.rounds)):
             value, back, to_first = _pull_back(run.f, rows, first, y, b * to_z, wanted, total)
             z, to_z, to_y, to_noise = (z - b * value) / (1 - b), (1 - b) * to_z, to_y + back, to_noise + to_first
             value, back, to_first = _pull_back(run.f, rows, first, z, b * to_y, wanted, total)
             y, to_y, to_z, to_noise = (y - b * value) / (1 - b), (1 - b) * to_y, to_z + back, to_noise + to_first
+            if left and left % run.segment == 0:
+                y, z = anchors[2 * (left // run.segment) - 2 :][:2]
         with torch.enable_grad():
             leaf = first.requires_grad_(True)
             guess = start(run.problem, run.f, leaf)

@@ -7,10 +7,12 @@ from typing import Any
 from .base import InversionInfo, InversionStats, Method, Outcome, Task
 from .ddim import DDIMInversion
 from .fixed_point import FixedPoint
+from .optimise import Optimise, OptimiseStats
 
 NAMED: dict[str, Any] = {
     "ddim": DDIMInversion,
     "fixed_point": FixedPoint,
+    "gradient": Optimise,
 }
 
 
@@ -45,6 +47,8 @@ __all__ = [
     "InversionInfo",
     "InversionStats",
     "Method",
+    "Optimise",
+    "OptimiseStats",
     "Outcome",
     "Task",
     "resolve",

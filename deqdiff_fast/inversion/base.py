@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._types import Backend, Generators, Model, OnFailure
+from .._types import Backend, FrozenNoise, Generators, Model, OnFailure
 from ..errors import NonFiniteError
 from ..memory import SolverMemory
 from ..noise import fill_drift
@@ -74,8 +74,8 @@ class Task:
 
     def generators(self) -> Generators:
         """Copies in the state of the user's generators: every chain of this task draws the same noise."""
-        if self.generator is None:
-            return None
+        if self.generator is None or isinstance(self.generator, FrozenNoise):
+            return self.generator
         copies = [torch.Generator(g.device) for g in _listed(self.generator)]
         for copy, original in zip(copies, _listed(self.generator), strict=True):
             copy.set_state(original.get_state())

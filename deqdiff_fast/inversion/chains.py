@@ -1,0 +1,92 @@
+"""The differentiable chains that a descent can go through: solved in parallel, or the serial one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from .._types import FrozenNoise
+from ..gradient import Gradient
+from ..gradient.rounds import chain
+from ..gradient.rows import Rows
+from ..noise import fill_drift
+from ..sampler import DEQSampler
+from ..solver import Solver
+from ..system import System
+from .base import Task
+
+Chain = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor, int]"]
+"""`chain(noise, who, init)`: noise (n, *shape) of the images `who` (n,), the trajectory to start from -> the sample,
+its trajectory (T + 1, n, *shape) and the number of model calls that waited for each other."""
+
+
+def select_kwargs(model_kwargs: dict[str, Any] | None, who: Tensor, batch: int) -> dict[str, Any] | None:
+    """model_kwargs of some of the samples: tensors whose first dimension is the batch's belong to the samples."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+            return value.index_select(0, who.to(value.device))
+        return value
+
+    picked: dict[str, Any] | None = tree_map(pick, model_kwargs)
+    return picked
+
+
+def _frozen(task: Task, who: Tensor) -> FrozenNoise | None:
+    return task.generator.select(who) if isinstance(task.generator, FrozenNoise) else None
+
+
+class ParallelChain:
+    """`DEQSampler.sample` with a gradient mode."""
+
+    def __init__(self, task: Task, solver: Solver, tol: float | None, gradient: Gradient) -> None:
+        self.task = task
+        spectral = getattr(solver, "slope", None) in ("auto", "spectral")
+        self.sampler = DEQSampler(
+            task.model, task.schedule, solver=solver, tol=tol, window=task.window, backend=task.backend,
+            gradient=gradient, max_batch=task.max_batch, spectrum=task.spectrum if spectral else None,
+            memory=task.memory,
+        )  # fmt: skip
+
+    def __call__(self, noise: Tensor, who: Tensor, init: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        solution = self.sampler.sample(
+            noise,
+            select_kwargs(self.task.model_kwargs, who, self.task.batch),
+            _frozen(self.task, who),
+            init_trajectory=init,
+            return_trajectory=True,
+        )
+        assert solution.trajectory is not None
+        stats = solution.stats
+        return solution.sample, solution.trajectory.detach(), stats.rounds + stats.finished_serially
+
+
+class SerialChain:
+    """The serial chain, its activations recomputed on the way back, one step at a time (Chen et al. 2016)."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __call__(self, noise: Tensor, who: Tensor, init: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        task = self.task
+        kwargs = select_kwargs(task.model_kwargs, who, task.batch)
+        system = System(task.model, task.schedule, noise, kwargs, task.max_batch)
+        rows, drift = Rows(system), None
+        if task.schedule.stochastic:
+            drift = torch.empty(system.num_steps, system.batch, system.numel, dtype=system.dtype, device=system.device)
+            fill_drift(drift, task.schedule, tuple(noise.shape), _frozen(task, who), noise.dtype)
+
+        def predict(x: Tensor, step: Tensor, sample: Tensor) -> Tensor:
+            pieces = [slice(first, last) for first, last in system.chunks(len(x))]
+            parts = [checkpoint(rows.predict, x[p], step[p], sample[p], use_reentrant=False) for p in pieces]
+            return torch.cat([part for part in parts if isinstance(part, Tensor)])
+
+        states = chain(rows, noise.flatten(1).to(system.dtype), drift, predict)
+        shape = (system.batch, *system.shape)
+        trajectory = states.detach().view(-1, *shape).to(noise.dtype)
+        return states[-1].view(shape).to(noise.dtype), trajectory, system.num_steps
