@@ -13,6 +13,7 @@ from .errors import (
     StaleLeaseError,
 )
 from .gradient import Implicit, Phantom, Reversible, Unrolled
+from .guidance import guided
 from .inverter import DEQInverter, Inversion
 from .memory import SolverMemory
 from .sampler import DEQSampler
@@ -49,4 +50,5 @@ __all__ = [
     "Stats",
     "Unrolled",
     "__version__",
+    "guided",
 ]

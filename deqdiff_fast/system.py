@@ -41,6 +41,8 @@ class System:
     ) -> None:
         self.model, self.schedule, self.max_batch = model, schedule, max_batch
         self.model_kwargs = dict(model_kwargs or {})
+        if hasattr(model, "deq_bind"):  # a guided model brings per-sample tensors of its own
+            self.model_kwargs = model.deq_bind(noise.shape[0], self.model_kwargs)
         self.num_steps, self.batch, self.shape = schedule.num_steps, noise.shape[0], tuple(noise.shape[1:])
         self.numel, self.model_dtype, self.device = math.prod(self.shape), noise.dtype, noise.device
         self.dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A unit is a module or package right below deqdiff_fast. It may import units of earlier layers and of its own.
 LAYERS = (
     {"errors", "_types", "_C"},
-    {"schedule_tables", "schedule", "solution", "noise", "_arena", "spectral"},
+    {"schedule_tables", "schedule", "solution", "noise", "_arena", "spectral", "guidance"},
     {"kernels", "memory", "arguments"},
     {"system"},
     {"solver"},
