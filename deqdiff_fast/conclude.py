@@ -9,27 +9,35 @@ import torch
 
 from ._types import OnFailure
 from .errors import ConvergenceWarning, NotConvergedError
-from .serial import finish
+from .serial import Report, finish
 from .solution import Solution, Stats
 from .workspace import Workspace
 
 
 def conclude(
-    work: Workspace, fronts: list[int], stopped: bool, stats: Stats, clock: float, keep: bool, on_failure: OnFailure
+    work: Workspace,
+    fronts: list[int],
+    stopped: bool,
+    stats: Stats,
+    clock: float,
+    keep: bool,
+    on_failure: OnFailure,
+    report: Report,
 ) -> Solution:
     """The solution of a loop that has left sample b final up to state fronts[b].
 
-    clock: `time.perf_counter()` at the start. keep: return the trajectory. Raises NotConvergedError.
+    clock: `time.perf_counter()` at the start. keep: return the trajectory. report: called
+    after every step that is finished serially; returning True stops. Raises NotConvergedError.
     """
     system, chain = work.system, work.chain
     left = max(system.num_steps - front for front in fronts)
     rounds_ran_out = left > 0 and not stopped
-    if stopped:
-        stats.stop_reason = "callback"
-    elif rounds_ran_out:
+    if rounds_ran_out:
         stats.stop_reason = "max_rounds"
         if on_failure == "serial":
-            stats.finished_serially, _ = finish(work, fronts, stats.rounds, None)
+            stats.finished_serially, stopped = finish(work, fronts, stats.rounds, report)
+    if stopped:
+        stats.stop_reason = "callback"
     done = torch.tensor([front == system.num_steps for front in fronts])
     stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
     shape = (system.batch, *system.shape)

@@ -41,8 +41,8 @@ class Reporter:
         system, chain = self.work.system, self.work.chain
         last = [max(hi - 1, 0) for hi in chain.hi.tolist()]
 
-        def sample() -> Tensor:
-            return system.from_basis(chain.states[-1]).view(system.batch, *system.shape).to(system.model_dtype)
+        def state(step: int) -> Tensor:
+            return system.from_basis(chain.states[step]).view(system.batch, *system.shape).to(system.model_dtype)
 
         return RoundInfo(
             round=round,
@@ -52,5 +52,7 @@ class Reporter:
             residual=residual,
             tolerance=self.tolerance,
             _preview=lambda: system.denoised(chain.states, chain.predictions, last),
-            _sample=sample,
+            _sample=lambda: state(-1),
+            _state=state,
+            _denoised=lambda step: system.denoised(chain.states, chain.predictions, [step] * system.batch),
         )

@@ -92,7 +92,8 @@ class DEQSampler:
         noise: (B, *shape), the initial state of the chain, floating point. model_kwargs: passed to every model call;
         tensors whose first dimension is B belong to the samples and are repeated for the timesteps of a batch.
         generator: for the frozen noise of stochastic schedules, one or one for each sample; the draws are those of a
-        serial sampler. callback: called after every round with a `RoundInfo`; returning True stops. progress: a bar.
+        serial sampler. callback: called after every round, and every step that is finished serially, with a
+        `RoundInfo`; returning True stops. progress: a bar.
         init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
 
         Differentiable with respect to noise, the parameters of the model (an nn.Module) and tensors in model_kwargs.

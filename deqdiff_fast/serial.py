@@ -42,7 +42,7 @@ def finish(
             raise _error(work, i, bad, round + made)
         for b in who:
             fronts[b] = i + 1
-        if report is not None and report(made, fronts, torch.zeros(chain.batch)) is True:
+        if report is not None and report(round + made, fronts, torch.zeros(chain.batch)) is True:
             return made, True
     return made, False
 

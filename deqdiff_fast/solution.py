@@ -60,6 +60,8 @@ class RoundInfo:
     """The residual at which the solve ends."""
     _preview: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
     _sample: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
+    _state: Callable[[int], Tensor] = field(repr=False, default=lambda step: torch.empty(0))
+    _denoised: Callable[[int], Tensor] = field(repr=False, default=lambda step: torch.empty(0))
 
     def preview(self) -> Tensor:
         """(B, *shape): the prediction of the clean sample at the last timestep that was evaluated."""
@@ -68,6 +70,25 @@ class RoundInfo:
     def sample(self) -> Tensor:
         """(B, *shape): the running last state of the chain."""
         return self._sample()
+
+    def state(self, step: int) -> Tensor:
+        """(B, *shape): state number `step` of the chain, 0 the noise and `num_steps` the sample.
+
+        Final for sample b where step <= front[b]. Raises IndexError.
+        """
+        if not 0 <= step <= self.num_steps:
+            raise IndexError(f"step: expected a number from 0 to {self.num_steps}, got {step}")
+        return self._state(step)
+
+    def denoised(self, step: int) -> Tensor:
+        """(B, *shape): the clean sample that the model predicted at state number `step` when it was last asked.
+
+        Final for sample b where step < front[b]; before the window has reached `step` it means nothing. Raises
+        IndexError.
+        """
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step: expected a number from 0 to {self.num_steps - 1}, got {step}")
+        return self._denoised(step)
 
 
 Callback = Callable[[RoundInfo], object]

@@ -59,7 +59,7 @@ def solve_parallel(system: System, options: Options, request: Request, return_tr
             stats.rounds, stats.repairs = outcome.rounds, outcome.repairs
             stats.residual_trace = torch.stack(outcome.trace) if outcome.trace else stats.residual_trace
             return conclude(
-                work, outcome.window.lo, outcome.stopped, stats, clock, return_trajectory, options.on_failure
+                work, outcome.window.lo, outcome.stopped, stats, clock, return_trajectory, options.on_failure, report
             )
 
 
@@ -77,7 +77,7 @@ def solve_serially(system: System, options: Options, request: Request, return_tr
             fronts = [0] * noise.shape[0]
             stats.finished_serially, stopped = finish(work, fronts, 0, report)
             stats.rounds = stats.finished_serially
-            return conclude(work, fronts, stopped, stats, clock, return_trajectory, options.on_failure)
+            return conclude(work, fronts, stopped, stats, clock, return_trajectory, options.on_failure, report)
 
 
 def _nothing(noise: Tensor, stats: Stats) -> Solution:
