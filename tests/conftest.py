@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deqdiff_fast import Schedule
 
 torch.set_num_threads(int(os.environ.get("DEQDIFF_TEST_THREADS", torch.get_num_threads())))
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Bytes of tensors that are alive, backward passes included, and the most there were at a time."""
+
+    def __enter__(self) -> PeakBytes:
+        self.live: dict[int, int] = {}
+        self.peak = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.live:
+                    self.live[key] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, key, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+@pytest.fixture
+def peak_bytes() -> type[PeakBytes]:
+    return PeakBytes
 
 
 class Mixture:
