@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class Options:
     deterministic: bool
     spectrum: SpectralSlope | None
     memory: SolverMemory
+    learned: dict[str, int] = field(default_factory=dict)
+    """max_batch, where the model has run out of memory on more rows."""
 
     @classmethod
     def check(
@@ -94,9 +96,11 @@ class Options:
 
     def row_limit(self, noise: Tensor) -> int | None:
         """Most rows in one model call."""
-        if self.max_batch is not None or noise.device.type != "cpu":
-            return self.max_batch
-        return max(CPU_ROWS, CPU_ELEMENTS // max(noise[:1].numel(), 1))
+        limit = self.max_batch
+        if limit is None and noise.device.type == "cpu":
+            limit = max(CPU_ROWS, CPU_ELEMENTS // max(noise[:1].numel(), 1))
+        known = [rows for rows in (limit, self.learned.get("max_batch")) if rows is not None]
+        return min(known, default=None)
 
     def slope(self, noise: Tensor) -> SpectralSlope | str | None:
         """The slope that the solver wants; raises ValueError where the spectrum is one of other samples."""
@@ -117,4 +121,6 @@ class Options:
         arguments.check_kwargs(model_kwargs)
         check_generator(generator, noise.shape[0])
         slope = "scalar" if serial else self.slope(noise)
-        return System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
+        system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
+        system.on_shrink = lambda rows: self.learned.update(max_batch=rows)
+        return system

@@ -14,7 +14,7 @@ from .options import Options
 from .progress import Reporter
 from .serial import finish, non_finite
 from .solution import Callback, Solution, Stats
-from .solver import Picard, iterate
+from .solver import Late, Picard, iterate
 from .system import System
 from .workspace import Workspace
 
@@ -28,6 +28,12 @@ class Request:
     callback: Callback | None = None
     progress: bool = False
     init_trajectory: Tensor | None = None
+
+
+def late_policy(system: System, request: Request) -> Late | None:
+    """How far the host runs ahead of the device: not at all on a CPU, nor where somebody looks at every round."""
+    watched = request.callback is not None or request.progress
+    return None if system.device.type == "cpu" or watched else Late()
 
 
 def solve_parallel(system: System, options: Options, request: Request, return_trajectory: bool) -> Solution:
@@ -55,7 +61,10 @@ def solve_parallel(system: System, options: Options, request: Request, return_tr
                 finish=tolerance,
                 max_rounds=limit,
                 report=report,
+                late=late_policy(system, request),
+                pad=system.pad_round,
             )
+            system.model_evals -= outcome.padding
             stats.rounds, stats.repairs = outcome.rounds, outcome.repairs
             stats.residual_trace = torch.stack(outcome.trace) if outcome.trace else stats.residual_trace
             return conclude(

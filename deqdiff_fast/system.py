@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +13,16 @@ from torch.utils._pytree import tree_map
 
 from ._types import Model, Rows
 from .errors import ModelOutputError
-from .kernels import newton_scan
+from .kernels import copy_rows, newton_scan
 from .memory import Lease, MemoryPlan
+from .padding import is_compiled, out_of_memory, padded_sizes
 from .schedule import Schedule
 from .spectral import SpectralSlope
 
 if TYPE_CHECKING:
-    from .solver.base import Chain
+    from .solver.base import Bounds, Chain
 
+_log = logging.getLogger("deqdiff_fast")
 SANE_RMS = 1e4  # an input beyond this is the solver's doing, not the chain's: not the model's fault if it overflows
 
 
@@ -66,47 +69,95 @@ class System:
         scaled = not bool((schedule.input_scale == 1).all())
         self.input_scale = schedule.input_scale.to(noise.device, self.dtype) if scaled else None
         self.clip_gain = None if schedule.clip is None else table(schedule.clip.gain)
+        self.padded = is_compiled(model)
+        self.sizes: tuple[int, ...] = ()
+        self.on_shrink: Callable[[int], object] = lambda rows: None  # told of a smaller max_batch
+        row = torch.arange(self.num_steps * self.batch + 1, device=noise.device)  # the last one is the spare row
+        step = (row // max(self.batch, 1)).clamp_max(self.num_steps - 1)
+        self.row_tables = (step, row % max(self.batch, 1), self.clock[step])
         self.model_evals = self.model_calls = 0
         self._expanded: tuple[Any, dict[str, Any]] | None = None
 
     def plan(self, plan: MemoryPlan, rows: int) -> None:
         """Ask for what `evaluate` needs for that many rows in one call of the model."""
+        if self.padded:
+            self.sizes = padded_sizes(rows, self.batch)
+        rows = self.pad(rows)
         plan.add("rows", (rows, self.numel), self.dtype)
         plan.add("inputs", (rows, self.numel), self.model_dtype)
         if self.basis is not None:
             plan.add("spare", (rows, self.numel), self.dtype)
 
+    def pad(self, rows: int) -> int:
+        """The size of the model call for that many rows: the next of the padded sizes, where there are any."""
+        return next((size for size in self.sizes if size >= rows), rows)
+
+    def pad_round(self, rows: int) -> int:
+        """The rows of the model calls of a round of that many rows, padding included."""
+        full = rows - rows % self.max_batch if self.max_batch else 0
+        return full + (self.pad(rows - full) if rows > full else 0)
+
     def evaluate(self, states: Tensor, predictions: Tensor, rows: Rows, lease: Lease, round: int) -> None:
         """predictions[i, b] = model(states[i, b], timestep i) for the given rows, in chunks of at most `max_batch`.
 
-        lease: the memory asked for in `plan`. Raises ModelOutputError.
+        predictions: (T, B, D), or (T B + 1, D) where `rows` has the spare row T B among them. lease: the memory asked
+        for in `plan`. A model that runs out of memory gets half as many rows from then on. Raises ModelOutputError.
         """
-        source, target = states.flatten(0, 1), predictions.flatten(0, 1)
-        for start, stop in self.chunks(rows.count):
-            held, inputs = lease["rows"][: stop - start], lease["inputs"][: stop - start]
-            spare = None if self.basis is None else lease["spare"][: stop - start]
-            flat = None if rows.flat is None else rows.flat[start:stop].to(self.device)
-            first = rows.lo * self.batch + start
-            if flat is None:
-                rank = torch.arange(first, first + stop - start, device=self.device)
-                held.copy_(source[first : first + stop - start])
-            else:
-                rank = flat
-                torch.index_select(source, 0, flat, out=held)
-            if self.basis is not None:
-                self.basis.inverse(held, spare)
-            step, sample = rank // self.batch, rank % self.batch
-            inputs.copy_(held)
-            if self.input_scale is not None:
-                inputs.mul_(self.input_scale[step, None].to(inputs.dtype))
-            kwargs = self.expand_kwargs(sample, None if flat is not None else (rows.lo, rows.hi, start, stop))
-            held.copy_(self._clip(self._call(inputs, step, kwargs, round), held, step))
-            if self.basis is not None:
-                self.basis.forward(held, spare)
-            if flat is None:
-                target[first : first + stop - start].copy_(held)
-            else:
-                target.index_copy_(0, flat, held)
+        source, target = states.flatten(0, 1), predictions.view(-1, self.numel)
+        start = 0
+        while start < rows.count:
+            stop = min(start + (self.max_batch or rows.count), rows.count)
+            try:
+                self._evaluate(source, target, rows, start, stop, lease, round)
+                start = stop
+                continue
+            except RuntimeError as error:
+                if stop - start == 1 or not out_of_memory(error):
+                    raise
+            self._shrink(stop - start)  # not before the error, and the memory that it holds on to, is gone
+
+    def _shrink(self, rows: int) -> None:
+        self.max_batch = max(1, rows // 2)
+        _log.warning("the model ran out of memory on %d rows; at most %d from now on", rows, self.max_batch)
+        if self.sizes:
+            self.sizes = padded_sizes(self.max_batch, min(self.batch, self.max_batch))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.on_shrink(self.max_batch)
+
+    def _evaluate(
+        self, source: Tensor, target: Tensor, rows: Rows, start: int, stop: int, lease: Lease, round: int
+    ) -> None:
+        """One call of the model, for rows [start, stop) of `rows`."""
+        count, size, first = stop - start, self.pad(stop - start), rows.lo * self.batch + start
+        at = slice(first, first + count) if rows.flat is None else rows.flat[start:stop].to(self.device)
+        step, sample, clock = (table[at] for table in self.row_tables)
+        if size > count:
+            step, sample, clock = (torch.cat([t, t[:1].expand(size - count)]) for t in (step, sample, clock))
+        elif isinstance(at, slice):
+            clock = clock.clone()  # the model may write to its arguments
+        spare = None if self.basis is None else lease["spare"][:count]
+        if isinstance(at, slice):
+            held = source[at] if self.basis is None else lease["rows"][:count].copy_(source[at])
+        else:
+            held = torch.index_select(source, 0, at, out=lease["rows"][:count])
+        if self.basis is not None:
+            self.basis.inverse(held, spare)
+        inputs = lease["inputs"][:size]
+        inputs[:count].copy_(held)
+        if size > count:
+            inputs[count:].copy_(inputs[:1].expand(size - count, self.numel))
+        if self.input_scale is not None:
+            inputs.mul_(self.input_scale[step, None].to(inputs.dtype))
+        kwargs = self.expand_kwargs(sample, (rows.lo, rows.hi, start, stop) if rows.flat is None else None)
+        output = self._call(inputs, step, kwargs, round, clock, count)[:count]
+        output = self._clip(output, held, step[:count])
+        if self.basis is not None:
+            output = self.basis.forward(held.copy_(output), spare)
+        if isinstance(at, slice):
+            target[at].copy_(output)
+        else:
+            target.index_copy_(0, at, output if output.dtype == target.dtype else held.copy_(output))
 
     def to_basis(self, rows: Tensor) -> Tensor:
         """(n, D) in the coordinates of the solver, a copy."""
@@ -135,13 +186,22 @@ class System:
         chain.predictions.zero_()
         self._linear_scan(chain, self.bounds(0), self.bounds(self.num_steps))
 
-    def extrapolate(self, chain: Chain, old: list[int], new: list[int]) -> None:
+    def extrapolate(self, chain: Chain, old: Bounds, new: Bounds) -> None:
         """Fill states old[b] < i <= new[b], which enter a window: the nonlinear part of a prediction stays as it is."""
+        if isinstance(old, Tensor) and isinstance(new, Tensor):
+            last, who = (old - 1).clamp_min(0).long(), torch.arange(self.batch, device=self.device)
+            linear = self.linear.index_select(0, last) * chain.states[last, who]
+            rest = (chain.predictions[last, who] - linear).masked_fill_((old == 0)[:, None], 0.0)
+            copy_rows(chain.predictions, rest[None], old, new)
+            self._linear_scan(chain, old, new)
+            return
+        assert isinstance(old, list)
+        assert isinstance(new, list)
         for b, (start, stop) in enumerate(zip(old, new)):
             if start < stop:
-                last = start - 1
-                rest = chain.predictions[last, b] - self.linear[last] * chain.states[last, b] if start > 0 else 0
-                chain.predictions[start:stop, b] = rest
+                known = max(start - 1, 0)
+                row = chain.predictions[known, b] - self.linear[known] * chain.states[known, b]
+                chain.predictions[start:stop, b] = row if start > 0 else 0
         lo = torch.tensor(old, dtype=torch.int32, device=self.device)
         self._linear_scan(chain, lo, torch.tensor(new, dtype=torch.int32, device=self.device))
 
@@ -177,10 +237,13 @@ class System:
         self._expanded = (key, expanded) if key is not None else None
         return expanded
 
-    def _call(self, inputs: Tensor, step: Tensor, kwargs: dict[str, Any], round: int) -> Tensor:
-        output = self.model(inputs.view(-1, *self.shape), self.clock[step], **kwargs)
+    def _call(
+        self, inputs: Tensor, step: Tensor, kwargs: dict[str, Any], round: int, clock: Tensor | None = None,
+        count: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        output = self.model(inputs.view(-1, *self.shape), self.clock[step] if clock is None else clock, **kwargs)
         self.model_calls += 1
-        self.model_evals += len(step)
+        self.model_evals += len(step) if count is None else count
         value: Any = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
         if isinstance(value, (tuple, list)) and value:
             value = value[0]

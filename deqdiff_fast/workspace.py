@@ -11,7 +11,7 @@ from ._types import Generators, Rows
 from .memory import Lease, MemoryPlan, SolverMemory
 from .noise import fill_drift
 from .solver import Chain, Solver
-from .solver.base import Size
+from .solver.base import Bounds, Size
 from .system import System
 
 
@@ -30,7 +30,7 @@ class Workspace:
         lease = memory.lease(cls.layout(system, solver, window), system.device)
         chain = Chain(
             states=lease["states"],
-            predictions=lease["predictions"],
+            predictions=lease["predictions"][:-1].view(system.num_steps, system.batch, system.numel),
             state_coef=system.state_coef,
             model_coef=system.model_coef,
             slope=system.slope,
@@ -50,7 +50,7 @@ class Workspace:
         steps, batch, numel = system.num_steps, system.batch, system.numel
         plan = MemoryPlan()
         plan.add("states", (steps + 1, batch, numel), system.dtype)
-        plan.add("predictions", (steps, batch, numel), system.dtype)
+        plan.add("predictions", (steps * batch + 1, numel), system.dtype)  # the last row takes what padding yields
         if system.schedule.stochastic:
             plan.add("drift", (steps, batch, numel), system.dtype)
         plan.add("sq_diff", (steps, batch), system.accumulator)
@@ -92,9 +92,9 @@ class Workspace:
         self.system.extrapolate(chain, [front] * chain.batch, [chain.num_steps] * chain.batch)
 
     def evaluate(self, rows: Rows, round: int) -> None:
-        self.system.evaluate(self.chain.states, self.chain.predictions, rows, self.lease, round)
+        self.system.evaluate(self.chain.states, self.lease["predictions"], rows, self.lease, round)
 
-    def rebuild(self, old: list[int], new: list[int], broken: bool) -> None:
+    def rebuild(self, old: Bounds, new: Bounds, broken: bool) -> None:
         if self.warm and not broken:
             return  # a given trajectory is the better guess
         self.system.extrapolate(self.chain, old, new)

@@ -108,6 +108,23 @@ def resolve(backend: str, storage: tuple[Tensor, ...], lags: int = 1) -> str:
     return chosen
 
 
+def resolve_light(backend: str, tensor: Tensor) -> str:
+    """As `resolve`, for ops that exist as "reference" and "triton" only: on the CPU they are not worth a kernel."""
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"backend: expected auto, reference or triton, got {backend!r}")
+    if backend == "auto" and tensor.device.type != "cuda":
+        return "reference"
+    return resolve(backend, (tensor,))
+
+
+def dispatched(tensor: Tensor) -> bool:
+    """Whether a call must go through torch's dispatcher, for a compiler, a dispatch mode or a tensor subclass to see.
+
+    Where nobody looks, calling the backend at once saves most of the time of an op on a small problem.
+    """
+    return type(tensor) is not Tensor or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _expect(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:

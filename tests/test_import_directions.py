@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "_types", "_C"},
     {"schedule_tables", "schedule", "solution", "noise", "_arena", "spectral", "guidance"},
-    {"kernels", "memory", "arguments"},
+    {"kernels", "memory", "padding", "arguments"},
     {"system"},
     {"solver"},
     {"workspace", "progress", "serial", "gradient"},

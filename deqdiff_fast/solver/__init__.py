@@ -7,6 +7,7 @@ from collections.abc import Callable
 from .anderson import Anderson
 from .base import Chain, Solver
 from .iterate import iterate
+from .late import Late
 from .picard import Picard
 from .quasi_newton import QuasiNewton
 from .window import Window
@@ -37,4 +38,4 @@ def resolve(solver: str | Solver) -> Solver:
     return solver
 
 
-__all__ = ["NAMED", "Anderson", "Chain", "Picard", "QuasiNewton", "Solver", "Window", "iterate", "resolve"]
+__all__ = ["NAMED", "Anderson", "Chain", "Late", "Picard", "QuasiNewton", "Solver", "Window", "iterate", "resolve"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import anderson_step
-from .base import Chain, Lease, Plan, Size, ring_rows
+from .base import Bounds, Chain, Lease, Plan, Size, forget_rows, move_rows
 
 Scope = Literal["timestep", "trajectory", "triangular"]
 
@@ -66,6 +66,10 @@ class Anderson:
     def name(self) -> str:
         return self.label or f"anderson-{self.scope}"
 
+    @property
+    def period(self) -> int:
+        return self.history
+
     @classmethod
     def deq_ddim(cls) -> Anderson:
         """The paper's own setting: per timestep, history 5, absolute ridge 1e-3, noise in every state, 15 rounds."""
@@ -94,10 +98,8 @@ class Anderson:
             stale=self.stale, drift=chain.drift, backend=chain.backend,
         )  # fmt: skip
 
-    def settle(self, chain: Chain, memory: AndersonMemory, round: int, old: list[int], new: list[int]) -> None:
-        for b, rows, slots in ring_rows(old, new, chain.window):
-            chain.states[rows.start + 1 : rows.stop + 1, b].copy_(memory.f[round % self.history, slots, b])
+    def settle(self, chain: Chain, memory: AndersonMemory, round: int, old: Bounds, new: Bounds) -> None:
+        move_rows(chain.states[1:], memory.f[round % self.history], old, new)
 
-    def enter(self, chain: Chain, memory: AndersonMemory, old: list[int], new: list[int]) -> None:
-        for b, _, slots in ring_rows(old, new, chain.window):
-            memory.filled[slots, b] = 0
+    def enter(self, chain: Chain, memory: AndersonMemory, old: Bounds, new: Bounds) -> None:
+        forget_rows(memory.filled, old, new)

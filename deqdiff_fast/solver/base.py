@@ -9,6 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..kernels import copy_rows
+
+Bounds = list[int] | Tensor
+"""One row for every sample: on the host, or (B,) int32 where only the device knows them."""
+
 
 class Plan(Protocol):
     """A memory plan: named tensors that will live in one slab."""
@@ -71,8 +76,36 @@ def ring_rows(old: list[int], new: list[int], width: int) -> Iterator[tuple[int,
             start = end
 
 
+def move_rows(target: Tensor, ring: Tensor, old: Bounds, new: Bounds) -> None:
+    """target[i, b] <- ring[i % S, b] for rows old[b] <= i < new[b]; target: (R, B, D), ring: (S, B, D)."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        copy_rows(target, ring, old, new)
+        return
+    assert isinstance(old, list)
+    assert isinstance(new, list)
+    for b, rows, slots in ring_rows(old, new, ring.shape[0]):
+        target[rows, b].copy_(ring[slots, b])
+
+
+def forget_rows(filled: Tensor, old: Bounds, new: Bounds) -> None:
+    """filled[i % W, b] <- 0 for rows old[b] <= i < new[b]; filled: (W, B)."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        slots = torch.arange(filled.shape[0], device=filled.device)[:, None]
+        filled.masked_fill_((slots - old).remainder(filled.shape[0]) < new - old, 0)
+        return
+    assert isinstance(old, list)
+    assert isinstance(new, list)
+    for b, _, used in ring_rows(old, new, filled.shape[0]):
+        filled[used, b] = 0
+
+
 class Solver(Protocol):
-    """One way to turn predictions into the next iterate. Solvers hold settings only; their memory is in the lease."""
+    """One way to turn predictions into the next iterate. Solvers hold settings only; their memory is in the lease.
+
+    A solver may have an int attribute `period`: `step`, `settle` and `enter` are then the same device work in rounds k
+    and k + period, and may be recorded once and replayed. `settle` and `enter` must not read bounds that are tensors:
+    `move_rows` and `forget_rows` take both kinds.
+    """
 
     @property
     def name(self) -> str: ...
@@ -102,10 +135,10 @@ class Solver(Protocol):
         """Predictions -> next states of rows [lo, hi), with sq_diff and sq_norm of the plain step against the old."""
         ...
 
-    def settle(self, chain: Chain, memory: Any, round: int, old: list[int], new: list[int]) -> None:
+    def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:
         """Rows old[b] <= i < new[b] are final: states[i+1] becomes the plain step from the last evaluation."""
         ...
 
-    def enter(self, chain: Chain, memory: Any, old: list[int], new: list[int]) -> None:
+    def enter(self, chain: Chain, memory: Any, old: Bounds, new: Bounds) -> None:
         """Rows old[b] <= i < new[b] have entered the window or were rebuilt: drop what is remembered of them."""
         ...

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._types import Rows
 from ..errors import NonFiniteError
 from .base import Chain, Solver
+from .late import Late, iterate_late
+from .task import Evaluate, Play, Progress, Rebuild, Task, at_once
 from .window import Window
 
 TINY = 1e-30  # keeps 0 / 0 a zero residual; Inf / Inf and NaN stay NaN
-
-Evaluate = Callable[[Rows, int], None]
-Rebuild = Callable[[list[int], list[int], bool], None]
-
-
-@dataclass
-class Progress:
-    """What the loop did."""
-
-    window: Window
-    rounds: int = 0
-    trace: list[Tensor] = field(default_factory=list)
-    repairs: int = 0
-    stopped: bool = False
 
 
 def iterate(
@@ -44,42 +31,55 @@ def iterate(
     max_rounds: int,
     report: Callable[[int, Window, Tensor], object],
     start: int = 0,
+    late: Late | None = None,
+    pad: Callable[[int], int] = int,
+    play: Play = at_once,
 ) -> Progress:
     """Solve `chain` in place until every row is final, the rounds run out, or `report` returns True.
 
     evaluate(rows, round) fills predictions; rebuild(old, new, broken) guesses the states of rows old[b] <= i < new[b],
     which enter the window or were lost to an overflow; diagnose(step, sample, round) says whether a non-finite row is
-    the model's fault, and then returns the error. start: how many rows are final already.
+    the model's fault, and then returns the error. start: how many rows are final already. late: how far the host may
+    run ahead of what it knows of a device (None: it looks at every round before the next one). pad: rows of a model
+    call -> rows that it is made with; play: how a piece of device work that repeats is run. Both are for `late` only.
     """
-    window = Window(chain.num_steps, chain.batch, chain.window, start)
+    task = Task(
+        chain, solver, memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, start, pad, play
+    )  # fmt: skip
+    return _iterate_host(task) if late is None else iterate_late(task, late)
+
+
+def _iterate_host(task: Task) -> Progress:
+    chain, solver = task.chain, task.solver
+    window = Window(chain.num_steps, chain.batch, chain.window, task.start)
     progress = Progress(window)
-    while not window.done and progress.rounds < max_rounds and not progress.stopped:
+    while not window.done and progress.rounds < task.max_rounds and not progress.stopped:
         progress.rounds += 1
         lo, hi = list(window.lo), list(window.hi)
         chain.lo.copy_(torch.tensor(lo, dtype=torch.int32))
         chain.hi.copy_(torch.tensor(hi, dtype=torch.int32))
-        evaluate(window.rows(), progress.rounds)
-        solver.step(chain, memory, progress.rounds)
-        residual = (chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt().cpu()
-        broken = _first_broken(residual, lo, hi)
+        task.evaluate(window.rows(), progress.rounds)
+        solver.step(chain, task.memory, progress.rounds)
+        residual = (chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_().cpu()
+        broken = {} if math.isfinite(float(residual.sum())) else _first_broken(residual, lo, hi)
         for b, step in broken.items():
-            error = diagnose(step, b, progress.rounds)
+            error = task.diagnose(step, b, progress.rounds)
             if error is not None:
                 raise error
             residual[step : hi[b], b] = float("inf")
-        old_lo, new_lo, old_hi, new_hi = window.advance(residual, freeze, finish)
-        solver.settle(chain, memory, progress.rounds, old_lo, new_lo)
+        worst = window.advance(residual.t().tolist(), task.freeze, task.finish)
+        solver.settle(chain, task.memory, progress.rounds, lo, list(window.lo))
         if broken:
             progress.repairs += 1
-            starts = [max(new_lo[b], broken[b]) if b in broken else old_hi[b] for b in range(chain.batch)]
+            starts = [max(window.lo[b], broken[b]) if b in broken else hi[b] for b in range(chain.batch)]
         else:
-            starts = [max(a, b) for a, b in zip(old_hi, new_lo)]
-        if any(a < b for a, b in zip(starts, new_hi)):
-            solver.enter(chain, memory, starts, new_hi)
-            rebuild(starts, new_hi, bool(broken))
-        worst = window.worst(residual, lo, hi)
-        progress.trace.append(worst)
-        progress.stopped = report(progress.rounds, window, worst) is True
+            starts = [max(a, b) for a, b in zip(hi, window.lo)]
+        if any(a < b for a, b in zip(starts, window.hi)):
+            entered = list(window.hi)
+            solver.enter(chain, task.memory, starts, entered)
+            task.rebuild(starts, entered, bool(broken))
+        progress.trace.append(torch.tensor(worst, dtype=residual.dtype))
+        progress.stopped = task.report(progress.rounds, window, progress.trace[-1]) is True
     return progress
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..kernels import ddim_update
-from .base import Chain, Lease, Plan, Size
+from .base import Bounds, Chain, Lease, Plan, Size
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Picard:
 
     max_rounds: int | None = None
     guess: str = "gaussian"
+    period: ClassVar[int] = 1
     safety: float = 0.3
 
     @property
@@ -33,8 +34,8 @@ class Picard:
             chain.sq_diff, chain.sq_norm, chain.drift, backend=chain.backend,
         )  # fmt: skip
 
-    def settle(self, chain: Chain, memory: Any, round: int, old: list[int], new: list[int]) -> None:
+    def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:
         """The states are the plain step already."""
 
-    def enter(self, chain: Chain, memory: Any, old: list[int], new: list[int]) -> None:
+    def enter(self, chain: Chain, memory: Any, old: Bounds, new: Bounds) -> None:
         """Nothing to forget."""

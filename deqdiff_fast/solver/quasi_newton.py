@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import newton_scan
-from .base import Chain, Lease, Plan, Size, ring_rows
+from .base import Bounds, Chain, Lease, Plan, Size, forget_rows
 
 
 class NewtonMemory(NamedTuple):
@@ -58,6 +58,10 @@ class QuasiNewton:
         kind = self.slope if isinstance(self.slope, str) else "plain" if self.slope is None else "spectral"
         return f"quasi-newton-{kind}"
 
+    @property
+    def period(self) -> int:
+        return self.history + 1
+
     def plan(self, plan: Plan, size: Size) -> None:
         ring = (self.history + 1, size.window, size.batch, size.numel)
         plan.add("newton.z", ring, size.dtype)
@@ -76,9 +80,8 @@ class QuasiNewton:
             self.ridge, self.floor, chain.drift, backend=chain.backend,
         )  # fmt: skip
 
-    def settle(self, chain: Chain, memory: NewtonMemory, round: int, old: list[int], new: list[int]) -> None:
+    def settle(self, chain: Chain, memory: NewtonMemory, round: int, old: Bounds, new: Bounds) -> None:
         """The states come from the last evaluation already, plain step and linear correction together."""
 
-    def enter(self, chain: Chain, memory: NewtonMemory, old: list[int], new: list[int]) -> None:
-        for b, _, slots in ring_rows(old, new, chain.window):
-            memory.filled[slots, b] = 0
+    def enter(self, chain: Chain, memory: NewtonMemory, old: Bounds, new: Bounds) -> None:
+        forget_rows(memory.filled, old, new)

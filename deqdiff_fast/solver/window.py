@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .._types import Rows
 
@@ -21,6 +20,11 @@ class Window:
     def done(self) -> bool:
         return min(self.lo) >= self.num_steps
 
+    @property
+    def count(self) -> int:
+        """How many rows are active."""
+        return sum(self.hi) - sum(self.lo)
+
     def rows(self) -> Rows:
         """The active rows."""
         live = [(a, b) for a, b in zip(self.lo, self.hi) if a < b]
@@ -33,31 +37,24 @@ class Window:
         flat = (picked[:, 0] + int(step[0])) * len(self.lo) + picked[:, 1]
         return Rows(flat, int(step[0]), int(step[-1]) + 1, len(flat))
 
-    def advance(
-        self, residual: Tensor, freeze: float, finish: float
-    ) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Slide past what has converged; residual: (T, B) on the CPU. Returns the old and new lo, the old and new hi.
+    def advance(self, residual: list[list[float]], freeze: float, finish: float) -> list[float]:
+        """Slide past what has converged; residual[b][i], Inf from a broken row on. Returns the largest of each sample.
 
         Row lo[b] was evaluated at a final state, so it is final now whatever its residual. After it, a row is final
         when its residual is at most `freeze` and all rows before it are final: an error that is frozen early is carried
         along and may grow, so `freeze` is strict. All rows up to the sample are final when none is above `finish`: what
-        is left in them shrinks in the last step once more.
+        is left in them shrinks in the last step once more. The same decisions on a device: `kernels.advance_window`.
         """
-        old_lo, old_hi = list(self.lo), list(self.hi)
-        small, fine = (residual <= freeze).tolist(), residual <= finish
-        for b in range(len(self.lo)):
-            if self.lo[b] == self.num_steps:
+        worst = [0.0] * len(self.lo)
+        for b, (lo, hi) in enumerate(zip(self.lo, self.hi)):
+            if lo == self.num_steps:
                 continue
-            front = self.lo[b] + 1
-            while front < self.hi[b] and small[front][b]:
+            found, front = residual[b], lo + 1
+            while front < hi and found[front] <= freeze:
                 front += 1
-            if self.hi[b] == self.num_steps and bool(fine[front:, b].all()):
+            rest = max(found[front:hi], default=0.0)
+            worst[b] = max(rest, *found[lo:front])
+            if hi == self.num_steps and rest <= finish:
                 front = self.num_steps
             self.lo[b], self.hi[b] = front, min(self.num_steps, front + self.width)
-        return old_lo, list(self.lo), old_hi, list(self.hi)
-
-    def worst(self, residual: Tensor, lo: list[int], hi: list[int]) -> Tensor:
-        """(B,) the largest residual of rows [lo[b], hi[b]); 0 where there are none."""
-        return torch.stack(
-            [residual[a:b, k].max() if a < b else residual.new_zeros(()) for k, (a, b) in enumerate(zip(lo, hi))]
-        )
+        return worst

@@ -64,7 +64,7 @@ def anderson_step(
         states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, f, g, gram, filled, column, scope,
         ridge, relative_ridge, damping, stale, drift,
     )  # fmt: skip
-    if backend == "auto":
+    if backend == "auto" and _dispatch.dispatched(states):
         _ops.anderson_op(*args)
     else:
         _ops.run_anderson(backend, *args)

@@ -44,7 +44,7 @@ def ddim_update(
     """
     _dispatch.check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
     args = (states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
-    if backend == "auto":
+    if backend == "auto" and _dispatch.dispatched(states):
         _ops.ddim_op(*args)
     else:
         _ops.run_ddim(backend, *args)

@@ -79,7 +79,7 @@ def newton_scan(
         raise ValueError(f"ridge, floor: expected finite numbers, ridge > 0 and floor >= 0, got {ridge}, {floor}")
     args = (states, predictions, state_coef, model_coef, slope, lo, hi, sq_diff, sq_norm, z, e, filled, column, ridge,
             floor, drift)  # fmt: skip
-    if backend == "auto":
+    if backend == "auto" and _dispatch.dispatched(states):
         _ops.newton_op(*args)
     else:
         _ops.run(backend, *args)

@@ -1,0 +1,35 @@
+"""A few batch sizes instead of all: what a compiled model or a graph of device work is made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+EIGHTHS = (1, 2, 3, 4, 6, 8)
+
+
+def padded_sizes(limit: int, batch: int) -> tuple[int, ...]:
+    """The rows that a model call is made with, ascending: parts of the largest call, and one row a sample, the serial
+    chain's. Padding then costs at most an eighth of the largest call, a quarter in its upper half."""
+    return tuple(sorted({min(batch, limit), *(max(1, -(-limit * part // 8)) for part in EIGHTHS)}))
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether the model, or a part of it right below, went through torch.compile, which specialises on batch sizes."""
+    if hasattr(model, "_torchdynamo_orig_callable") or getattr(model, "_compiled_call_impl", None) is not None:
+        return True
+    if not isinstance(model, nn.Module):
+        return False
+    if type(model).__name__ == "OptimizedModule" and type(model).__module__.startswith("torch._dynamo"):
+        return True
+    return any(is_compiled(child) for child in model.children())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no room: torch raises several kinds of errors for it."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in str(error).lower() or "DefaultCPUAllocator" in str(error))
+    )

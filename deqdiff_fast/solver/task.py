@@ -1,0 +1,55 @@
+"""What a loop is given and what it reports, whoever decides in it, the host or the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .._types import Rows
+from ..errors import NonFiniteError
+from .base import Bounds, Chain, Solver
+from .window import Window
+
+Evaluate = Callable[[Rows, int], None]
+Rebuild = Callable[[Bounds, Bounds, bool], None]
+Play = Callable[[tuple[str, int], Callable[[], None]], None]
+
+
+def at_once(key: tuple[str, int], work: Callable[[], None]) -> None:
+    """Do the work: what a recorder of device graphs replaces."""
+    work()
+
+
+@dataclass
+class Task:
+    """A system to solve; see `iterate` for the fields."""
+
+    chain: Chain
+    solver: Solver
+    memory: Any
+    evaluate: Evaluate
+    rebuild: Rebuild
+    diagnose: Callable[[int, int, int], NonFiniteError | None]
+    freeze: float
+    finish: float
+    max_rounds: int
+    report: Callable[[int, Window, Tensor], object]
+    start: int = 0
+    pad: Callable[[int], int] = int
+    play: Play = at_once
+
+
+@dataclass
+class Progress:
+    """What the loop did."""
+
+    window: Window
+    rounds: int = 0
+    trace: list[Tensor] = field(default_factory=list)
+    repairs: int = 0
+    stopped: bool = False
+    padding: int = 0
+    """Rows that the model was called on without need: the host did not know yet that they were final."""

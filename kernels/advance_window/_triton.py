@@ -1,0 +1,90 @@
+"""Triton kernels of the window's step: the loop's decisions taken on the device, so that the host need not wait.
+
+Two launches: one program per sample moves its window, then one program lists the rows that are active. Bytes: 2 T B
+residual sums in, and once more where a sample's first large residual has been found; N indices out. int64 indices.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def residuals(sq_diff, sq_norm, i, b, B, inside):
+    """Relative residuals of rows i (SPAN,) of sample b; zero outside the window, NaN stays NaN."""
+    at = i.to(tl.int64) * B + b
+    diff = tl.load(sq_diff + at, mask=inside, other=0.0)
+    norm = tl.load(sq_norm + at, mask=inside, other=1.0)
+    return tl.sqrt(diff / tl.where(norm < 1e-30, 1e-30, norm))
+
+
+@triton.jit(do_not_specialize=["T", "width"])
+def bounds_kernel(
+    sq_diff, sq_norm, lo, hi, was, verdict, T, B, width, freeze: tl.float64, finish: tl.float64, SPAN: tl.constexpr
+):  # fmt: skip
+    """One sample. was (2, B), verdict (4, B): see reference.py."""
+    b = tl.program_id(0)
+    first, last = tl.maximum(tl.load(lo + b), 0), tl.minimum(tl.load(hi + b), T)
+    span = tl.arange(0, SPAN)
+    least, limit = tl.full((), freeze, sq_diff.dtype.element_ty), tl.full((), finish, sq_diff.dtype.element_ty)
+    broken, front, worst = T, last, tl.zeros((), sq_diff.dtype.element_ty)
+    for start in tl.range(first, last, SPAN):
+        i = start + span
+        residual = residuals(sq_diff, sq_norm, i, b, B, i < last)
+        bad = (i < last) & ((residual != residual) | (residual == float("inf")))
+        stuck = (i < last) & (i > first) & ((residual > least) | (residual != residual))
+        broken = tl.minimum(broken, tl.min(tl.where(bad, i, T)))
+        front = tl.minimum(front, tl.min(tl.where(stuck, i, last)))
+        worst = tl.maximum(worst, tl.max(tl.where(bad, float("inf"), residual)))
+    if broken == first:  # what follows a broken row is not to be trusted
+        front = tl.minimum(front, first + 1)
+    above = tl.where(broken < T, 1, 0)
+    for start in tl.range(front, last, SPAN):
+        i = start + span
+        residual = residuals(sq_diff, sq_norm, i, b, B, i < last)
+        coarse = (i < last) & ((residual > limit) | (residual != residual))
+        above = tl.maximum(above, tl.max(tl.where(coarse, 1, 0)))
+    front = tl.where((above == 0) & (last == T), T, front)
+    front = tl.where(first < T, front, first)
+    until = tl.minimum(front + width, T)
+    tl.store(was + b, first)
+    tl.store(was + B + b, tl.maximum(last, front))
+    tl.store(lo + b, front)
+    tl.store(hi + b, until)
+    tl.store(verdict + b, front.to(verdict.dtype.element_ty))
+    tl.store(verdict + B + b, until.to(verdict.dtype.element_ty))
+    tl.store(verdict + 2 * B + b, broken.to(verdict.dtype.element_ty))
+    tl.store(verdict + 3 * B + b, worst.to(verdict.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def rows_kernel(lo, hi, rows, T, B, N, SPAN: tl.constexpr):
+    """The active rows i * B + b in order, then T * B up to N."""
+    span = tl.arange(0, SPAN)
+    count = 0
+    for start in tl.range(0, T * B, SPAN):
+        row = start + span
+        i, b = row // B, row % B
+        inside = row < T * B
+        active = inside & (i >= tl.load(lo + b, mask=inside, other=0)) & (i < tl.load(hi + b, mask=inside, other=0))
+        ones = tl.where(active, 1, 0)
+        place = count + tl.cumsum(ones, axis=0) - 1
+        tl.store(rows + place, row.to(tl.int64), mask=active & (place < N))
+        count += tl.sum(ones)
+    for start in tl.range(count, N, SPAN):
+        place = start + span
+        tl.store(rows + place, tl.zeros((SPAN,), tl.int64) + T * B, mask=place < N)
+
+
+def launch(
+    sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, was: Tensor, verdict: Tensor, rows: Tensor,
+    freeze: float, finish: float, width: int,
+) -> None:  # fmt: skip
+    """The op on contiguous tensors: two launches."""
+    steps, batch = sq_diff.shape
+    bounds_kernel[(batch,)](
+        sq_diff, sq_norm, lo, hi, was, verdict, steps, batch, width, freeze, finish, SPAN=128, num_warps=1
+    )
+    rows_kernel[(1,)](lo, hi, rows, steps, batch, len(rows), SPAN=1024, num_warps=4)
