@@ -6,12 +6,15 @@ does the same and extrapolates from the last rounds; `newton_scan` linearises th
 package needs neither Triton, nor a GPU, nor the compiled extension.
 """
 
-from ._dispatch import BACKENDS, available_backends
-from .advance_window import advance_window
-from .anderson_mix import anderson_step
-from .copy_rows import copy_rows
-from .ddim_update import ddim_update
-from .newton_scan import newton_scan
+# In the root of a checkout this folder answers to `import kernels`, which transformers tries for a library it knows:
+# it then finds nothing in here, which it takes for what it is.
+if __name__ != "kernels":
+    from ._dispatch import BACKENDS, available_backends
+    from .advance_window import advance_window
+    from .anderson_mix import anderson_step
+    from .copy_rows import copy_rows
+    from .ddim_update import ddim_update
+    from .newton_scan import newton_scan
 
 __all__ = [
     "BACKENDS",
