@@ -1,0 +1,172 @@
+"""A sampler with k-diffusion's contract: `sample_deq` in the place of `sample_euler` or `sample_dpmpp_2m`.
+
+k-diffusion itself is not imported: its contract is `model(x, sigma * ones(B), **extra_args) -> denoised`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .. import arguments
+from .._types import Model
+from ..sampler import DEQSampler
+from ..schedule import Schedule
+from ..solution import RoundInfo, Solution
+
+_AGREE = 1e-2  # relative: far above what another batch size does to rounding, far below a wrong condition
+_OPTIONS = tuple(list(inspect.signature(DEQSampler).parameters)[2:])
+_log = logging.getLogger("deqdiff_fast")
+
+
+@torch.no_grad()
+def sample_deq(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    disable: bool | None = None,
+    *,
+    method: str = "euler",
+    verify: bool = True,
+    report: Callable[[Solution], Any] | None = None,
+    **options: Any,
+) -> Tensor:
+    """The result of k-diffusion's `sample_euler` (without churn) or `sample_dpmpp_2m`, solved for all sigmas at once.
+
+    model: `model(x, sigma, **extra_args) -> denoised`, x: (n, *shape), sigma: (n,), in the dtype of x. The rows of one
+    call are at several noise levels: a model that looks at `sigma[0]` only, or that keeps masks for B rows in itself,
+    gives wrong results. verify=True compares one such call with separate ones first (at the first, middle and last
+    sigma: 4 calls, 6 B rows) and refuses what differs.
+    x: (B, *shape), the state at sigmas[0]. sigmas: (T + 1,), strictly descending. extra_args: tensors of first
+    dimension B belong to the samples and are repeated for the timesteps of a call, lists and dicts included.
+    callback: called with a dict of x, i, sigma, sigma_hat and denoised for every step in order, once it is final; more
+    than one after the same round, say. Its result is ignored; what it raises ends the solve. disable: True hides the
+    progress bar, None hides it where stderr is no terminal.
+    method: "euler" or "dpmpp_2m", for models with x0 + sigma noise and for flow matching alike. report: is given the
+    `Solution` with its stats.
+    options: those of `DEQSampler`, by keyword.
+
+    Returns x at sigmas[-1]: (B, *shape). Raises TypeError for unknown options, ValueError for bad values and for a
+    model that fails the comparison, and what `DEQSampler.sample` raises.
+    """
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        known = ", ".join(("method", "verify", "report", *_OPTIONS))
+        raise TypeError(f"sample_deq: unknown option {', '.join(unknown)}; there are {known}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor (B, *shape), got {type(x).__name__}")
+    arguments.check_model(model)
+    arguments.check_callback(callback)
+    if len(sigmas) <= 1:
+        return x  # nothing to do, as in k-diffusion
+    levels = torch.as_tensor(sigmas)
+    contract, extra = _Contract(model), _extra(extra_args)
+    sampler = DEQSampler(contract, Schedule.from_sigmas(levels, method), **options)
+    if verify and len(x):
+        check_rows(contract, x, levels, extra)
+    steps = None if callback is None else _Steps(callback, levels)
+    solution = sampler.sample(x, extra, callback=steps, progress=_shown(disable))
+    stats = solution.stats
+    _log.info("sample_deq: %d steps in %d rounds, %d evaluations", len(levels) - 1, stats.rounds, stats.model_evals)
+    if report is not None:
+        report(solution)
+    return solution.sample
+
+
+class _Contract:
+    """The model as the sampler calls it: sigma in the dtype of x, as k-diffusion's `sigma * x.new_ones(B)` is."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        if hasattr(model, "deq_bind"):
+            self.deq_bind = model.deq_bind
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Any:
+        return self.model(x, sigma.to(x.dtype), **extra_args)
+
+
+class _Steps:
+    """Calls the user's callback for every step that has become final for all samples, in order."""
+
+    def __init__(self, callback: Callable[[dict[str, Any]], Any], sigmas: Tensor) -> None:
+        self.callback, self.sigmas, self.seen = callback, sigmas, 0
+
+    def __call__(self, info: RoundInfo) -> None:
+        for i in range(self.seen, int(info.front.min())):
+            self.seen = i + 1
+            sigma = self.sigmas[i]
+            self.callback(
+                {"x": info.state(i), "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": info.denoised(i)}
+            )
+
+
+def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
+    """Raise ValueError unless one call on rows of several noise levels does what a call for each level does.
+
+    The samples are in another order at every level, so that conditions that are merely tiled do not pass.
+    """
+    batch, count = len(x), len(sigmas) - 1
+    bind = getattr(model, "deq_bind", None)
+    kwargs = extra_args if bind is None else bind(batch, extra_args)
+    levels = sigmas[sorted({0, count // 2, count - 1})].to(x.device, x.dtype)
+    states, times = [x * (level / levels[0]) for level in levels], [level.expand(batch) for level in levels]
+    apart = [_call(model, state, time, kwargs) for state, time in zip(states, times)]
+    rows = torch.cat([torch.arange(batch).roll(shift + 1).flip(0) + shift * batch for shift in range(len(levels))])
+    rows = rows.to(x.device)
+    state, time, single = torch.cat(states)[rows], torch.cat(times)[rows], torch.cat(apart)[rows].flatten(1).double()
+    try:
+        together = _call(model, state, time, _pick(kwargs, batch, rows % batch))
+    except Exception as error:
+        raise ValueError(
+            f"model: it works on one noise level, but not on a batch of {len(levels)} levels x {batch} samples "
+            f"({type(error).__name__}: {error}); it cannot be sampled in parallel"
+        ) from error
+    difference = (together.flatten(1).double() - single).norm(dim=1)
+    size = torch.maximum(single.norm(dim=1), 1e-4 * state.flatten(1).double().norm(dim=1))
+    worst = float((difference / size).max())
+    if not worst <= _AGREE:
+        raise ValueError(
+            f"model: its rows are not independent: a batch of several noise levels differs from separate calls by "
+            f"{worst:.1e} (relative). It probably reads sigma[0] for all rows (conditioning windows, timestep ranges) "
+            "or keeps masks or conditions for one batch of samples; take those out, pass them in extra_args with one "
+            "row for each sample, or use an ordinary sampler"
+        )
+
+
+def _call(model: Model, x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    out = model(x, sigma, **kwargs)
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"model: expected the denoised sample, a tensor of shape {tuple(x.shape)}, got {got}")
+    return out
+
+
+def _pick(kwargs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any]:
+    """extra_args for rows of the given samples, as the sampler does it."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+            return value.index_select(0, rows.to(value.device))
+        return value
+
+    picked: dict[str, Any] = tree_map(pick, kwargs)
+    return picked
+
+
+def _extra(extra_args: object) -> dict[str, Any]:
+    if extra_args is not None and not isinstance(extra_args, dict):
+        raise TypeError(f"extra_args: expected a dict or None, got {type(extra_args).__name__}")
+    return dict(extra_args or {})
+
+
+def _shown(disable: bool | None) -> bool:
+    return sys.stderr.isatty() if disable is None else not disable
