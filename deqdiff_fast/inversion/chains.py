@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from .._types import FrozenNoise
+from ..errors import ConvergenceWarning
 from ..gradient import Gradient
 from ..gradient.rounds import chain
 from ..gradient.rows import Rows
@@ -44,23 +46,22 @@ def _frozen(task: Task, who: Tensor) -> FrozenNoise | None:
 class ParallelChain:
     """`DEQSampler.sample` with a gradient mode."""
 
-    def __init__(self, task: Task, solver: Solver, tol: float | None, gradient: Gradient) -> None:
+    def __init__(self, task: Task, solver: Solver, tol: float | None, gradient: Gradient, finish: bool) -> None:
         self.task = task
         spectral = getattr(solver, "slope", None) in ("auto", "spectral")
         self.sampler = DEQSampler(
             task.model, task.schedule, solver=solver, tol=tol, window=task.window, backend=task.backend,
             gradient=gradient, max_batch=task.max_batch, spectrum=task.spectrum if spectral else None,
-            memory=task.memory,
+            memory=task.memory, on_failure="serial" if finish else "warn",
         )  # fmt: skip
 
     def __call__(self, noise: Tensor, who: Tensor, init: Tensor | None) -> tuple[Tensor, Tensor, int]:
-        solution = self.sampler.sample(
-            noise,
-            select_kwargs(self.task.model_kwargs, who, self.task.batch),
-            _frozen(self.task, who),
-            init_trajectory=init,
-            return_trajectory=True,
-        )
+        kwargs = select_kwargs(self.task.model_kwargs, who, self.task.batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # what is found in the end is measured in any case
+            solution = self.sampler.sample(
+                noise, kwargs, _frozen(self.task, who), init_trajectory=init, return_trajectory=True
+            )
         assert solution.trajectory is not None
         stats = solution.stats
         return solution.sample, solution.trajectory.detach(), stats.rounds + stats.finished_serially

@@ -49,7 +49,8 @@ class Optimise:
     stop: the squared loss at which an image is done and leaves the batch (None: that of the inverter's `tol`).
     initial: "ddim", "equilibrium", "random" (seed: of that) or noise (B, *shape).
     solver, solver_tol: of the chain inside (None: a tenth of the inverter's `tol`, or the solver's own); warm_start:
-    every solve starts from the trajectory of the one before.
+    every solve starts from the trajectory of the one before. finish: end a solve that is out of rounds serially (True),
+    or descend from where it is (False, as in the paper).
     baseline: "bptt" back-propagates through the serial chain instead, step by step with activation checkpointing.
     The noise of the smallest loss is returned, for each image.
     """
@@ -64,6 +65,7 @@ class Optimise:
     solver: str | Solver = "auto"
     solver_tol: float | None = None
     warm_start: bool = True
+    finish: bool = True
     baseline: str | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +80,7 @@ class Optimise:
         if arguments.count("steps", self.steps) is None:
             raise ValueError("steps: expected an int >= 1, got None")
         arguments.choice("warm_start", self.warm_start, (True, False))
+        arguments.choice("finish", self.finish, (True, False))
         arguments.choice("baseline", self.baseline, (None, "bptt"))
         if not isinstance(self.initial, Tensor):
             arguments.choice("initial", self.initial, ("ddim", "equilibrium", "random"))
@@ -122,7 +125,7 @@ class Optimise:
         tol = self.solver_tol
         if tol is None and getattr(solver, "tol", None) is None:
             tol = ACCURACY * task.tol
-        return ParallelChain(task, solver, tol, resolve_gradient(self.gradient))
+        return ParallelChain(task, solver, tol, resolve_gradient(self.gradient), self.finish)
 
     def _start(self, task: Task, stats: InversionStats) -> tuple[Tensor, Tensor | None]:
         """The initial noise, and its trajectory where that is known."""

@@ -1,0 +1,288 @@
+"""Inversion by descent: it finds the noise, stops image by image, and is what it says it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deqdiff_fast as dq
+from deqdiff_fast.inversion import Optimise
+from deqdiff_fast.inversion.counting import Counted
+from deqdiff_fast.presets import INVERSION_PRESETS, inversion_preset
+
+LBFGS = {"optimizer": torch.optim.LBFGS, "lr": 1.0, "steps": 12}
+
+
+class Bend:
+    """A mildly nonlinear model around that of unit Gaussian data: its chain keeps the size of a state."""
+
+    sigma = (1 - (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)).sqrt().float()
+
+    def __call__(self, x, t, shift=0.0):
+        flat = x.flatten(1)
+        bent = 0.8 * flat + 0.3 * torch.tanh(flat.roll(1, dims=1) + shift)
+        return (self.sigma[t][:, None] * bent).view_as(x)
+
+
+@pytest.fixture
+def images(ddim, noise):
+    """(schedule, noise, images): images that the chain makes, so that the noise is known."""
+
+    def make(steps=8, batch=3, eta=0.0, seed=0, model=None, **kwargs):
+        schedule, start = ddim(steps, eta=eta), noise(batch, (2, 4, 4), seed)
+        draws = torch.Generator().manual_seed(5) if eta else None
+        made = dq.DEQSampler(model or Bend(), schedule).serial(start, kwargs or None, draws).sample
+        return schedule, start, made
+
+    return make
+
+
+def invert(schedule, image, model=None, **options):
+    tol = options.pop("tol", None)
+    return dq.DEQInverter(model or Bend(), schedule, method="gradient", tol=tol, **options)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "unrolled", "reversible", dq.Phantom(1.0, 9)], ids=str)
+def test_finds_the_noise(images, gradient, relative_error):
+    schedule, start, image = images()
+    found = invert(schedule, image, gradient=gradient, **LBFGS).invert(image)
+    assert found.converged.all()
+    assert found.error.max() <= 1e-3
+    assert relative_error(found.noise, start).max() <= 1e-2
+    assert found.stats.steps < 12
+    assert found.stats.stop_reason == "converged"
+    assert torch.allclose(found.trajectory[0], found.noise)
+    assert torch.allclose(found.trajectory[-1], image, atol=1e-2)
+
+
+@pytest.mark.parametrize("generator", ["one", "list"])
+@pytest.mark.parametrize("baseline", [None, "bptt"])
+def test_frozen_noise_whoever_is_left_in_the_batch(images, generator, baseline):
+    schedule, _, image = images(eta=1.0)
+    draws = torch.Generator().manual_seed(5)
+    if generator == "list":
+        draws = [torch.Generator().manual_seed(k) for k in (5, 6, 7)]
+        sampler = dq.DEQSampler(Bend(), schedule)
+        image = sampler.serial(torch.randn(3, 2, 4, 4), generator=[torch.Generator().manual_seed(k) for k in (5, 6, 7)])
+        image = image.sample
+    found = invert(schedule, image, baseline=baseline, optimizer=torch.optim.Adam, lr=0.3, steps=200, tol=2e-2).invert(
+        image, generator=draws
+    )
+    last = found.stats.losses[-1]
+    assert found.converged.all()
+    assert (found.error <= 2e-2).all()
+    assert found.stats.model_evals < found.stats.steps * 3 * 8 * 12
+    # the losses of the descent are those of the true chain, so the draws were right
+    assert torch.allclose((last / image.flatten(1).square().sum(1)).sqrt(), found.error, rtol=0.05, atol=1e-3)
+
+
+def test_images_that_are_done_leave(images):
+    """An image that starts at its solution costs one evaluation; its noise stays as it is."""
+    schedule, start, image = images(batch=3)
+    begin = start.clone()
+    begin[1:] += 0.5 * torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    sizes = []
+
+    class Sizes(Bend):
+        def __call__(self, x, t):
+            if torch.is_grad_enabled() and x.requires_grad:
+                sizes.append(len(x))
+            return super().__call__(x, t)
+
+    method = {"baseline": "bptt", "initial": begin, "lr": 0.05, "steps": 200, "tol": 5e-2}
+    found = invert(schedule, image, Sizes(), **method).invert(image)
+    assert found.converged.all()
+    assert torch.equal(found.noise[0], start[0])
+    assert sizes[0] == 3
+    assert sizes[-1] < 3
+    assert (found.stats.losses[:, 0] == found.stats.losses[0, 0]).all()
+    single = invert(schedule, image, **method | {"initial": begin[1:2]}).invert(image[1:2])
+    assert torch.allclose(single.noise, found.noise[1:2], atol=1e-5)  # Adam: an image for itself
+
+
+def test_the_best_noise_is_kept(images):
+    """A step length at which the loss goes up and down."""
+    schedule, start, image = images()
+    begin = start + 0.1
+    found = invert(schedule, image, initial=begin, optimizer=torch.optim.SGD, lr=30.0, steps=6).invert(image)
+    losses = found.stats.losses
+    assert (losses[-1] > losses.amin(0)).any()
+    assert torch.allclose(found.error, (losses.amin(0) / image.flatten(1).square().sum(1)).sqrt(), rtol=1e-2, atol=1e-5)
+    assert found.stats.stop_reason == "max_rounds"
+    assert not found.converged.any()
+
+
+def test_an_exploding_descent_returns_what_it_had(images):
+    schedule, start, image = images()
+    found = invert(schedule, image, initial=start + 0.1, optimizer=torch.optim.SGD, lr=1e30, steps=6).invert(image)
+    assert found.noise.isfinite().all()
+    assert found.error.isfinite().all()
+    assert not found.converged.any()
+    assert found.stats.notes
+    assert torch.allclose(found.noise, start + 0.1)
+
+
+def test_the_serial_baseline_counts_and_agrees(images):
+    schedule, start, image = images()
+    method = {"initial": start + 0.2, "optimizer": torch.optim.SGD, "lr": 0.05, "steps": 4}
+    serial = invert(schedule, image, baseline="bptt", **method).invert(image)
+    implicit = invert(schedule, image, gradient="implicit", solver_tol=1e-6, **method).invert(image)
+    assert torch.allclose(serial.noise, implicit.noise, atol=1e-5)
+    assert serial.stats.backpropagations == 4 * 3 * 8
+    assert serial.stats.model_evals == 2 * 4 * 3 * 8  # forwards, and again for the activations
+    assert serial.stats.rounds == 4 * 8
+    assert serial.stats.steps == 4
+    assert serial.stats.losses.shape == (4, 3)
+    assert (serial.stats.seconds.diff() > 0).all()
+    phantom = invert(schedule, image, gradient="phantom", **method).invert(image)
+    assert phantom.stats.backpropagations == 0
+
+
+def test_max_batch_bounds_every_call(images):
+    schedule, start, image = images()
+    seen = []
+
+    class Sizes(Bend):
+        def __call__(self, x, t):
+            seen.append(len(x))
+            return super().__call__(x, t)
+
+    for options in ({"baseline": "bptt"}, {"gradient": "implicit"}, {"gradient": "reversible"}):
+        invert(schedule, image, Sizes(), max_batch=2, steps=1, initial=start + 0.1, **options).invert(image)
+    assert max(seen) == 2
+
+
+def test_warm_starts_save_rounds(images):
+    schedule, start, image = images(steps=20)
+    method = {"initial": start + 0.3, "optimizer": torch.optim.SGD, "lr": 0.01, "steps": 6, "tol": 1e-3}
+    warm, cold = (invert(schedule, image, warm_start=warm, **method).invert(image).stats for warm in (True, False))
+    assert warm.rounds < cold.rounds
+
+
+@pytest.mark.parametrize("initial", ["ddim", "random", "equilibrium"])
+def test_initial_noise(images, initial):
+    from deqdiff_fast.inversion import NAMED
+
+    if initial not in {*NAMED, "random"}:
+        pytest.skip("not among the methods")
+    schedule, _, image = images(steps=20)
+    found = invert(schedule, image, initial=initial, seed=3, steps=1).invert(image)
+    if initial == "random":
+        expected = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    else:
+        expected = dq.DEQInverter(Bend(), schedule, method=initial).invert(image).noise
+        assert f"initial noise by {initial}" in found.stats.notes
+    assert torch.equal(found.noise, expected)
+
+
+def test_conditions_follow_their_images(images):
+    shift = torch.tensor([[-1.0], [0.0], [1.0]])
+    schedule, start, image = images(shift=shift)
+    begin = start.clone()
+    begin[1:] += 0.2  # the first image is done at once; the others must keep their own shifts
+    adam = {"lr": 0.05, "steps": 100, "tol": 2e-2}
+    found = invert(schedule, image, initial=begin, **adam).invert(image, {"shift": shift})
+    assert found.converged.all()
+    assert torch.equal(found.noise[0], start[0])
+
+
+def test_a_callback_sees_and_stops(images):
+    schedule, start, image = images()
+    seen = []
+
+    def watch(info):
+        seen.append((info.residual.max().item(), info.noise().shape))
+        return len(seen) == 3
+
+    found = invert(schedule, image, initial=start + 0.3, steps=50).invert(image, callback=watch)
+    assert len(seen) == 3
+    assert seen[2][0] < seen[0][0]
+    assert seen[0][1] == image.shape
+    assert found.stats.stop_reason == "callback"
+    assert found.stats.steps == 3
+
+
+def test_a_model_with_parameters_gets_no_gradients(images, ddim):
+    body = torch.nn.Linear(32, 32)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x, t):
+            return 0.5 * x + 0.1 * self.body(x.flatten(1)).view_as(x)
+
+    image = torch.randn(2, 2, 4, 4).clamp(-1, 1)
+    invert(ddim(5), image, Model(), steps=2).invert(image)
+    assert all(p.grad is None for p in body.parameters())
+
+
+def test_counting():
+    model = Counted(lambda x, t: (2 * x,))
+    x = torch.ones(3, 2, requires_grad=True)
+    out = model(x, torch.zeros(3))
+    torch.autograd.grad(out.sum(), x)
+    model(x.detach(), torch.zeros(3))
+    assert (model.evals, model.calls, model.backpropagations) == (6, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"gradient": "exact"}, ValueError, "gradient"),
+        ({"optimizer": 3}, TypeError, "optimizer"),
+        ({"lr": 0.0}, ValueError, "lr"),
+        ({"steps": 0}, ValueError, "steps"),
+        ({"steps": None}, ValueError, "steps"),
+        ({"stop": -1.0}, ValueError, "stop"),
+        ({"initial": "noise"}, ValueError, "initial"),
+        ({"solver": "newton?"}, ValueError, "solver"),
+        ({"solver_tol": 0}, ValueError, "solver_tol"),
+        ({"baseline": "adjoint"}, ValueError, "baseline"),
+        ({"warm_start": 1}, ValueError, "warm_start"),
+        ({"finish": None}, ValueError, "finish"),
+        ({"epochs": 3}, TypeError, "epochs"),
+    ],
+)
+def test_bad_options(ddim, options, error, said):
+    with pytest.raises(error, match=said):
+        dq.DEQInverter(Bend(), ddim(5), method="gradient", **options)
+
+
+def test_bad_values_that_show_later(images):
+    schedule, start, image = images()
+    with pytest.raises(ValueError, match="initial"):
+        invert(schedule, image, initial=start[:2]).invert(image)
+    with pytest.raises(TypeError, match="optimizer"):
+        invert(schedule, image, optimizer=lambda noises: None).invert(image)
+
+
+def test_presets_run_the_papers_settings(images):
+    """One step of each on a small chain; the numbers against the paper's published configurations."""
+    facts = {name: (p.steps, p.eta, p.lr, p.stop, p.tau, p.phantom_steps) for name, p in INVERSION_PRESETS.items()}
+    assert facts == {
+        "cifar10": (1000, 0.0, 5e-3, 0.5, 0.1, 1),
+        "celeba": (20, 0.0, 1e-2, 0.5, 0.1, 1),
+        "bedroom": (10, 0.0, 5e-3, 0.5, 0.1, 1),
+        "church": (10, 0.0, 5e-3, 0.5, 0.1, 1),
+        "cifar10-stochastic": (10, 1.0, 1e-2, 0.5, 0.1, 1),
+        "celeba-stochastic": (20, 0.1, 1e-2, 0.5, 0.1, 1),
+        "bedroom-stochastic": (10, 0.5, 5e-3, 0.5, 0.1, 1),
+        "church-stochastic": (10, 0.5, 5e-3, 0.5, 0.1, 1),
+    }
+    schedule, _, image = images(steps=20, seed=4)
+    chosen = inversion_preset("celeba")
+    for options in (chosen.options(), chosen.baseline()):
+        found = dq.DEQInverter(Bend(), schedule, **options | {"steps": 2}).invert(image)
+        assert found.stats.steps == 2
+    assert found.stats.backpropagations == 2 * 3 * 20
+    with pytest.raises(ValueError, match="celeba-stochastic"):
+        inversion_preset("imagenet")
+
+
+def test_options_are_those_of_the_method():
+    assert Optimise().name == "gradient, implicit"
+    assert Optimise(baseline="bptt").name == "bptt"
+    assert Optimise().exact
+    assert not Optimise(stop=0.5).exact
