@@ -94,3 +94,14 @@ def check_trajectory(trajectory: Tensor | None, noise: Tensor, steps: int) -> No
         raise ValueError(f"init_trajectory: expected shape {expected}, got {tuple(trajectory.shape)}")
     if trajectory.device != noise.device:
         raise ValueError(f"init_trajectory: expected device {noise.device}, got {trajectory.device}")
+
+
+def cuda_graph(value: Any) -> bool | str:
+    """True needs a device to record on; raises ValueError without one."""
+    chosen: bool | str = choice("cuda_graph", value, ("auto", True, False))
+    if chosen is True and not torch.cuda.is_available():
+        raise ValueError(
+            "cuda_graph: expected 'auto' or False on a machine without a CUDA device, got True; torch finds no such "
+            "device (torch.cuda.is_available() is False)"
+        )
+    return chosen

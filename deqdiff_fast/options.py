@@ -14,6 +14,7 @@ from .gradient import Gradient
 from .gradient import resolve as resolve_gradient
 from .memory import SolverMemory, default_memory
 from .noise import check_generator
+from .resident import Residents
 from .schedule import Schedule
 from .solver import Solver, resolve
 from .spectral import SpectralSlope
@@ -43,6 +44,7 @@ class Options:
     deterministic: bool
     spectrum: SpectralSlope | None
     memory: SolverMemory
+    residents: Residents
     learned: dict[str, int] = field(default_factory=dict)
     """max_batch, where the model has run out of memory on more rows."""
 
@@ -71,7 +73,8 @@ class Options:
             gradient=resolve_gradient(given["gradient"]),
             on_failure=arguments.choice("on_failure", given["on_failure"], ("serial", "raise", "warn")),
             max_batch=arguments.count("max_batch", given["max_batch"]),
-            cuda_graph=arguments.choice("cuda_graph", given["cuda_graph"], ("auto", False)),
+            cuda_graph=arguments.cuda_graph(given["cuda_graph"]),
+            residents=Residents(given["cuda_graph"]),
             deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
             spectrum=spectrum,
             memory=memory if memory is not None else default_memory(),

@@ -42,7 +42,10 @@ class DEQSampler:
     "reference", "cpp" or "triton". gradient: "implicit", the adjoint system solved like the chain itself; "phantom",
     "unrolled", "reversible", or an object (`Implicit`, `Phantom`, `Unrolled`, `Reversible`). memory: a
     `SolverMemory` of one's own; by default all samplers share one pool. deterministic: sums are added in a fixed order
-    whatever is given. cuda_graph: "auto" or False; capturing is not part of this version.
+    whatever is given. cuda_graph: True records the model and the solver's step as CUDA graphs and replays them, for a
+    few padded batch sizes, and keeps their memory with the sampler; "auto" does so from the second solve of a shape on,
+    for an nn.Module in evaluation mode that is not compiled, on CUDA only; what cannot be recorded is called plainly,
+    with a line in the log. A compiled model (torch.compile) is called with the padded sizes only, whatever is given.
 
     Raises TypeError for unknown arguments and ValueError for bad values.
     """

@@ -45,9 +45,15 @@ def solve_parallel(system: System, options: Options, request: Request, return_tr
     if noise.shape[0] == 0:
         return _nothing(noise, stats)
     limit, tolerance = options.round_limit(), options.tolerance(noise.dtype)
-    with torch.no_grad():
-        work = Workspace.open(system, solver, window, options.memory, options.backend)
-        with work.lease, Reporter(work, tolerance, limit, request.callback, request.progress) as report:
+    late, freeze = late_policy(system, request), options.freeze(noise.dtype)
+    given = (solver, window, tolerance, freeze, request.init_trajectory is not None)
+
+    def open_(system: System) -> Workspace:
+        return Workspace.open(system, solver, window, options.memory, options.backend)
+
+    with torch.no_grad(), options.residents.borrow(system, given, open_, late is not None) as (work, play, board):
+        system = work.system
+        with Reporter(work, tolerance, limit, request.callback, request.progress) as report:
             work.begin(noise, request.generator)
             work.guess(solver.guess, request.init_trajectory)
             outcome = iterate(
@@ -57,12 +63,14 @@ def solve_parallel(system: System, options: Options, request: Request, return_tr
                 evaluate=work.evaluate,
                 rebuild=work.rebuild,
                 diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
-                freeze=options.freeze(noise.dtype),
+                freeze=freeze,
                 finish=tolerance,
                 max_rounds=limit,
                 report=report,
-                late=late_policy(system, request),
+                late=late,
                 pad=system.pad_round,
+                play=play,
+                board=board,
             )
             system.model_evals -= outcome.padding
             stats.rounds, stats.repairs = outcome.rounds, outcome.repairs

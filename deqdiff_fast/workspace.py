@@ -23,6 +23,7 @@ class Workspace:
     chain: Chain
     memory: Any
     system: System
+    solver: Solver
     warm: bool = False
 
     @classmethod
@@ -42,7 +43,11 @@ class Workspace:
             window=window,
             backend=backend,
         )
-        return cls(lease, chain, solver.start(lease), system)
+        return cls(lease, chain, solver.start(lease), system, solver)
+
+    def restart(self) -> None:
+        """Forget a solve; the memory stays where it is."""
+        self.memory = self.solver.start(self.lease)
 
     @staticmethod
     def layout(system: System, solver: Solver, window: int) -> MemoryPlan:

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "_types", "_C"},
     {"schedule_tables", "schedule", "solution", "noise", "_arena", "spectral", "guidance"},
-    {"kernels", "memory", "padding", "arguments"},
+    {"kernels", "memory", "padding", "graphs", "arguments"},
     {"system"},
     {"solver"},
     {"workspace", "progress", "serial", "gradient"},
-    {"options", "conclude", "solve"},
+    {"resident", "options", "conclude", "solve"},
     {"sampler"},
     {"inversion"},
     {"inverter"},

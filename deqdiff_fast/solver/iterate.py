@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from .base import Chain, Solver
-from .late import Late, iterate_late
+from .late import Board, Late, iterate_late
 from .task import Evaluate, Play, Progress, Rebuild, Task, at_once
 from .window import Window
 
@@ -34,6 +34,7 @@ def iterate(
     late: Late | None = None,
     pad: Callable[[int], int] = int,
     play: Play = at_once,
+    board: Board | None = None,
 ) -> Progress:
     """Solve `chain` in place until every row is final, the rounds run out, or `report` returns True.
 
@@ -41,10 +42,12 @@ def iterate(
     which enter the window or were lost to an overflow; diagnose(step, sample, round) says whether a non-finite row is
     the model's fault, and then returns the error. start: how many rows are final already. late: how far the host may
     run ahead of what it knows of a device (None: it looks at every round before the next one). pad: rows of a model
-    call -> rows that it is made with; play: how a piece of device work that repeats is run. Both are for `late` only.
+    call -> rows that it is made with; play: how a piece of device work that repeats is run; board: the memory that it
+    needs on the device. These are for `late` only.
     """
     task = Task(
-        chain, solver, memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, start, pad, play
+        chain, solver, memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, start, pad, play,
+        board,
     )  # fmt: skip
     return _iterate_host(task) if late is None else iterate_late(task, late)
 

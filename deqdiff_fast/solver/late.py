@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._types import Rows
 from ..kernels import advance_window
+from .base import Chain
 from .task import Progress, Task
 from .window import Window
 
@@ -63,6 +64,31 @@ class Mailbox:
         return verdict
 
 
+class Board(NamedTuple):
+    """What the loop keeps on the device; always in the same place where its work is to be replayed."""
+
+    was: Tensor  # (2, B), see `advance_window`
+    verdict: Tensor  # (4, B)
+    rows: Tensor  # (N,)
+
+    @classmethod
+    def make(cls, chain: Chain, capacity: int) -> Board:
+        """For a model call of at most `capacity` rows."""
+        device, batch = chain.lo.device, chain.batch
+        return cls(
+            torch.zeros(2, batch, dtype=torch.int32, device=device),
+            torch.zeros(4, batch, dtype=chain.sq_diff.dtype, device=device),
+            torch.zeros(capacity, dtype=torch.int64, device=device),
+        )
+
+    def start(self, chain: Chain, window: Window) -> None:
+        """The bounds and rows of the first window, which is the same for all samples."""
+        lo, hi = window.lo[0], window.hi[0]
+        chain.lo.fill_(lo), chain.hi.fill_(hi)
+        torch.arange(lo * chain.batch, lo * chain.batch + len(self.rows), out=self.rows)
+        self.rows.masked_fill_(self.rows >= hi * chain.batch, chain.num_steps * chain.batch)
+
+
 class _Loop:
     def __init__(self, task: Task, policy: Late) -> None:
         chain = task.chain
@@ -70,44 +96,37 @@ class _Loop:
         self.window = Window(chain.num_steps, chain.batch, chain.window, task.start)
         self.progress = Progress(self.window)
         self.sliding = chain.window < chain.num_steps
-        self.capacity = task.pad(self.window.count)
-        device = chain.lo.device
-        self.was = torch.zeros(2, chain.batch, dtype=torch.int32, device=device)
-        self.verdict = torch.zeros(4, chain.batch, dtype=chain.sq_diff.dtype, device=device)
-        chain.lo.fill_(self.window.lo[0]), chain.hi.fill_(self.window.hi[0])
-        first = torch.arange(self.capacity, device=device)
-        rows = first + task.start * chain.batch
-        self.rows = torch.where(first < self.window.count, rows, chain.num_steps * chain.batch)
+        self.board = task.board or Board.make(chain, task.pad(self.window.count))
+        self.board.start(chain, self.window)
         self.active = self.window.count  # when the round that was read last began
-        self.mail = Mailbox(self.verdict)
+        self.mail = Mailbox(self.board.verdict)
         self.period = int(getattr(task.solver, "period", 0))
         self.queued: list[int] = []  # rows in the model call of every round
 
     def queue(self) -> None:
         """Hand a round to the device. Nothing here may wait for it."""
         task, self.progress.rounds = self.task, self.progress.rounds + 1
-        round, count = self.progress.rounds, task.pad(self.window.count)
+        round, count = self.progress.rounds, min(task.pad(self.window.count), len(self.board.rows))
         self.queued.append(count)
-        rows = Rows(self.rows[:count], 0, self.chain.num_steps, count)
+        rows = Rows(self.board.rows[:count], 0, self.chain.num_steps, count)
         task.play(("model", count), lambda: task.evaluate(rows, round))
         if self.period:
             task.play(("step", round % self.period), lambda: self.step(round))
         else:
             self.step(round)
-        self.mail.post(self.verdict)
+        self.mail.post(self.board.verdict)
 
     def step(self, round: int) -> None:
         """The solver's step and its consequences, for predictions that are there."""
         task, chain = self.task, self.chain
         task.solver.step(chain, task.memory, round)
         advance_window(
-            chain.sq_diff, chain.sq_norm, chain.lo, chain.hi, self.was, self.verdict, self.rows,
-            task.freeze, task.finish, chain.window,
+            chain.sq_diff, chain.sq_norm, chain.lo, chain.hi, *self.board, task.freeze, task.finish, chain.window,
         )  # fmt: skip
-        task.solver.settle(chain, task.memory, round, self.was[0], chain.lo)
+        task.solver.settle(chain, task.memory, round, self.board.was[0], chain.lo)
         if self.sliding:
-            task.solver.enter(chain, task.memory, self.was[1], chain.hi)
-            task.rebuild(self.was[1], chain.hi, False)
+            task.solver.enter(chain, task.memory, self.board.was[1], chain.hi)
+            task.rebuild(self.board.was[1], chain.hi, False)
 
     def note(self) -> None:
         """Read a verdict; where an iterate has overflowed, wait for the round that is under way and repair it."""
@@ -126,14 +145,14 @@ class _Loop:
         progress = self.progress
         progress.padding += self.queued[len(progress.trace)] - self.active
         self.active = self.window.count
-        progress.trace.append(torch.tensor(worst, dtype=self.verdict.dtype))
+        progress.trace.append(torch.tensor(worst, dtype=self.board.verdict.dtype))
         progress.stopped |= self.task.report(len(progress.trace), self.window, progress.trace[-1]) is True
         return [int(step) for step in broken]
 
     def _repair(self, broken: list[int], latest: list[int]) -> None:
         """Nothing is queued: the device stands still after the latest round."""
         task, chain = self.task, self.chain
-        now, before = chain.lo.clone(), self.was[0].clone()
+        now, before = chain.lo.clone(), self.board.was[0].clone()
         chain.lo.copy_(before)  # what the latest round was made with
         for b, step in enumerate(latest):
             error = task.diagnose(step, b, self.progress.rounds) if step < chain.num_steps else None

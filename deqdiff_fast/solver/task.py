@@ -40,6 +40,8 @@ class Task:
     start: int = 0
     pad: Callable[[int], int] = int
     play: Play = at_once
+    board: Any = None
+    """The `late.Board` of a loop whose work is recorded."""
 
 
 @dataclass
