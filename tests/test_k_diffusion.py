@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """Karras et al. 2022, algorithm 2 without churn, as k-diffusion's sample_euler."""
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * x.new_ones(len(x)), **(extra_args or {}))
-        (callback or str)({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        (callback or dict)({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
     return x
 
@@ -47,7 +48,7 @@ def dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
     before = None
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * x.new_ones(len(x)), **(extra_args or {}))
-        (callback or str)({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        (callback or dict)({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         h, used = (sigmas[i] / sigmas[i + 1]).log(), denoised
         if before is not None and sigmas[i + 1] > 0:
             r = (sigmas[i - 1] / sigmas[i]).log() / h
@@ -61,9 +62,7 @@ def dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
 def kd(request):
     """Wrappers and samplers: those above, or k-diffusion's."""
     if request.param == "contract":
-        return SimpleNamespace(
-            eps=Discrete, v=lambda *a, **k: Discrete(*a, **k, v=True), euler=euler, dpmpp_2m=dpmpp_2m
-        )
+        return SimpleNamespace(eps=Discrete, v=functools.partial(Discrete, v=True), euler=euler, dpmpp_2m=dpmpp_2m)
     package = pytest.importorskip("k_diffusion", exc_type=ImportError)
     wrappers, samplers = package.external, package.sampling
     return SimpleNamespace(
