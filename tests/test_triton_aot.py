@@ -24,8 +24,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from deqdiff_fast.kernels import _config  # noqa: E402
+from deqdiff_fast.kernels.advance_window import _triton as advance  # noqa: E402
 from deqdiff_fast.kernels.anderson_mix import _triton as anderson  # noqa: E402
 from deqdiff_fast.kernels.anderson_mix import _triton_solve as solve  # noqa: E402
+from deqdiff_fast.kernels.copy_rows import _triton as copies  # noqa: E402
 from deqdiff_fast.kernels.ddim_update import _triton as scan  # noqa: E402
 from deqdiff_fast.kernels.newton_scan import _triton as newton  # noqa: E402
 from deqdiff_fast.kernels.newton_scan import _triton_prepare as prepare  # noqa: E402
@@ -33,15 +35,19 @@ from deqdiff_fast.kernels.newton_scan import _triton_prepare as prepare  # noqa:
 NVIDIA = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest element, which sets the block
 HISTORY = 5
 TABLES = ("state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat")
-STREAMS = ("states", "predictions", "drift", "f", "g", "z", "e")
+STREAMS = ("states", "predictions", "drift", "f", "g", "z", "e", "target", "source")
+HISTORIES = ("f", "g")
+SINGLE = ("weights", "newton_norms", "bounds")  # one warp a program
 # registers per thread: the scans are to keep 16 warps of 32 on a multiprocessor (65,536 registers), whose loads in
 # flight cover the memory's latency; the mix four programs of four warps; a solve is small, and alone; the
 # quasi-Newton scan is one program of eight warps, and its preparation, with the Gram of up to 7 columns, keeps 12 warps
 BUDGET = {"ddim_update_kernel": 128, "anderson_scan_kernel": 128, "anderson_mix_kernel": 128, "solve_kernel": 255,
           "norms_kernel": 128, "newton_linear_kernel": 128, "newton_prepare_kernel": 168, "newton_weights_kernel": 128,
-          "newton_norms_kernel": 128, "newton_advance_kernel": 255}  # fmt: skip
+          "newton_norms_kernel": 128, "newton_advance_kernel": 255, "bounds_kernel": 128, "rows_kernel": 64,
+          "copy_rows_kernel": 64}  # fmt: skip
 
 
 def cases():
@@ -60,9 +66,16 @@ def cases():
                 secants = common | {"RING": ring, "P": ring}
                 yield prepare.newton_prepare_kernel, storage, secants, "newton_prepare"
                 yield newton.newton_advance_kernel, storage, secants | {"SPECTRAL": True}, "newton_advance"
+            if storage == "bf16":  # the history alone in bf16
+                mixed = common | {"M": HISTORY, "K": 8, "MIXED": True}
+                yield anderson.anderson_scan_kernel, "mixed", mixed, "anderson_scan"
             yield newton.newton_linear_kernel, storage, common | {"RING": lags - 1, "SPECTRAL": True}, "newton_linear"
         for damped in (False, True):
             yield anderson.anderson_mix_kernel, storage, {"M": HISTORY, "DAMPED": damped, "MIXED": False}, "mix"
+        yield copies.copy_rows_kernel, storage, {}, "mix"
+    yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": False, "MIXED": True}, "mix"
+    yield advance.bounds_kernel, "fp32", {"SPAN": 128}, "bounds"
+    yield advance.rows_kernel, "fp32", {"SPAN": 1024}, "rows"
     yield newton.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"
     for ring in (2, 4, 8):
         yield prepare.newton_weights_kernel, "fp32", {"RING": ring, "P": ring if ring > 2 else 1, "SPAN": 8}, "weights"
@@ -92,19 +105,24 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
     """The kernel as a launch with D divisible by 16 compiles it, or with `aligned` off as one with odd D does."""
     kernel, storage, constants, op = CASES[name]
     architecture = target.arch if target.backend == "hip" else f"sm_{target.arch}"
-    config = _config.TABLE[architecture].get(op, _config.Config(0, 1 if op in ("weights", "newton_norms") else 4))
+    config = _config.TABLE[architecture].get(op, _config.Config(0, 1 if op in SINGLE else 4))
     constants = dict(constants)
     if "BLOCK" in kernel.arg_names:
-        constants["BLOCK"] = config.block(STORAGE[storage].itemsize)
+        constants["BLOCK"] = config.block(WIDTH[storage])
     if constants.get("DRIFT") is False:
         constants["drift"] = None
     if constants.get("RING") == 0:
         constants |= {"z": None, "e": None, "filled": None}
     if constants.get("L") == 1 and "e_hat" in kernel.arg_names:
         constants["e_hat"] = None
-    types = dict.fromkeys(STREAMS, f"*{storage}") | dict.fromkeys(TABLES, "*fp64" if storage == "fp64" else "*fp32")
-    types |= dict.fromkeys(("lo", "hi", "filled"), "*i32") | {"weights": "*fp64"}
-    types |= dict.fromkeys(("ridge", "floor", "stale", "undamped"), "fp64")
+    types = dict.fromkeys(STREAMS, "*fp32" if storage == "mixed" else f"*{storage}") | dict.fromkeys(
+        TABLES, "*fp64" if storage == "fp64" else "*fp32"
+    )
+    if storage == "mixed":
+        types |= dict.fromkeys(HISTORIES, "*bf16")
+    types |= dict.fromkeys(("lo", "hi", "filled", "was", "first", "last"), "*i32") | {"weights": "*fp64"}
+    types |= {"verdict": "*fp32", "sq_norm": types["sq_diff"], "rows": "*i64"}
+    types |= dict.fromkeys(("ridge", "floor", "stale", "undamped", "freeze", "finish"), "fp64")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     hints = [n for n, kind in signature.items() if kind.startswith("*") or (n == "D" and aligned)]
     source = ASTSource(
@@ -164,8 +182,8 @@ def test_nvidia(architecture, name, table, tmp_path):
     assert not re.search(r"\b(atom|red)\.", ptx), "sums in no fixed order"
     assert used["REG"] <= BUDGET[CASES[name][0].fn.__name__]
     if "BLOCK" in CASES[name][0].arg_names:
-        config, storage = _config.TABLE[architecture][CASES[name][3]], STORAGE[CASES[name][1]]
-        block = config.block(storage.itemsize)
+        config = _config.TABLE[architecture][CASES[name][3]]
+        block = config.block(WIDTH[CASES[name][1]])
         loads, stores, scalars = stream_accesses(kernel.asm["ttgir"], block, 32 * config.num_warps)
         assert loads > 0
         assert stores > 0

@@ -57,7 +57,8 @@ def _triton(
     inputs = _packed((predictions, state_coef, model_coef, slope, lo, hi))
     held = used[3:] or (None, None, None)
     noise = None if drift is None else drift.contiguous()
-    kernels.launch(used[0], *inputs, *used[1:3], *held, column, ridge, floor, noise)
+    with torch.cuda.device_of(states):  # Triton launches on the current device
+        kernels.launch(used[0], *inputs, *used[1:3], *held, column, ridge, floor, noise)
     _write_back(out, used)
 
 
