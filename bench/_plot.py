@@ -1,4 +1,4 @@
-"""Error against rounds and against model evaluations, one line for each solver. Importing this needs matplotlib."""
+"""Errors against rounds, losses against seconds, a line for each solver or method. Importing this needs matplotlib."""
 
 from __future__ import annotations
 
@@ -41,3 +41,25 @@ def error_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 def _median_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[float, float]]:
     """Round by round medians, as far as every noise went."""
     return [(median(n for n, _ in points), median(e for _, e in points)) for points in zip(*curves, strict=False)]
+
+
+def loss_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """rows: those of `inversion`; squared loss against seconds and evaluations, one line of panels for each T."""
+    counts = sorted({row["steps"] for row in rows})
+    figure = Figure(figsize=(11, 4 * max(len(counts), 1)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(max(len(counts), 1), 2, squeeze=False)
+    for line, steps in zip(panels, counts, strict=True):
+        members = [row for row in rows if row["steps"] == steps]
+        for row, marker in zip(members, "ospD^v" * len(members), strict=False):
+            seconds, evaluations, _, losses = zip(*row["curve"], strict=True)
+            line[0].loglog(seconds, losses, marker=marker, markersize=4, label=row["method"])
+            each = [count / row["images"] for count in evaluations]
+            line[1].loglog(each, losses, marker=marker, markersize=4, label=row["method"])
+        for axes, label in zip(line, ("seconds", "model evaluations / image"), strict=True):
+            axes.axhline(0.5, color="grey", linestyle=":")
+            axes.set(xlabel=label, ylabel="squared loss", title=f"T = {steps}")
+            axes.grid(alpha=0.3)
+            axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, format="png")

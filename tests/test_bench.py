@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -87,6 +88,63 @@ def test_overhead(figures):
     assert all(0 < run["model"] < run["seconds"] and 0 < run["share"] < 1 for run in row["runs"])
 
 
+def test_inversion(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "inversion.png"
+    small = ("--model", "mixture", "--size", "4", "--steps", "6", "12", "--images", "2", "--epochs", "8")
+    direct = [name for name in ("ddim", "fixed_point", "equilibrium") if name in dq.inversion.NAMED]
+    methods = ["bptt", "phantom", "implicit", *direct]
+    report, table = figures("inversion", *small, "--plot", plot)
+    rows = report["rows"]
+    assert {(row["steps"], row["method"]) for row in rows if row["table"] == "descent"} == {
+        (steps, method) for steps in (6, 12) for method in methods
+    }
+    assert {row["method"] for row in rows if row["table"] == "round trip"} == set(direct)
+    by = {(row["table"], row["steps"], row["method"]): row for row in rows}
+    for row in rows:
+        assert row["method"] in table
+        assert len(row["losses"]) == len(row["errors"]) == row["images"]
+        assert row["curve"][-1][3] == pytest.approx(median(row["losses"]))
+        spent = [point[1] for point in row["curve"]]
+        assert spent == sorted(spent)
+        if row["method"] in methods[:3]:
+            assert row["optimizer_steps"] <= 8
+            assert row["curve"][-1][3] <= row["curve"][0][3]
+    for steps in (6, 12):
+        bptt, phantom = by["descent", steps, "bptt"], by["descent", steps, "phantom"]
+        assert bptt["evaluations"] == 2 * steps * 8 == 2 * bptt["backpropagations"]
+        assert bptt["curve"][0][3] == pytest.approx(phantom["curve"][0][3], rel=1e-6)  # the same noise
+        assert phantom["backpropagations"] == 0
+        assert by["round trip", steps, "ddim"]["evaluations"] == 2 * steps
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_images_of_cifar10(baseline, tmp_path):
+    """Both ways in which the data set is stored, on two pictures."""
+    import io
+    import pickle
+
+    import numpy as np
+
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": pixels.reshape(2, -1)}))
+    files = []
+    for picture in pixels:
+        stream = io.BytesIO()
+        image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).save(stream, "PNG")
+        files.append(np.frombuffer(stream.getvalue(), np.uint8))
+    offset = np.cumsum([0, *map(len, files)])
+    np.savez(tmp_path / "packed.npz", jpeg=np.concatenate(files), offset=offset)
+    from bench._images import cifar10
+
+    for path in (tmp_path, tmp_path / "packed.npz"):
+        assert np.array_equal(cifar10(path).numpy(), pixels)
+    np.savez(tmp_path / "other.npz", images=pixels)
+    with pytest.raises(ValueError, match="jpeg and offset, got images"):
+        cifar10(tmp_path / "other.npz")
+
+
 def test_kernels(figures):
     sides = ("copy", "reference", "eager", "eager-loop", "cpp")
     report, table = figures("kernels", "--shape", "2,6,40,3", "--passes", "2", "--sides", *sides)
@@ -118,6 +176,8 @@ def test_refusals(baseline, tmp_path, capsys):
         ("rounds", *MIXTURE, "--solvers", "newton?"): "expected some of picard",
         ("rounds", *MIXTURE, "--json", str(tmp_path / "missing" / "x.json")): "create it first",
         ("kernels", "--shape", "1,2,3"): "four whole numbers",
+        ("inversion", *MIXTURE, "--methods", "newton"): "invalid choice",
+        ("inversion", *MIXTURE, "--data", str(tmp_path / "missing.npz")): "missing.npz",
     }.items():
         try:
             status = baseline.__main__.main(words)

@@ -1,0 +1,99 @@
+"""The tables of the inversion benchmark: header, cells and a remark each."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]], str]
+Rows = list[dict[str, Any]]
+
+BETTER_THAN_DDIM, DEPTH, EVALUATIONS = 20, 4, 20  # what equilibrium inversion is held to
+
+
+def round_trips(rows: Rows) -> Table:
+    """The direct methods: errors through the serial chain, against those of DDIM inversion, and sequential depth."""
+    header = (
+        "T", "method", "median error", "largest error", "converged", "DDIM's error / error", "rounds",
+        "fixed point's rounds / rounds", "evaluations / image", "seconds",
+    )  # fmt: skip
+    members = [row for row in rows if row["table"] == "round trip"]
+    cells = []
+    for row in members:
+        ddim, fixed = _partner(members, row, "ddim"), _partner(members, row, "fixed_point")
+        gain = "" if ddim is None else f"{median(ddim['errors']) / max(median(row['errors']), 1e-300):.1f}"
+        depth = "" if fixed is None else f"{fixed['rounds'] / row['rounds']:.1f}"
+        cells.append((
+            str(row["steps"]), row["method"], f"{median(row['errors']):.1e}", f"{max(row['errors']):.1e}",
+            f"{sum(row['converged'])}/{row['images']}", gain, str(row["rounds"]), depth,
+            f"{row['evaluations'] / row['images']:.0f}", f"{row['seconds']:.1f}",
+        ))  # fmt: skip
+    return header, cells, (
+        "Errors: relative L2 between the image and what the serial chain makes of the noise. Rounds: model calls that "
+        f"wait for each other. Aims for equilibrium: {BETTER_THAN_DDIM} times below DDIM inversion, and a {DEPTH}th of "
+        "the fixed point's rounds."
+    )  # fmt: skip
+
+
+def descents(rows: Rows) -> Table:
+    """All methods on the same images; the descents from the same noise."""
+    header = (
+        "T", "method", "optimizer steps", "squared loss", "relative error", "evaluations / image",
+        "back-propagations / image", "rounds", "seconds", "ended by",
+    )  # fmt: skip
+    cells = [
+        (
+            str(row["steps"]), row["method"], str(row["optimizer_steps"] or ""), f"{median(row['losses']):.3g}",
+            f"{median(row['errors']):.1e}", f"{row['evaluations'] / row['images']:.0f}",
+            f"{row['backpropagations'] / row['images']:.0f}", str(row["rounds"]), f"{row['seconds']:.1f}",
+            "seconds" if row["stop_reason"] == "callback" else row["stop_reason"].replace("max_rounds", "epochs"),
+        )
+        for row in rows
+        if row["table"] == "descent"
+    ]  # fmt: skip
+    return (
+        header,
+        cells,
+        (
+            "Medians over the images. Evaluations count the activations that back-propagation recomputes; rounds are "
+            "those of the forward chains."
+        ),
+    )
+
+
+def comparison(rows: Rows) -> Table:
+    """What it takes to get to the loss of the paper's method, without what back-propagation recomputes."""
+    header = ("T", "loss", "bptt", "phantom", "implicit", "equilibrium", "bptt / equilibrium", f"{EVALUATIONS} times")
+    cells = []
+    members = [row for row in rows if row["table"] == "descent"]
+    for row in members:
+        if row["method"] != "phantom":
+            continue
+        target, count = row["curve"][-1][3], row["images"]
+        taken = {}
+        for name in ("bptt", "phantom", "implicit", "equilibrium"):
+            other = _partner(members, row, name)
+            taken[name] = (None, False) if other is None else _evaluations_to(other, target)
+        base, mine = taken["bptt"], taken["equilibrium"]
+        ratio = verdict = ""
+        if base[0] is not None and mine[0] is not None:
+            ratio = f"{'> ' if not base[1] else ''}{base[0] / mine[0]:.1f}" if mine[1] else "not reached"
+            verdict = "PASS" if mine[1] and base[0] >= EVALUATIONS * mine[0] else "FAIL"
+        shown = [
+            "" if value is None else f"{'' if reached else '> '}{value / count:.0f}"
+            for value, reached in taken.values()
+        ]
+        cells.append((str(row["steps"]), f"{target:.3g}", *shown, ratio, verdict))
+    return header, cells, ('Evaluations per image, forward passes only; "> n": not reached with n.')
+
+
+def _partner(rows: Rows, row: dict[str, Any], name: str) -> dict[str, Any] | None:
+    return next((other for other in rows if other["method"] == name and other["steps"] == row["steps"]), None)
+
+
+def _evaluations_to(row: dict[str, Any], loss: float) -> tuple[int, bool]:
+    """Forward evaluations at the first point of the curve with at most that loss; all of them if there is none."""
+    for _, _, forward, reached in row["curve"]:
+        if reached <= loss:
+            return forward, True
+    return row["forward_evaluations"], False

@@ -1,0 +1,144 @@
+"""Inversion: the paper's comparison of descents with equilibrium inversion, and round trips of the direct methods.
+
+Descents: the noise is optimised until the squared loss is 0.5 (or the epochs or seconds run out), from the same random
+noise and for the same images: "bptt" through the serial chain with activation checkpointing, "phantom" with the paper's
+settings for CIFAR-10, "implicit" with the gradient of the equilibrium. The direct methods use no gradient. All losses
+and errors are those of the serial chain from the noise that a method returns (or, on the curves, has so far).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+import deqdiff_fast as dq
+from deqdiff_fast.inversion import NAMED
+from deqdiff_fast.inversion.counting import Counted
+from deqdiff_fast.presets import inversion_preset
+
+from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
+from ._images import images
+from ._inversion_tables import comparison, descents, round_trips
+from ._problems import Problem, add_model_arguments, load, warm_up
+
+DIRECT = ("ddim", "fixed_point", "equilibrium")
+DESCENTS = ("bptt", "phantom", "implicit")
+OTHER_NOISE = 10**5  # images that the model made must not be sought from the noise that made them
+THINNING = 1.25  # a point of a curve for every so many times the evaluations of the one before
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--steps", type=positive_int, nargs="+", default=[10, 20, 100], help="T (default 10 20 100)")
+    parser.add_argument("--eta", type=float, default=0.0, help="default 0")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="CIFAR-10 (default: images made by the model itself)")
+    parser.add_argument("--images", type=positive_int, default=16, help="images of the round trips (default 16)")
+    parser.add_argument("--descent-images", type=positive_int, default=1, help="images of the descents (default 1)")
+    parser.add_argument("--epochs", type=positive_int, default=300, help="most optimizer steps (default 300)")
+    parser.add_argument(
+        "--stop", type=positive_float, default=0.5, help="squared loss that ends a descent (default 0.5)"
+    )
+    parser.add_argument("--seconds", type=positive_float, default=300.0, help="most for one descent (default 300)")
+    parser.add_argument("--tol", type=positive_float, help="relative error the direct methods aim at (default 1e-3)")
+    parser.add_argument("--methods", nargs="+", choices=(*DIRECT, *DESCENTS), help="default: all")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of squared loss against seconds and evaluations")
+
+
+def run(args: argparse.Namespace) -> int:
+    wanted = args.methods or [*DESCENTS, *(name for name in DIRECT if name in NAMED)]
+    missing = [name for name in wanted if name in DIRECT and name not in NAMED]
+    if missing:
+        raise ValueError(f"--methods: this version has no {', '.join(missing)}")
+    if args.plot is not None:
+        from . import _plot  # refuse before the work, not after it
+    problem, facts = load(args), environment(args.device)
+    warm_up(problem)
+    rows: list[dict[str, Any]] = []
+    for steps in args.steps:
+        for table, count in (("round trip", args.images), ("descent", args.descent_images)):
+            seeds = range(args.seed, args.seed + count)
+            target = images(problem, args.data, seeds)
+            for name in wanted:
+                if table == "descent" or name in DIRECT:
+                    note(f"T = {steps}, {table}, {count} images: {name} ...")
+                    rows.append(_measure(args, problem, steps, table, name, target, seeds))
+                    write_json(args, facts, rows)
+    source = "images made by the model" if args.data is None else f"images of {args.data.name}"
+    print(f"{summary(facts)}\n{problem.name}, eta {args.eta:g}, {source}\n")
+    for title, (header, cells, remark) in {
+        f"Round trips, {args.images} images as one batch": round_trips(rows),
+        f"The paper's comparison, {args.descent_images} images as one batch": descents(rows),
+        "Evaluations to the loss at which the paper's method (phantom) stopped": comparison(rows),
+    }.items():
+        if cells:
+            print(f"{title}\n\n{markdown(header, cells)}\n\n{remark}\n")
+    if args.plot is not None:
+        _plot.loss_curves([row for row in rows if row["table"] == "descent"], args.plot, problem.name)
+        note(f"wrote {args.plot}")
+    return 0
+
+
+def _options(args: argparse.Namespace, name: str, noise: Tensor, problem: Problem) -> dict[str, Any]:
+    """Arguments of the inverter."""
+    if name in DIRECT:
+        return {"method": name, "tol": args.tol, "spectrum": problem.spectrum}
+    paper = inversion_preset("cifar10")
+    shared = {"steps": args.epochs, "stop": args.stop, "initial": noise}
+    if name == "implicit":
+        return {"method": "gradient", "gradient": "implicit", "lr": paper.baseline_lr, "solver_tol": 1e-3,
+                "spectrum": problem.spectrum, **shared}  # fmt: skip
+    return (paper.baseline() if name == "bptt" else paper.options()) | shared
+
+
+@dataclass
+class Watch:
+    """Keeps the running noise of a solve, for curves that are computed afterwards; stops what takes too long."""
+
+    model: Counted
+    limit: float
+    start: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+    points: list[tuple[float, int, int, Tensor]] = field(default_factory=list)
+
+    def __call__(self, info: Any) -> bool:
+        self.seconds = time.perf_counter() - self.start
+        if not self.points or self.model.evals >= THINNING * self.points[-1][1]:
+            own = self.model.evals - self.model.backpropagations
+            self.points.append((self.seconds, self.model.evals, own, info.noise()))
+        return self.seconds > self.limit
+
+
+def _measure(
+    args: argparse.Namespace, problem: Problem, steps: int, table: str, name: str, target: Tensor, seeds: range
+) -> dict[str, Any]:
+    """One method on one batch."""
+    schedule = problem.schedule(steps, args.eta)
+    noise = problem.noise(range(seeds.start + OTHER_NOISE, seeds.stop + OTHER_NOISE)) * schedule.init_noise_sigma
+    model = Counted(problem.model)
+    inverter = dq.DEQInverter(model, schedule, max_batch=args.max_batch, **_options(args, name, noise, problem))
+    serial = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch)
+
+    def losses(start: Tensor) -> list[float]:
+        made = serial.serial(start, generator=problem.generators(seeds)).sample
+        return (made - target).flatten(1).double().square().sum(1).tolist()
+
+    watch = Watch(model, args.seconds if name in DESCENTS else float("inf"))
+    found = inverter.invert(target, generator=problem.generators(seeds) if args.eta else None, callback=watch)
+    stats = found.stats
+    own = stats.model_evals - getattr(stats, "backpropagations", 0)
+    curve = [(seconds, evals, forward, median(losses(start))) for seconds, evals, forward, start in watch.points]
+    final = losses(found.noise)
+    curve.append((watch.seconds, stats.model_evals, own, median(final)))
+    return {
+        "steps": steps, "table": table, "method": name, "images": len(target), "losses": final,
+        "errors": found.error.tolist(), "converged": found.converged.tolist(), "evaluations": stats.model_evals,
+        "forward_evaluations": own, "backpropagations": getattr(stats, "backpropagations", 0),
+        "rounds": stats.rounds, "optimizer_steps": getattr(stats, "steps", 0), "seconds": watch.seconds,
+        "stop_reason": stats.stop_reason, "notes": stats.notes, "curve": curve,
+    }  # fmt: skip
