@@ -14,6 +14,7 @@ import torch
 BENCHMARKS = {
     "rounds": "per solver: rounds, model evaluations and error at tolerance",
     "accuracy": "the promised error of every solver's converged samples, as PASS or FAIL",
+    "gradients": "every gradient mode against float64 back-propagation through the serial chain",
     "inversion": "the paper's comparison of inversions: loss, evaluations, back-propagations, seconds; and round trips",
     "kernels": "time of each op: reference, the paper's formulation, torch.compile, compiled; against a memory copy",
     "overhead": "share of a solve's time that is spent outside the model",

@@ -119,6 +119,19 @@ def test_inversion(figures, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_gradients(figures):
+    report, table = figures("gradients", "--model", "mixture", "--size", "6", "--steps", "10", "--check")
+    rows = {row["mode"].split("(")[0]: row for row in report["rows"]}
+    assert set(rows) == {"implicit", "phantom", "unrolled", "reversible"}
+    assert table.count("PASS") == 3
+    assert "FAIL" not in table
+    for mode in ("implicit", "unrolled", "reversible"):
+        assert 0 < rows[mode]["noise"][0] <= 1e-3
+        assert 0 < rows[mode]["parameters"][0] <= 1e-3
+        assert rows[mode]["backpropagations"] >= 10
+    assert rows["phantom"]["noise"][0] > 0.1
+
+
 def test_images_of_cifar10(baseline, tmp_path):
     """Both ways in which the data set is stored, on two pictures."""
     import io

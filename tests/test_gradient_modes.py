@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -79,6 +80,37 @@ def test_noise_and_parameters_on_a_gaussian_mixture(mixture, ddim, noise, mode, 
     assert out.stats.stop_reason == "converged"
     for a, b in zip(got, expected, strict=True):
         error, angle = apart(a, b)
+        assert error <= 1e-3
+        assert angle <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    """The model that comes with the package, in float32 and float64, and its schedules."""
+    pytest.importorskip("diffusers")
+    from deqdiff_fast.integrations.diffusers import ddim_schedule, load_model
+
+    loaded = load_model("bundled")
+    loaded.model.requires_grad_(True)
+    return loaded.model, copy.deepcopy(loaded.model).double(), lambda steps: ddim_schedule(loaded.scheduler, steps)
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("implicit", 20), ("reversible", 5)])
+def test_noise_and_parameters_on_the_bundled_model(bundled, noise, mode, steps):
+    model, wide, schedule = bundled[0], bundled[1], bundled[2](steps)
+    start, target = (noise(1, (3, 32, 32), seed) for seed in (0, 1))
+
+    def sample(x, t):
+        return wide(x, t).sample
+
+    exact = start.double().requires_grad_(True)
+    loss = (serial(sample, schedule, exact) - target.double()).square().sum()
+    expected = torch.autograd.grad(loss, [exact, *wide.parameters()])
+    given = start.clone().requires_grad_(True)
+    out = dq.DEQSampler(model, schedule, tol=1e-6, gradient=mode).sample(given)
+    got = torch.autograd.grad((out.sample - target).square().sum(), [given, *model.parameters()])
+    for a, b in ((got[:1], expected[:1]), (got[1:], expected[1:])):
+        error, angle = apart(*(torch.cat([x.double().flatten() for x in parts]) for parts in (a, b)))
         assert error <= 1e-3
         assert angle <= 1e-4
 
