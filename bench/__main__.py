@@ -18,6 +18,7 @@ BENCHMARKS = {
     "inversion": "the paper's comparison of inversions: loss, evaluations, back-propagations, seconds; and round trips",
     "kernels": "time of each op: reference, the paper's formulation, torch.compile, compiled; against a memory copy",
     "overhead": "share of a solve's time that is spent outside the model",
+    "gpu": "all that is asked of a CUDA device: kernel tests, ops against their byte floor, whole samples",
 }
 
 

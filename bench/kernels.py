@@ -2,7 +2,8 @@
 
 Sides: `reference` (the op's plain-torch definition, a Python loop), `eager` (the paper's formulation in torch, see
 _paper.py), `eager-loop` (the same with a loop over time in place of torch's cumsum, which is slow on a CPU), `compile`
-(torch.compile of `eager`), `cpp` and `triton` (this library, where available), `copy`. The quasi-Newton scan is not in
+(torch.compile of `eager`), `cpp` and `triton` (this library, where available), `copy`; `bench gpu` adds `graph`, the
+`triton` side replayed from a CUDA graph, always with the same column of the history. The quasi-Newton scan is not in
 the paper, so it has no such side; its rings hold M + 1 rounds. All run in one process on the
 same number of threads and take turns; before every call, outside of the clock, the predictions are rewritten, as the
 model would. `copy` is `Tensor.copy_` of half the op's bytes: what it reads and writes together is what the op reads and
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     for shape in args.shape or SHAPES:
         for op in args.ops:
             note(f"{op} {shape} ...")
-            rows += _measure(args, op, shape, wanted)
+            rows += measure(args, op, shape, wanted)
             write_json(args, facts, rows)
     print(f"{summary(facts)}, {args.dtype}, scope {args.scope}, {args.clock} clock\n")
     header = ("op", "(B, T, D, M)", "side", "MB moved", "ms", "eager / side", "eager-loop / side", "side / copy")
@@ -91,7 +92,7 @@ def _available(args: argparse.Namespace) -> list[str]:
     return kept
 
 
-def _measure(args: argparse.Namespace, op: str, shape: Shape, wanted: list[str]) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, op: str, shape: Shape, wanted: list[str]) -> list[dict[str, Any]]:
     inputs = Inputs(shape, getattr(torch, args.dtype), args.device)
     names = [name for name in wanted if op in PAPER_OPS or name not in PAPER_SIDES]
     sides = [side for name in names if (side := _side(args, name, op, inputs)) is not None]
@@ -114,6 +115,8 @@ def _side(args: argparse.Namespace, name: str, op: str, inputs: Inputs) -> Side 
     if name == "copy":
         copy = Copy(inputs.moved(op), args.device)
         return Side(name, copy.run)
+    if name == "graph":
+        return _graph_side(args, op, inputs)
     if name in PAPER_SIDES:
         operands: Fused | Paper = Paper(inputs, loop=name == "eager-loop", compile=name == "compile")
     else:
@@ -131,6 +134,20 @@ def _side(args: argparse.Namespace, name: str, op: str, inputs: Inputs) -> Side 
         note(f"side compile is left out: {str(error).strip().splitlines()[0]}")
         return None
     return Side(name, call, operands.prepare)
+
+
+def _graph_side(args: argparse.Namespace, op: str, inputs: Inputs) -> Side:
+    """The Triton kernels of one round, recorded: what the op costs the device, without the host's launches."""
+    operands = Fused(inputs, "triton", args.scope)
+    if op in HISTORY_OPS:
+        operands.fill(op)
+    call = getattr(operands, op)
+    call()
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    return Side("graph", graph.replay, operands.prepare)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -8,7 +8,10 @@ window over time as well.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -59,8 +62,36 @@ def architecture(device: torch.device) -> str:
     return f"sm_{max((k for k in known if k <= 10 * major + minor), default=known[0])}"
 
 
+ENVIRONMENT = "DEQDIFF_FAST_KERNEL_CONFIG"
+
+
+def save(path: str | Path, table: dict[str, dict[str, Config]]) -> None:
+    """Write launch shapes as JSON, in the layout of TABLE."""
+    plain = {name: {op: asdict(config) for op, config in configs.items()} for name, configs in table.items()}
+    Path(path).write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: str | Path) -> None:
+    """Put launch shapes that `save` wrote into TABLE. Raises ValueError, naming what is wrong, and OSError."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    for name, configs in found.items():
+        if name not in TABLE or not set(configs) <= set(_DEFAULT):
+            raise ValueError(
+                f"{path}: expected architectures {', '.join(TABLE)} and kernels {', '.join(_DEFAULT)}, got {name}: "
+                f"{', '.join(configs)}"
+            )
+        TABLE[name] = TABLE[name] | {op: Config(**values) for op, values in configs.items()}
+
+
+@functools.cache
+def _load_named() -> None:
+    if name := os.environ.get(ENVIRONMENT):
+        load(name)
+
+
 def config(op: str, device: torch.device) -> Config:
-    """The launch shape of one kernel on one device."""
+    """The launch shape of one kernel on one device; DEQDIFF_FAST_KERNEL_CONFIG may name a file with others."""
+    _load_named()
     return TABLE.get(architecture(device), _DEFAULT)[op]
 
 

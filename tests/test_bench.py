@@ -173,6 +173,28 @@ def test_kernels(figures):
         assert len(row.get("ratio_copy", [0, 0])) == 2
 
 
+def test_gpu(figures, tmp_path):
+    """On the CPU with tiny shapes: the same code that a device runs, the graphs apart."""
+    words = ("--shape", "2,6,40,3", "--passes", "1", "--models", "tiny", "--steps", "4", "6", "--repeats", "2")
+    select = ("--select", "test_window_ops and bad_arguments", "--compiler", "eager", "--compile-sample")
+    report, table = figures("gpu", *words, *select, "--results", tmp_path)
+    parts = {part: [row for row in report["rows"] if row["part"] == part] for part in ("tests", "ops", "samples")}
+    assert parts["tests"][0]["passed"] is True
+    assert "1 passed" in parts["tests"][0]["said"]
+    assert {row["op"] for row in parts["ops"]} == {"ddim_update", "anderson_step", "newton_scan"}
+    for row in parts["ops"]:
+        assert row["floor"] == pytest.approx(row["seconds"] * row["copy_rate"] / row["bytes_moved"])
+    ways = {"serial, eager", "sample, eager", "serial, compiled", "sample, compiled"}
+    assert {(row["steps"], row["way"]) for row in parts["samples"]} == {(t, way) for t in (4, 6) for way in ways}
+    for row in parts["samples"]:
+        assert row["error"] <= 1e-2
+        assert row["rounds"] <= row["steps"]
+        assert row["way"] in table
+    assert "goals are not judged" in table
+    assert (tmp_path / "cpu.md").read_text(encoding="utf-8").strip() == table.strip()
+    assert json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"] == report["rows"]
+
+
 @pytest.fixture
 def baseline(monkeypatch):
     """The modules of bench/, with the path put back afterwards."""

@@ -1,0 +1,183 @@
+"""Everything a CUDA device is asked: kernel tests, each op against its byte floor, and whole samples at B = 1.
+
+Ops: `copy` moves the bytes that the op has to, with the device's own copy; `eager` is the paper's formulation in torch
+(_paper.py), `compile` its torch.compile, `triton` (`cpp` on a CPU) this library, `graph` the same replayed from a CUDA
+graph. Samples: the serial chain written by hand, in eager, compiled and CUDA-graphed form, against `sample()`, plain
+and with its rounds recorded. Networks other than the bundled one have random weights: they show the time of a round,
+not how many rounds a trained network takes. Host syncs are those that torch reports between the first and the last
+model call of a solve. Runs on a CPU too, which shows that it works and nothing else. On CUDA the figures go to
+bench/results/<device>.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from . import ROOT
+from ._common import _plain, environment, markdown, note, positive_float, positive_int, spread, summary, write_json
+from ._gpu_models import NAMES
+from ._gpu_samples import measure_samples
+from ._operands import OPS, PAPER_OPS, Shape
+from .kernels import _shape, measure
+
+LARGE = Shape(8, 1000, 3072, 5)  # D T B >= 2^24
+SMALL = Shape(1, 100, 3072, 5)
+FLOOR, FASTER_EAGER, FASTER_COMPILED, STEP_SECONDS = 1.25, 10.0, 3.0, 60e-6
+PARTS = ("tests", "ops", "samples")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--select", default="", metavar="EXPR", help="pytest -k of the kernel tests (default: all)")
+    parser.add_argument("--shape", type=_shape, action="append", metavar="B,T,D,M", help="of the ops; may be repeated")
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=["cifar10", "bundled"])
+    parser.add_argument("--steps", type=positive_int, nargs="+", default=[100, 50, 1000], help="T of the samples")
+    parser.add_argument("--passes", type=positive_int, default=20, help="turns of all sides of an op (default 20)")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="timed runs of a sample (default 3)")
+    parser.add_argument("--seconds", type=positive_float, default=480.0, help="for all; what is left over is left out")
+    parser.add_argument(
+        "--compiler", default="inductor", metavar="BACKEND", help="of torch.compile; 'none': without it"
+    )
+    parser.add_argument(
+        "--compile-sample", action="store_true", help="also sample() with the compiled model: compiles some seven sizes"
+    )
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default on CUDA: bench/results")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="instead: time launch shapes, write the best ones")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.tune is not None:
+        from ._tune import tune
+
+        return tune(args)
+    began = time.monotonic()
+    facts, rows, cuda = environment(args.device), [], torch.device(args.device).type == "cuda"
+
+    def left() -> float:
+        return float(args.seconds) - (time.monotonic() - began)
+
+    if "tests" in args.parts:
+        rows.append(_kernel_tests(args, max(1.0, left() / 2)))
+    if "ops" in args.parts:
+        rows += _ops(args, left, cuda)
+        write_json(args, facts, rows)
+    if "samples" in args.parts:
+        rows += measure_samples(args, left)
+    text = _report(args, facts, rows, cuda)
+    print(text)
+    write_json(args, facts, rows)
+    folder = args.results or (ROOT / "bench" / "results" if cuda else None)
+    if folder is not None:
+        name = re.sub(r"[^a-z0-9]+", "_", str(facts["device"]).lower()).strip("_")
+        (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+        report = {"benchmark": "gpu", "environment": facts, "rows": rows}
+        (folder / f"{name}.json").write_text(json.dumps(_plain(report), indent=1) + "\n", encoding="utf-8")
+    return 0 if all(row.get("passed", True) for row in rows) else 1
+
+
+def _kernel_tests(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    note("kernel tests ...")
+    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command += ["-k", args.select] if args.select else []
+    try:
+        done = subprocess.run([*command, "tests/kernels"], cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        said, passed = done.stdout.strip().splitlines()[-1:], done.returncode == 0
+    except subprocess.TimeoutExpired:
+        said, passed = [f"not finished in {seconds:.0f} s"], False
+    return {"part": "tests", "said": said[0] if said else "nothing", "passed": passed}
+
+
+def _ops(args: argparse.Namespace, left: Any, cuda: bool) -> list[dict[str, Any]]:
+    """Rows of bench.kernels, the loop over time and the Python reference left out."""
+    fused = "triton" if cuda else "cpp"
+    sides = [
+        "copy",
+        "eager",
+        *(["compile"] if args.compiler == "inductor" else []),
+        fused,
+        *(["graph"] if cuda else []),
+    ]
+    rows: list[dict[str, Any]] = []
+    settings = argparse.Namespace(
+        dtype="float32", device=args.device, scope="timestep", passes=args.passes, budget=2.0, clock="wall"
+    )
+    for shape in args.shape or (SMALL, LARGE):
+        for op in OPS:
+            if left() < 20:
+                note(f"{op} {shape}: left out, the time is up")
+                continue
+            note(f"{op} {shape} ...")
+            wanted = [name for name in sides if op in PAPER_OPS or name not in ("eager", "compile")]
+            found = measure(settings, op, shape, wanted)
+            copy = next(row["seconds"] for row in found if row["side"] == "copy")
+            for row in found:
+                row |= {"part": "ops", "floor": row["seconds"] / copy, "copy_rate": row["bytes_moved"] / copy}
+            rows += found
+    return rows
+
+
+def _report(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]], cuda: bool) -> str:
+    text = [f"`python -m bench gpu`, {summary(facts)}, triton {facts['triton']}"]
+    text += [f"Kernel tests: {row['said']}." for row in rows if row.get("part") == "tests"]
+    ops = [row for row in rows if row.get("part") == "ops"]
+    if ops:
+        header = ("op", "(B, T, D, M)", "side", "MB moved", "ms", "side / copy")
+        cells = [
+            (r["op"], str(Shape(*r["shape"])), r["side"], f"{r['bytes_moved'] / 1e6:.1f}",
+             spread([1e3 * s for s in r["passes"]], ".4g"), f"{r['floor']:.2f}")
+            for r in ops
+        ]  # fmt: skip
+        rate = max(row["copy_rate"] for row in ops) / 1e9
+        text += [markdown(header, cells), f"The device's own copy moves {rate:.0f} GB/s, reading and writing."]
+    samples = [row for row in rows if row.get("part") == "samples"]
+    if samples:
+        header = ("network", "T", "way", "ms", "rounds", "ms / round", "model evaluations", "host syncs", "error")
+        cells = [
+            (r["model"], str(r["steps"]), r["way"], spread([1e3 * s for s in r["runs"]], ".4g"), str(r["rounds"]),
+             f"{1e3 * median(r['runs']) / r['rounds']:.3g}", str(r["evaluations"]),
+             "" if r["syncs"] is None else str(r["syncs"]), f"{r['error']:.1e}")
+            for r in samples
+        ]  # fmt: skip
+        text += [markdown(header, cells), "B = 1. Only the bundled network is trained; the others have random weights."]
+    text += _goals(ops, samples) if cuda else ["No CUDA device: the goals are not judged."]
+    return "\n\n".join(text)
+
+
+def _goals(ops: list[dict[str, Any]], samples: list[dict[str, Any]]) -> list[str]:
+    """The goals as PASS or FAIL, as far as they were measured."""
+    found: list[str] = []
+
+    def judge(holds: bool, words: str) -> None:
+        found.append(f"{'PASS' if holds else 'FAIL'}: {words}")
+
+    by = {(r["op"], tuple(r["shape"]), r["side"]): r["seconds"] for r in ops}
+    for (op, shape, side), seconds in by.items():
+        large = shape[0] * shape[1] * shape[2] >= 1 << 24
+        if side == "graph" and large:
+            ratio = seconds / by[op, shape, "copy"]
+            judge(ratio <= FLOOR, f"{op} {Shape(*shape)} takes {ratio:.2f} times its byte floor (goal {FLOOR})")
+    small = (SMALL.batch, SMALL.steps, SMALL.size, SMALL.history)
+    step = by.get(("anderson_step", small, "graph"))
+    if step is not None:
+        judge(step <= STEP_SECONDS, f"anderson_step {SMALL} in a graph: {1e6 * step:.1f} us (goal 60)")
+        for side, goal in (("eager", FASTER_EAGER), ("compile", FASTER_COMPILED)):
+            if ("anderson_step", small, side) in by:
+                ratio = by["anderson_step", small, side] / step
+                judge(ratio >= goal, f"anderson_step {SMALL}: {ratio:.1f} times faster than {side} (goal {goal:g})")
+    times = {(r["model"], r["steps"], r["way"]): median(r["runs"]) for r in samples}
+    for way, goal in (("serial, eager", FASTER_EAGER), ("serial, graph", FASTER_COMPILED)):
+        mine, base = times.get(("cifar10", 100, "sample, graph")), times.get(("cifar10", 100, way))
+        if mine and base:
+            words = f"sample(), T = 100, cifar10: {base / mine:.2f} times faster than {way} (goal {goal:g})"
+            judge(base / mine >= goal, words)
+    return found
