@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from .errors import (
     BackendUnavailableError,
     ConvergenceWarning,
@@ -52,3 +55,9 @@ __all__ = [
     "__version__",
     "guided",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "integrations":  # on first use: the package itself needs none of them
+        return import_module(f"{__name__}.integrations")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,8 @@ import torch
 
 from ..schedule import Schedule, timesteps
 from ..spectral import SpectralSlope
+from .pipelines import parallelize as parallelize
+from .pipelines import restore as restore
 
 BUNDLED = "bundled"
 _DENOISERS = ("unet", "transformer", "")  # "": a flat folder, as diffusers wrote them at first

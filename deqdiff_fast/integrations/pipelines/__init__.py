@@ -1,0 +1,5 @@
+"""diffusers pipelines whose denoising loop is solved in parallel, and the latents behind an image."""
+
+from .parallel import parallelize, restore
+
+__all__ = ["parallelize", "restore"]

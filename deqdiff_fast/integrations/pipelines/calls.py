@@ -1,0 +1,113 @@
+"""The calls of the denoiser that a pipeline makes for one timestep, recorded, and made again for many at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ...padding import is_compiled
+from .families import Family
+from .guidance import Guidance
+
+
+@dataclass
+class Call:
+    """One recorded call: its input x: (R, ...), the timestep, and what else was passed."""
+
+    x: Tensor
+    timestep: Any
+    extra: dict[str, Any]
+    _versions: list[int] = field(default_factory=list)
+
+    @classmethod
+    def record(cls, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        rest = tree_map(lambda value: value, kwargs)  # containers of its own: some pipelines write into theirs
+        x = args[0] if args else rest.pop(family.inputs)
+        timestep = args[1] if len(args) > 1 else rest.pop("timestep")
+        return cls(x, timestep, rest, [_version(leaf) for leaf in tree_flatten(rest)[0]])
+
+    def same_extra(self, other: Call) -> bool:
+        """Whether another call passes the same conditions, none of them written to since this one."""
+        (mine, shape), (theirs, other_shape) = tree_flatten(self.extra), tree_flatten(other.extra)
+        return shape == other_shape and all(_same(a, b, version) for a, b, version in zip(mine, theirs, self._versions))
+
+
+def _version(value: Any) -> int:
+    return int(value._version) if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _same(recorded: Any, now: Any, version: int) -> bool:
+    if recorded is now:
+        return _version(now) == version
+    if isinstance(recorded, Tensor) or isinstance(now, Tensor):
+        alike = isinstance(recorded, Tensor) and isinstance(now, Tensor) and recorded.shape == now.shape
+        return alike and _version(recorded) == version and torch.equal(recorded, now)
+    return bool(recorded == now)
+
+
+class GuidedModel:
+    """`model(x, t, rows)` -> guided prediction, for any mixture of timesteps and samples.
+
+    x: (n, *shape); t: (n,) the scheduler's timesteps; rows: (n,) which of the B samples each row belongs to.
+    """
+
+    def __init__(self, denoiser: Any, family: Family, calls: list[Call], guidance: Guidance, batch: int) -> None:
+        self.denoiser, self.family, self.calls = denoiser, family, calls
+        self.guidance, self.batch = guidance, batch
+        self._compiled_call_impl = is_compiled(denoiser) or None  # where the sampler looks: it then pads its batches
+        for call in calls:
+            self._check(call)
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        parts: list[Tensor] = []
+        for call in self.calls:
+            copies = self.copies(call)
+            inputs = {self.family.inputs: torch.cat([x] * copies), "timestep": self.family.clock(t, x).repeat(copies)}
+            output = output_of(self.denoiser(**inputs, **self._expand(call, rows)))
+            parts += self.parts(output, copies, x.shape[1])
+        return self.guidance.combine(parts)
+
+    def copies(self, call: Call) -> int:
+        """How often the samples occur in the batch of one call: twice where guidance takes both halves at once."""
+        return int(call.x.shape[0]) // self.batch
+
+    def parts(self, output: Tensor, copies: int, channels: int) -> list[Tensor]:
+        """The halves of an output, without a predicted variance."""
+        if self.family.variance and output.shape[1] == 2 * channels:
+            output = output[:, :channels]
+        return list(output.chunk(copies))
+
+    def _expand(self, call: Call, rows: Tensor) -> dict[str, Any]:
+        total = call.x.shape[0]
+        index = torch.cat([rows + k * self.batch for k in range(self.copies(call))])
+
+        def take(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == total:
+                return value.index_select(0, index.to(value.device))
+            return value
+
+        return {k: v if k in self.family.shared else tree_map(take, v) for k, v in call.extra.items()}
+
+    def _check(self, call: Call) -> None:
+        total = call.x.shape[0]
+        if self.copies(call) * self.batch != total:
+            raise ValueError(
+                f"the pipeline calls its model on {total} rows for {self.batch} samples; expected a multiple of that"
+            )
+        for name, value in call.extra.items():
+            for leaf in () if name in self.family.shared else tree_flatten(value)[0]:
+                if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] not in (1, total):
+                    raise ValueError(
+                        f"{name}: expected tensors with one row for each of the {total} rows of a model call, got "
+                        f"shape {tuple(leaf.shape)}; which rows belong to which sample is not known"
+                    )
+
+
+def output_of(result: Any) -> Tensor:
+    """The tensor in what a model of diffusers returns."""
+    value: Tensor = result[0] if isinstance(result, (tuple, list)) else getattr(result, "sample", result)
+    return value

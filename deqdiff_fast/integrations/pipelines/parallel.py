@@ -1,0 +1,105 @@
+"""`parallelize(pipe)`: the same pipeline object, its loop solved in parallel."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ...sampler import DEQSampler
+from ...schedule import Schedule
+from .families import Family, family_of
+from .loop import Loop
+from .proxies import DenoiserProxy, installed, scheduler_proxy
+
+Pipe = TypeVar("Pipe")
+_CLASSES: WeakKeyDictionary[type, type] = WeakKeyDictionary()  # of a pipeline class: ours, derived from it
+_SETTINGS = "_deqdiff_options"
+
+
+def parallelize(pipe: Pipe, **options: Any) -> Pipe:
+    """Let a diffusers pipeline solve its denoising loop in parallel; returns the same object.
+
+    pipe: DDIMPipeline, DDPMPipeline, DiTPipeline, or a text-to-image or image-to-image pipeline of Stable Diffusion,
+    Stable Diffusion XL, Stable Diffusion 3 or Flux, with any scheduler that `Schedule.from_diffusers` takes.
+    options: those of `DEQSampler` (solver, tol, max_rounds, window, on_failure, max_batch, spectrum ...).
+
+    Everything but the loop is the pipeline's own code; `callback_on_step_end` is called once for each timestep, in
+    order, after the solve, with that timestep's latents. Where a callback changes the latents, the prompt or the
+    guidance, the rest of the chain is sampled serially. Setting `pipe._interrupt` ends a running solve after its
+    round. `pipe.last_solution` is the `Solution` of the last call (without its trajectory), None before the first.
+    Calling it again replaces the options; `restore(pipe)` undoes it.
+
+    Raises TypeError for other pipelines and unknown options, ValueError for bad ones; the pipeline's call raises
+    ValueError for arguments that are not supported, before any work, and NotAffineError for schedulers that are not.
+    """
+    family_of(pipe)
+    DEQSampler(lambda x, t: x, Schedule.ddim([0.9, 0.5], [1, 0]), **options)
+    _leave(pipe)
+    base = type(pipe)
+    if base not in _CLASSES:
+        _CLASSES[base] = _derived(base)
+    pipe.__class__ = _CLASSES[base]
+    vars(pipe).update({_SETTINGS: options, "last_solution": None})
+    return pipe
+
+
+def restore(pipe: Pipe) -> Pipe:
+    """Undo `parallelize`; returns the same object. A pipeline that is not parallel stays as it is."""
+    _leave(pipe)
+    vars(pipe).pop("last_solution", None)
+    return pipe
+
+
+def _leave(pipe: Any) -> None:
+    if vars(pipe).pop(_SETTINGS, None) is not None:
+        pipe.__class__ = type(pipe).__mro__[1]
+
+
+def _derived(base: type) -> type:
+    """A subclass under the same name, under which diffusers saves and converts pipelines."""
+    plain: Any = base.__call__
+
+    @functools.wraps(plain)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _SETTINGS not in vars(self):
+            return plain(self, *args, **kwargs)
+        family = family_of(self)
+        bound = inspect.signature(plain).bind(self, *args, **kwargs)
+        _check_arguments(self, family, bound)
+        loop = Loop(self, family, vars(self)[_SETTINGS], bound.arguments)
+        vars(self)["last_solution"] = None
+        vars(self).pop("_num_timesteps", None)
+        parts = {
+            family.denoiser: DenoiserProxy(loop.denoiser, _denoise=loop.denoise),
+            "scheduler": scheduler_proxy(loop.scheduler, loop.step, loop.scale),
+        }
+        with installed(self, parts):
+            result = plain(self, *args, **kwargs)
+        loop.finish()
+        return result
+
+    own = {"__call__": call, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base)(base.__name__, (base,), own)
+
+
+def _check_arguments(pipe: Any, family: Family, bound: inspect.BoundArguments) -> None:
+    """Refuse what the loop would not honour; fills in the defaults of what was not passed."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    given = dict(list(bound.arguments.items())[1:])  # without self
+    rest = next((name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD), "")
+    given |= given.pop(rest, {})
+    for name, value in given.items():
+        default = parameters[name].default if name in parameters else None
+        if name in family.options or value is None or value is default:
+            continue
+        if not isinstance(value, (torch.Tensor, list, tuple)) and bool(value == default):
+            continue
+        raise ValueError(
+            f"{name}: {type(pipe).__name__} cannot honour it while its loop is solved in parallel; leave it out, or "
+            "use the plain pipeline: restore(pipe)"
+        )
+    bound.apply_defaults()
