@@ -14,6 +14,7 @@ if __name__ != "kernels":
     from .anderson_mix import anderson_step
     from .copy_rows import copy_rows
     from .ddim_update import ddim_update
+    from .inverse_scan import inverse_scan
     from .newton_scan import newton_scan
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "available_backends",
     "copy_rows",
     "ddim_update",
+    "inverse_scan",
     "newton_scan",
 ]

@@ -6,11 +6,13 @@ from typing import Any
 
 from .base import InversionInfo, InversionStats, Method, Outcome, Task
 from .ddim import DDIMInversion
+from .equilibrium import Equilibrium
 from .fixed_point import FixedPoint
 from .optimise import Optimise, OptimiseStats
 
 NAMED: dict[str, Any] = {
     "ddim": DDIMInversion,
+    "equilibrium": Equilibrium,
     "fixed_point": FixedPoint,
     "gradient": Optimise,
 }
@@ -43,6 +45,7 @@ def resolve(method: str | Method, options: dict[str, Any]) -> Method:
 __all__ = [
     "NAMED",
     "DDIMInversion",
+    "Equilibrium",
     "FixedPoint",
     "InversionInfo",
     "InversionStats",

@@ -143,16 +143,17 @@ def read_out(work: Workspace) -> tuple[Tensor, Tensor]:
     return trajectory[0], trajectory
 
 
-def check_finite(work: Workspace, step: int, missed: Tensor, round: int) -> None:
-    """Raise NonFiniteError where the model made NaN or Inf of an ordinary input; missed: (B,) residuals of that step.
+def check_finite(work: Workspace, states: Tensor, step: int, missed: Tensor, round: int) -> None:
+    """Raise NonFiniteError where the model made NaN or Inf of an ordinary input.
 
+    states: (B, D), what the model was given at that step; missed: (B,) the residuals.
     A state that an expanding iteration has driven out of the model's range is not the model's fault.
     """
     broken = ~missed.isfinite()
     if not bool(broken.any()):
         return
     chain = work.chain
-    sane = chain.states[step].square().mean(1).sqrt() <= SANE_RMS
+    sane = states.square().mean(1).sqrt() <= SANE_RMS
     fault = broken & sane & ~chain.predictions[step].isfinite().all(1)
     if bool(fault.any()):
         timestep, sample = float(work.system.clock[step]), int(fault.int().argmax())

@@ -100,7 +100,7 @@ class _Walk:
             self.stats.rounds += 1
             new = (known - b * chain.predictions[i]) / a
             missed = abs(a) * (new - x).norm(dim=1) / scale
-            check_finite(self.work, i, missed, self.stats.rounds)
+            check_finite(self.work, x, i, missed, self.stats.rounds)
             better = missed < least
             best = torch.where(better[:, None], new, best)
             least = torch.where(better, missed, least)

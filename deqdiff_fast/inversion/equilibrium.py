@@ -1,0 +1,108 @@
+"""Inversion as one system: every state but the last unknown, all steps solved for their own states at once."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..solver.base import Lease, Plan, Size
+from ..spectral import SpectralSlope
+from .base import InversionStats, Outcome, Task, read_out
+
+
+class Rings(NamedTuple):
+    """Solver memory: the last rounds, and the chain run forwards through its linear model."""
+
+    z: Tensor  # (H + 1, W, B, D) states at which the model was called
+    e: Tensor  # (H + 1, W, B, D) its predictions
+    filled: Tensor  # (W, B) int32
+    forward: Tensor  # (T + 1, B, D)
+    known_z: Tensor  # (1, T, B, D)
+    known_e: Tensor  # (1, T, B, D)
+    known: Tensor  # (T, B) int32
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """Solve G_i(x_i) = x_{i+1} for all steps i at once, given x_T: a batched model call and an inverse scan a round.
+
+    The triangular system of Pokle, Geng, Kolter 2022 (arXiv 2210.12867, equation 9) from its other end, where each row
+    is implicit in its own state; no gradient is taken. The steps that contract most, next to the image, are solved
+    first, on their own; then all others together. A solve ends when the linear model of the chain around the states
+    predicts a round-trip error of at most half the tolerance.
+
+    history: rounds that the secants remember (0 to 7; 0: the slope alone). slope: "auto" (of the inverter's spectrum,
+    else of the images' own), "scalar", a `SpectralSlope`, or None: then this is Anderson's method in each row, and with
+    history=0 a damped Picard iteration. damping: part of the step along the slope that is taken. patience: rounds
+    without progress before a row is left as it is. ridge, stale, floor, reach: see `kernels.inverse_scan`.
+    """
+
+    history: int = 5
+    slope: Any = "auto"
+    damping: float = 1.0
+    patience: int = 12
+    ridge: float = 1e-6
+    stale: float = 8.0
+    floor: float = 1e-6
+    reach: float = 1.0
+
+    name = "equilibrium"
+    exact = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.history, bool) or not isinstance(self.history, int) or not 0 <= self.history <= 7:
+            raise ValueError(f"history: expected an int from 0 to 7, got {self.history!r}")
+        slopes = ("auto", "scalar", None)
+        if not isinstance(self.slope, SpectralSlope) and self.slope not in slopes:
+            raise ValueError(f"slope: expected 'auto', 'scalar', a SpectralSlope or None, got {self.slope!r}")
+        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
+            raise ValueError(f"patience: expected an int >= 1, got {self.patience!r}")
+        for field in ("damping", "ridge", "stale", "reach"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ValueError(f"{field}: expected a number > 0, got {getattr(self, field)!r}")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor: expected a number in [0, 1), got {self.floor!r}")
+
+    def solve(self, task: Task) -> Outcome:
+        from .rounds import Rounds
+
+        clock = time.perf_counter()
+        spectrum = self._spectrum(task)
+        system = task.system(spectrum if spectrum is not None else self.slope)
+        stats = InversionStats(self.name, 0)
+        rounds = Rounds(self, task, system, spectrum, stats)
+        with rounds.work.lease:
+            converged = rounds.run()
+            noise, trajectory = read_out(rounds.work)
+        stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
+        stats.wall_seconds = time.perf_counter() - clock
+        return Outcome(noise, trajectory, converged, stats)
+
+    def _spectrum(self, task: Task) -> SpectralSlope | None:
+        """The spectrum to use: the given one, else that of the images themselves where they have spatial axes."""
+        if isinstance(self.slope, SpectralSlope) or self.slope != "auto":
+            return self.slope if isinstance(self.slope, SpectralSlope) else None
+        if task.spectrum is not None or task.image.dim() < 4:
+            return task.spectrum
+        images = task.image.detach().double()
+        return SpectralSlope.fit(torch.cat([images, -images]))  # a single image has no spread about its mean
+
+    def plan(self, plan: Plan, size: Size) -> None:
+        ring = (self.history + 1, size.window, size.batch, size.numel)
+        plan.add("inverse.z", ring, size.dtype)
+        plan.add("inverse.e", ring, size.dtype)
+        plan.add("inverse.filled", ring[1:3], torch.int32)
+        rows = (1, size.num_steps, size.batch, size.numel)
+        plan.add("inverse.forward", (size.num_steps + 1, *rows[2:]), size.dtype)
+        plan.add("inverse.known_z", rows, size.dtype)
+        plan.add("inverse.known_e", rows, size.dtype)
+        plan.add("inverse.known", rows[1:3], torch.int32)
+
+    def start(self, lease: Lease) -> Rings:
+        rings = Rings(*(lease[f"inverse.{name}"] for name in Rings._fields))
+        rings.filled.zero_()
+        return rings
