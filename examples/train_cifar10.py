@@ -79,7 +79,7 @@ def update_ema(ema: UNet2DModel, model: UNet2DModel, step: int, decay: float) ->
 
 
 @torch.no_grad()
-def sample_grid(model: UNet2DModel, scheduler: DDIMScheduler, path: Path, device: torch.device, rows: int = 6) -> None:
+def sample_grid(model: UNet2DModel, scheduler: DDIMScheduler, path: Path, device: torch.device, rows: int) -> None:
     """A rows x rows PNG drawn with 50 DDIM steps from fixed noise, so that grids of one run can be compared."""
     x = torch.randn(rows * rows, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     scheduler.set_timesteps(50)
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints and sample grids")
+    parser.add_argument("--grid", type=int, default=6, help="rows and columns of the sample grids")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: torch's default")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
@@ -172,7 +173,7 @@ def main() -> None:
             (args.out / "checkpoint.tmp").replace(args.out / "checkpoint.pt")
             save_pipeline(ema, scheduler, args.out / "pipeline", facts)
             if (step + 1) % (4 * args.save_every) == 0 or step + 1 == args.steps:
-                sample_grid(ema, scheduler, args.out / f"grid_{step + 1:06d}.png", device)
+                sample_grid(ema, scheduler, args.out / f"grid_{step + 1:06d}.png", device, args.grid)
 
 
 if __name__ == "__main__":
