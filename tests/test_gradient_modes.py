@@ -131,6 +131,24 @@ def test_conditioning_and_multistep_schedules(ddim, mode, kind):
         assert apart(a, b)[0] <= 1e-5
 
 
+def test_a_solve_that_copies_the_conditions(ddim, monkeypatch):
+    """As one does whose device work is recorded: the gradient is still with respect to what was given."""
+    model, schedule, draw = Tanh().requires_grad_(False), ddim(12), torch.Generator().manual_seed(1)
+    start = torch.randn(3, 6, generator=draw, dtype=torch.float64)
+    cond = torch.randn(3, 6, generator=draw, dtype=torch.float64, requires_grad=True)
+    solve = dq.DEQSampler._solve
+
+    def copying(self, system, request, keep):
+        solution = solve(self, system, request, keep)
+        system.model_kwargs = {"cond": cond.detach().clone()}
+        return solution
+
+    monkeypatch.setattr(dq.DEQSampler, "_solve", copying)
+    out = dq.DEQSampler(model, schedule, tol=1e-8).sample(start, {"cond": cond})
+    expected = torch.autograd.grad(serial(model, schedule, start, cond=cond).pow(3).sum(), cond)
+    assert apart(torch.autograd.grad(out.sample.pow(3).sum(), cond)[0], expected[0])[0] <= 1e-6
+
+
 @pytest.mark.parametrize("mode", ["unrolled", "reversible"])
 def test_frozen_noise_and_warm_starts_of_the_modes_with_their_own_rounds(ddim, mode):
     model, schedule = Tanh().requires_grad_(False), ddim(12, eta=1.0)

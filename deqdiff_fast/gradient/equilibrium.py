@@ -21,9 +21,10 @@ Cotangents = Callable[[Rows, Tensor, Tensor], tuple[Tensor, Tensor]]
 def at_equilibrium(problem: Problem, cotangents: Cotangents) -> Solution:
     """Run the solve and attach a gradient that `cotangents` forms at its solution."""
     held: list[Solution] = []
-    tensors = Rows(problem.system).tensors
+    given = problem.system.model_kwargs
+    tensors = Rows(problem.system, given).tensors
     attach: Callable[..., Tensor] = _Attach.apply
-    sample = attach(problem, cotangents, held, len(tensors), problem.noise, *tensors, *problem.parameters)
+    sample = attach(problem, cotangents, held, (given, len(tensors)), problem.noise, *tensors, *problem.parameters)
     solution = held[0]
     solution.sample = sample
     return solution
@@ -32,11 +33,11 @@ def at_equilibrium(problem: Problem, cotangents: Cotangents) -> Solution:
 class _Attach(Function):
     @staticmethod
     def forward(
-        ctx: Any, problem: Problem, cotangents: Any, held: Any, count: int, noise: Tensor, *leaves: Tensor
+        ctx: Any, problem: Problem, cotangents: Any, held: Any, kwargs: Any, noise: Tensor, *leaves: Tensor
     ) -> Tensor:
         solution = problem.solve()
         held.append(solution)
-        ctx.system, ctx.cotangents, ctx.count = problem.system, cotangents, count
+        ctx.system, ctx.cotangents, ctx.kwargs = problem.system, cotangents, kwargs
         ctx.save_for_backward(solution.trajectory, *leaves)
         sample: Tensor = solution.sample.clone()
         return sample
@@ -45,8 +46,8 @@ class _Attach(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         trajectory, *leaves = ctx.saved_tensors
-        system = ctx.system
-        rows = Rows(system, leaves[: ctx.count])
+        system, (given, count) = ctx.system, ctx.kwargs
+        rows = Rows(system, given, leaves[:count])
         states = trajectory.reshape(system.num_steps + 1, system.batch, -1).to(system.dtype)
         start = grad.reshape(system.batch, -1).to(system.dtype)
         noise, weights = ctx.cotangents(rows, states, start)

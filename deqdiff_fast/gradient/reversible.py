@@ -66,7 +66,7 @@ class Reversible:
     def attach(self, problem: Problem) -> Solution:
         drift, bound = frozen_noise(problem), self.segment() * (ANCHORS + 1)
         limit = min(bound, problem.max_rounds or bound)
-        f, tensors = RoundMap(problem.system, drift), Rows(problem.system).tensors
+        f, tensors = RoundMap(problem.system, drift), Rows(problem.system, problem.system.model_kwargs).tensors
         held: list[Solution] = []
         with Watch(problem, self.name, limit) as watch:
             attach: Callable[..., Tensor] = _Iteration.apply
@@ -88,6 +88,10 @@ class _Run:
     watch: Watch
     count: int  # tensors of model_kwargs among the leaves
 
+    def rows(self, leaves: Sequence[Tensor]) -> Rows:
+        system = self.problem.system
+        return Rows(system, system.model_kwargs, leaves[: self.count])
+
     def noise(self, noise: Tensor) -> Tensor:
         return noise.detach().flatten(1).double()
 
@@ -95,7 +99,7 @@ class _Run:
 class _Iteration(Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, held: list[Solution], noise: Tensor, *leaves: Tensor) -> Tensor:
-        rows, f, b, watch = Rows(run.problem.system, leaves[: run.count]), run.f, run.relaxation, run.watch
+        rows, f, b, watch = run.rows(leaves), run.f, run.relaxation, run.watch
         first = run.noise(noise)
         y = start(run.problem, f, first)
         z = y.clone()
@@ -124,7 +128,7 @@ class _Iteration(Function):
         y, z, noise, *rest = ctx.saved_tensors
         run, b = ctx.run, ctx.run.relaxation
         leaves, anchors = rest[: len(ctx.needs_input_grad) - 3], rest[len(ctx.needs_input_grad) - 3 :]
-        rows, first = Rows(run.problem.system, leaves[: run.count]), run.noise(noise)
+        rows, first = run.rows(leaves), run.noise(noise)
         needed = ctx.needs_input_grad[3:]
         wanted = [leaf for leaf, need in zip(leaves, needed) if need]
         total = [torch.zeros_like(leaf) for leaf in wanted]
@@ -152,7 +156,7 @@ def _pull_back(
     total: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """f(states), and the cotangents of states and noise from that of f(states); adds those of `wanted` to `total`."""
-    with torch.no_grad():
+    with torch.no_grad():  # as on the way there: kernels may differ by rounding where gradients are recorded
         predictions = rows.predictions(states[:-1])
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_(True) for t in (noise, states, predictions)]

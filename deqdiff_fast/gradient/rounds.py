@@ -183,7 +183,7 @@ def finish_serially(problem: Problem, watch: Watch, drift: Tensor | None) -> Pro
     """The same problem with the serial chain for its solve: the way out of an iteration that failed."""
     system, stats = problem.system, watch.stats
     _log.info("%s: not converged in %d rounds; the chain is made serially", stats.solver, stats.rounds)
-    rows = Rows(system)
+    rows = Rows(system, system.model_kwargs)
     with torch.no_grad():
         states = chain(rows, problem.noise.detach().flatten(1).to(system.dtype), drift, rows.predict)
     solution = watch.solution(states[-1], states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ CHUNK = 64  # rows in one call that stores its activations
 
 
 class Rows:
-    """Rows of one system. tensors: what stands for the tensors of model_kwargs that need a gradient, in their order."""
+    """Rows of one system. tensors: what stands for the tensors that need a gradient in `model_kwargs`, in their order.
 
-    def __init__(self, system: System, tensors: Sequence[Tensor] | None = None) -> None:
+    model_kwargs: the system's, as they were before a solve, which may put its own copies in their place.
+    """
+
+    def __init__(self, system: System, model_kwargs: dict[str, Any], tensors: Sequence[Tensor] | None = None) -> None:
         self.system = system
-        leaves, structure = tree_flatten(system.model_kwargs)
+        leaves, structure = tree_flatten(model_kwargs)
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         given = iter(self.tensors if tensors is None else tensors)
         filled = [next(given) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]

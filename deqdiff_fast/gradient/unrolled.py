@@ -25,7 +25,7 @@ class Unrolled:
         return "unrolled"
 
     def attach(self, problem: Problem) -> Solution:
-        system, rows, drift = problem.system, Rows(problem.system), frozen_noise(problem)
+        system, rows, drift = problem.system, Rows(problem.system, problem.system.model_kwargs), frozen_noise(problem)
         f, limit = RoundMap(system, drift), problem.max_rounds or system.num_steps
         noise = problem.noise.flatten(1).to(system.dtype)
         states = start(problem, f, noise)

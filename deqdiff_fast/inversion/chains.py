@@ -77,7 +77,7 @@ class SerialChain:
         task = self.task
         kwargs = select_kwargs(task.model_kwargs, who, task.batch)
         system = System(task.model, task.schedule, noise, kwargs, task.max_batch)
-        rows, drift = Rows(system), None
+        rows, drift = Rows(system, system.model_kwargs), None
         if task.schedule.stochastic:
             drift = torch.empty(system.num_steps, system.batch, system.numel, dtype=system.dtype, device=system.device)
             fill_drift(drift, task.schedule, tuple(noise.shape), _frozen(task, who), noise.dtype)
