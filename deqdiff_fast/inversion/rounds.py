@@ -17,10 +17,12 @@ from .base import InversionInfo, InversionStats, Task, check_finite, read_out
 if TYPE_CHECKING:
     from .equilibrium import Equilibrium
 
-FINISH = 0.5  # of the tolerance: the error that the linear model of the chain may predict
+FINISH = 0.5  # of the tolerance: the error predicted by the linear model of the chain at which a solve ends early
+PASSES, STRICTER = 3, 0.3  # where all rows are final and the tolerance is not met: once more, with rows held tighter
 TAIL_FREEZE, FREEZE = 0.3, 0.03  # of the tolerance: the miss with which a row next to the known state is final
 STIFF = 0.5  # a step that contracts directions without data more than that is solved before the ones before it
 FLAT_VARIANCE = 1e-3  # of such directions
+ROW_ROUNDS = 20  # on average, for each row that is finished on its own
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7}  # what rounding alone leaves of a residual
 INF = float("inf")
 
@@ -47,34 +49,33 @@ class Rounds:
         self.window = Window(self.steps, self.batch, width)
         self.stats.window = width
         self.bound = max(task.tol, FLOOR[system.dtype])
-        self.stopped = False
+        self.expected, self.done = [INF] * self.batch, [False] * self.batch
+        self.warm, self.stopped = task.init is not None, False
 
     def run(self) -> Tensor:
         """(B,) bool: which samples are believed to hold."""
         self._begin(list(range(self.batch)), self.width)
         self._loop(self.limit)
-        converged = [e <= FINISH * self.bound for e in self.expected]
-        failed = [b for b in range(self.batch) if not converged[b]]
+        failed = [b for b in range(self.batch) if not self.done[b]]
         if failed and not self.stopped and self.task.on_failure == "serial" and self.one_step:
             self.stats.finished_serially = self.steps
             self.stats.notes.append(f"{len(failed)} of {self.batch} samples finished row by row")
+            self.warm = True
             self._begin(failed, 1)
-            self._loop(self.stats.rounds + 20 * self.steps)
-            converged = [e <= FINISH * self.bound for e in self.expected]
-        ok = torch.tensor(converged)
+            self._loop(self.stats.rounds + ROW_ROUNDS * self.steps)
+        ok = torch.tensor(self.done)
         self.stats.stop_reason = "callback" if self.stopped else "converged" if bool(ok.all()) else "max_rounds"
         return ok
 
     def _begin(self, samples: list[int], width: int) -> None:
-        """Start at the image end; samples that are not listed are done."""
-        self.current = width
-        live = set(samples)
-        self.window.hi = [self.steps if b in live else 0 for b in range(self.batch)]
-        self.window.lo = [max(0, self.steps - self._reach(self.steps)) if b in live else 0 for b in range(self.batch)]
-        self.expected = [INF if b in live else e for b, e in enumerate(getattr(self, "expected", [INF] * self.batch))]
-        self.best = [INF] * self.batch
-        self.since = [self.stats.rounds] * self.batch
+        """Start at the image end; samples that are not listed stay as they are."""
+        self.current, self.passes = width, [1] * self.batch
+        self.best, self.since = [INF] * self.batch, [self.stats.rounds] * self.batch
         self.rings.filled.zero_()
+        for b in range(self.batch):
+            live = b in samples
+            self.window.hi[b] = self.steps if live else 0
+            self.window.lo[b] = max(0, self.steps - self._reach(self.steps)) if live else 0
 
     def _reach(self, hi: int) -> int:
         """How many rows below hi are solved together: the stiff ones first, then all."""
@@ -87,7 +88,7 @@ class Rounds:
         while any(self.window.hi) and self.stats.rounds < limit and not self.stopped:
             self.stats.rounds += 1
             residual = self._round()
-            self._advance(residual)
+            self._advance()
             trace.append(residual)
             self.stopped = self._report(residual)
         if trace:
@@ -151,37 +152,43 @@ class Rounds:
             rings.filled[i % self.width, who] = 0
             self.stats.repairs += 1
 
-    def _advance(self, residual: Tensor) -> None:
+    def _advance(self) -> None:
         """Freeze rows from the image end, keep what was evaluated where a sample is done, let new rows in."""
         table = self.residual.cpu()
         for b in range(self.batch):
             lo, hi = self.window.lo[b], self.window.hi[b]
             if hi == 0:
                 continue
-            if lo == 0 and self.expected[b] <= FINISH * self.bound:
-                self._keep(b, lo, hi)
-                self.window.hi[b] = 0
-                continue
-            if not self.one_step:
-                self._watch(b, self.expected[b])
-                if self.stats.rounds - self.since[b] >= self.method.patience:
-                    self._keep(b, lo, hi)
-                    self.window.hi[b] = 0
-                continue
             front = hi
-            while front > lo and table[front - 1, b] <= self._freeze(front - 1):
-                front -= 1
-            if front == hi and self._stuck(b, float(table[hi - 1, b])):
-                front -= 1
+            if lo == 0 and self.expected[b] <= FINISH * self.bound:
+                front = 0
+            elif self.one_step:
+                while front > lo and table[front - 1, b] <= self._freeze(b, front - 1):
+                    front -= 1
+                if front == hi and self._stuck(b, float(table[hi - 1, b])):
+                    front -= 1
+            elif self._stuck(b, self.expected[b]):
+                front = 0
             if front < hi:
                 self._keep(b, front, hi)
                 self.best[b], self.since[b] = INF, self.stats.rounds
-                self.window.hi[b] = front
-                self.window.lo[b] = max(0, front - self._reach(front))
-                self._enter(b, self.window.lo[b], min(lo, front))
+                self._move(b, lo, front)
 
-    def _freeze(self, i: int) -> float:
-        return (TAIL_FREEZE if i >= self.steps - self.tail else FREEZE) * self.bound
+    def _move(self, b: int, lo: int, front: int) -> None:
+        """States front..T of sample b are final."""
+        self.window.hi[b], self.window.lo[b] = front, max(0, front - self._reach(front))
+        if front > 0:
+            self._enter(b, self.window.lo[b], min(lo, front))
+            return
+        self.done[b] = self.expected[b] <= self.bound
+        if not self.done[b] and self.one_step and self.current > 1 and self.passes[b] < PASSES:
+            self.passes[b] += 1
+            self.window.hi[b], self.window.lo[b] = self.steps, self.steps - self.current
+
+    def _freeze(self, b: int, i: int) -> float:
+        """The miss at which row i is final."""
+        part = TAIL_FREEZE if i >= self.steps - self.tail else FREEZE
+        return part * self.bound * STRICTER ** (self.passes[b] - 1)
 
     def _stuck(self, b: int, value: float) -> bool:
         self._watch(b, value)
@@ -201,7 +208,7 @@ class Rounds:
         """Rows start..stop-1 enter: unless a trajectory was given, their states follow the row after them."""
         for i in range(start, stop):
             self.rings.filled[i % self.width, b] = 0
-            if self.task.init is None:
+            if not self.warm:
                 self.chain.states[i, b] = self.chain.states[stop, b] * (self.scale[i] / self.scale[stop])
 
     def _report(self, residual: Tensor) -> bool:
