@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
 import platform
+import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .kernels import available_backends
-from .memory import default_memory
+from .memory import DEFAULT_BYTE_BUDGET, default_memory
 
-_PACKAGES = ("deqdiff_fast", "torch", "triton", "diffusers", "safetensors", "numpy", "pillow", "matplotlib")
+_PACKAGES = (
+    "deqdiff_fast", "torch", "triton", "diffusers", "k-diffusion", "safetensors", "numpy", "pillow", "matplotlib",
+)  # fmt: skip
 
 
 def collect() -> dict[str, Any]:
-    """The facts as plain data, ready for JSON: versions, extension, devices, backends (name -> "available" or why not)
-    and the statistics of the default solver memory, in bytes."""
+    """The facts as plain data, ready for JSON: versions, extension, devices, backends (name -> "available" or why not),
+    the statistics of the default solver memory, in bytes, and the size of the caches of compiled code on disk."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "platform": platform.platform(),
         "extension": _extension(),
         "devices": _devices(),
         "backends": available_backends(),
-        "memory": default_memory().stats(),
+        "memory": {**default_memory().stats(), "byte_budget": DEFAULT_BYTE_BUDGET},
+        "caches": _caches(),
     }
 
 
@@ -56,6 +64,31 @@ def _devices() -> dict[str, str]:
         built = torch.version.cuda or torch.version.hip
         found["cuda"] = "no device found" if built else "this torch is built without CUDA"
     return found
+
+
+def _caches() -> dict[str, str]:
+    """Where Triton and torch.compile keep compiled kernels, and how much."""
+    triton = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
+    return {"triton": _folder(Path(triton)), "torch.compile": _folder(Path(inductor))}
+
+
+def _user() -> str:
+    try:
+        return re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, OSError):  # a user id without a name
+        return str(os.getuid())
+
+
+def _folder(path: Path) -> str:
+    if not path.is_dir():
+        return f"empty ({path})"
+    sizes = []
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(OSError):  # another process may clean up
+                sizes.append(os.lstat(os.path.join(folder, name)).st_size)
+    return f"{sum(sizes)} bytes in {len(sizes)} files ({path})"
 
 
 def render(facts: dict[str, Any]) -> str:
