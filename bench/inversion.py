@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 
 import deqdiff_fast as dq
-from deqdiff_fast.inversion import NAMED
 from deqdiff_fast.inversion.counting import Counted
 from deqdiff_fast.presets import inversion_preset
 
@@ -51,10 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    wanted = args.methods or [*DESCENTS, *(name for name in DIRECT if name in NAMED)]
-    missing = [name for name in wanted if name in DIRECT and name not in NAMED]
-    if missing:
-        raise ValueError(f"--methods: this version has no {', '.join(missing)}")
+    wanted = args.methods or [*DESCENTS, *DIRECT]
     if args.plot is not None:
         from . import _plot  # refuse before the work, not after it
     problem, facts = load(args), environment(args.device)

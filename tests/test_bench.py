@@ -92,8 +92,8 @@ def test_inversion(figures, tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "inversion.png"
     small = ("--model", "mixture", "--size", "4", "--steps", "6", "12", "--images", "2", "--epochs", "8")
-    direct = [name for name in ("ddim", "fixed_point", "equilibrium") if name in dq.inversion.NAMED]
-    methods = ["bptt", "phantom", "implicit", *direct]
+    direct = ("ddim", "fixed_point", "equilibrium")
+    methods = ("bptt", "phantom", "implicit", *direct)
     report, table = figures("inversion", *small, "--plot", plot)
     rows = report["rows"]
     assert {(row["steps"], row["method"]) for row in rows if row["table"] == "descent"} == {

@@ -161,10 +161,6 @@ def test_warm_starts_save_rounds(images):
 
 @pytest.mark.parametrize("initial", ["ddim", "random", "equilibrium"])
 def test_initial_noise(images, initial):
-    from deqdiff_fast.inversion import NAMED
-
-    if initial not in {*NAMED, "random"}:
-        pytest.skip("not among the methods")
     schedule, _, image = images(steps=20)
     found = invert(schedule, image, initial=initial, seed=3, steps=1).invert(image)
     if initial == "random":
