@@ -169,7 +169,7 @@ def check_anderson(
         raise ValueError(f"f: expected shape (M, W, B, D) with 1 <= M <= {MAX_HISTORY}, W >= 1, got {tuple(f.shape)}")
     (history, width), (_, batch, size), device = f.shape[:2], states.shape, states.device
     _expect("f", f, (history, width, batch, size), _STORAGE, device)
-    _expect("g", g, (history, width, batch, size), (f.dtype,), device)
+    _expect("g", g, (history, width, batch, size), _STORAGE, device)
     _expect("gram", gram, (width, batch, history, history), _WIDE, device)
     _expect("filled", filled, (width, batch), _INDEX, device)
     if not 0 <= column < history:

@@ -135,7 +135,7 @@ def run_anderson(
 ) -> None:  # fmt: skip
     """The op on one backend; rest: g, gram, ..., drift in the order of the schema."""
     drift = rest[-1]
-    storage = (states, predictions, f, *([drift] if isinstance(drift, Tensor) else []))
+    storage = (states, predictions, f, *(t for t in (rest[0], drift) if isinstance(t, Tensor)))
     name = _dispatch.resolve(backend, storage, state_coef.shape[1])
     if states.device.type == "cpu":
         _dispatch.check_windows(lo, hi, predictions.shape[0], f.shape[1])

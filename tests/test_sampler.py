@@ -210,6 +210,21 @@ def test_backends_agree(mixture, ddim, noise, relative_error, backend):
     assert relative_error(out.sample, expected.sample).max() < 1e-5
 
 
+@pytest.mark.parametrize("solver", [dq.Anderson, dq.QuasiNewton])
+@pytest.mark.parametrize("window", ["auto", 5])
+def test_narrow_history(mixture, ddim, noise, relative_error, solver, window):
+    """bfloat16 rings blunt the steps, they do not move the fixed point."""
+    schedule, start = ddim(16), noise(2, (3, 4, 4))
+    model = mixture((3, 4, 4))
+    narrow = dq.DEQSampler(model, schedule, solver=solver(history_dtype=torch.bfloat16), tol=1e-5, window=window)
+    out = narrow.sample(start)
+    assert out.converged.all()
+    assert out.stats.finished_serially == 0
+    assert relative_error(out.sample, narrow.serial(start).sample).max() < 1e-5
+    with pytest.raises(ValueError, match=r"history_dtype: expected .* got torch.int8"):
+        solver(history_dtype=torch.int8)
+
+
 def test_unknown_and_bad_arguments(mixture, ddim):
     with pytest.raises(TypeError, match="ridge"):
         dq.DEQSampler(mixture(), ddim(), ridge=1.0)

@@ -38,8 +38,8 @@ STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest element, which sets the block
 HISTORY = 5
 TABLES = ("state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat")
-STREAMS = ("states", "predictions", "drift", "f", "g", "z", "e", "target", "source")
-HISTORIES = ("f", "g")
+STREAMS = ("exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source")
+HISTORIES = ("g", "z", "e")
 SINGLE = ("weights", "newton_norms", "bounds")  # one warp a program
 # registers per thread: the scans are to keep 16 warps of 32 on a multiprocessor (65,536 registers), whose loads in
 # flight cover the memory's latency; the mix four programs of four warps; a solve is small, and alone; the
@@ -63,17 +63,20 @@ def cases():
                 "anderson_scan",
             )
             for ring in (4, 8) if storage == "fp32" else (4,):
-                secants = common | {"RING": ring, "P": ring}
+                secants = common | {"RING": ring, "P": ring, "MIXED": False}
                 yield prepare.newton_prepare_kernel, storage, secants, "newton_prepare"
                 yield newton.newton_advance_kernel, storage, secants | {"SPECTRAL": True}, "newton_advance"
-            if storage == "bf16":  # the history alone in bf16
-                mixed = common | {"M": HISTORY, "K": 8, "MIXED": True}
+            if storage == "bf16":  # of the history what may be narrow in bf16, the states in fp32
+                mixed = common | {"M": HISTORY, "K": 8, "MIXED": False}
                 yield anderson.anderson_scan_kernel, "mixed", mixed, "anderson_scan"
+                secants = common | {"RING": 4, "P": 4, "MIXED": True}
+                yield prepare.newton_prepare_kernel, "mixed", secants, "newton_prepare"
+                yield newton.newton_advance_kernel, "mixed", secants | {"SPECTRAL": True}, "newton_advance"
             yield newton.newton_linear_kernel, storage, common | {"RING": lags - 1, "SPECTRAL": True}, "newton_linear"
         for damped in (False, True):
             yield anderson.anderson_mix_kernel, storage, {"M": HISTORY, "DAMPED": damped, "MIXED": False}, "mix"
         yield copies.copy_rows_kernel, storage, {}, "mix"
-    yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": False, "MIXED": True}, "mix"
+    yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "mix"
     yield advance.bounds_kernel, "fp32", {"SPAN": 128}, "bounds"
     yield advance.rows_kernel, "fp32", {"SPAN": 1024}, "rows"
     yield newton.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"
@@ -113,6 +116,8 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
         constants["drift"] = None
     if constants.get("RING") == 0:
         constants |= {"z": None, "e": None, "filled": None}
+    if constants.get("MIXED") is False and "exact" in kernel.arg_names:
+        constants["exact"] = None
     if constants.get("L") == 1 and "e_hat" in kernel.arg_names:
         constants["e_hat"] = None
     types = dict.fromkeys(STREAMS, "*fp32" if storage == "mixed" else f"*{storage}") | dict.fromkeys(

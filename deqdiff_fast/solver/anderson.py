@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import anderson_step
-from .base import Bounds, Chain, Lease, Plan, Size, forget_rows, move_rows
+from .base import (
+    Bounds,
+    Chain,
+    Lease,
+    Plan,
+    Size,
+    check_history_dtype,
+    forget_rows,
+    history_dtype,
+    move_rows,
+)
 
 Scope = Literal["timestep", "trajectory", "triangular"]
 
@@ -31,7 +41,9 @@ class Anderson:
     steps against the old iterates, 1 = plain steps only. stale: a kept iterate whose squared residual is more than
     this many times the newest one's is left out. The timestep next to the known state always takes the plain step. tol:
     residual at which a timestep is final if the sampler is given no tolerance of its own. safety: see `Solver`; small,
-    because mixing can make residuals small before errors are.
+    because mixing can make residuals small before errors are. history_dtype: what the residuals G are stored in (None:
+    as the states); bfloat16 halves their memory and traffic. The plain steps F stay as wide as the states: what is
+    mixed are their differences, which a narrow dtype would lose.
     """
 
     history: int = 5
@@ -45,6 +57,7 @@ class Anderson:
     safety: float = 0.1
     tol: float | None = None
     label: str = ""
+    history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.history, int) and 1 <= self.history <= 8):
@@ -59,6 +72,7 @@ class Anderson:
             raise ValueError(f"stale: expected a number >= 1, got {self.stale!r}")
         if self.guess not in ("gaussian", "copy"):
             raise ValueError(f"guess: expected 'gaussian' or 'copy', got {self.guess!r}")
+        check_history_dtype(self.history_dtype)
         if self.max_rounds is not None and not self.max_rounds >= 1:
             raise ValueError(f"max_rounds: expected an int >= 1 or None, got {self.max_rounds!r}")
 
@@ -81,7 +95,7 @@ class Anderson:
     def plan(self, plan: Plan, size: Size) -> None:
         m, w, b = self.history, size.window, size.batch
         plan.add("anderson.f", (m, w, b, size.numel), size.dtype)
-        plan.add("anderson.g", (m, w, b, size.numel), size.dtype)
+        plan.add("anderson.g", (m, w, b, size.numel), history_dtype(self.history_dtype, size))
         plan.add("anderson.gram", (w, b, m, m), size.accumulator)
         plan.add("anderson.filled", (w, b), torch.int32)
 

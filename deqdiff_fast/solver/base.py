@@ -67,6 +67,17 @@ class Chain:
         return self.predictions.shape[1]
 
 
+def history_dtype(given: torch.dtype | None, size: Size) -> torch.dtype:
+    """What a history is stored in: what was asked for, else the dtype of the states."""
+    return size.dtype if given is None else given
+
+
+def check_history_dtype(given: torch.dtype | None) -> None:
+    """Raises ValueError for what the kernels do not store."""
+    if given not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"history_dtype: expected torch.float32, bfloat16, float16 or None, got {given!r}")
+
+
 def ring_rows(old: list[int], new: list[int], width: int) -> Iterator[tuple[int, slice, slice]]:
     """(sample, rows, slots) for rows old[b] <= i < new[b], cut where the ring of `width` slots wraps around."""
     for b, (start, stop) in enumerate(zip(old, new)):

@@ -41,7 +41,7 @@ def anderson_step(
 
     Args: those of `ddim_update`, and
         f, g: (M, W, B, D), M <= 8: histories of F and G as rings; row i lives in slot i % W, a round in one column.
-            Columns that `filled` does not cover are never read, whatever they hold.
+            Columns that `filled` does not cover are never read, whatever they hold. g may be stored narrower than f.
         gram: (W, B, M, M) float32 or float64, inner products of the columns of g; one row and column are renewed.
         filled: (W, B) int32, how many of the ring columns up to `column` are valid for the slot; raised by one, up to
             M. Zero it for a slot that a new row takes over.

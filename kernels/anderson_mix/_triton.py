@@ -128,7 +128,8 @@ def launch(
     (steps, batch, size), (history, width), device = predictions.shape, f.shape[:2], states.device
     rows = min(steps, width)
     scan, solve, mix = (_config.config(op, device) for op in ("anderson_scan", "solve", "mix"))
-    block = scan.block(f.element_size())  # the narrowest element: 16-byte accesses for all
+    narrow = min(f.element_size(), g.element_size())  # 16-byte accesses for this one, more of them for the others
+    block = scan.block(narrow)
     blocks = triton.cdiv(size, block)
     chunks = chunks or _config.scan_chunks(blocks * batch, rows, device)
     wide = torch.float64 if states.dtype == torch.float64 else torch.float32
@@ -146,7 +147,7 @@ def launch(
         SCOPE=scope, RELATIVE=relative_ridge, M=history, P=triton.next_power_of_2(history), K=entries,
         ROWS=solve.rows, PRIOR=solve.prior, num_warps=solve.num_warps * gram.element_size() // 4, enable_fp_fusion=True,
     )  # fmt: skip
-    block = mix.block(f.element_size())
+    block = mix.block(narrow if damping != 1.0 else f.element_size())
     anderson_mix_kernel[(triton.cdiv(size, block) * batch * rows,)](
         states, lo, hi, f, g, filled, alpha, steps, batch, size, width, column, 1.0 - damping,
         M=history, DAMPED=damping != 1.0, MIXED=mixed, BLOCK=block, num_warps=mix.num_warps, enable_fp_fusion=True,

@@ -47,7 +47,8 @@ def newton_scan(
         sq_diff: (T, B); row i receives max(|N[i+1] - X[i+1]|^2, |F[i+1] - X[i+1]|^2) with F the plain step, so that a
             slope that damps too much cannot pass for convergence. sq_norm: (T, B), |N[i+1]|^2.
         z, e: (H + 1, W, B, D), rings of states and predictions; row i lives in slot i % W, this round in `column`
-            (the round modulo H + 1). Without them the old states count as zero: the scan of a linear model.
+            (the round modulo H + 1). They may be stored narrower than the states: they only shape the correction.
+            Without them the old states count as zero: the scan of a linear model.
         filled: (W, B) int32, how many of a row's most recent columns are valid; counted up here.
         ridge: relative to normalised columns, > 0. floor: a step shorter than this, relative to the state, is rounding
             and is left out.
@@ -69,8 +70,10 @@ def newton_scan(
             raise ValueError(
                 f"z: expected shape (H + 1, W, {batch}, {size}) with H < {_dispatch.MAX_HISTORY}, got {tuple(z.shape)}"
             )
-        if e.shape != z.shape or e.dtype != z.dtype or z.dtype != states.dtype or e.device != device:
-            raise ValueError(f"e: expected {states.dtype} {tuple(z.shape)} like z, got {e.dtype} {tuple(e.shape)}")
+        if not z.is_floating_point() or z.device != device:
+            raise ValueError(f"z: expected a floating-point tensor on {device}, got {z.dtype} on {z.device}")
+        if e.shape != z.shape or e.dtype != z.dtype or e.device != device:
+            raise ValueError(f"e: expected {z.dtype} {tuple(z.shape)} like z, got {e.dtype} {tuple(e.shape)}")
         if filled.shape != z.shape[1:3] or filled.dtype != torch.int32:
             raise ValueError(f"filled: expected int32 {tuple(z.shape[1:3])}, got {filled.dtype} {tuple(filled.shape)}")
         if not 0 <= column < z.shape[0]:

@@ -8,6 +8,10 @@ With secants every row needs dots over all of D before it can advance. What does
 Grams, their inverses and the ring writes, is done beforehand and in parallel (_triton_prepare.py); the scan proper is
 one program per sample and one pass over D per row, which also takes the dots that the next row needs.
 
+Bytes: the scan proper reads E, X, the new state and this round's column of z, H columns of z and of e, and the next
+row's z again (from cache), and writes the state: 2 H + 5 elements per state element, with the preparation 3 H + 9;
+slope alone: 3, or 5 with a ring of one column.
+
 Sums are taken in a fixed order: the same bits every time. Arithmetic is float32, or float64 if the states are.
 """
 
@@ -125,12 +129,12 @@ def newton_norms_kernel(partials, lo, hi, sq_diff, sq_norm, T, B, W, blocks, SPA
 
 @triton.jit(do_not_specialize=["T", "W", "column"])
 def newton_advance_kernel(
-    states, predictions, drift, slope, state_coef, model_coef, lo, hi, z, e, weights, e_hat, sq_diff, sq_norm,
-    T, B, D, W, column, L: tl.constexpr, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, RING: tl.constexpr,
-    P: tl.constexpr, BLOCK: tl.constexpr,
+    states, predictions, drift, slope, state_coef, model_coef, lo, hi, z, e, weights, e_hat, exact, sq_diff, sq_norm,
+    T, B, D, W, column, L: tl.constexpr, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, MIXED: tl.constexpr,
+    RING: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sample, all its rows. e_hat: (L, B, D), row i in slot i % L. On entry it holds the predictions before the
-    window, sq_diff |F - X|^2, and this round's ring column X.
+    window, sq_diff |F - X|^2, and this round's ring column X (or `exact` does, see `newton_prepare_kernel`).
 
     A row reads states and e_hat that rows before it wrote: the barrier at the end of a row makes them visible.
     """
@@ -155,7 +159,10 @@ def newton_advance_kernel(
             out = known_row(predictions, i, b, B, D, lanes, mask, WIDE)
             now = known_row(states, i, b, B, D, lanes, mask, WIDE)
             old = known_row(states, i + 1, b, B, D, lanes, mask, WIDE)
-            x = tl.load(own_column(z, i, b, B, D, W, column) + lanes, mask=mask, other=0.0).to(WIDE)
+            if MIXED:
+                x = known_row(exact, i, b, B, D, lanes, mask, WIDE)
+            else:
+                x = tl.load(own_column(z, i, b, B, D, W, column) + lanes, mask=mask, other=0.0).to(WIDE)
             c = slope_row(slope, i, D, lanes, mask, SPECTRAL, WIDE)
             noise = drift_row(drift, i, b, B, D, lanes, mask, DRIFT, WIDE)
             dz = older_columns(z, i, b, B, D, W, column, lanes, bound, RING, P, WIDE) - x[None, :]
@@ -216,22 +223,26 @@ def launch(
         )  # fmt: skip
         return
     prepare, advance = _config.config("newton_prepare", device), _config.config("newton_advance", device)
-    block, pairs = prepare.block(states.element_size()), triton.next_power_of_2(secants)
-    blocks, span = triton.cdiv(size, block), advance.block(states.element_size() if pairs < 8 else wide.itemsize)
+    assert z is not None
+    mixed, narrow = z.dtype != states.dtype, z.element_size()  # the narrowest element: 16-byte accesses for all
+    block, pairs = prepare.block(narrow), triton.next_power_of_2(secants)
+    blocks, span = triton.cdiv(size, block), advance.block(narrow if pairs < 8 else wide.itemsize)
     chunks = chunks or _config.scan_chunks(blocks * batch, rows, device)
     partials = torch.empty((steps, batch, blocks, pairs**2 + 2), dtype=wide, device=device)
     weights = torch.empty((steps, batch, pairs, pairs), dtype=torch.float64, device=device)
     e_hat = torch.empty((lags, batch, size), dtype=wide, device=device) if lags > 1 else None
+    exact = torch.empty_like(states[1:]) if mixed else None
     newton_prepare_kernel[(blocks * batch * chunks,)](
-        states, predictions, drift, *tables[1:], z, e, filled, e_hat, partials, steps, batch, size, width, column,
-        chunks, **shape, RING=ring, P=pairs, BLOCK=block, num_warps=prepare.num_warps, enable_fp_fusion=True,
+        states, predictions, drift, *tables[1:], z, e, filled, e_hat, exact, partials, steps, batch, size, width,
+        column, chunks, **shape, MIXED=mixed, RING=ring, P=pairs, BLOCK=block, num_warps=prepare.num_warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
     newton_weights_kernel[(batch * rows,)](
         partials, lo, hi, filled, weights, sq_diff, steps, batch, width, blocks, ridge, floor, RING=ring, P=pairs,
         SPAN=8, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     newton_advance_kernel[(batch,)](
-        states, predictions, drift, *tables, z, e, weights, e_hat, sq_diff, sq_norm, steps, batch, size, width, column,
-        **shape, **spectral, RING=ring, P=pairs, BLOCK=span,
+        states, predictions, drift, *tables, z, e, weights, e_hat, exact, sq_diff, sq_norm, steps, batch, size,
+        width, column, **shape, **spectral, MIXED=mixed, RING=ring, P=pairs, BLOCK=span,
         num_warps=advance.num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip

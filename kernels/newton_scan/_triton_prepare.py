@@ -1,7 +1,8 @@
 """What a quasi-Newton round can do for all rows at once, before its scan over time.
 
 1. `newton_prepare_kernel`: the plain scan F, for |F - X|^2, and the Gram of the secants dz_j = z_j - X with |X|^2, per
-   block of D; this round's states and predictions go into their ring column. Reads E, X and H columns of z once.
+   block of D; this round's states and predictions go into their ring column. Bytes: E, X and H columns of z in, a
+   column of z and of e out, H + 4 elements per state element.
 2. `newton_weights_kernel`: sums over blocks in a fixed order, and S = Z (Z dZ^T dZ Z + ridge)^-1 Z of every row, with Z
    the inverse lengths of the columns worth keeping: the least squares weights are then gamma = S dZ^T dX (Fang and Saad
    2009, doi 10.1002/nla.617, on normalised columns). float64: a ridge of 1e-6 leaves float32 one digit.
@@ -31,10 +32,14 @@ def own_column(ring, i, b, B, D, W, column):
 
 @triton.jit(do_not_specialize=["T", "W", "column", "chunks"])
 def newton_prepare_kernel(
-    states, predictions, drift, state_coef, model_coef, lo, hi, z, e, filled, e_hat, partials, T, B, D, W, column,
-    chunks, L: tl.constexpr, DRIFT: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    states, predictions, drift, state_coef, model_coef, lo, hi, z, e, filled, e_hat, exact, partials, T, B, D, W,
+    column, chunks, L: tl.constexpr, DRIFT: tl.constexpr, MIXED: tl.constexpr, RING: tl.constexpr, P: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of D, one sample, one chunk of rows. partials: (T, B, blocks, P * P + 2): Gram, |X|^2, |F - X|^2."""
+    """One block of D, one sample, one chunk of rows. partials: (T, B, blocks, P * P + 2): Gram, |X|^2, |F - X|^2.
+
+    MIXED: the rings are stored narrower than the states; exact (T, B, D) keeps X, around which the model is linear.
+    """
     WIDE: tl.constexpr = tl.float64 if states.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(D, BLOCK)
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -67,6 +72,8 @@ def newton_prepare_kernel(
         past = older_columns(z, i, b, B, D, W, column, lanes, bound, RING, P, WIDE)
         dz = tl.where(lanes[None, :] < bound[:, None], past - x[None, :], 0.0)
         tl.store(own_column(z, i, b, B, D, W, column) + lanes, x.to(z.dtype.element_ty), mask=mask)
+        if MIXED:
+            tl.store(exact + (tl.cast(i, tl.int64) * B + b) * D + lanes, x.to(exact.dtype.element_ty), mask=mask)
         tl.store(own_column(e, i, b, B, D, W, column) + lanes, e0.to(e.dtype.element_ty), mask=mask)
         sums = partials + ((tl.cast(i, tl.int64) * B + b) * blocks + block) * (P * P + 2)
         for k in tl.static_range(RING - 1):

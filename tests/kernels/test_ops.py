@@ -110,7 +110,7 @@ SCAN_MISTAKES = {
 }
 HISTORY_MISTAKES = {
     "f": [lambda t: t[0], lambda t: t.repeat(3, 1, 1, 1), lambda t: t[:, :, :1], lambda t: t.int()],
-    "g": [lambda t: t[:2], lambda t: t.float()],
+    "g": [lambda t: t[:2], lambda t: t.int()],
     "gram": [lambda t: t[0], lambda t: t.half()],
     "filled": [lambda t: t.T, lambda t: t.long()],
 }
