@@ -17,6 +17,7 @@ BENCHMARKS = {
     "gradients": "every gradient mode against float64 back-propagation through the serial chain",
     "inversion": "the paper's comparison of inversions: loss, evaluations, back-propagations, seconds; and round trips",
     "kernels": "time of each op: reference, the paper's formulation, torch.compile, compiled; against a memory copy",
+    "planner": "sample() against the serial chain in paired timings, with what was planned",
     "overhead": "share of a solve's time that is spent outside the model",
     "gpu": "all that is asked of a CUDA device: kernel tests, ops against their byte floor, whole samples",
 }

@@ -71,7 +71,7 @@ def _ways(
     stats: dict[str, Any] = {}
 
     def parallel(way: str, network: Any, graph: bool) -> Way:
-        sampler = dq.DEQSampler(network, schedule, spectrum=spectrum, cuda_graph=graph)
+        sampler = dq.DEQSampler(network, schedule, solver="quasi-newton", spectrum=spectrum, cuda_graph=graph)
 
         def run() -> Tensor:
             out = sampler.sample(noise)
@@ -104,7 +104,9 @@ def _ways(
             truth = sample if truth is None else truth
             watch, syncs = Syncs(model, args.device), None
             if way == "sample, eager":
-                syncs = watch.count(lambda m: dq.DEQSampler(m, schedule, spectrum=spectrum).sample(noise))
+                syncs = watch.count(
+                    lambda m: dq.DEQSampler(m, schedule, solver="quasi-newton", spectrum=spectrum).sample(noise)
+                )
         found = stats.get(way)
         rows.append({
             "part": "samples", "model": name, "steps": steps, "way": way, "runs": runs, "syncs": syncs,

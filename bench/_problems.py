@@ -112,7 +112,7 @@ def solvers(names: list[str] | None) -> dict[str, Solver]:
 
 def warm_up(problem: Problem) -> None:
     """A short solve, so that what is loaded on first use does not count in the first one timed."""
-    sampler = dq.DEQSampler(problem.model, problem.schedule(4, 0.0), spectrum=problem.spectrum)
+    sampler = dq.DEQSampler(problem.model, problem.schedule(4, 0.0), solver="quasi-newton", spectrum=problem.spectrum)
     sampler.sample(problem.noise(range(1)))
     sampler.serial(problem.noise(range(1)))
 

@@ -115,7 +115,13 @@ def _measure(
 ) -> dict[str, Any]:  # fmt: skip
     counted = Counted(model)
     sampler = dq.DEQSampler(
-        counted, schedule, tol=args.tol, gradient=mode, max_batch=args.max_batch, spectrum=problem.spectrum
+        counted,
+        schedule,
+        solver="quasi-newton",
+        tol=args.tol,
+        gradient=mode,
+        max_batch=args.max_batch,
+        spectrum=problem.spectrum,
     )
     start = noise.clone().requires_grad_(True)
     begin = time.perf_counter()

@@ -76,6 +76,12 @@ def check_image(image: object) -> None:
         raise ValueError("image: expected finite values, got NaN or Inf")
 
 
+def check_shape(shape: object) -> None:
+    whole = isinstance(shape, (tuple, list)) and all(type(n) is int and n > 0 for n in shape)
+    if not whole or not shape:
+        raise ValueError(f"shape: expected that of one sample, a tuple of ints >= 1 without the batch, got {shape!r}")
+
+
 def check_kwargs(model_kwargs: object) -> None:
     if model_kwargs is not None and not isinstance(model_kwargs, dict):
         raise TypeError(f"model_kwargs: expected a dict or None, got {type(model_kwargs).__name__}")

@@ -23,18 +23,20 @@ def conclude(
     keep: bool,
     on_failure: OnFailure,
     report: Report,
+    gave_up: bool = False,
 ) -> Solution:
     """The solution of a loop that has left sample b final up to state fronts[b].
 
     clock: `time.perf_counter()` at the start. keep: return the trajectory. report: called
-    after every step that is finished serially; returning True stops. Raises NotConvergedError.
+    after every step that is finished serially; returning True stops. gave_up: the loop ended because finishing serially
+    is faster. Raises NotConvergedError.
     """
     system, chain = work.system, work.chain
     left = max(system.num_steps - front for front in fronts)
     rounds_ran_out = left > 0 and not stopped
     if rounds_ran_out:
-        stats.stop_reason = "max_rounds"
-        if on_failure == "serial":
+        stats.stop_reason = "replanned" if gave_up else "max_rounds"
+        if gave_up or on_failure == "serial":
             stats.finished_serially, stopped = finish(work, fronts, stats.rounds, report)
     if stopped:
         stats.stop_reason = "callback"
@@ -47,7 +49,7 @@ def conclude(
     sample = system.from_basis(chain.states[-1]).view(shape).to(system.model_dtype)
     stats.wall_seconds = time.perf_counter() - clock
     solution = Solution(sample, done, stats, trajectory)
-    if rounds_ran_out and on_failure != "serial":
+    if rounds_ran_out and not gave_up and on_failure != "serial":
         worst = float(stats.residual_trace[-1].max()) if len(stats.residual_trace) else float("nan")
         message = (
             f"{int((~done).sum())} of {system.batch} samples did not converge in {stats.rounds} rounds (largest "

@@ -45,6 +45,8 @@ class Options:
     spectrum: SpectralSlope | None
     memory: SolverMemory
     residents: Residents
+    planned: bool
+    """solver="auto" with window="auto": each solve is made as is predicted to be the fastest."""
     learned: dict[str, int] = field(default_factory=dict)
     """max_batch, where the model has run out of memory on more rows."""
 
@@ -78,6 +80,7 @@ class Options:
             deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
             spectrum=spectrum,
             memory=memory if memory is not None else default_memory(),
+            planned=isinstance(solver, str) and solver == "auto" and given["window"] == "auto",
         )
 
     def tolerance(self, dtype: torch.dtype) -> float:
@@ -116,13 +119,17 @@ class Options:
             )
         return slope
 
+    def check_request(self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators) -> None:
+        """Raises ValueError or TypeError where a solve cannot begin."""
+        arguments.check_noise(noise)
+        arguments.check_kwargs(model_kwargs)
+        check_generator(generator, noise.shape[0])
+
     def system(
         self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, serial: bool = False
     ) -> System:
         """The chain that starts at `noise`, after a check of what a caller gave."""
-        arguments.check_noise(noise)
-        arguments.check_kwargs(model_kwargs)
-        check_generator(generator, noise.shape[0])
+        self.check_request(noise, model_kwargs, generator)
         slope = "scalar" if serial else self.slope(noise)
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
         system.on_shrink = lambda rows: self.learned.update(max_batch=rows)

@@ -13,12 +13,14 @@ from ._types import Backend, Generators, Model, OnFailure
 from .gradient import Gradient, Problem
 from .memory import SolverMemory
 from .options import Options
+from .planned import solve_planned, warm_up
+from .planning import Planner
 from .schedule import Schedule
 from .solution import Callback, Solution
 from .solve import Request, solve_parallel, solve_serially
 from .solver import Solver
+from .solver.planner import Plan
 from .spectral import SpectralSlope
-from .system import System
 
 ADJOINT_TOL = 1e-4
 
@@ -29,11 +31,14 @@ class DEQSampler:
     model: `model(x, t, **model_kwargs)` -> prediction, a tensor or an object with `.sample`; x: (n, *shape), t: (n,), n
     any batch size. It must treat the rows of a batch independently and be deterministic (no dropout, no batch norm in
     training mode). schedule: see `Schedule`.
-    solver: "auto" (quasi-Newton), "picard", "anderson", "triangular", "deq-ddim" or a solver object.
+    solver: "auto", "quasi-newton", "picard", "anderson", "triangular", "deq-ddim" or a solver object. "auto" with
+    window="auto" plans: `sample` does what is predicted to be the fastest, quasi-Newton rounds over all timesteps or
+    over a window, or the serial chain; see `plan` and `warmup`. With another window "auto" is "quasi-newton".
     tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim": the
     paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety` times that.
-    max_rounds: batched model calls before giving up (None: the solver's own limit, else T).
-    window: number of timesteps solved at a time, or "auto" (all of them).
+    max_rounds: batched model calls before giving up (None: the solver's own limit, else T). The serial chain, where it
+    is planned, does not count as giving up.
+    window: number of timesteps solved at a time, or "auto": planned if the solver is "auto" too, else all of them.
     on_failure: what to do when the rounds run out: finish the chain one step after the other ("serial"), raise
     NotConvergedError ("raise"), or warn and return the best iterate ("warn").
     spectrum: the data's power spectrum (`SpectralSlope`), a better slope for "auto" and
@@ -73,6 +78,7 @@ class DEQSampler:
             gradient=gradient, on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
             deterministic=deterministic, spectrum=spectrum,
         )  # fmt: skip
+        self.planner = Planner(self.options)
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
 
     def tolerance(self, dtype: torch.dtype) -> float:
@@ -104,18 +110,21 @@ class DEQSampler:
 
         Returns a `Solution`. Raises NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError.
         """
-        system = self.options.system(noise, model_kwargs, generator)
+        self.options.check_request(noise, model_kwargs, generator)
         arguments.check_trajectory(init_trajectory, noise, self.schedule.num_steps)
         arguments.check_callback(callback)
-        request = Request(noise, generator, callback, progress, init_trajectory)
+        request = Request(noise, generator, callback, progress, init_trajectory, return_trajectory)
+        if noise.shape[0] == 0 or not torch.is_grad_enabled():
+            return self._solve(request, model_kwargs)
         parameters = [p for p in getattr(self.model, "parameters", list)() if p.requires_grad]
-        kwargs = [x for x in tree_leaves(system.model_kwargs) if isinstance(x, Tensor) and x.requires_grad]
-        if noise.shape[0] == 0 or not torch.is_grad_enabled() or not (noise.requires_grad or parameters or kwargs):
-            return self._solve(system, request, return_trajectory)
-        options = self.options
+        kwargs = [x for x in tree_leaves(model_kwargs) if isinstance(x, Tensor) and x.requires_grad]
+        if not (noise.requires_grad or parameters or kwargs):
+            return self._solve(request, model_kwargs)
+        options, request.keep = self.options, True
         solution = options.gradient.attach(
             Problem(
-                system, noise, parameters, lambda: self._solve(system, request, True), self._adjoint,
+                options.system(noise, model_kwargs, generator), noise, parameters,
+                lambda: self._solve(request, model_kwargs), self._adjoint,
                 self.tolerance(noise.dtype), options.max_rounds, options.on_failure,
                 generator, init_trajectory, callback, progress,
             )
@@ -123,8 +132,11 @@ class DEQSampler:
         solution.trajectory = solution.trajectory if return_trajectory else None
         return solution
 
-    def _solve(self, system: System, request: Request, return_trajectory: bool) -> Solution:
-        return solve_parallel(system, self.options, request, return_trajectory)
+    def _solve(self, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
+        if self.options.planned:
+            return solve_planned(self.planner, request, model_kwargs)
+        system = self.options.system(request.noise, model_kwargs, request.generator)
+        return solve_parallel(system, self.options, request)
 
     def _adjoint(self, model: Model, schedule: Schedule, start: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Solve the adjoint chain with this sampler's settings; returns its trajectory (T + 1, B, D)."""
@@ -152,5 +164,57 @@ class DEQSampler:
     ) -> Solution:
         """The plain chain, one model call after the other; arguments and result as for `sample`."""
         system = self.options.system(noise, model_kwargs, generator, serial=True)
-        request = Request(noise, generator, callback, progress)
-        return solve_serially(system, self.options, request, return_trajectory)
+        request = Request(noise, generator, callback, progress, keep=return_trajectory)
+        return solve_serially(system, self.options, request)
+
+    def plan(
+        self,
+        shape: tuple[int, ...],
+        *,
+        batch: int = 1,
+        model_kwargs: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Plan:
+        """What `sample` would do with `batch` samples of that shape, and why; `print` it. Calls no model.
+
+        shape: of one sample. model_kwargs: as `sample` would get them. dtype, device: of the noise; those of the
+        model's first parameter unless given. Where nothing was measured yet the plan says so. Raises ValueError where
+        the caller has chosen solver or window.
+        """
+        noise = self._example(shape, batch, dtype, device)
+        return self.planner.plan(self.planner.site(noise, model_kwargs), noise, model_kwargs)
+
+    def warmup(
+        self,
+        shape: tuple[int, ...],
+        *,
+        batch: int = 1,
+        model_kwargs: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Plan:
+        """Measure what `plan` rests on, with the model: calls of a few sizes, some steps, a few solves.
+
+        Takes as long as about four samples. Arguments and result as for `plan`. Without it the first calls of `sample`
+        measure themselves, a little at a time.
+        """
+        noise = self._example(shape, batch, dtype, device)
+        self.options.check_request(noise, model_kwargs, None)
+        return warm_up(self.planner, noise, model_kwargs)
+
+    def _example(
+        self, shape: tuple[int, ...], batch: int, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> Tensor:
+        """Noise of the kind that a plan is asked for."""
+        if not self.options.planned:
+            raise ValueError(
+                "solver, window: expected 'auto' for both, otherwise nothing is planned; got "
+                f"{self.solver.name!r} and {self.options.window!r}"
+            )
+        arguments.check_shape(shape)
+        first = next(iter(getattr(self.model, "parameters", list)()), torch.empty(0))
+        where = first.device if device is None else torch.device(device)
+        size = (arguments.count("batch", batch) or 1, *shape)
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(0)) * self.schedule.init_noise_sigma
+        return noise.to(where, first.dtype if dtype is None else dtype)

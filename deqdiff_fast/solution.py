@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .solver.planner import Plan
 
 
 @dataclass
@@ -25,11 +29,13 @@ class Stats:
     """(rounds, B): the largest relative residual among the timesteps that were not final before that round."""
     wall_seconds: float = 0.0
     finished_serially: int = 0
-    """Chain steps that were finished one after the other because the rounds had run out; 0 if none."""
+    """Chain steps that were made one after the other, by plan or because the rounds had run out; 0 if none."""
     stop_reason: str = "converged"
-    """"converged", "max_rounds", "callback" or "serial"."""
+    """"converged", "max_rounds", "callback", "serial", or "replanned": finishing serially turned out to be faster."""
     repairs: int = 0
     """Rounds in which an iterate overflowed and was rebuilt from its last finite state."""
+    plan: Plan | None = None
+    """What `solver="auto"` with `window="auto"` had decided, and why; None where the caller decided."""
 
 
 @dataclass

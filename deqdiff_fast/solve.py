@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._types import Generators
 from .conclude import conclude
+from .guard import Guard
 from .options import Options
 from .progress import Reporter
 from .serial import finish, non_finite
@@ -28,6 +29,8 @@ class Request:
     callback: Callback | None = None
     progress: bool = False
     init_trajectory: Tensor | None = None
+    keep: bool = False
+    """Whether the trajectory is returned."""
 
 
 def late_policy(system: System, request: Request) -> Late | None:
@@ -36,57 +39,84 @@ def late_policy(system: System, request: Request) -> Late | None:
     return None if system.device.type == "cpu" or watched else Late()
 
 
-def solve_parallel(system: System, options: Options, request: Request, return_trajectory: bool) -> Solution:
+def solve_parallel(system: System, options: Options, request: Request) -> Solution:
     """All timesteps (or a window of them) at once, round after round. Raises what `DEQSampler.sample` raises."""
     clock = time.perf_counter()
-    noise, steps, solver = request.noise, system.num_steps, options.solver
-    window = steps if options.window == "auto" else min(int(options.window), steps)
-    stats = Stats(solver=solver.name, window=window)
-    if noise.shape[0] == 0:
-        return _nothing(noise, stats)
-    limit, tolerance = options.round_limit(), options.tolerance(noise.dtype)
-    late, freeze = late_policy(system, request), options.freeze(noise.dtype)
-    given = (solver, window, tolerance, freeze, request.init_trajectory is not None)
+    window = system.num_steps if options.window == "auto" else min(int(options.window), system.num_steps)
+    stats = Stats(solver=options.solver.name, window=window)
+    return nothing(request.noise, stats) if system.batch == 0 else solve_rounds(system, options, request, stats, clock)
+
+
+def solve_rounds(
+    system: System,
+    options: Options,
+    request: Request,
+    stats: Stats,
+    clock: float,
+    lead: Workspace | None = None,
+    front: int = 0,
+    guard: Guard | None = None,
+) -> Solution:
+    """By rounds over `stats.window` timesteps. clock: `time.perf_counter()` at the start.
+
+    lead: a workspace of the same system in which the first `front` steps were made already; it is released. guard:
+    asked after every round; where it gives up, the rest is made serially.
+    """
+    solver, noise, limit = options.solver, request.noise, options.round_limit()
+    tolerance, freeze = options.tolerance(noise.dtype), options.freeze(noise.dtype)
+    late, warm = late_policy(system, request), request.init_trajectory is not None
 
     def open_(system: System) -> Workspace:
-        return Workspace.open(system, solver, window, options.memory, options.backend)
+        return Workspace.open(system, solver, stats.window, options.memory, options.backend)
 
-    with torch.no_grad(), options.residents.borrow(system, given, open_, late is not None) as (work, play, board):
-        system = work.system
-        with Reporter(work, tolerance, limit, request.callback, request.progress) as report:
+    given = (solver, stats.window, tolerance, freeze, warm)
+    with (
+        torch.no_grad(),
+        options.residents.borrow(system, given, open_, late is not None) as (work, play, board),
+        Reporter(work, tolerance, limit, request.callback, request.progress) as report,
+    ):
+        if lead is None:
             work.begin(noise, request.generator)
             work.guess(solver.guess, request.init_trajectory)
-            outcome = iterate(
-                work.chain,
-                solver,
-                work.memory,
-                evaluate=work.evaluate,
-                rebuild=work.rebuild,
-                diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
-                freeze=freeze,
-                finish=tolerance,
-                max_rounds=limit,
-                report=report,
-                late=late,
-                pad=system.pad_round,
-                play=play,
-                board=board,
-            )
-            system.model_evals -= outcome.padding
-            stats.rounds, stats.repairs = outcome.rounds, outcome.repairs
-            stats.residual_trace = torch.stack(outcome.trace) if outcome.trace else stats.residual_trace
-            return conclude(
-                work, outcome.window.lo, outcome.stopped, stats, clock, return_trajectory, options.on_failure, report
-            )
+        else:
+            work.resume(lead, front)
+            lead.lease.release()
+        outcome = iterate(
+            work.chain,
+            solver,
+            work.memory,
+            evaluate=work.evaluate,
+            rebuild=work.rebuild,
+            diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
+            freeze=freeze,
+            finish=tolerance,
+            max_rounds=limit,
+            report=report if guard is None else guard.watch(report),
+            start=front,
+            late=late,
+            pad=work.system.pad_round,
+            play=play,
+            board=board,
+        )
+        work.system.model_evals -= outcome.padding
+        stats.rounds, stats.repairs = front + outcome.rounds, outcome.repairs
+        stats.residual_trace = torch.stack(outcome.trace) if outcome.trace else stats.residual_trace
+        gave_up = guard is not None and guard.gave_up
+        fronts, stopped = outcome.window.lo, outcome.stopped and not gave_up
+        solution = conclude(work, fronts, stopped, stats, clock, request.keep, options.on_failure, report, gave_up)
+    if work.system is not system:
+        stats.model_evals += system.model_evals
+        stats.model_calls += system.model_calls
+    return solution
 
 
-def solve_serially(system: System, options: Options, request: Request, return_trajectory: bool) -> Solution:
+def solve_serially(system: System, options: Options, request: Request) -> Solution:
     """The plain chain, one model call after the other. Raises what `DEQSampler.serial` raises."""
     clock = time.perf_counter()
     noise = request.noise
     stats = Stats(solver="serial", window=1, stop_reason="serial")
     if noise.shape[0] == 0:
-        return _nothing(noise, stats)
+        return nothing(noise, stats)
     with torch.no_grad():
         work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
         with work.lease, Reporter(work, 0.0, system.num_steps, request.callback, request.progress) as report:
@@ -94,8 +124,9 @@ def solve_serially(system: System, options: Options, request: Request, return_tr
             fronts = [0] * noise.shape[0]
             stats.finished_serially, stopped = finish(work, fronts, 0, report)
             stats.rounds = stats.finished_serially
-            return conclude(work, fronts, stopped, stats, clock, return_trajectory, options.on_failure, report)
+            return conclude(work, fronts, stopped, stats, clock, request.keep, options.on_failure, report)
 
 
-def _nothing(noise: Tensor, stats: Stats) -> Solution:
+def nothing(noise: Tensor, stats: Stats) -> Solution:
+    """The solution for no samples."""
     return Solution(noise.detach().clone(), torch.ones(0, dtype=torch.bool), stats)

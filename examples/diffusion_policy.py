@@ -102,7 +102,7 @@ def main() -> None:
     policy = train(args.training_steps, seed=args.seed)
     print(f"trained {args.training_steps} steps in {time.perf_counter() - began:.0f} s")
 
-    sampler = dq.DEQSampler(policy, dq.Schedule.ddpm(ABAR, torch.arange(T).flip(0)))
+    sampler = dq.DEQSampler(policy, dq.Schedule.ddpm(ABAR, torch.arange(T).flip(0)), solver="quasi-newton")
     rows = []
     for k in range(-3, args.repeats):  # the first three warm up
         draw = torch.Generator().manual_seed(args.seed + 1000 + k)

@@ -45,7 +45,7 @@ def count(mixture, ddim, noise, **options):
         per_round.append(list(mode.found))
         mode.found.clear()
 
-    sampler = dq.DEQSampler(quiet, ddim(20, eta=0.5), backend="cpp", tol=1e-5, **options)
+    sampler = dq.DEQSampler(quiet, ddim(20, eta=0.5), backend="cpp", tol=1e-5, **{"solver": "quasi-newton"} | options)
     with mode:
         sampler.sample(noise(3, (3, 16, 16)), callback=callback)
     return per_round

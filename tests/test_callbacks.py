@@ -19,7 +19,7 @@ def test_callback_sees_every_final_state(mixture, ddim, noise, relative_error, w
         with pytest.raises(IndexError, match="step: expected a number from 0 to 19, got 20"):
             info.denoised(20)
 
-    sampler = dq.DEQSampler(model, schedule, window=window, max_rounds=max_rounds, tol=1e-5)
+    sampler = dq.DEQSampler(model, schedule, solver="quasi-newton", window=window, max_rounds=max_rounds, tol=1e-5)
     out = sampler.sample(noise(2), callback=callback, return_trajectory=True)
     assert list(states) == list(range(20))
     for i, t in enumerate(schedule.timesteps.tolist()):
@@ -29,7 +29,7 @@ def test_callback_sees_every_final_state(mixture, ddim, noise, relative_error, w
 
 
 def test_callback_stops_a_serial_finish(mixture, ddim, noise):
-    sampler = dq.DEQSampler(mixture(), ddim(20), max_rounds=2, tol=1e-6)
+    sampler = dq.DEQSampler(mixture(), ddim(20), solver="quasi-newton", max_rounds=2, tol=1e-6)
     rounds = []
     out = sampler.sample(noise(2), callback=lambda info: rounds.append(info.round) or info.round == 5)
     assert rounds == [1, 2, 3, 4, 5]

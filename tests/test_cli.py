@@ -61,7 +61,7 @@ def one_line(capsys) -> str:
 
 
 def test_sample_writes_a_grid(sample, tmp_path, capsys):
-    assert sample("--out", "deep/er/x.png") == 0
+    assert sample("--out", "deep/er/x.png", "--solver", "quasi-newton") == 0
     picture = Image.open(tmp_path / "deep" / "er" / "x.png")
     assert picture.size == (2 * 96, 2 * 96)
     captured = capsys.readouterr()
@@ -125,7 +125,7 @@ def test_eta_and_spacings_equal_the_serial_chain(sample, capsys, spacing):
 
 
 def test_rounds_run_out_is_said(sample, capsys):
-    assert sample("--max-rounds", "2", "--compare-serial") == 0
+    assert sample("--solver", "quasi-newton", "--max-rounds", "2", "--compare-serial") == 0
     out = capsys.readouterr().out
     assert re.search(r"the rounds ran out and \d+ steps were finished serially", out)
     assert float(re.search(r"relative error (\S+),", out)[1]) < 1e-5

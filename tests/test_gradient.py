@@ -63,14 +63,14 @@ def test_matches_backpropagation(ddim, kind, solver):
 
 def test_only_what_is_asked_for_gets_a_gradient(ddim):
     model, noise = Net().requires_grad_(False), torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
-    out = dq.DEQSampler(model, ddim(10), tol=1e-6).sample(noise)
+    out = dq.DEQSampler(model, ddim(10), solver="quasi-newton", tol=1e-6).sample(noise)
     out.sample.sum().backward()
     assert noise.grad is not None
     assert noise.grad.norm() > 0
     assert all(p.grad is None for p in model.parameters())
     with torch.no_grad():
-        assert not dq.DEQSampler(model, ddim(10)).sample(noise).sample.requires_grad
-    assert not dq.DEQSampler(model, ddim(10)).sample(noise.detach()).sample.requires_grad
+        assert not dq.DEQSampler(model, ddim(10), solver="quasi-newton").sample(noise).sample.requires_grad
+    assert not dq.DEQSampler(model, ddim(10), solver="quasi-newton").sample(noise.detach()).sample.requires_grad
 
 
 def test_solvers_of_fixed_shape_or_few_rounds_have_gradients_too(ddim):
@@ -89,7 +89,7 @@ def test_gradient_of_a_stochastic_chain(ddim):
     noise = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
 
     def loss(x):
-        sampler = dq.DEQSampler(model, schedule, tol=1e-10)
+        sampler = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-10)
         return sampler.sample(x, generator=torch.Generator().manual_seed(2)).sample.square().sum()
 
     (got,) = torch.autograd.grad(loss(noise), noise)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import deqdiff_fast as dq
+import deqdiff_fast.sampler
 
 
 class Learned(nn.Module):
@@ -74,7 +75,7 @@ def test_noise_and_parameters_on_a_gaussian_mixture(mixture, ddim, noise, mode, 
     model, given = Learned(mixture(), dtype), start.detach().to(dtype).requires_grad_(True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = dq.DEQSampler(model, schedule, tol=1e-6, gradient=mode).sample(given)
+        out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-6, gradient=mode).sample(given)
         got = torch.autograd.grad((out.sample - target.to(dtype)).square().sum(), [given, model.means])
     assert out.converged.all()
     assert out.stats.stop_reason == "converged"
@@ -107,7 +108,7 @@ def test_noise_and_parameters_on_the_bundled_model(bundled, noise, mode, steps):
     loss = (serial(sample, schedule, exact) - target.double()).square().sum()
     expected = torch.autograd.grad(loss, [exact, *wide.parameters()])
     given = start.clone().requires_grad_(True)
-    out = dq.DEQSampler(model, schedule, tol=1e-6, gradient=mode).sample(given)
+    out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-6, gradient=mode).sample(given)
     got = torch.autograd.grad((out.sample - target).square().sum(), [given, *model.parameters()])
     for a, b in ((got[:1], expected[:1]), (got[1:], expected[1:])):
         error, angle = apart(*(torch.cat([x.double().flatten() for x in parts]) for parts in (a, b)))
@@ -126,7 +127,9 @@ def test_conditioning_and_multistep_schedules(ddim, mode, kind):
     start, cond = (torch.randn(3, 6, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(2))
     leaves = [start, cond, *model.parameters()]
     expected = torch.autograd.grad(serial(model, schedule, start, cond=cond).pow(3).sum(), leaves)
-    out = dq.DEQSampler(model, schedule, tol=1e-8, gradient=mode, max_batch=5).sample(start, {"cond": cond})
+    out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-8, gradient=mode, max_batch=5).sample(
+        start, {"cond": cond}
+    )
     for a, b in zip(torch.autograd.grad(out.sample.pow(3).sum(), leaves), expected, strict=True):
         assert apart(a, b)[0] <= 1e-5
 
@@ -136,15 +139,15 @@ def test_a_solve_that_copies_the_conditions(ddim, monkeypatch):
     model, schedule, draw = Tanh().requires_grad_(False), ddim(12), torch.Generator().manual_seed(1)
     start = torch.randn(3, 6, generator=draw, dtype=torch.float64)
     cond = torch.randn(3, 6, generator=draw, dtype=torch.float64, requires_grad=True)
-    solve = dq.DEQSampler._solve
+    solve = deqdiff_fast.sampler.solve_parallel
 
-    def copying(self, system, request, keep):
-        solution = solve(self, system, request, keep)
+    def copying(system, options, request):
+        solution = solve(system, options, request)
         system.model_kwargs = {"cond": cond.detach().clone()}
         return solution
 
-    monkeypatch.setattr(dq.DEQSampler, "_solve", copying)
-    out = dq.DEQSampler(model, schedule, tol=1e-8).sample(start, {"cond": cond})
+    monkeypatch.setattr(deqdiff_fast.sampler, "solve_parallel", copying)
+    out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-8).sample(start, {"cond": cond})
     expected = torch.autograd.grad(serial(model, schedule, start, cond=cond).pow(3).sum(), cond)
     assert apart(torch.autograd.grad(out.sample.pow(3).sum(), cond)[0], expected[0])[0] <= 1e-6
 
@@ -158,7 +161,7 @@ def test_frozen_noise_and_warm_starts_of_the_modes_with_their_own_rounds(ddim, m
         return torch.Generator().manual_seed(3)
 
     exact = dq.DEQSampler(model, schedule).serial(start.detach(), generator=draws(), return_trajectory=True)
-    sampler = dq.DEQSampler(model, schedule, tol=1e-7, gradient=mode)
+    sampler = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-7, gradient=mode)
     cold = sampler.sample(start, generator=draws(), return_trajectory=True)
     warm = sampler.sample(start, generator=draws(), init_trajectory=exact.trajectory)
     assert warm.stats.rounds < cold.stats.rounds
@@ -167,7 +170,11 @@ def test_frozen_noise_and_warm_starts_of_the_modes_with_their_own_rounds(ddim, m
         assert torch.allclose(out.sample, exact.sample, rtol=1e-6, atol=1e-7)
     assert torch.allclose(cold.trajectory, exact.trajectory, rtol=1e-5, atol=1e-6)
     expected = torch.autograd.grad(
-        dq.DEQSampler(model, schedule, tol=1e-10).sample(start, generator=draws()).sample.square().sum(), start
+        dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-10)
+        .sample(start, generator=draws())
+        .sample.square()
+        .sum(),
+        start,
     )
     got = torch.autograd.grad(cold.sample.square().sum(), start)
     assert apart(got[0], expected[0])[0] <= 1e-5
@@ -186,7 +193,7 @@ def test_phantom_with_one_step_holds_no_jacobian(ddim):
 
     start = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     model = Watched().requires_grad_(False)
-    out = dq.DEQSampler(model, schedule, gradient="phantom", tol=1e-6).sample(start)
+    out = dq.DEQSampler(model, schedule, solver="quasi-newton", gradient="phantom", tol=1e-6).sample(start)
     (got,) = torch.autograd.grad(out.sample.square().sum(), start)
     assert torch.allclose(got, 0.1 * float(schedule.state_coef.prod()) * 2 * out.sample.detach())
     assert not backward
@@ -196,7 +203,7 @@ def test_phantom_is_the_derivative_of_damped_rounds(ddim):
     """Against autograd through the damped rounds themselves, from the solution."""
     schedule, model, tau, steps = ddim(8), Tanh(), 0.4, 3
     start = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    sampler = dq.DEQSampler(model, schedule, tol=1e-12, gradient=dq.Phantom(tau, steps))
+    sampler = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-12, gradient=dq.Phantom(tau, steps))
     out = sampler.sample(start, return_trajectory=True)
     z = out.trajectory.clone()
     for _ in range(steps):
@@ -218,7 +225,9 @@ def test_undamped_phantom_steps_become_exact(ddim):
     expected = torch.autograd.grad(serial(model, schedule, start).pow(3).sum(), start)[0]
     errors = []
     for steps in (1, 9):
-        out = dq.DEQSampler(model, schedule, tol=1e-10, gradient=dq.Phantom(1.0, steps)).sample(start)
+        out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-10, gradient=dq.Phantom(1.0, steps)).sample(
+            start
+        )
         errors.append(apart(torch.autograd.grad(out.sample.pow(3).sum(), start)[0], expected)[0])
     assert errors[0] > 0.1
     assert errors[1] <= 1e-8
@@ -290,7 +299,7 @@ def test_a_callback_sees_and_stops_their_rounds(ddim, mode):
         assert info.preview().shape == info.sample().shape == start.shape
         return info.round == 3
 
-    out = dq.DEQSampler(model, schedule, tol=1e-12, gradient=mode).sample(start, callback=watch)
+    out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-12, gradient=mode).sample(start, callback=watch)
     assert [number for number, _ in seen] == [1, 2, 3]
     assert seen[-1][1] < seen[0][1]
     assert out.stats.stop_reason == "callback"
@@ -304,7 +313,7 @@ def test_a_model_that_breaks_is_named(ddim):
     start = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     for mode in ("unrolled", "reversible"):
         with pytest.raises(dq.NonFiniteError, match="timestep 0"):
-            dq.DEQSampler(model, ddim(10), gradient=mode).sample(start)
+            dq.DEQSampler(model, ddim(10), solver="quasi-newton", gradient=mode).sample(start)
 
 
 def test_a_reversal_that_loses_its_way_says_so(ddim, monkeypatch):
@@ -315,7 +324,7 @@ def test_a_reversal_that_loses_its_way_says_so(ddim, monkeypatch):
     monkeypatch.setattr(reversible, "MISSED", 1e-9)
     model = Tanh().float()
     start = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    out = dq.DEQSampler(model, ddim(12), tol=1e-6, gradient="reversible").sample(start)
+    out = dq.DEQSampler(model, ddim(12), solver="quasi-newton", tol=1e-6, gradient="reversible").sample(start)
     with pytest.warns(dq.ConvergenceWarning, match="missed its start"):
         out.sample.sum().backward()
 
@@ -344,13 +353,13 @@ def test_bad_modes(ddim):
         dq.DEQSampler(Tanh(), ddim(5), gradient="exact")
     for mode in (None, 3, dq.Phantom):
         with pytest.raises(TypeError, match="gradient"):
-            dq.DEQSampler(Tanh(), ddim(5), gradient=mode)
+            dq.DEQSampler(Tanh(), ddim(5), solver="quasi-newton", gradient=mode)
 
 
 def test_second_derivatives_are_refused(ddim):
     start = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     for mode in ("implicit", "reversible"):
-        out = dq.DEQSampler(Tanh(), ddim(5), gradient=mode).sample(start)
+        out = dq.DEQSampler(Tanh(), ddim(5), solver="quasi-newton", gradient=mode).sample(start)
         (first,) = torch.autograd.grad(out.sample.pow(2).sum(), start, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             first.sum().backward()

@@ -238,8 +238,8 @@ def test_plays_plainly_then_recorded():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to record on")
 def test_without_a_device(ddim, net):
     with pytest.raises(ValueError, match=r"cuda_graph: .* no such device"):
-        dq.DEQSampler(net, ddim(12), cuda_graph=True)
-    sampler = dq.DEQSampler(net, ddim(12), cuda_graph="auto")
+        dq.DEQSampler(net, ddim(12), solver="quasi-newton", cuda_graph=True)
+    sampler = dq.DEQSampler(net, ddim(12), solver="quasi-newton", cuda_graph="auto")
     for _ in range(2):
         assert sampler.sample(torch.randn(2, 12)).converged.all()
     assert not sampler.options.residents._kept

@@ -60,7 +60,9 @@ def test_guided_is_the_loop_written_by_hand(prompted, prompts, ddim, noise, rela
     (cond, uncond), start, schedule = prompts, noise(3), ddim(25)
     with torch.no_grad():
         expected = by_hand(prompted, schedule, start, cond, uncond, scale, rescale)
-        sampler = dq.DEQSampler(dq.guided(prompted, cond, uncond, scale, rescale), schedule, tol=1e-5)
+        sampler = dq.DEQSampler(
+            dq.guided(prompted, cond, uncond, scale, rescale), schedule, solver="quasi-newton", tol=1e-5
+        )
         prompted.sizes.clear()
         out, serial = sampler.sample(start), sampler.serial(start)
     assert out.converged.all()
@@ -75,6 +77,7 @@ def test_guided_is_the_loop_written_by_hand(prompted, prompts, ddim, noise, rela
 def test_rows_keep_their_conditioning(prompted, prompts, ddim, noise, relative_error, options):
     """Windows and chunks cut the rows of the samples unevenly."""
     (cond, uncond), start = prompts, noise(3)
+    options = {"solver": "quasi-newton"} | options
     sampler = dq.DEQSampler(dq.guided(prompted, cond, uncond, 4.0), ddim(20), tol=1e-5, **options)
     with torch.no_grad():
         out, reference = sampler.sample(start), sampler.serial(start)
@@ -91,7 +94,7 @@ def test_dicts_nested_values_and_model_kwargs(prompted, prompts, ddim, noise, re
         2.0,
     )
     gain = torch.linspace(0.5, 1.5, 3).view(3, 1)
-    sampler, start = dq.DEQSampler(model, ddim(15), tol=1e-5), noise(3)
+    sampler, start = dq.DEQSampler(model, ddim(15), solver="quasi-newton", tol=1e-5), noise(3)
     with torch.no_grad():
         out = sampler.sample(start, model_kwargs={"gain": gain.mean()})
         x = start
@@ -115,7 +118,7 @@ def test_per_sample_model_kwargs_reach_both_branches(prompted, prompts, ddim, no
         seen.append((len(x), len(shift), tuple(table.shape)))
         return SimpleNamespace(sample=prompted(x, t, emb) + shift[:, None, None, None])
 
-    sampler = dq.DEQSampler(dq.guided(model, cond, uncond, 3.0), ddim(10), tol=1e-5)
+    sampler = dq.DEQSampler(dq.guided(model, cond, uncond, 3.0), ddim(10), solver="quasi-newton", tol=1e-5)
     kwargs = {"shift": shift, "table": torch.zeros(7, 2)}
     with torch.no_grad():
         out, reference = sampler.sample(start, kwargs), sampler.serial(start, kwargs)
@@ -135,7 +138,9 @@ def test_gradients_reach_conditioning_scale_and_parameters(prompted, prompts, dd
     scale = torch.tensor([1.5, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
     start, schedule, model = noise(3, dtype=torch.float64), ddim(6), prompted.double()
     wanted = [cond, uncond, scale, model.weight]
-    loss = dq.DEQSampler(dq.guided(model, cond, uncond, scale, 0.4), schedule, tol=1e-9).sample(start)
+    loss = dq.DEQSampler(dq.guided(model, cond, uncond, scale, 0.4), schedule, solver="quasi-newton", tol=1e-9).sample(
+        start
+    )
     got = torch.autograd.grad(loss.sample.square().sum(), wanted)
     reference = by_hand(model, schedule, start, cond, uncond, scale, 0.4)
     expected = torch.autograd.grad(reference.square().sum(), wanted)
@@ -155,7 +160,7 @@ def test_called_directly_the_rows_are_the_samples(prompted, prompts, noise):
 def test_a_function_around_it_is_refused(prompted, prompts, ddim, noise):
     model = dq.guided(prompted, *prompts, 2.0)
     with torch.no_grad(), pytest.raises(ValueError, match="give the object that guided"):
-        dq.DEQSampler(lambda x, t: model(x, t), ddim(10)).sample(noise(3))
+        dq.DEQSampler(lambda x, t: model(x, t), ddim(10), solver="quasi-newton").sample(noise(3))
 
 
 ROW = torch.zeros(1, 4)
@@ -188,6 +193,6 @@ def test_wrong_batches(prompted, ddim, noise):
     two = torch.zeros(2, 4)
     for cond, scale, message in ((two, 2.0, "tensors of 3 rows"), (ROW, torch.ones(2), "scale: .* or 3, one for each")):
         with pytest.raises(ValueError, match=message):
-            dq.DEQSampler(dq.guided(prompted, cond, ROW, scale), ddim(5)).sample(noise(3))
+            dq.DEQSampler(dq.guided(prompted, cond, ROW, scale), ddim(5), solver="quasi-newton").sample(noise(3))
     with pytest.raises(ValueError, match=r"model: expected a tensor of 6 rows .* got shape"):
         dq.DEQSampler(dq.guided(lambda x, t, c: x[:1], ROW, ROW, 2.0), ddim(5)).serial(noise(3))

@@ -188,7 +188,7 @@ def test_transient_overflow_is_repaired(late, ddim, noise, relative_error, solve
 
 def test_out_of_rounds(late, mixture, ddim, noise, relative_error):
     late(Late())
-    sampler = dq.DEQSampler(mixture(), ddim(50), max_rounds=2, tol=1e-6)
+    sampler = dq.DEQSampler(mixture(), ddim(50), solver="quasi-newton", max_rounds=2, tol=1e-6)
     out = sampler.sample(noise(2))
     assert out.stats.rounds == 2
     assert out.stats.finished_serially > 0
@@ -251,7 +251,7 @@ def test_no_synchronisation_on_cuda(mixture, ddim, noise):
         torch.cuda.set_sync_debug_mode("error")
         return out
 
-    sampler = dq.DEQSampler(on_device, ddim(20))
+    sampler = dq.DEQSampler(on_device, ddim(20), solver="quasi-newton")
     start = noise(2).cuda()
     try:
         out = sampler.sample(start)

@@ -10,7 +10,7 @@ import torch
 import deqdiff_fast as dq
 
 SOLVERS = [
-    "auto",
+    "quasi-newton",
     dq.QuasiNewton(history=5, slope=None),
     "picard",
     "anderson",
@@ -64,7 +64,7 @@ def test_matches_serial(mixture, ddim, noise, relative_error, solver, steps, eta
 
 
 def test_parallel_is_fewer_rounds_than_steps(mixture, ddim, noise):
-    out = dq.DEQSampler(mixture(), ddim(100)).sample(noise(1))
+    out = dq.DEQSampler(mixture(), ddim(100), solver="quasi-newton").sample(noise(1))
     assert out.stats.rounds <= 20
     assert out.stats.finished_serially == 0
 
@@ -97,7 +97,7 @@ def test_final_rows_are_not_evaluated_again(mixture, ddim, noise):
 
 
 def test_samples_are_independent_of_their_batch(mixture, ddim, noise, relative_error):
-    sampler = dq.DEQSampler(mixture(), ddim(30), tol=1e-4)
+    sampler = dq.DEQSampler(mixture(), ddim(30), solver="quasi-newton", tol=1e-4)
     start = noise(3)
     together = sampler.sample(start).sample
     alone = torch.cat([sampler.sample(start[b : b + 1]).sample for b in range(3)])
@@ -113,8 +113,8 @@ def test_chunks(mixture, ddim, noise, max_batch):
         sizes.append(len(x))
         return model(x, t)
 
-    whole = dq.DEQSampler(model, ddim(20)).sample(noise(2))
-    cut = dq.DEQSampler(spy, ddim(20), max_batch=max_batch).sample(noise(2))
+    whole = dq.DEQSampler(model, ddim(20), solver="quasi-newton").sample(noise(2))
+    cut = dq.DEQSampler(spy, ddim(20), solver="quasi-newton", max_batch=max_batch).sample(noise(2))
     assert max(sizes) <= max_batch
     assert cut.stats.model_calls == len(sizes)
     assert cut.stats.rounds == whole.stats.rounds
@@ -144,7 +144,7 @@ def test_callback_previews_and_stops(mixture, ddim, noise):
         assert info.round == len(seen)
         return info.round == 2
 
-    out = dq.DEQSampler(mixture(), ddim(50)).sample(noise(2), callback=callback)
+    out = dq.DEQSampler(mixture(), ddim(50), solver="quasi-newton").sample(noise(2), callback=callback)
     assert out.stats.stop_reason == "callback"
     assert out.stats.rounds == 2
     assert not out.converged.any()
@@ -154,7 +154,7 @@ def test_callback_previews_and_stops(mixture, ddim, noise):
 
 @pytest.mark.parametrize("on_failure", ["serial", "warn", "raise"])
 def test_out_of_rounds(mixture, ddim, noise, relative_error, on_failure):
-    sampler = dq.DEQSampler(mixture(), ddim(50), max_rounds=2, tol=1e-6, on_failure=on_failure)
+    sampler = dq.DEQSampler(mixture(), ddim(50), solver="quasi-newton", max_rounds=2, tol=1e-6, on_failure=on_failure)
     start = noise(2)
     if on_failure == "serial":
         out = sampler.sample(start)
@@ -173,7 +173,7 @@ def test_out_of_rounds(mixture, ddim, noise, relative_error, on_failure):
         assert caught.value.solution.sample.shape == start.shape
 
 
-@pytest.mark.parametrize("solver", ["auto", "triangular"])
+@pytest.mark.parametrize("solver", ["quasi-newton", "triangular"])
 def test_init_trajectory_saves_rounds(mixture, ddim, noise, solver):
     sampler = dq.DEQSampler(mixture(), ddim(50), solver=solver)
     first = sampler.sample(noise(1), return_trajectory=True)
@@ -193,7 +193,7 @@ def test_dtypes(mixture, ddim, noise, relative_error, dtype):
         seen.add(x.dtype)
         return model(x, t)
 
-    sampler = dq.DEQSampler(spy, ddim(20), tol=1e-9 if dtype == torch.float64 else None)
+    sampler = dq.DEQSampler(spy, ddim(20), solver="quasi-newton", tol=1e-9 if dtype == torch.float64 else None)
     start = noise(2).to(dtype)
     out, reference = sampler.sample(start), sampler.serial(start)
     assert seen == {dtype}
@@ -204,8 +204,8 @@ def test_dtypes(mixture, ddim, noise, relative_error, dtype):
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_backends_agree(mixture, ddim, noise, relative_error, backend):
     start = noise(2)
-    expected = dq.DEQSampler(mixture(), ddim(20), backend="reference", tol=1e-5).sample(start)
-    out = dq.DEQSampler(mixture(), ddim(20), backend=backend, tol=1e-5).sample(start)
+    expected = dq.DEQSampler(mixture(), ddim(20), solver="quasi-newton", backend="reference", tol=1e-5).sample(start)
+    out = dq.DEQSampler(mixture(), ddim(20), solver="quasi-newton", backend=backend, tol=1e-5).sample(start)
     assert out.stats.rounds == expected.stats.rounds
     assert relative_error(out.sample, expected.sample).max() < 1e-5
 
@@ -252,7 +252,7 @@ def test_many_lags(mixture, noise, relative_error):
     diffusers = pytest.importorskip("diffusers")
     schedule = dq.Schedule.from_diffusers(diffusers.PNDMScheduler(skip_prk_steps=False), 20)
     assert schedule.lags > 4
-    sampler = dq.DEQSampler(mixture(), schedule, tol=1e-5)
+    sampler = dq.DEQSampler(mixture(), schedule, solver="quasi-newton", tol=1e-5)
     out = sampler.sample(noise(2))
     assert out.converged.all()
     assert relative_error(out.sample, sampler.serial(noise(2)).sample).max() < 1e-4

@@ -69,12 +69,12 @@ def test_gaussian_data_needs_two_rounds(ddim, noise, relative_error):
     spectrum, schedule = dq.SpectralSlope.fit(smooth_images(500)), ddim(100)
     model, start = GaussianModel(spectrum, schedule), noise(2, (3, 16, 16))
     before = start.clone()
-    sampler = dq.DEQSampler(model, schedule, spectrum=spectrum, tol=1e-4)
+    sampler = dq.DEQSampler(model, schedule, solver="quasi-newton", spectrum=spectrum, tol=1e-4)
     out = sampler.sample(start)
     assert out.stats.rounds <= 2
     assert relative_error(out.sample, sampler.serial(start).sample).max() < 1e-5
     assert torch.equal(start, before), "the caller's noise must not be transformed in place"
-    scalar = dq.DEQSampler(model, schedule, tol=1e-4).sample(start)
+    scalar = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-4).sample(start)
     assert scalar.stats.rounds > out.stats.rounds
 
 
@@ -84,7 +84,7 @@ def test_gaussian_data_needs_two_rounds(ddim, noise, relative_error):
 def test_a_wrong_spectrum_still_converges(mixture, ddim, noise, relative_error, spoil):
     good = dq.SpectralSlope.fit(smooth_images(50))
     wrong = dq.SpectralSlope(spoil(good.variance), good.channels)
-    sampler = dq.DEQSampler(mixture((3, 16, 16)), ddim(50), spectrum=wrong, tol=1e-3)
+    sampler = dq.DEQSampler(mixture((3, 16, 16)), ddim(50), solver="quasi-newton", spectrum=wrong, tol=1e-3)
     out, reference = sampler.sample(noise(2, (3, 16, 16))), sampler.serial(noise(2, (3, 16, 16)))
     assert out.converged.all()
     assert relative_error(out.sample, reference.sample).max() < 1e-3

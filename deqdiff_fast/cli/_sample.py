@@ -28,7 +28,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--spacing", choices=SPACINGS, help="of the timesteps (default: the model's own)")
     clip = "clamp the predicted image (default: the model's own setting)"
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, help=clip)
-    parser.add_argument("--solver", choices=tuple(NAMED), help="default auto")
+    parser.add_argument(
+        "--solver", choices=tuple(NAMED), help="default auto: as is predicted to be the fastest, be it the serial chain"
+    )
     parser.add_argument("--tol", type=positive_float, help="relative error allowed in a sample (default 1e-2)")
     parser.add_argument("--max-rounds", type=positive_int, help="rounds before the rest is finished serially")
     parser.add_argument("--window", type=window, default="auto", help="timesteps solved at a time, or 'auto' (default)")
@@ -47,7 +49,8 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="run the serial chain too, report the error, and make the PNG serial | parallel | 16 x difference",
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="write a convergence plot")
+    plot = "write a convergence plot; with it, solver and window 'auto' solve all timesteps at once"
+    parser.add_argument("--plot", type=Path, metavar="PNG", help=plot)
     parser.set_defaults(run=run)
 
 
@@ -86,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         if reference is not None and args.plot is not None:
             errors.append(float(_images.relative_error(info.sample(), reference.sample).max()))
 
+    if args.plot is not None and args.window == "auto":  # the serial chain has nothing to plot
+        args.window = problem.schedule.num_steps
     solution = solve(
         problem, args.batch, label="sampling", watch=watch, solver=args.solver, tol=args.tol,
         max_rounds=args.max_rounds, window=args.window,
@@ -107,11 +112,16 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(solution: Any, steps: int, batch: int) -> str:
     stats = solution.stats
+    made = f"solver {stats.solver}, window {stats.window}"
+    if stats.plan is not None:
+        made = f"{'serial chain' if stats.solver == 'serial' else made}, since {stats.plan.reason}"
     text = (
-        f"{batch} image{'s' * (batch != 1)}, {steps} timesteps, solver {stats.solver}, window {stats.window}: "
+        f"{batch} image{'s' * (batch != 1)}, {steps} timesteps, {made}: "
         f"{stats.rounds} rounds, {stats.model_evals} model evaluations, {stats.wall_seconds:.2f} s"
     )
-    if stats.finished_serially:
+    if stats.stop_reason == "replanned":
+        text += f"; {stats.finished_serially} steps were finished serially, which had become the faster way"
+    elif stats.finished_serially and stats.solver != "serial":
         text += f"; the rounds ran out and {stats.finished_serially} steps were finished serially"
     elif not bool(solution.converged.all()):
         text += f"; NOT converged for {int((~solution.converged).sum())} of {batch} images"

@@ -1,0 +1,117 @@
+"""Whether `sample()` is ever slower than the serial chain: paired timings of both, with what was planned."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+from typing import Any
+
+import torch
+
+import deqdiff_fast as dq
+
+from ._common import environment, markdown, note, positive_float, positive_int, spread, summary, write_json
+from ._policy import ACTIONS, HORIZON, fitted
+from ._problems import ABAR, TRAIN_STEPS, Problem, load
+from ._timing import Side, interleave, ratios
+
+FLOOR = 0.95  # serial / sample() must not be below this anywhere
+PROBLEMS = ("bundled", "mixture", "policy")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="default: all")
+    parser.add_argument("--steps", type=positive_int, nargs="+", default=[20, 50, 100], help="T (default 20 50 100)")
+    parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 4, 16], help="B (default 1 4 16)")
+    parser.add_argument("--size", type=positive_int, default=32, help="image size of the mixture (default 32)")
+    parser.add_argument("--fit", type=positive_int, default=1000, help="training steps of the policy (default 1000)")
+    parser.add_argument("--passes", type=positive_int, default=9, help="pairs of timings (default 9)")
+    parser.add_argument(
+        "--budget", type=positive_float, default=10.0, help="seconds for a side, after which 3 pairs do (default 10)"
+    )
+    parser.add_argument("--cold", action="store_true", help="without sampler.warmup: sample() measures as it goes")
+    parser.add_argument("--plans", action="store_true", help="print every plan in full")
+    parser.add_argument("--check", action="store_true", help=f"exit 1 where a median ratio is below {FLOOR}")
+
+
+def problem_of(name: str, args: argparse.Namespace) -> Problem:
+    if name != "policy":
+        return load(argparse.Namespace(model=name, size=args.size, device=args.device))
+    policy = fitted(args.fit).to(args.device)
+
+    def schedule(steps: int, eta: float) -> dq.Schedule:
+        timesteps = torch.arange(steps).flip(0) * (TRAIN_STEPS // steps)
+        return dq.Schedule.ddim(ABAR, timesteps, eta=eta, prediction_type="v_prediction")
+
+    return Problem("policy", policy, schedule, (HORIZON, ACTIONS), args.device)
+
+
+def run(args: argparse.Namespace) -> int:
+    facts, rows = environment(args.device), []
+    for name in args.problems:
+        problem = problem_of(name, args)
+        for steps in args.steps:
+            for batch in args.batches:
+                note(f"{name}, T = {steps}, B = {batch} ...")
+                rows.append(_row(args, name, problem, steps, batch))
+                write_json(args, facts, rows)
+    header = (
+        "problem",
+        "T",
+        "B",
+        "serial",
+        "sample()",
+        "serial / sample()",
+        "plan",
+        "rounds",
+        "evaluations / T",
+        "error",
+    )
+    print(f"{summary(facts)}\nDDIM, eta 0, {'cold' if args.cold else 'warmed up'}\n")
+    print(markdown(header, [_cells(row) for row in rows]))
+    worst = min(rows, key=lambda row: median(row["ratios"]))
+    verdict = "PASS" if median(worst["ratios"]) >= FLOOR else "FAIL"
+    print(
+        f"\nMedians of paired timings with (smallest..largest). Lowest ratio {median(worst['ratios']):.2f} "
+        f"({worst['problem']}, T = {worst['steps']}, B = {worst['batch']}); at least {FLOOR}: {verdict}"
+    )
+    return 1 if args.check and verdict == "FAIL" else 0
+
+
+def _row(args: argparse.Namespace, name: str, problem: Problem, steps: int, batch: int) -> dict[str, Any]:
+    sampler = dq.DEQSampler(problem.model, problem.schedule(steps, 0.0), spectrum=problem.spectrum)
+    noise = problem.noise(range(batch))
+    with torch.no_grad():
+        started = time.perf_counter()
+        if not args.cold:
+            sampler.warmup(problem.shape, batch=batch, device=args.device)
+        warmup = time.perf_counter() - started
+        if args.plans:
+            print(f"{name}: {sampler.plan(problem.shape, batch=batch, device=args.device)}\n", flush=True)
+        runs: list[dq.Stats] = []
+        sides = [
+            Side("serial", lambda: sampler.serial(noise)),
+            Side("sample", lambda: runs.append(sampler.sample(noise).stats)),
+        ]
+        interleave(sides, args.device, passes=args.passes, budget=args.budget)
+        reference, out = sampler.serial(noise), sampler.sample(noise)
+    serial, sample = sides
+    apart = (out.sample - reference.sample).flatten(1).norm(dim=1) / reference.sample.flatten(1).norm(dim=1)
+    return {
+        "problem": name, "steps": steps, "batch": batch, "ratios": ratios(serial, sample), "warmup_seconds": warmup,
+        "serial_seconds": serial.seconds, "sample_seconds": sample.seconds, "error": float(apart.max()),
+        "solver": out.stats.solver, "windows": [stats.window for stats in runs],
+        "rounds": out.stats.rounds, "evaluations": out.stats.model_evals / (steps * batch),
+        "reasons": sorted({stats.stop_reason for stats in runs}), "plan": str(out.stats.plan),
+    }  # fmt: skip
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    windows = sorted(set(row["windows"]))
+    named = ["serial" if w == 1 else "all" if w == row["steps"] else f"window {w}" for w in windows]
+    return (
+        row["problem"], str(row["steps"]), str(row["batch"]), f"{1e3 * median(row['serial_seconds']):.3g} ms",
+        f"{1e3 * median(row['sample_seconds']):.3g} ms", spread(row["ratios"]), ", ".join(named), str(row["rounds"]),
+        f"{row['evaluations']:.2f}", f"{row['error']:.1e}",
+    )  # fmt: skip

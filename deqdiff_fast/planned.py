@@ -1,0 +1,167 @@
+"""Solves that follow a plan, and what is learned from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conclude import conclude
+from .guard import Guard
+from .planning import Planner, Site
+from .probing import may_probe, measure_all, probe, worth_trying
+from .progress import Reporter
+from .serial import Report, finish
+from .solution import Solution, Stats
+from .solve import Request, nothing, solve_rounds, solve_serially
+from .solver import Picard
+from .solver.expectation import Effort
+from .solver.planner import Plan
+from .system import System
+from .workspace import Workspace
+
+LEAD = 4  # steps of an unmeasured chain that are made serially and timed; the first one is not believed
+
+
+@dataclass
+class Job:
+    """One planned solve."""
+
+    site: Site
+    request: Request
+    model_kwargs: dict[str, Any] | None
+    probes: System | None = None
+    """What was called to measure, before the solve."""
+    wall: float = field(default_factory=time.perf_counter)
+
+    @property
+    def noise(self) -> Tensor:
+        return self.request.noise
+
+
+def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
+    """As the planner thinks best. Raises what `DEQSampler.sample` raises."""
+    noise = request.noise
+    if noise.shape[0] == 0:
+        return nothing(noise, Stats(solver="serial", window=1, stop_reason="serial"))
+    site = planner.site(noise, model_kwargs, request.init_trajectory is not None)
+    job = Job(site, request, model_kwargs)
+    with torch.no_grad():
+        if site.costs.step(site.batch) is None:
+            return _unmeasured(planner, job)
+        started = planner.clock()
+        job.probes = probe(planner, site, noise, model_kwargs) if may_probe(site) else None
+        plan = planner.plan(site, noise, model_kwargs)
+        site.allowance -= planner.clock() - started
+        system = planner.options.system(noise, model_kwargs, request.generator, serial=plan.serial)
+        return _serially(planner, job, plan, system) if plan.serial else _in_rounds(planner, job, plan, system)
+
+
+def _serially(planner: Planner, job: Job, plan: Plan, system: System) -> Solution:
+    start = planner.clock()
+    solution = solve_serially(system, planner.options, job.request)
+    solution.stats.plan = plan
+    if job.request.callback is None:
+        planner.saw_serial(job.site, system.num_steps, planner.clock() - start)
+    return _charged(solution, job)
+
+
+def _in_rounds(
+    planner: Planner, job: Job, plan: Plan, system: System, lead: Workspace | None = None, front: int = 0
+) -> Solution:
+    """By rounds; lead: a workspace in which the first `front` steps were made already."""
+    options, request, start = planner.options, job.request, planner.clock()
+    system.max_batch = plan.chosen.piece
+    stats = Stats(solver=options.solver.name, window=plan.chosen.window, plan=plan)
+    guard = Guard(plan, job.site.costs.step(job.site.batch) or 0.0, front, planner.clock)
+    solution = solve_rounds(system, options, request, stats, job.wall, lead, front, guard)
+    if front == 0 and stats.stop_reason != "callback":
+        seconds, rows, share = planner.clock() - start - guard.outside, stats.model_evals, 1.0
+        if guard.gave_up:  # it counts with what it would still have taken
+            share += guard.left / stats.rounds
+            seconds, rows = guard.spent * share, guard.rows
+        seen = Effort(stats.rounds * share, rows * share / (system.num_steps * system.batch))
+        before = system.model_evals, system.model_calls
+        planner.saw_rounds(job.site, system, job.noise, seen, seconds, plan.chosen.window)
+        stats.model_evals += system.model_evals - before[0]
+        stats.model_calls += system.model_calls - before[1]
+    return _charged(solution, job)
+
+
+def _charged(solution: Solution, job: Job) -> Solution:
+    """With what was spent on measuring."""
+    stats, probes = solution.stats, job.probes
+    if probes is not None:
+        stats.model_evals += probes.model_evals
+        stats.model_calls += probes.model_calls
+    stats.wall_seconds = time.perf_counter() - job.wall
+    return solution
+
+
+def _unmeasured(planner: Planner, job: Job) -> Solution:
+    """Nothing is known: start serially, time that, measure a batch, and go on as it then seems best."""
+    options, site, request = planner.options, job.site, job.request
+    system = options.system(job.noise, job.model_kwargs, request.generator)
+    steps = system.num_steps
+    stats = Stats(solver="serial", window=1, stop_reason="serial")
+    work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
+    with work.lease, Reporter(work, 0.0, steps, request.callback, request.progress) as report:
+        work.begin(job.noise, request.generator)
+        fronts = [0] * site.batch
+        seconds, stopped = time_steps(planner, work, fronts, report, min(LEAD, steps))
+        if not stopped and max(fronts) < steps:
+            planner.saw_lead(site, system, job.noise, seconds)
+            started = planner.clock()
+            probe(planner, site, job.noise, job.model_kwargs, system)
+            stats.plan = planner.plan(site, job.noise, job.model_kwargs)
+            site.allowance -= planner.clock() - started
+            if not stats.plan.serial:
+                return _in_rounds(planner, job, stats.plan, system, work, max(fronts))
+            _, stopped = finish(work, fronts, LEAD, report)
+        stats.rounds = stats.finished_serially = max(fronts)
+        return conclude(work, fronts, stopped, stats, job.wall, request.keep, options.on_failure, report)
+
+
+def time_steps(
+    planner: Planner, work: Workspace, fronts: list[int], report: Report | None, until: int
+) -> tuple[float, bool]:
+    """Make the steps up to state `until`. Median seconds of one, without the first, and whether `report` stopped it."""
+    clock = planner.clock
+    since, taken = [clock()], []
+
+    def timed(made: int, at: list[int], residual: Tensor) -> object:
+        taken.append(clock() - since[0])
+        answer = None if report is None else report(made, at, residual)
+        since[0] = clock()
+        return answer
+
+    _, stopped = finish(work, fronts, 0, timed, until=until)
+    return median(taken[1:] or taken), stopped
+
+
+def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None) -> Plan:
+    """Measure calls and steps, then make the solves that look best twice: once to prepare, once to learn from."""
+    options, site = planner.options, planner.site(noise, model_kwargs)
+    draw: Callable[[], torch.Generator] = lambda: torch.Generator(noise.device).manual_seed(0)  # noqa: E731
+    with torch.no_grad():
+        system = options.system(noise, model_kwargs, None)
+        work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
+        with work.lease:
+            work.begin(noise, draw())
+            seconds, _ = time_steps(planner, work, [0] * site.batch, None, min(2 * LEAD + 1, system.num_steps))
+        planner.saw_lead(site, system, noise, seconds)
+        measure_all(planner, site, system, noise, model_kwargs)
+        for candidate in worth_trying(planner, site, noise, model_kwargs):
+            plan = planner.forced(site, noise, model_kwargs, candidate.window)
+            for _ in range(2):
+                site.corrections.pop(candidate.window, None)
+                job = Job(site, Request(noise, draw()), model_kwargs)
+                _in_rounds(planner, job, plan, options.system(noise, model_kwargs, None))
+        site.allowance = 0.0
+        planner.forget_plan(site)
+        return planner.plan(site, noise, model_kwargs)
