@@ -17,14 +17,14 @@ from ._types import Backend, Generators, Model, OnFailure
 from .errors import ConvergenceWarning, NotConvergedError
 from .inversion import InversionInfo, InversionStats, Method, Outcome, Task, resolve
 from .inversion.base import DEFAULT_TOL
+from .inversion.measure import settle
 from .memory import SolverMemory, default_memory
 from .noise import check_generator
 from .options import CPU_ELEMENTS, CPU_ROWS
-from .sampler import DEQSampler
 from .schedule import Schedule
-from .solver import Picard
 from .spectral import SpectralSlope
 
+IMAGE_LIMIT = 50.0  # far beyond pixels in [-1, 1] and any latents, below pixels in bytes
 Callback = Callable[[InversionInfo], object]
 
 
@@ -120,15 +120,11 @@ class DEQInverter:
 
     def _conclude(self, task: Task, outcome: Outcome, clock: float) -> Inversion:
         """Measure, and raise or warn where the tolerance is missed."""
-        serial = DEQSampler(
-            self.model, self.schedule, solver=Picard(), max_batch=self.max_batch, backend=self.backend,
-            memory=self.memory,
-        ).serial(outcome.noise, task.model_kwargs, task.generators())  # fmt: skip
+        reconstruction, error = settle(task, self.method, outcome)
         stats = outcome.stats
-        stats.verify_evals, stats.wall_seconds = serial.stats.model_evals, time.perf_counter() - clock
-        error = relative_error(serial.sample, task.image)
+        stats.wall_seconds = time.perf_counter() - clock
         converged = error <= task.tol
-        result = Inversion(outcome.noise, serial.sample, error, converged, stats, outcome.trajectory)
+        result = Inversion(outcome.noise, reconstruction, error, converged, stats, outcome.trajectory)
         if self.method.exact and not bool(converged.all()) and self.on_failure != "serial":
             message = (
                 f"{int((~converged).sum())} of {task.batch} images are not reproduced to {task.tol:g} (largest error "
@@ -164,12 +160,13 @@ class DEQInverter:
             raise ValueError(
                 f"image: expected images of the spectrum's shape {self.spectrum.shape}, got {tuple(image.shape[1:])}"
             )
-        a = self.schedule.state_coef[:, 0]
-        if bool((a == 0).any()):
-            raise ValueError(
-                f"schedule: step {int((a == 0).int().argmax())} does not depend on its own state, so the chain cannot "
-                "be inverted through it"
-            )
+        clip = self.schedule.clip
+        limit, why = (
+            (IMAGE_LIMIT, "scale pixels to [-1, 1]") if clip is None else (clip.range, "the schedule clips there")
+        )
+        largest = float(image.detach().abs().max())
+        if largest > limit * (1 + 1e-3):
+            raise ValueError(f"image: expected values within {limit:g} of zero ({why}), got {largest:g}")
 
 
 class _Reporter:
@@ -192,10 +189,3 @@ class _Reporter:
             self.bar.update(int(info.front.sum()) - self.bar.n)
             self.bar.set_postfix(round=info.round, residual=f"{float(info.residual.max()):.1e}")
         return None if self.callback is None else self.callback(info)
-
-
-def relative_error(sample: Tensor, reference: Tensor) -> Tensor:
-    """(B,) float64 on the CPU: |sample - reference| / |reference|, L2 over each image."""
-    a, b = sample.detach().double().cpu().flatten(1), reference.detach().double().cpu().flatten(1)
-    error: Tensor = (a - b).norm(dim=1) / b.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-    return error

@@ -10,7 +10,7 @@ from .fixed_point import FixedPoint
 
 @dataclass(frozen=True)
 class DDIMInversion:
-    """x_i = (x_{i+1} - b_i e_i(x_{i+1}) - drift_i) / a_i, one model call a step (Song et al. 2020, arXiv 2010.02502;
+    """x_i = (x_{i+1} - b_i eps_i(x_{i+1}) - drift_i) / a_i, one model call a step (Song et al. 2020, arXiv 2010.02502;
     Dhariwal and Nichol 2021, arXiv 2105.05233, appendix F). The prediction belongs at x_i: the difference is the error.
     """
 

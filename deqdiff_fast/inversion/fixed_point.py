@@ -13,17 +13,19 @@ from ..workspace import Workspace
 from . import guess
 from .base import InversionInfo, InversionStats, Outcome, Task, check_finite, read_out
 
+WIDE = 1e8  # a variance at which all of the data is signal
 SAFETY = 0.1  # part of the tolerance that one step may miss: the steps add up
 
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """x_i <- (x_{i+1} - b_i e_i(x_i) - drift_i) / a_i, repeated for each step until it holds, from the image backwards.
+    """x_i <- (x_{i+1} - b_i eps_i(x_i) - drift_i) / a_i, repeated for each step until it holds, from the image backwards.
 
+    eps: the noise prediction, whatever the model predicts.
     iterations: most model calls in one step; a step ends sooner once it misses x_{i+1} by less than a tenth of `tol`,
     relative. AIDI, Pan et al. 2023, arXiv 2309.04907, equation 8; ReNoise, Garibi et al. 2024, arXiv 2403.14602.
     sweeps: passes over the chain for multistep schedules, whose lagged terms come from the last pass. The iteration
-    diverges where |b_i de/dx| > |a_i|; the best state of such a step is kept.
+    diverges where |b_i d eps/dx| > |a_i|; the best state of such a step is kept.
     """
 
     iterations: int = 20
@@ -58,6 +60,9 @@ class _Walk:
     def __init__(self, method: FixedPoint, task: Task, work: Workspace, stats: InversionStats) -> None:
         self.method, self.task, self.work, self.stats = method, task, work, stats
         self.schedule, self.chain = task.schedule, work.chain
+        # d x_{i+1} / d x_i with the noise prediction held fixed: the limit of wide data
+        factor = self.schedule.state_coef[:, 0] + self.schedule.model_coef[:, 0] * self.schedule.slope(WIDE)
+        self.factor = torch.where(factor.abs() > 1e-6, factor, 1.0).tolist()
         self.limit = task.max_rounds or task.schedule.num_steps * method.iterations * self.sweeps
         self.stopped = False
 
@@ -98,8 +103,8 @@ class _Walk:
             chain.states[i].copy_(x)
             self.work.evaluate(Rows(None, i, i + 1, chain.batch), self.stats.rounds + 1)
             self.stats.rounds += 1
-            new = (known - b * chain.predictions[i]) / a
-            missed = abs(a) * (new - x).norm(dim=1) / scale
+            miss = known - a * x - b * chain.predictions[i]
+            new, missed = x + miss / self.factor[i], miss.norm(dim=1) / scale
             check_finite(self.work, x, i, missed, self.stats.rounds)
             better = missed < least
             best = torch.where(better[:, None], new, best)
