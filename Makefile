@@ -2,9 +2,10 @@
 #   make demo      sample the bundled CIFAR-10 model in parallel and serially; pictures and a table in out/
 #   make test      build the wheel, install it, test the installed wheel (not this checkout)
 #   make bench     rounds per solver, time per kernel; JSON in build/bench/
-#   make lint      ruff, mypy, clang-format, import directions
+#   make lint      ruff, mypy, clang-format, import directions, a strict build of the documentation
 #   make sanitize  C++ unit tests under ASan, UBSan and TSan
 #   make wheel     dist/*.whl
+#   make docs      the documentation as a web site in site/
 # Variables: PYTHON (python3), VENV (.venv), TORCH (torch==2.13.0), TORCH_ARGS (more pip arguments for torch, for
 # example the index of PyTorch's CPU-only wheels), TEST (what pytest is given), DEMO_ARGS, PYTEST_ARGS.
 
@@ -14,11 +15,12 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 TEST ?= tests
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+DOCS := mkdocs==1.6.1 mkdocs-material==9.8.1 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint sanitize wheel clean FORCE
+.PHONY: demo test bench lint sanitize wheel docs clean FORCE
 
 ROOT := $(CURDIR)
 BIN := $(abspath $(VENV))/bin
@@ -42,20 +44,24 @@ bench: $(VENV)/installed
 	$(BIN)/deqdiff-fast bench rounds --json build/bench/rounds.json
 	$(BIN)/deqdiff-fast bench kernels --json build/bench/kernels.json
 
-lint: $(VENV)/linters $(VENV)/installed
+lint: $(VENV)/linters $(VENV)/docs $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc tests/cpp -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/pytest --import-mode=importlib -p no:cacheprovider -q tests/test_import_directions.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 sanitize: $(VENV)/cmake
 	PATH="$(BIN):$$PATH" bash tests/cpp/sanitize.sh
 
 wheel: build/wheel
 
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf build dist out *.egg-info
+	rm -rf build dist out site *.egg-info
 
 $(VENV)/python:
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {v}: make PYTHON=...")'
@@ -83,6 +89,10 @@ $(VENV)/installed: build/wheel
 
 $(VENV)/linters: $(VENV)/python
 	$(PIP) install $(LINTERS)
+	touch $@
+
+$(VENV)/docs: $(VENV)/python
+	$(PIP) install $(DOCS)
 	touch $@
 
 $(VENV)/cmake: $(VENV)/python
