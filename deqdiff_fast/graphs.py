@@ -39,7 +39,11 @@ class CudaRecorder:
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
             work()
         self.pool = graph.pool() if self.pool is None else self.pool
-        replay: Work = graph.replay
+
+        def replay() -> None:
+            with torch.cuda.device(self.device):  # a graph is launched on the current device's current stream
+                graph.replay()
+
         return replay
 
 

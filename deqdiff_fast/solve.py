@@ -34,9 +34,9 @@ class Request:
 
 
 def late_policy(system: System, request: Request) -> Late | None:
-    """How far the host runs ahead of the device: not at all on a CPU, nor where somebody looks at every round."""
+    """How far the host runs ahead of a CUDA device; not at all elsewhere, nor where somebody looks at every round."""
     watched = request.callback is not None or request.progress
-    return None if system.device.type == "cpu" or watched else Late()
+    return Late() if system.device.type == "cuda" and not watched else None
 
 
 def solve_parallel(system: System, options: Options, request: Request) -> Solution:

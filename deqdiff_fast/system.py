@@ -192,7 +192,7 @@ class System:
             last, who = (old - 1).clamp_min(0).long(), torch.arange(self.batch, device=self.device)
             linear = self.linear.index_select(0, last) * chain.states[last, who]
             rest = (chain.predictions[last, who] - linear).masked_fill_((old == 0)[:, None], 0.0)
-            copy_rows(chain.predictions, rest[None], old, new)
+            copy_rows(chain.predictions, rest[None], old, new, backend=chain.backend)
             self._linear_scan(chain, old, new)
             return
         assert isinstance(old, list)

@@ -113,7 +113,7 @@ class Anderson:
         )  # fmt: skip
 
     def settle(self, chain: Chain, memory: AndersonMemory, round: int, old: Bounds, new: Bounds) -> None:
-        move_rows(chain.states[1:], memory.f[round % self.history], old, new)
+        move_rows(chain.states[1:], memory.f[round % self.history], old, new, chain.backend)
 
     def enter(self, chain: Chain, memory: AndersonMemory, old: Bounds, new: Bounds) -> None:
         forget_rows(memory.filled, old, new)

@@ -87,10 +87,10 @@ def ring_rows(old: list[int], new: list[int], width: int) -> Iterator[tuple[int,
             start = end
 
 
-def move_rows(target: Tensor, ring: Tensor, old: Bounds, new: Bounds) -> None:
+def move_rows(target: Tensor, ring: Tensor, old: Bounds, new: Bounds, backend: str) -> None:
     """target[i, b] <- ring[i % S, b] for rows old[b] <= i < new[b]; target: (R, B, D), ring: (S, B, D)."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
-        copy_rows(target, ring, old, new)
+        copy_rows(target, ring, old, new, backend=backend)
         return
     assert isinstance(old, list)
     assert isinstance(new, list)

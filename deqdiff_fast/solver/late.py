@@ -51,7 +51,7 @@ class Mailbox:
         at = self._posted % 2
         self._slots[at].copy_(verdict, non_blocking=True)
         if self._events is not None:
-            self._events[at].record()
+            self._events[at].record(torch.cuda.current_stream(verdict.device))
         self._posted += 1
 
     def read(self) -> list[list[float]]:
@@ -122,6 +122,7 @@ class _Loop:
         task.solver.step(chain, task.memory, round)
         advance_window(
             chain.sq_diff, chain.sq_norm, chain.lo, chain.hi, *self.board, task.freeze, task.finish, chain.window,
+            backend=chain.backend,
         )  # fmt: skip
         task.solver.settle(chain, task.memory, round, self.board.was[0], chain.lo)
         if self.sliding:

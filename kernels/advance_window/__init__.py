@@ -45,7 +45,7 @@ def advance_window(
             residual of the old window (0 where it was empty).
         rows: (N,) int64, receives the active rows i * B + b in ascending order (the first N of them), then T * B.
         width: rows of a window.
-        backend: "auto", "reference" or "triton".
+        backend: as for `ddim_update`; there is no C++ form, "cpp" means the reference.
 
     Raises:
         ValueError: an argument has the wrong shape or dtype. BackendUnavailableError: as for `ddim_update`.

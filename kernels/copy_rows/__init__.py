@@ -17,7 +17,7 @@ def copy_rows(target: Tensor, source: Tensor, first: Tensor, last: Tensor, *, ba
     Args:
         target: (R, B, D). source: (S, B, D), a ring of rows, of any floating-point dtype.
         first, last: (B,) int32; rows beyond the target are left out.
-        backend: "auto", "reference" or "triton".
+        backend: as for `ddim_update`; there is no C++ form, "cpp" means the reference.
 
     Raises:
         ValueError: an argument has the wrong shape or dtype. BackendUnavailableError: as for `ddim_update`.
