@@ -65,12 +65,18 @@ class Guided:
         uncond = _in_order_of(cond, uncond)
         _check_pair(cond, uncond)
         self.model, self.cond, self.uncond = model, cond, uncond
+        self.costs_beside = getattr(model, "costs_beside", model)  # what a planner learns outlives this object
         self.scale, self.rescale = _check_scale(scale), _check_rescale(rescale)
 
     def parameters(self) -> list[Tensor]:
         """The parameters of the model, where it is a module: what a sample can be differentiated with respect to."""
         found: Callable[[], Any] = getattr(self.model, "parameters", list)
         return list(found())
+
+    def deq_tensors(self) -> list[Tensor]:
+        """The tensors that `deq_bind` adds to a call, for whoever wants to know whether they need a gradient."""
+        leaves = tree_leaves((self.cond, self.uncond, self.scale))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def deq_bind(self, batch: int, extra: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments for `batch` samples, every tensor in them with one row for each: for the sampler.

@@ -89,6 +89,16 @@ def noise() -> Callable[..., Tensor]:
     return make
 
 
+@pytest.fixture
+def karras() -> Callable[..., Tensor]:
+    def make(steps: int = 20, low: float = 0.05, high: float = 14.0) -> Tensor:
+        """(steps + 1,) noise levels of k-diffusion's get_sigmas_karras."""
+        ramp = torch.linspace(0, 1, steps)
+        return torch.cat([(high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7, torch.zeros(1)])
+
+    return make
+
+
 def relative_error(x: Tensor, reference: Tensor) -> Tensor:
     """(B,) relative L2 error."""
     difference = (x.double() - reference.double()).flatten(1).norm(dim=1)

@@ -149,6 +149,17 @@ def test_gradients_reach_conditioning_scale_and_parameters(prompted, prompts, dd
         assert (a - b).norm() <= 1e-3 * b.norm()
 
 
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["cond", "uncond", "scale"])
+def test_gradients_with_everything_else_frozen(prompted, prompts, ddim, noise, which):
+    start, model = noise(3, dtype=torch.float64), prompted.double().requires_grad_(False)
+    given = [prompts[0].double(), prompts[1].double(), torch.full((3,), 1.5, dtype=torch.float64)]
+    given[which].requires_grad_(True)
+    out = dq.DEQSampler(dq.guided(model, *given), ddim(6), tol=1e-9).sample(start).sample
+    (got,) = torch.autograd.grad(out.square().sum(), given[which])
+    (expected,) = torch.autograd.grad(by_hand(model, ddim(6), start, *given, 0.0).square().sum(), given[which])
+    assert (got - expected).norm() <= 1e-3 * expected.norm()
+
+
 def test_called_directly_the_rows_are_the_samples(prompted, prompts, noise):
     cond, uncond = prompts
     model, t = dq.guided(prompted, cond, uncond, 2.0), torch.full((3,), 500)

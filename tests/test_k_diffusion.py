@@ -73,15 +73,6 @@ def kd(request):
     )
 
 
-@pytest.fixture
-def karras():
-    def make(steps=20, low=0.05, high=14.0):
-        ramp = torch.linspace(0, 1, steps)
-        return torch.cat([(high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7, torch.zeros(1)])
-
-    return make
-
-
 class Prompted(torch.nn.Module):
     """An eps or v network on fractional timesteps with a conditioning for each row."""
 
@@ -194,57 +185,3 @@ def test_guided_models(karras, mixture, noise, relative_error):
     with torch.no_grad():
         expected = euler(CFG(inner), x, sigmas, extra)
     assert relative_error(got, expected).max() < 1e-4
-
-
-def denoised(x, sigma):
-    return x / (1 + sigma[:, None, None, None] ** 2)
-
-
-def window(x, sigma):
-    """A condition that is on for middle sigmas only, decided by the first row."""
-    return denoised(x, sigma) + (0.5 if 1.0 < sigma[0] < 6.0 else 0.0)
-
-
-def tiled(x, sigma):
-    """A mask for two samples, tiled to the rows of the call."""
-    mask = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
-    return denoised(x, sigma) * mask.repeat(len(x) // 2, 1, 1, 1)
-
-
-def first_sigma(x, sigma):
-    return x / (1 + sigma[0] ** 2)
-
-
-def two_rows(x, sigma):
-    return denoised(x, sigma) + torch.ones(2, 3, 8, 8)
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (window, r"its rows are not independent: .* sigma\[0\] for all rows"),
-        (tiled, "keeps masks or conditions for one batch of samples"),
-        (first_sigma, "its rows are not independent"),
-        (two_rows, "works on one noise level, but not on a batch of 3 levels x 2 samples"),
-    ],
-)
-def test_models_whose_rows_depend_on_each_other_are_refused(karras, noise, model, message):
-    with pytest.raises(ValueError, match=message):
-        sample_deq(model, noise(2), karras(), disable=True)
-
-
-def test_bad_arguments(karras, noise):
-    x, sigmas = noise(2), karras(5)
-    with pytest.raises(TypeError, match=r"sample_deq: unknown option s_churn; there are method, .*max_rounds"):
-        sample_deq(denoised, x, sigmas, s_churn=1.0)
-    with pytest.raises(ValueError, match="method: expected one of 'euler', 'dpmpp_2m', got 'heun'"):
-        sample_deq(denoised, x, sigmas, method="heun")
-    with pytest.raises(ValueError, match="sigmas: expected strictly descending"):
-        sample_deq(denoised, x, sigmas.flip(0))
-    with pytest.raises(TypeError, match="extra_args: expected a dict or None, got list"):
-        sample_deq(denoised, x, sigmas, [1])
-    with pytest.raises(TypeError, match="x: expected a tensor"):
-        sample_deq(denoised, 3, sigmas)
-    with pytest.raises(ValueError, match=r"model: expected the denoised sample, a tensor of shape \(2, 3, 8, 8\)"):
-        sample_deq(lambda x, sigma: x[:, :1], x, sigmas)
-    assert sample_deq(denoised, x, sigmas[:1]) is x

@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ from torch.utils._pytree import tree_map
 
 from .. import arguments
 from .._types import Model
+from ..cost import signature_of
 from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
 
 _AGREE = 1e-2  # relative: far above what another batch size does to rounding, far below a wrong condition
 _OPTIONS = tuple(list(inspect.signature(DEQSampler).parameters)[2:])
+_PASSED: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
 _log = logging.getLogger("deqdiff_fast")
 
 
@@ -45,7 +48,7 @@ def sample_deq(
     model: `model(x, sigma, **extra_args) -> denoised`, x: (n, *shape), sigma: (n,), in the dtype of x. The rows of one
     call are at several noise levels: a model that looks at `sigma[0]` only, or that keeps masks for B rows in itself,
     gives wrong results. verify=True compares one such call with separate ones first (at the first, middle and last
-    sigma: 4 calls, 6 B rows) and refuses what differs.
+    sigma: 4 calls, 6 B rows) and refuses what differs; once for a model and a kind of arguments.
     x: (B, *shape), the state at sigmas[0]. sigmas: (T + 1,), strictly descending. extra_args: tensors of first
     dimension B belong to the samples and are repeated for the timesteps of a call, lists and dicts included.
     callback: called with a dict of x, i, sigma, sigma_hat and denoised for every step in order, once it is final; more
@@ -72,7 +75,7 @@ def sample_deq(
     contract, extra = _Contract(model), _extra(extra_args)
     sampler = DEQSampler(contract, Schedule.from_sigmas(levels, method), **options)
     if verify and len(x):
-        check_rows(contract, x, levels, extra)
+        _check_once(contract, x, levels, extra)
     steps = None if callback is None else _Steps(callback, levels)
     solution = sampler.sample(x, extra, callback=steps, progress=_shown(disable))
     stats = solution.stats
@@ -86,7 +89,7 @@ class _Contract:
     """The model as the sampler calls it: sigma in the dtype of x, as k-diffusion's `sigma * x.new_ones(B)` is."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        self.model, self.costs_beside = model, getattr(model, "costs_beside", model)
         if hasattr(model, "deq_bind"):
             self.deq_bind = model.deq_bind
 
@@ -107,6 +110,19 @@ class _Steps:
             self.callback(
                 {"x": info.state(i), "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": info.denoised(i)}
             )
+
+
+def _check_once(contract: _Contract, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
+    """`check_rows`, but for a model object that has passed it with such arguments."""
+    ends = (float(sigmas[0]), float(sigmas[-2]), len(sigmas))
+    asked = (signature_of(x, extra_args), len(x), ends)
+    try:
+        passed = _PASSED.setdefault(contract.model, set())
+    except TypeError:  # neither hashed nor weakly referenced
+        passed = set()
+    if asked not in passed:
+        check_rows(contract, x, sigmas, extra_args)
+        passed.add(asked)
 
 
 def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:

@@ -1,0 +1,78 @@
+"""What `sample_deq` refuses: models whose rows depend on each other, and bad arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deqdiff_fast.integrations.k_diffusion import sample_deq
+
+
+def denoised(x, sigma):
+    return x / (1 + sigma[:, None, None, None] ** 2)
+
+
+def window(x, sigma):
+    """A condition that is on for middle sigmas only, decided by the first row."""
+    return denoised(x, sigma) + (0.5 if 1.0 < sigma[0] < 6.0 else 0.0)
+
+
+def tiled(x, sigma):
+    """A mask for two samples, tiled to the rows of the call."""
+    mask = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
+    return denoised(x, sigma) * mask.repeat(len(x) // 2, 1, 1, 1)
+
+
+def first_sigma(x, sigma):
+    return x / (1 + sigma[0] ** 2)
+
+
+def two_rows(x, sigma):
+    return denoised(x, sigma) + torch.ones(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (window, r"its rows are not independent: .* sigma\[0\] for all rows"),
+        (tiled, "keeps masks or conditions for one batch of samples"),
+        (first_sigma, "its rows are not independent"),
+        (two_rows, "works on one noise level, but not on a batch of 3 levels x 2 samples"),
+    ],
+)
+def test_models_whose_rows_depend_on_each_other_are_refused(karras, noise, model, message):
+    with pytest.raises(ValueError, match=message):
+        sample_deq(model, noise(2), karras(), disable=True)
+
+
+def test_the_comparison_is_made_once(karras, noise):
+    calls = []
+
+    def model(x, sigma, **extra):
+        calls.append(len(x))
+        return denoised(x, sigma)
+
+    counts = []
+    for extra in ({}, {}, {"cond": torch.zeros(2, 3)}):
+        calls.clear()
+        sample_deq(model, noise(2), karras(6), extra, disable=True, window=6)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] + 4
+    assert counts[2] == counts[0]
+
+
+def test_bad_arguments(karras, noise):
+    x, sigmas = noise(2), karras(5)
+    with pytest.raises(TypeError, match=r"sample_deq: unknown option s_churn; there are method, .*max_rounds"):
+        sample_deq(denoised, x, sigmas, s_churn=1.0)
+    with pytest.raises(ValueError, match="method: expected one of 'euler', 'dpmpp_2m', got 'heun'"):
+        sample_deq(denoised, x, sigmas, method="heun")
+    with pytest.raises(ValueError, match="sigmas: expected strictly descending"):
+        sample_deq(denoised, x, sigmas.flip(0))
+    with pytest.raises(TypeError, match="extra_args: expected a dict or None, got list"):
+        sample_deq(denoised, x, sigmas, [1])
+    with pytest.raises(TypeError, match="x: expected a tensor"):
+        sample_deq(denoised, 3, sigmas)
+    with pytest.raises(ValueError, match=r"model: expected the denoised sample, a tensor of shape \(2, 3, 8, 8\)"):
+        sample_deq(lambda x, sigma: x[:, :1], x, sigmas)
+    assert sample_deq(denoised, x, sigmas[:1]) is x
