@@ -1,4 +1,4 @@
-"""The command line: `deqdiff-fast sample | demo | info | bench`."""
+"""The command line: `deqdiff-fast sample | invert | demo | info | bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from ..errors import DeqDiffError
-from . import _bench, _demo, _sample
+from . import _bench, _demo, _invert, _sample
 from ._output import CommandError
 
 _MISTAKES = (CommandError, DeqDiffError, ValueError, OSError, ImportError)
@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _sample.add_parser(commands)
+    _invert.add_parser(commands)
     _demo.add_parser(commands)
     info = commands.add_parser("info", help="versions, devices, backends and why one is missing")
     info.set_defaults(run=_info)

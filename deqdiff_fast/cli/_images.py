@@ -49,15 +49,15 @@ def grid(images: Tensor, least: int = 96) -> Image.Image:
     return Image.fromarray(canvas).resize(size, Image.Resampling.NEAREST)
 
 
-def panels(serial: Tensor, parallel: Tensor) -> Image.Image:
-    """Serial samples, parallel samples and 16 times their difference (black = none), side by side with labels."""
-    a, b = pixels(serial), pixels(parallel)
+def panels(first: Tensor, second: Tensor, names: tuple[str, str] = ("serial", "parallel")) -> Image.Image:
+    """Two sets of samples and 16 times their difference (black = none), side by side with labels."""
+    a, b = pixels(first), pixels(second)
     difference = ((a.int() - b.int()).abs() * DIFFERENCE_GAIN).clamp(max=255).to(torch.uint8)
     pictures = [grid(part) for part in (a, b, difference)]
     width, height = pictures[0].size
     canvas = Image.new("RGB", (3 * width + 4 * _MARGIN, height + _LABEL + 2 * _MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    titles = ("serial", "parallel", f"difference x {DIFFERENCE_GAIN}")
+    titles = (*names, f"difference x {DIFFERENCE_GAIN}")
     for k, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
         left = _MARGIN + k * (width + _MARGIN)
         draw.text((left, _MARGIN), title, fill="black")

@@ -47,3 +47,25 @@ def convergence_plot(curves: list[Curve], path: Path, *, ylabel: str, title: str
     axes.legend()
     with replacing(path) as partial:
         figure.savefig(partial)
+
+
+def error_plot(points: dict[str, tuple[float, float]], path: Path, *, title: str, target: float) -> None:
+    """Write error against seconds, one point a method, both logarithmic, as PNG; `target` is drawn as a dotted line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (name, (seconds, error)), marker in zip(points.items(), cycle("osD^vP*X"), strict=False):
+        axes.plot([seconds], [error], marker=marker, linestyle="", markersize=8, label=name)
+    axes.axhline(target, color="grey", linestyle=":", label=f"{target:g}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("seconds, with the serial chain that measures the error")
+    axes.set_ylabel("relative error of the image")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as partial:
+        figure.savefig(partial)

@@ -37,9 +37,13 @@ class Problem:
     dtype: torch.dtype
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def streams(self, batch: int) -> list[torch.Generator]:
+        """A fresh generator for each image."""
+        return [torch.Generator().manual_seed(self.seed * 1_000_003 + k) for k in range(batch)]
+
     def noise(self, batch: int) -> tuple[Tensor, list[torch.Generator]]:
         """(batch, C, H, W) initial states and their generators. Image k has a stream of its own, whatever the batch."""
-        streams = [torch.Generator().manual_seed(self.seed * 1_000_003 + k) for k in range(batch)]
+        streams = self.streams(batch)
         noise = torch.stack([torch.randn(self.info.sample_shape, generator=stream) for stream in streams])
         noise *= self.schedule.init_noise_sigma
         return noise.to(self.device, self.dtype), streams

@@ -19,7 +19,7 @@ SAFETY = 0.1  # part of the tolerance that one step may miss: the steps add up
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """x_i <- (x_{i+1} - b_i eps_i(x_i) - drift_i) / a_i, repeated for each step until it holds, from the image backwards.
+    """x_i <- (x_{i+1} - b_i eps_i(x_i) - drift_i) / a_i, repeated for each step until it holds, image first.
 
     eps: the noise prediction, whatever the model predicts.
     iterations: most model calls in one step; a step ends sooner once it misses x_{i+1} by less than a tenth of `tol`,
