@@ -350,7 +350,7 @@ def test_the_default_solver_gives_the_promised_accuracy(make, relative_error):
 
 
 def test_the_checkout_offers_nothing_to_libraries_that_look_for_kernels():
-    """transformers imports a package `kernels` wherever it finds one, and the root of the checkout has such a folder."""
+    """transformers imports a package `kernels` where it finds one, and the root of the checkout has such a folder."""
     code = "import kernels; assert not hasattr(kernels, 'ddim_update'), 'the kernels were loaded a second time'"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import torch
 
 from ..schedule import Schedule, timesteps
 from ..spectral import SpectralSlope
+from .pipelines import invert as invert
 from .pipelines import parallelize as parallelize
 from .pipelines import restore as restore
 

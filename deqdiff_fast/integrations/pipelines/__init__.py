@@ -1,5 +1,6 @@
 """diffusers pipelines whose denoising loop is solved in parallel, and the latents behind an image."""
 
+from .invert import invert
 from .parallel import parallelize, restore
 
-__all__ = ["parallelize", "restore"]
+__all__ = ["invert", "parallelize", "restore"]

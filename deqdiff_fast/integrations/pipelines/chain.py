@@ -54,16 +54,15 @@ class Chain:
 
     @property
     def generator(self) -> Any:
-        """What the pipeline passes to `step`."""
-        return self.step_kwargs.get("generator")
+        """What the pipeline passes to `step`; a list of one draws for all samples, as in diffusers."""
+        given = self.step_kwargs.get("generator")
+        return given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
 
     def noise(self) -> FrozenNoise | None:
         """Drawn as the scheduler would: for all that it steps, of which only the first half counts."""
-        given, start = self.generator, self.start
-        if isinstance(given, (list, tuple)) and len(given) == 1:  # as in diffusers: one for all samples
-            given = given[0]
+        start = self.start
         whole = (len(start) * self.halves, *start.shape[1:])
-        frozen = freeze(self.schedule, whole, given, start.dtype, start.device)
+        frozen = freeze(self.schedule, whole, self.generator, start.dtype, start.device)
         return None if frozen is None else FrozenNoise(frozen.draws[:, : len(start)])
 
     def sampler(self, options: dict[str, Any]) -> DEQSampler:

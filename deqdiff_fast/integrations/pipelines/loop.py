@@ -19,6 +19,7 @@ from ...solution import RoundInfo, Solution
 from .calls import Call
 from .chain import Chain
 from .families import Family
+from .proxies import DenoiserProxy, scheduler_proxy
 from .random_state import RandomState
 
 _LOG = logging.getLogger("deqdiff_fast")
@@ -41,6 +42,13 @@ class Loop:
         self.probes: list[Tensor] = []
         self.taken_over_at = 0
         self.random = RandomState(None, torch.device("cpu"))
+
+    def proxies(self) -> dict[str, Any]:
+        """What to put in the place of the pipeline's components."""
+        return {
+            self.family.denoiser: DenoiserProxy(self.denoiser, _denoise=self.denoise),
+            "scheduler": scheduler_proxy(self.scheduler, self.step, self.scale),
+        }
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """In place of the scheduler's `scale_model_input`: the solver scales inputs itself."""

@@ -13,7 +13,7 @@ from ...sampler import DEQSampler
 from ...schedule import Schedule
 from .families import Family, family_of
 from .loop import Loop
-from .proxies import DenoiserProxy, installed, scheduler_proxy
+from .proxies import installed
 
 Pipe = TypeVar("Pipe")
 _CLASSES: WeakKeyDictionary[type, type] = WeakKeyDictionary()  # of a pipeline class: ours, derived from it
@@ -54,9 +54,14 @@ def restore(pipe: Pipe) -> Pipe:
     return pipe
 
 
+def plain_class(pipe: Any) -> Any:
+    """The class that a pipeline has without us."""
+    return type(pipe).__mro__[1] if _SETTINGS in vars(pipe) else type(pipe)
+
+
 def _leave(pipe: Any) -> None:
-    if vars(pipe).pop(_SETTINGS, None) is not None:
-        pipe.__class__ = type(pipe).__mro__[1]
+    pipe.__class__ = plain_class(pipe)
+    vars(pipe).pop(_SETTINGS, None)
 
 
 def _derived(base: type) -> type:
@@ -69,15 +74,11 @@ def _derived(base: type) -> type:
             return plain(self, *args, **kwargs)
         family = family_of(self)
         bound = inspect.signature(plain).bind(self, *args, **kwargs)
-        _check_arguments(self, family, bound)
+        check_arguments(self, family, bound)
         loop = Loop(self, family, vars(self)[_SETTINGS], bound.arguments)
         vars(self)["last_solution"] = None
         vars(self).pop("_num_timesteps", None)
-        parts = {
-            family.denoiser: DenoiserProxy(loop.denoiser, _denoise=loop.denoise),
-            "scheduler": scheduler_proxy(loop.scheduler, loop.step, loop.scale),
-        }
-        with installed(self, parts):
+        with installed(self, loop.proxies()):
             result = plain(self, *args, **kwargs)
         loop.finish()
         return result
@@ -86,7 +87,7 @@ def _derived(base: type) -> type:
     return type(base)(base.__name__, (base,), own)
 
 
-def _check_arguments(pipe: Any, family: Family, bound: inspect.BoundArguments) -> None:
+def check_arguments(pipe: Any, family: Family, bound: inspect.BoundArguments) -> None:
     """Refuse what the loop would not honour; fills in the defaults of what was not passed."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     given = dict(list(bound.arguments.items())[1:])  # without self
