@@ -49,7 +49,8 @@ def text_encoder(width: int = 16, projection: bool = False) -> Any:
 
 def decoder(channels: int = 4, **config: Any) -> diffusers.AutoencoderKL:
     return diffusers.AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, latent_channels=channels, sample_size=SIZE, **config
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=channels, sample_size=SIZE, scaling_factor=1.5,
+        **config,
     ).eval()
 
 
