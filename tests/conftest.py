@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -108,3 +111,17 @@ def relative_error(x: Tensor, reference: Tensor) -> Tensor:
 @pytest.fixture(name="relative_error")
 def _relative_error() -> Callable[[Tensor, Tensor], Tensor]:
     return relative_error
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """Builders of tiny diffusers pipelines; they belong to the benchmarks, which are no package of the wheel."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    file = Path(__file__).resolve().parent.parent / "bench" / "_tiny_pipelines.py"
+    spec = importlib.util.spec_from_file_location("tiny_pipelines", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

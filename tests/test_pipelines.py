@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -19,43 +18,6 @@ from deqdiff_fast.integrations.pipelines.families import FAMILIES  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 diffusers.utils.logging.set_verbosity_error()
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 8
-PROMPTS = {"prompt": ["a cat", "a photo of a dog"], "negative_prompt": ["blurry", "a hat"], "guidance_scale": 5.0}
-
-
-def load_tiny():
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", ROOT / "bench" / "_tiny_pipelines.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load_tiny()
-
-
-def arguments(name: str, **changes) -> dict:
-    """Of a call that makes two samples and returns latents where the family can."""
-    if name == "dit":
-        given = {"class_labels": [1, 2], "output_type": "pt", "guidance_scale": 3.0}
-    elif name in ("ddim", "ddpm"):
-        given = {"batch_size": 2, "output_type": "pt"}
-    elif name.startswith("flux"):
-        given = PROMPTS | {"true_cfg_scale": 3.0, "height": tiny.SIZE, "width": tiny.SIZE, "max_sequence_length": 8}
-        given |= {"output_type": "latent"}
-    else:
-        given = PROMPTS | {"output_type": "latent"}
-    if "img2img" in name:
-        image = torch.rand(2, 3, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(3))
-        given |= {"image": image, "strength": 0.7}
-    return {"num_inference_steps": STEPS} | given | changes
-
-
-def call(pipe, **given):
-    """With every source of randomness seeded; a list of generators where `generator` counts them."""
-    torch.manual_seed(5)
-    count = given.pop("generator", None)
-    generators = [torch.Generator().manual_seed(10 + k) for k in range(count or 1)]
-    return pipe(generator=generators if count else generators[0], **given)
 
 
 def parallel(pipe, **options):
@@ -63,7 +25,7 @@ def parallel(pipe, **options):
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tiny, tmp_path):
     def make(name: str, rule: str | None = None, **config):
         return tiny.build(name, tmp_path, rule, **config)
 
@@ -108,146 +70,50 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "rule", "config", "changes"), CASES)
-def test_the_same_latents_as_the_untouched_pipeline(make, relative_error, name, rule, config, changes):
-    given = arguments(name, **changes)
-    (reference, *_) = call(make(name, rule, **config), **given, return_dict=False)
+def test_the_same_latents_as_the_untouched_pipeline(make, tiny, relative_error, name, rule, config, changes):
+    given = tiny.arguments(name, **changes)
+    (reference, *_) = tiny.call(make(name, rule, **config), **given, return_dict=False)
     pipe = make(name, rule, **config)
     assert parallel(pipe) is pipe
     assert pipe.last_solution is None
-    (latents, *_) = call(pipe, **given, return_dict=False)
+    (latents, *_) = tiny.call(pipe, **given, return_dict=False)
     assert latents.shape == reference.shape
     assert relative_error(latents, reference).max() < 1e-3
     stats = pipe.last_solution.stats
     assert pipe.last_solution.converged.all()
     assert stats.finished_serially == 0
-    assert 0 < stats.rounds <= (2 if rule == "HeunDiscreteScheduler" else 1) * (STEPS + 1)
+    assert 0 < stats.rounds <= (2 if rule == "HeunDiscreteScheduler" else 1) * (tiny.STEPS + 1)
     assert stats.solver == "quasi-newton"
-    assert call(pipe, **given)[0].shape == reference.shape  # and again
+    assert tiny.call(pipe, **given)[0].shape == reference.shape  # and again
 
 
-def test_every_family_is_covered(make):
+def test_every_family_is_covered(make, tiny):
     assert {name for name, *_ in CASES} == set(tiny.BUILDERS)
     assert {type(make(name)).__name__ for name in tiny.BUILDERS} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
-def test_given_latents_and_decoded_images(make, relative_error, name):
+def test_given_latents_and_decoded_images(make, tiny, relative_error, name):
     plain, pipe = make(name), parallel(make(name))
-    given = arguments(name, output_type="latent")
-    shape = call(plain, **given)[0].shape
+    given = tiny.arguments(name, output_type="latent")
+    shape = tiny.call(plain, **given)[0].shape
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(9))
-    reference, ours = (call(p, **given | {"latents": latents, "output_type": "np"}) for p in (plain, pipe))
+    reference, ours = (tiny.call(p, **given | {"latents": latents, "output_type": "np"}) for p in (plain, pipe))
     assert type(ours) is type(reference)
     assert abs(ours.images - reference.images).max() < 1e-3
-    assert relative_error(pipe.last_solution.sample, call(plain, **given, latents=latents)[0]).max() < 1e-3
-    assert call(pipe, **given | {"output_type": "pil"}).images[0].size == (tiny.SIZE, tiny.SIZE)
+    assert relative_error(pipe.last_solution.sample, tiny.call(plain, **given, latents=latents)[0]).max() < 1e-3
+    assert tiny.call(pipe, **given | {"output_type": "pil"}).images[0].size == (tiny.SIZE, tiny.SIZE)
 
 
-@pytest.mark.parametrize(
-    ("name", "rule"), [("sd", DPM), ("sd-img2img", EULER), ("sdxl", EULER), ("sd3", FLOW), ("flux", FLOW)]
-)
-def test_callbacks_see_every_timestep_in_order_with_its_latents(make, relative_error, name, rule):
-    seen: dict[str, list] = {"plain": [], "parallel": []}
-    for kind, pipe in (("plain", make(name, rule)), ("parallel", parallel(make(name, rule)))):
-
-        def watch(pipe_, index, timestep, tensors, pipe=pipe, kind=kind):
-            assert pipe_ is pipe
-            assert sorted(tensors) == ["latents", "prompt_embeds"]
-            seen[kind].append((index, float(timestep), tensors["latents"].clone()))
-            return {}
-
-        inputs = ["latents", "prompt_embeds"]
-        call(pipe, **arguments(name), callback_on_step_end=watch, callback_on_step_end_tensor_inputs=inputs)
-    assert len(seen["plain"]) >= STEPS // 2
-    assert [row[:2] for row in seen["parallel"]] == [row[:2] for row in seen["plain"]]
-    for ours, reference in zip(seen["parallel"], seen["plain"], strict=True):
-        assert relative_error(ours[2], reference[2]).max() < 1e-3
-    assert pipe.last_solution.stats.finished_serially == 0
-
-
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
-def test_a_callback_can_interrupt(make, relative_error, name):
-    def stop(pipe, index, timestep, tensors):
-        pipe._interrupt = index == 3
-        return tensors
-
-    plain, pipe = make(name), parallel(make(name))
-    reference, ours = (call(p, **arguments(name), callback_on_step_end=stop)[0] for p in (plain, pipe))
-    assert relative_error(ours, reference).max() < 1e-3
-    assert relative_error(ours, call(plain, **arguments(name))[0]).min() > 1e-2
-
-
-def test_a_running_solve_can_be_interrupted(make):
-    pipe = parallel(make("sd"), solver="picard", tol=1e-6)
-    calls = []
-
-    def stop(module, args, kwargs, output):
-        calls.append(len(output[0]))
-        pipe._interrupt = len(calls) == 3
-
-    with pipe.unet.register_forward_hook(stop, with_kwargs=True):
-        latents = call(pipe, **arguments("sd"), callback_on_step_end=lambda *a: a[-1])[0]
-    assert pipe.last_solution.stats.stop_reason == "callback"
-    assert len(calls) == 3
-    assert latents.isfinite().all()
-    states = []
-    call(make("sd"), **arguments("sd"), callback_on_step_end=lambda p, i, t, k: states.append(k["latents"]) or {})
-    assert min(float((state - latents).norm() / state.norm()) for state in states) < 1e-3
-
-
-def changed_latents(pipe, index, timestep, tensors):
-    return {"latents": tensors["latents"] * 0.5} if index == 3 else {}
-
-
-def changed_in_place(pipe, index, timestep, tensors):
-    if index == 4:
-        tensors["latents"].mul_(0.5)
-    return {}
-
-
-def cut_guidance(pipe, index, timestep, tensors):
-    if index != 2:
-        return {}
-    pipe._guidance_scale = 0.0
-    return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
-
-
-def changed_scale(pipe, index, timestep, tensors):
-    pipe._guidance_scale = 2.0 + index
-    return {}
-
-
-def changed_prompt(pipe, index, timestep, tensors):
-    return {"prompt_embeds": tensors["prompt_embeds"].flip(0)} if index == 1 else {}
-
-
-CHANGES = [(change, DPM) for change in (changed_latents, changed_in_place, cut_guidance, changed_scale, changed_prompt)]
-STATEFUL = ("DDIMScheduler", "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler")
-CHANGES += [(changed_latents, rule) for rule in STATEFUL]
-
-
-@pytest.mark.parametrize(("change", "rule"), CHANGES)
-def test_what_a_callback_changes_is_honoured(make, relative_error, change, rule):
-    inputs = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
-    reference = call(make("sd", rule), **arguments("sd"), **inputs)[0]
-    pipe = parallel(make("sd", rule))
-    ours = call(pipe, **arguments("sd"), **inputs)[0]
-    assert relative_error(ours, reference).max() < 1e-4
-    assert relative_error(ours, call(pipe, **arguments("sd"))[0]).min() > 4e-3
-    call(pipe, **arguments("sd"), **inputs)
-    assert pipe.last_solution.stats.finished_serially > 0
-    assert torch.equal(pipe.last_solution.sample, ours)
-
-
-def test_a_progress_bar_counts_all_steps_and_obeys_its_settings(make, capsys):
+def test_a_progress_bar_counts_all_steps_and_obeys_its_settings(make, tiny, capsys):
     pipe = parallel(make("sd", DPM))
     pipe.set_progress_bar_config(disable=False, desc="parallel")
-    call(pipe, **arguments("sd"))
+    tiny.call(pipe, **tiny.arguments("sd"))
     shown = capsys.readouterr().err
-    assert f"{STEPS}/{STEPS}" in shown
+    assert f"{tiny.STEPS}/{tiny.STEPS}" in shown
     assert "parallel" in shown
     pipe.set_progress_bar_config(disable=True)
-    call(pipe, **arguments("sd"))
+    tiny.call(pipe, **tiny.arguments("sd"))
     assert capsys.readouterr().err == ""
 
 
@@ -260,18 +126,18 @@ def test_a_progress_bar_counts_all_steps_and_obeys_its_settings(make, capsys):
         ("flux", {"negative_ip_adapter_image": torch.zeros(1, 3, 8, 8)}),
     ],
 )
-def test_unsupported_arguments_are_refused_by_name_before_any_work(make, name, option):
+def test_unsupported_arguments_are_refused_by_name_before_any_work(make, tiny, name, option):
     pipe = parallel(make(name))
     used = []
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.register_forward_pre_hook(lambda *_: used.append(1))
     with pytest.raises(ValueError, match=next(iter(option))):
-        call(pipe, **arguments(name), **option)
+        tiny.call(pipe, **tiny.arguments(name), **option)
     assert not used
     with pytest.raises(TypeError, match="nonsense"):
         pipe(nonsense=1) if name.startswith(("sd3", "flux")) else parallel(pipe, nonsense=1)
-    call(pipe, **arguments(name))
+    tiny.call(pipe, **tiny.arguments(name))
     assert used
 
 
@@ -284,24 +150,24 @@ def test_bad_options_and_other_pipelines_are_refused(make):
     assert type(pipe) is diffusers.StableDiffusionPipeline
 
 
-def test_a_scheduler_that_is_not_affine_is_refused_with_the_reason(make):
+def test_a_scheduler_that_is_not_affine_is_refused_with_the_reason(make, tiny):
     pipe = parallel(make("sd", DPM, thresholding=True))
     with pytest.raises(dq.NotAffineError, match="thresholding"):
-        call(pipe, **arguments("sd"))
+        tiny.call(pipe, **tiny.arguments("sd"))
     assert isinstance(vars(pipe)["unet"], torch.nn.Module)
     assert type(vars(pipe)["scheduler"]) is diffusers.DPMSolverMultistepScheduler
 
 
-def test_guidance_that_is_not_known_is_noticed_and_not_replaced(make, monkeypatch):
+def test_guidance_that_is_not_known_is_noticed_and_not_replaced(make, tiny, monkeypatch):
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion as module
 
     pipe = parallel(make("sd"))
     monkeypatch.setattr(module, "rescale_noise_cfg", lambda cfg, text, guidance_rescale: cfg * 0.9)
     with pytest.raises(dq.DeqDiffError, match="combines its model's outputs"):
-        call(pipe, **arguments("sd", guidance_rescale=0.5))
+        tiny.call(pipe, **tiny.arguments("sd", guidance_rescale=0.5))
 
 
-def test_the_pipeline_stays_what_it_was(make, tmp_path):
+def test_the_pipeline_stays_what_it_was(make, tiny, tmp_path):
     pipe = make("sd", EULER)
     config, unet, scheduler = dict(pipe.config), pipe.unet, pipe.scheduler
     parallel(parallel(pipe), tol=1e-3)
@@ -315,7 +181,7 @@ def test_the_pipeline_stays_what_it_was(make, tmp_path):
         )
         return {}
 
-    call(pipe, **arguments("sd"), callback_on_step_end=look)
+    tiny.call(pipe, **tiny.arguments("sd"), callback_on_step_end=look)
     assert during == {
         "unet": True, "scheduler": True, "device": torch.device("cpu"), "dtype": torch.float32,
         "parts": len(pipe.components),
@@ -331,21 +197,21 @@ def test_the_pipeline_stays_what_it_was(make, tmp_path):
     assert not hasattr(pipe, "last_solution")
 
 
-def test_offloading_finds_the_components_themselves(make, monkeypatch):
+def test_offloading_finds_the_components_themselves(make, tiny, monkeypatch):
     pipe = parallel(make("sd"))
     found = []
     monkeypatch.setattr(
         diffusers.StableDiffusionPipeline, "maybe_free_model_hooks", lambda self: found.append(vars(self)["unet"])
     )
-    call(pipe, **arguments("sd"))
+    tiny.call(pipe, **tiny.arguments("sd"))
     assert found == [pipe.unet]
     assert type(found[0]) is diffusers.UNet2DConditionModel
 
 
-def test_the_default_solver_gives_the_promised_accuracy(make, relative_error):
+def test_the_default_solver_gives_the_promised_accuracy(make, tiny, relative_error):
     pipe = dq.integrations.diffusers.parallelize(make("sd"))
-    ours = call(pipe, **arguments("sd", num_inference_steps=10))[0]
-    reference = call(make("sd"), **arguments("sd", num_inference_steps=10))[0]
+    ours = tiny.call(pipe, **tiny.arguments("sd", num_inference_steps=10))[0]
+    reference = tiny.call(make("sd"), **tiny.arguments("sd", num_inference_steps=10))[0]
     assert relative_error(ours, reference).max() < 1e-2
 
 

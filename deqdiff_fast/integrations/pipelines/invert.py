@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import ConvergenceWarning, NotConvergedError
 from ...inversion.base import DEFAULT_TOL
 from ...inverter import DEQInverter, Inversion
 from ...schedule import Schedule
@@ -67,7 +69,7 @@ def invert(
 
 
 def _solve(chain: Chain, target: Tensor, settings: dict[str, Any]) -> Inversion:
-    """With the method asked for; or with the default one, and where that leaves images out, from them backwards."""
+    """With the method asked for; or with the default one, and for images that it leaves out, the serial one."""
 
     def attempt(**changes: Any) -> Inversion:
         return DEQInverter(chain.model, chain.schedule, **(settings | changes)).invert(
@@ -93,7 +95,20 @@ def _solve(chain: Chain, target: Tensor, settings: dict[str, Any]) -> Inversion:
         trajectory=None,
     )
     found.converged = found.error <= tol
-    return found if bool(found.converged.all()) or settings.get("on_failure") is None else attempt()
+    return _judged(found, tol, settings.get("on_failure", "serial"))
+
+
+def _judged(found: Inversion, tol: float, on_failure: str) -> Inversion:
+    if on_failure == "serial" or bool(found.converged.all()):
+        return found
+    message = (
+        f"{int((~found.converged).sum())} of {len(found.error)} images are not reproduced to {tol:g} (largest error "
+        f"{float(found.error.max()):.1e}); take more timesteps, less guidance, or loosen tol"
+    )
+    if on_failure == "raise":
+        raise NotConvergedError(message, found)
+    warnings.warn(message, ConvergenceWarning, stacklevel=5)
+    return found
 
 
 def image_latents(pipe: Any, image: Any) -> Tensor:
