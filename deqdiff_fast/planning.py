@@ -24,6 +24,7 @@ REINVESTED = 0.1  # of the time saved against the serial chain may go there too
 REFRESH = 16  # solves after which a plan is made anew, whatever happened
 SURPRISE = 0.1  # or as soon as a solve takes this much more or less than the plan said
 JOLT = 1.3  # a figure that far off is checked against the machine itself before it is believed
+FORGIVE = 0.98  # of a correction is kept at every serial solve, so that what was slow once is tried again some time
 LEARN = 0.3  # weight of the newest solve in the corrections
 BANDWIDTH = 2e10  # bytes a second at which a solver's own work is guessed to go, before a solve was seen
 TRAFFIC = 48  # bytes it moves for each element of a state
@@ -155,6 +156,7 @@ class Planner:
         with self._lock:
             site.costs.learn_step(site.batch, seconds / steps)
             site.allowance += PROBING * seconds
+            site.corrections = {w: 1 + FORGIVE * (c - 1) for w, c in site.corrections.items()}
             self._compare(site, seconds)
 
     def saw_rounds(self, site: Site, system: System, noise: Tensor, seen: Effort, seconds: float, window: int) -> None:
@@ -174,9 +176,16 @@ class Planner:
                 factor = min(max(now / max(situation.calls(rows), 1e-9), 1 / cost.LEAP), cost.LEAP)
                 site.costs.drift(factor)
                 ratio /= factor
-            ratio = min(max(ratio, 0.1), 10.0)
-            site.corrections[window] = ratio if old is None else old + LEARN * (ratio - old)
+            self._correct(site, window, min(max(ratio, 0.1), 10.0))
             self._compare(site, seconds)
+
+    def _correct(self, site: Site, window: int, ratio: float) -> None:
+        """Seconds seen over seconds predicted, of a solve. A jolt is about batched calls, so all windows felt it."""
+        old = site.corrections.get(window, ratio)
+        if 1 / JOLT < ratio / old < JOLT:
+            site.corrections[window] = old + LEARN * (ratio - old)
+        else:
+            site.corrections = {w: min(max(c * ratio / old, 0.1), 10.0) for w, c in site.corrections.items()}
 
     def _compare(self, site: Site, seconds: float) -> None:
         said = None if site.plan is None else site.plan.chosen.seconds

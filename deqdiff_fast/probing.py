@@ -70,8 +70,9 @@ def measure_all(
 ) -> None:
     """Measure all sizes from the smallest on, until no larger one can change the plan."""
     limit = planner.options.row_limit(noise)
-    for rows in sizes(site.batch, system.num_steps, limit):
-        if rows > site.batch and not promising(planner.situation(site, noise, model_kwargs), [rows]):
+    ladder = sizes(site.batch, system.num_steps, limit)
+    for k, rows in enumerate(ladder):
+        if k > 0 and not promising(planner.situation(site, noise, model_kwargs), ladder[k:]):
             break
         seconds = cost.measure(system, noise, rows, repeats=REPEATS, budget=BUDGET, clock=planner.clock)
         if seconds == math.inf:

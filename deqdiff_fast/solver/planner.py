@@ -13,6 +13,7 @@ MARGIN = 0.95  # a parallel solve must promise to take at most this part of the 
 STICKY = 0.92  # and another window than the last one at most this part of that one's
 PATIENCE = 1.15  # a running solve is given up where it is predicted to take this many times what the serial rest would
 REACH = 4  # predictions are trusted up to this many times the largest batch that was measured
+HOPE = 0.25  # a measurement must pay if further rows cost this part of what the last ones did
 SAME = 1.05  # a smaller piece must make a round this much cheaper
 
 
@@ -34,6 +35,12 @@ class Curve:
     def largest(self) -> int:
         return self.sizes[-1]
 
+    @property
+    def slope(self) -> float:
+        """Seconds of one more row, from the last two sizes."""
+        (*_, n), (*_, last) = self.sizes, self.seconds
+        return last / n if len(self.sizes) == 1 else (last - self.seconds[-2]) / (n - self.sizes[-2])
+
     def __call__(self, rows: float) -> float:
         sizes, seconds = self.sizes, self.seconds
         if rows <= sizes[0]:
@@ -42,9 +49,7 @@ class Curve:
             k = bisect_left(sizes, rows)
             part = (rows - sizes[k - 1]) / (sizes[k] - sizes[k - 1])
             return seconds[k - 1] + part * (seconds[k] - seconds[k - 1])
-        mean = seconds[-1] / sizes[-1]
-        slope = mean if len(sizes) == 1 else (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
-        return seconds[-1] + (rows - sizes[-1]) * max(slope, mean / 4)
+        return seconds[-1] + (rows - sizes[-1]) * max(self.slope, seconds[-1] / sizes[-1] / 4)
 
     def in_pieces(self, rows: float, piece: int) -> float:
         """Seconds of calls of `piece` rows each that together have that many."""
@@ -203,15 +208,16 @@ def _choose(situation: Situation, serial: Candidate, candidates: list[Candidate]
 
 
 def promising(situation: Situation, sizes: list[int]) -> list[int]:
-    """Those calls of so many rows that it may pay to measure: a solve that makes them would be chosen, were they as
-    cheap as the largest call that was measured."""
+    """Those calls of so many rows that it may pay to measure: a solve that makes them would be chosen, did their
+    further rows cost only `HOPE` times as much as the last ones (nothing, where only one size was measured)."""
     calls, now = situation.calls, decide(situation).chosen.seconds
     if calls is None or now is None:
         return []
-    found = []
+    known, found = dict(zip(calls.sizes, calls.seconds)), []
+    each = HOPE * calls.slope if len(known) > 1 else 0.0
     for rows in sizes:
-        flat = Curve(dict(zip(calls.sizes, calls.seconds)) | {rows: calls.seconds[-1]})
-        then = decide(replace(situation, calls=flat)).chosen
+        seconds = calls.seconds[-1] + each * (rows - calls.largest)
+        then = decide(replace(situation, calls=Curve(known | {rows: seconds}))).chosen
         if then.window * situation.batch > calls.largest and (then.seconds or 0.0) < MARGIN * now:
             found.append(rows)
     return found
