@@ -78,13 +78,21 @@ def comparison(rows: Rows) -> Table:
         ratio = verdict = ""
         if base[0] is not None and mine[0] is not None:
             ratio = f"{'> ' if not base[1] else ''}{base[0] / mine[0]:.1f}" if mine[1] else "not reached"
-            verdict = "PASS" if mine[1] and base[0] >= EVALUATIONS * mine[0] else "FAIL"
+            enough = base[0] >= EVALUATIONS * mine[0]
+            verdict = "FAIL" if not mine[1] or (base[1] and not enough) else "PASS" if enough else "open"
         shown = [
             "" if value is None else f"{'' if reached else '> '}{value / count:.0f}"
             for value, reached in taken.values()
         ]
         cells.append((str(row["steps"]), f"{target:.3g}", *shown, ratio, verdict))
-    return header, cells, ('Evaluations per image, forward passes only; "> n": not reached with n.')
+    return (
+        header,
+        cells,
+        (
+            "Evaluations per image, forward passes only. > n: not reached with n. open: the baseline ended before it "
+            "could tell; give it more epochs or seconds."
+        ),
+    )
 
 
 def _partner(rows: Rows, row: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ def _options(args: argparse.Namespace, name: str, noise: Tensor, problem: Proble
     paper = inversion_preset("cifar10")
     shared = {"steps": args.epochs, "stop": args.stop, "initial": noise}
     if name == "implicit":
-        return {"method": "gradient", "gradient": "implicit", "lr": paper.baseline_lr, "solver_tol": 1e-3,
+        return {"method": "gradient", "gradient": dq.Implicit(tol=1e-2), "lr": paper.baseline_lr, "solver_tol": 1e-2,
                 "spectrum": problem.spectrum, **shared}  # fmt: skip
     return (paper.baseline() if name == "bptt" else paper.options()) | shared
 

@@ -139,10 +139,12 @@ class DEQSampler:
         system = self.options.system(request.noise, model_kwargs, request.generator)
         return solve_parallel(system, self.options, request)
 
-    def _adjoint(self, model: Model, schedule: Schedule, start: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    def _adjoint(
+        self, model: Model, schedule: Schedule, start: Tensor, model_kwargs: dict[str, Any], tol: float | None
+    ) -> Tensor:
         """Solve the adjoint chain with this sampler's settings; returns its trajectory (T + 1, B, D)."""
         options = self.options
-        tol = min(ADJOINT_TOL, options.tol or ADJOINT_TOL)
+        tol = tol or min(ADJOINT_TOL, options.tol or ADJOINT_TOL)
         plain = getattr(self.solver, "slope", None) in ("auto", "scalar", None)  # a spectrum has the shape of an image
         solver = self.solver if plain and self.solver.max_rounds is None else "quasi-newton"
         sampler = DEQSampler(

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -100,6 +103,54 @@ def karras() -> Callable[..., Tensor]:
         return torch.cat([(high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7, torch.zeros(1)])
 
     return make
+
+
+def backpropagation(model: Callable[..., Tensor], schedule: Schedule, noise: Tensor, **kwargs: Any) -> Tensor:
+    """The sample of the serial chain by the schedule's tables, with autograd on."""
+    states, outs = [noise], []
+    for i in range(schedule.num_steps):
+        t = schedule.timesteps[i].expand(len(noise))
+        outs.append(model(states[-1] * schedule.input_scale[i], t, **kwargs))
+        x = torch.zeros_like(noise)
+        for lag in range(min(schedule.lags, i + 1)):
+            x = x + schedule.state_coef[i, lag] * states[i - lag] + schedule.model_coef[i, lag] * outs[i - lag]
+        states.append(x)
+    return states[-1]
+
+
+@pytest.fixture(name="backpropagation")
+def _backpropagation() -> Callable[..., Tensor]:
+    return backpropagation
+
+
+def apart(got: Tensor, expected: Tensor) -> tuple[float, float]:
+    """(relative error, 1 - cosine) of two gradients."""
+    a, b = got.double().flatten(), expected.double().flatten()
+    return float((a - b).norm() / b.norm()), 1 - float(torch.cosine_similarity(a, b, dim=0))
+
+
+@pytest.fixture(name="apart")
+def _apart() -> Callable[[Tensor, Tensor], tuple[float, float]]:
+    return apart
+
+
+class Bent(nn.Module):
+    """A small smooth network in float64, with a condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(7, 16), nn.Linear(16, 6)
+        self.double()
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | float = 0.0) -> Tensor:
+        h = torch.cat([x + cond, t[:, None].to(x.dtype) / 1000], dim=1)
+        return 0.6 * x + 0.4 * self.outer(torch.tanh(self.inner(h)))
+
+
+@pytest.fixture
+def bent() -> Callable[..., Bent]:
+    return Bent
 
 
 def relative_error(x: Tensor, reference: Tensor) -> Tensor:

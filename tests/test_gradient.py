@@ -24,25 +24,12 @@ class Net(nn.Module):
         return 0.7 * x + 0.5 * self.outer(h)
 
 
-def backpropagation(model, schedule, noise, cond=None):
-    """The serial chain with autograd on, from the schedule's tables."""
-    states, outs = [noise], []
-    for i in range(schedule.num_steps):
-        t = schedule.timesteps[i].expand(len(noise))
-        outs.append(model(states[-1] * schedule.input_scale[i], t, cond))
-        x = torch.zeros_like(noise)
-        for lag in range(min(schedule.lags, i + 1)):
-            x = x + schedule.state_coef[i, lag] * states[i - lag] + schedule.model_coef[i, lag] * outs[i - lag]
-        states.append(x)
-    return states[-1]
-
-
 SIGMAS = [*torch.linspace(3, 0.1, 20, dtype=torch.float64).tolist(), 0.0]
 
 
 @pytest.mark.parametrize("kind", ["ddim", "multistep", "euler"])
 @pytest.mark.parametrize("solver", ["auto", "picard"])
-def test_matches_backpropagation(ddim, kind, solver):
+def test_matches_backpropagation(ddim, backpropagation, kind, solver):
     schedule = {
         "ddim": lambda: ddim(20),
         "multistep": lambda: dq.Schedule.from_sigmas(SIGMAS, "dpmpp_2m", prediction_type="epsilon"),
@@ -53,7 +40,9 @@ def test_matches_backpropagation(ddim, kind, solver):
     cond = torch.randn(3, 8, generator=draw, dtype=torch.float64, requires_grad=True)
     target = torch.randn(3, 8, generator=draw, dtype=torch.float64)
     leaves = [noise, cond, *model.parameters()]
-    expected = torch.autograd.grad((backpropagation(model, schedule, noise, cond) - target).square().mean(), leaves)
+    expected = torch.autograd.grad(
+        (backpropagation(model, schedule, noise, cond=cond) - target).square().mean(), leaves
+    )
     out = dq.DEQSampler(model, schedule, solver=solver, tol=1e-9).sample(noise, {"cond": cond})
     got = torch.autograd.grad((out.sample - target).square().mean(), leaves)
     for a, b in zip(got, expected):

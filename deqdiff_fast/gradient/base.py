@@ -13,8 +13,9 @@ from ..schedule import Schedule
 from ..solution import Callback, Solution
 from ..system import System
 
-Adjoint = Callable[[Any, Schedule, Tensor, dict[str, Any]], Tensor]
-"""`adjoint(model, schedule, start, model_kwargs)` -> the trajectory (T + 1, B, D) of that chain, solved in parallel."""
+Adjoint = Callable[[Any, Schedule, Tensor, dict[str, Any], "float | None"], Tensor]
+"""`adjoint(model, schedule, start, model_kwargs, tol)` -> the trajectory (T + 1, B, D) of that chain, solved in
+parallel to that tolerance (None: the sampler's choice)."""
 
 
 @dataclass

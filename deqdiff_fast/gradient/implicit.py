@@ -11,6 +11,7 @@ that solved the chain solves its adjoint too. Multistep schedules take the same 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,18 @@ from .rows import Rows
 
 @dataclass(frozen=True)
 class Implicit:
-    """Exact to the tolerance of the solve (1e-4 at most), in the memory of one trajectory, whatever the rounds were."""
+    """Exact to a tolerance, in the memory of one trajectory, whatever the rounds were.
+
+    tol: relative error allowed in the gradient at the solution found (None: the sampler's `tol`, and 1e-4 at most). A
+    descent gets along with 1e-2, which takes fewer vector-Jacobian products. Multistep schedules have none to allow.
+    """
+
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        tol = self.tol
+        if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < math.inf):
+            raise ValueError(f"tol: expected a number > 0 or None, got {tol!r}")
 
     @property
     def name(self) -> str:
@@ -34,7 +46,7 @@ class Implicit:
     def attach(self, problem: Problem) -> Solution:
         def cotangents(rows: Rows, states: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
             if problem.system.schedule.lags == 1:
-                return _parallel(rows, states, start, problem.adjoint)
+                return _parallel(rows, states, start, problem.adjoint, self.tol)
             return _serial(rows, states, start)
 
         return at_equilibrium(problem, cotangents)
@@ -58,7 +70,7 @@ def adjoint_schedule(schedule: Schedule) -> Schedule:
     )
 
 
-def _parallel(rows: Rows, states: Tensor, start: Tensor, adjoint: Adjoint) -> tuple[Tensor, Tensor]:
+def _parallel(rows: Rows, states: Tensor, start: Tensor, adjoint: Adjoint, tol: float | None) -> tuple[Tensor, Tensor]:
     """The recursion of a one-step schedule, by the parallel solver."""
     system = rows.system
 
@@ -68,7 +80,7 @@ def _parallel(rows: Rows, states: Tensor, start: Tensor, adjoint: Adjoint) -> tu
     # gradients of mean losses are tiny, and the solver's sanity checks think in units of one
     scale = start.norm(dim=1, keepdim=True).clamp_min(torch.finfo(system.dtype).tiny) / system.numel**0.5
     who = torch.arange(system.batch, device=system.device)
-    lam = adjoint(model, adjoint_schedule(system.schedule), start / scale, {"sample": who}).flip(0) * scale
+    lam = adjoint(model, adjoint_schedule(system.schedule), start / scale, {"sample": who}, tol).flip(0) * scale
     weights: Tensor = system.model_coef.to(system.dtype)[:, 0, None, None] * lam[1:]
     return lam[0], weights
 

@@ -43,7 +43,9 @@ class OptimiseStats(InversionStats):
 
 @dataclass(frozen=True, eq=False)
 class Optimise:
-    """gradient: mode of `DEQSampler` that the descent follows. optimizer: a torch.optim class, or a function from a
+    """Descent along the gradient of the whole chain, with any optimizer; the best noise of each image is returned.
+
+    gradient: mode of `DEQSampler` that the descent follows. optimizer: a torch.optim class, or a function from a
     list of tensors, one for each image, to an optimizer; lr: of a class. One whose step couples its tensors (LBFGS)
     couples the images. steps: most optimizer steps.
     stop: the squared loss at which an image is done and leaves the batch (None: that of the inverter's `tol`).
@@ -52,7 +54,6 @@ class Optimise:
     every solve starts from the trajectory of the one before. finish: end a solve that is out of rounds serially (True),
     or descend from where it is (False, as in the paper).
     baseline: "bptt" back-propagates through the serial chain instead, step by step with activation checkpointing.
-    The noise of the smallest loss is returned, for each image.
     """
 
     gradient: str | Gradient = "implicit"
@@ -206,9 +207,8 @@ class _Descent:
         noise = torch.stack([self.moving[b] for b in who.tolist()])
         warm = self.trajectory if self.method.warm_start else None
         sample, trajectory, rounds = self.chain(noise, at, None if warm is None else warm[:, at])
-        loss = (sample - self.task.image[at]).flatten(1).float().square().sum(1)
-        if sample.dtype == torch.float64:
-            loss = (sample - self.task.image[at]).flatten(1).square().sum(1)
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        loss = (sample.to(wide) - self.task.image[at].to(wide)).flatten(1).square().sum(1)
         torch.autograd.backward(loss.sum())
         self._note(who, noise.detach(), trajectory, loss.detach().double().cpu(), rounds)
         return float(loss.detach().sum())
