@@ -163,11 +163,19 @@ def stream_accesses(ttgir: str, block: int, threads: int) -> tuple[int, int, int
     return found["load"], found["store"], found["other"]
 
 
+def resident_warps(registers: int, shared: int, warps: int) -> int:
+    """How many warps of an H100-sized multiprocessor's 64 fit: 65,536 registers, dealt out to a warp in units of 256,
+    and 227 KiB of shared memory; blocks of `warps` warps, at most 32."""
+    by_registers = 65536 // (-(-max(registers, 1) * 32 // 256) * 256) // warps
+    by_memory = 227 * 1024 // max(shared, 1)
+    return min(64 // warps, 32, by_registers, by_memory) * warps
+
+
 @pytest.fixture(scope="module")
 def table(request):
     rows: list[str] = []
     yield rows
-    header = f"{'target':8} {'kernel':44} {'regs':>5} {'shared':>7} {'spills':>7}  16-byte loads/stores"
+    header = f"{'target':8} {'kernel':44} {'regs':>5} {'shared':>7} {'spills':>7} {'warps':>5}  16-byte loads/stores"
     capture = request.config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
         print("\n" + "\n".join([header, *rows]))
@@ -179,13 +187,17 @@ def test_nvidia(architecture, name, table, tmp_path):
     ptx, used = kernel.asm["ptx"], resources(kernel.asm["cubin"], tmp_path)
     wide = {op: len(re.findall(rf"\b{op}\.global\S*\.v4\.b32", ptx)) for op in ("ld", "st")}
     used["SHARED"] = max(used["SHARED"], kernel.metadata.shared)
+    warps = resident_warps(used["REG"], used["SHARED"], kernel.metadata.num_warps)
     table.append(
-        f"{architecture:8} {name:44} {used['REG']:5} {used['SHARED']:7} {used['LOCAL']:7}  {wide['ld']}/{wide['st']}"
+        f"{architecture:8} {name:44} {used['REG']:5} {used['SHARED']:7} {used['LOCAL']:7} {warps:5}  "
+        f"{wide['ld']}/{wide['st']}"
     )
     assert used["LOCAL"] == used["STACK"] == 0, "local memory"
     assert not re.search(r"\b(ld|st)\.local", ptx), "local memory"
     assert not re.search(r"\b(atom|red)\.", ptx), "sums in no fixed order"
     assert used["REG"] <= BUDGET[CASES[name][0].fn.__name__]
+    if "BLOCK" in CASES[name][0].arg_names and CASES[name][0] is not newton.newton_advance_kernel:
+        assert warps >= 12, "too few loads in flight to cover the memory's latency"
     if "BLOCK" in CASES[name][0].arg_names:
         config = _config.TABLE[architecture][CASES[name][3]]
         block = config.block(WIDTH[CASES[name][1]])
@@ -219,7 +231,7 @@ def test_amd(name, table):
     wide = {op: len(re.findall(rf"\b(?:global|buffer)_{op}_dwordx4", text)) for op in ("load", "store")}
     spills = count("vgpr_spill_count")
     used = (count("vgpr_count"), kernel.metadata.shared, spills)
-    table.append("gfx942   {:44} {:5} {:7} {:7}  {}/{}".format(name, *used, wide["load"], wide["store"]))
+    table.append("gfx942   {:44} {:5} {:7} {:7}        {}/{}".format(name, *used, wide["load"], wide["store"]))
     assert spills == count("private_segment_fixed_size") == 0
     if "BLOCK" in CASES[name][0].arg_names:
         assert wide["load"] > 0
