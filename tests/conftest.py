@@ -8,8 +8,6 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-
-
 from typing import Any
 
 import pytest
