@@ -11,6 +11,7 @@
 #include "anderson.h"
 #include "arena.h"
 #include "newton_rows.h"
+#include "inverse_scan.h"
 #include "newton_scan.h"
 #include "parallel.h"
 
@@ -153,6 +154,48 @@ void newton_scan_py(int dtype, Address states, Address predictions, Address stat
   newton_scan(problem);
 }
 
+void inverse_scan_py(int dtype, Address states, Address predictions, Address state_coef, Address model_coef,
+                     Address drift, Address slope, bool slope_per_element, Address weight, bool weight_per_element,
+                     Address lo, Address hi, Address sq_miss, Address z, Address e, Address filled, Index T, Index B,
+                     Index D, int L, int ring, Index W, int column, double damping, double ridge, double stale,
+                     double floor, double reach, int threads) {
+  InverseProblem problem;
+  problem.scan = scan_problem(dtype, states, predictions, state_coef, model_coef, drift, lo, hi, sq_miss, sq_miss, T, B,
+                              D, L, threads);
+  const bool rows = T > 0 && B > 0, data = rows && D > 0;
+  require_range("ring", ring, 1, kMaxSecants + 1);
+  require_range("W", W, T > 0 ? 1 : 0, Index{1} << 30);
+  require_range("column", column, 0, ring - 1);
+  const std::pair<const char*, double> settings[] = {
+      {"damping", damping}, {"ridge", ridge}, {"stale", stale}, {"reach", reach}};
+  for (const auto& [name, value] : settings) {
+    require(std::isfinite(value) && value > 0, name, "a finite number > 0, got " + std::to_string(value));
+  }
+  require(std::isfinite(floor) && floor >= 0, "floor", "a finite number >= 0, got " + std::to_string(floor));
+  const Index lines = ring * std::max<Index>(W, 1) * std::max<Index>(B, 1);
+  require(lines <= (Index{1} << 59) && D <= std::numeric_limits<Index>::max() / 16 / lines, "ring, W, B, D",
+          "a size within the address space");
+  const std::size_t item = static_cast<std::size_t>(item_size(problem.scan.dtype));
+  const std::size_t wide = problem.scan.dtype == Dtype::kFloat64 ? 8 : 4;
+  problem.slope = storage("slope_ptr", slope, wide, data);
+  problem.weight = storage("weight_ptr", weight, wide, data);
+  problem.slope_per_element = slope_per_element;
+  problem.weight_per_element = weight_per_element;
+  problem.z = storage("z_ptr", z, item, data);
+  problem.e = storage("e_ptr", e, item, data);
+  problem.filled = table<std::int32_t>("filled_ptr", filled, rows);
+  problem.ring = ring;
+  problem.width = W;
+  problem.column = column;
+  problem.damping = damping;
+  problem.ridge = ridge;
+  problem.stale = stale;
+  problem.floor = floor;
+  problem.reach = reach;
+  py::gil_scoped_release unlocked;
+  inverse_scan(problem);
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -218,6 +261,13 @@ PYBIND11_MODULE(_C, m) {
         arg("hi_ptr"), arg("sq_diff_ptr"), arg("sq_norm_ptr"), arg("z_ptr"), arg("e_ptr"), arg("filled_ptr"), arg("T"),
         arg("B"), arg("D"), arg("L"), arg("ring"), arg("W"), arg("column"), arg("ridge"), arg("floor"), arg("threads"),
         "Quasi-Newton scan in place; see deqdiff_fast.kernels.newton_scan. Releases the GIL.");
+
+  m.def("inverse_scan", &inverse_scan_py, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"),
+        arg("state_coef_ptr"), arg("model_coef_ptr"), arg("drift_ptr"), arg("slope_ptr"), arg("slope_per_element"),
+        arg("weight_ptr"), arg("weight_per_element"), arg("lo_ptr"), arg("hi_ptr"), arg("sq_miss_ptr"), arg("z_ptr"),
+        arg("e_ptr"), arg("filled_ptr"), arg("T"), arg("B"), arg("D"), arg("L"), arg("ring"), arg("W"), arg("column"),
+        arg("damping"), arg("ridge"), arg("stale"), arg("floor"), arg("reach"), arg("threads"),
+        "Inverse scan in place; see deqdiff_fast.kernels.inverse_scan. Releases the GIL.");
 
   py::class_<Lease, std::shared_ptr<Lease>>(m, "Lease", py::buffer_protocol(),
                                             "Exclusive use of one slab of 256-byte aligned host memory.")

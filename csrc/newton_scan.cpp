@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cholesky.h"
 #include "newton_rows.h"
 #include "parallel.h"
 
@@ -109,33 +110,9 @@ class Scan {
       lower[r][r] += p_.ridge;
       right[r] = row.with_dx[kept[r]] * scale[r];
     }
-    if (!solve(lower, right, count)) return 0;
+    if (!cholesky_solve(lower, right, count)) return 0;
     for (int r = 0; r < count; ++r) gamma[kept[r]] = right[r] * scale[r];
     return row.count;
-  }
-
-  // Cholesky in place. False when the matrix is not safely positive definite or the result is not finite.
-  static bool solve(double (*a)[kMaxSecants], double* x, int n) {
-    for (int r = 0; r < n; ++r) {
-      for (int c = 0; c <= r; ++c) {
-        double value = a[r][c];
-        for (int k = 0; k < c; ++k) value -= a[r][k] * a[c][k];
-        if (c < r) {
-          a[r][c] = value / a[c][c];
-        } else {
-          if (!(value > 0)) return false;
-          a[r][r] = std::sqrt(value);
-        }
-      }
-      for (int k = 0; k < r; ++k) x[r] -= a[r][k] * x[k];
-      x[r] /= a[r][r];
-    }
-    for (int r = n - 1; r >= 0; --r) {
-      for (int k = r + 1; k < n; ++k) x[r] -= a[k][r] * x[k];
-      x[r] /= a[r][r];
-      if (!std::isfinite(x[r])) return false;
-    }
-    return true;
   }
 
   const NewtonProblem& p_;

@@ -79,6 +79,38 @@ def newton_scan(
     threads: int,
 ) -> None: ...
 
+def inverse_scan(
+    dtype: int,
+    states_ptr: int,
+    predictions_ptr: int,
+    state_coef_ptr: int,
+    model_coef_ptr: int,
+    drift_ptr: int,
+    slope_ptr: int,
+    slope_per_element: bool,
+    weight_ptr: int,
+    weight_per_element: bool,
+    lo_ptr: int,
+    hi_ptr: int,
+    sq_miss_ptr: int,
+    z_ptr: int,
+    e_ptr: int,
+    filled_ptr: int,
+    T: int,
+    B: int,
+    D: int,
+    L: int,
+    ring: int,
+    W: int,
+    column: int,
+    damping: float,
+    ridge: float,
+    stale: float,
+    floor: float,
+    reach: float,
+    threads: int,
+) -> None: ...
+
 class Lease:
     @property
     def released(self) -> bool: ...

@@ -145,7 +145,7 @@ def test_editing_starts_from_the_trajectory(mixture, ddim):
     model, schedule = mixture(), ddim(50)
     image = pictures(model, schedule, 1)
     inv = dq.DEQInverter(model, schedule).invert(image)
-    sampler = dq.DEQSampler(model, schedule)
+    sampler = dq.DEQSampler(model, schedule, window=50)
     warm, cold = sampler.sample(inv.noise, init_trajectory=inv.trajectory), sampler.sample(inv.noise)
     assert warm.stats.rounds < cold.stats.rounds
     again = dq.DEQInverter(model, schedule).invert(image, init_trajectory=inv.trajectory)
