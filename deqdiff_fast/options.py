@@ -133,4 +133,12 @@ class Options:
         slope = "scalar" if serial else self.slope(noise)
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
         system.on_shrink = lambda rows: self.learned.update(max_batch=rows)
+        if self.planned and not serial:  # windows come and go: a compiled model is to see the same sizes in all of them
+            system.largest = self.most_rows(noise)
         return system
+
+    def most_rows(self, noise: Tensor) -> int:
+        """Rows of the largest model call that a solve can make."""
+        window = self.schedule.num_steps if self.window == "auto" else min(int(self.window), self.schedule.num_steps)
+        rows = window * noise.shape[0]
+        return min(rows, self.row_limit(noise) or rows)

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from .conclude import conclude
+from .cost import time_call
 from .guard import Guard
+from .options import Options
+from .padding import padded_sizes
 from .planning import Planner, Site
 from .probing import may_probe, measure_all, probe, worth_trying
 from .progress import Reporter
@@ -144,12 +147,20 @@ def time_steps(
     return median(taken[1:] or taken), stopped
 
 
+def compile_sizes(options: Options, system: System, noise: Tensor) -> None:
+    """Call a compiled model once with every size that a solve may call it with; nothing for a plain one."""
+    if system.padded:
+        for rows in padded_sizes(options.most_rows(noise), system.batch):
+            time_call(system, noise, rows)
+
+
 def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None) -> Plan:
     """Measure calls and steps, then make the solves that look best twice: once to prepare, once to learn from."""
     options, site = planner.options, planner.site(noise, model_kwargs)
     draw: Callable[[], torch.Generator] = lambda: torch.Generator(noise.device).manual_seed(0)  # noqa: E731
     with torch.no_grad():
         system = options.system(noise, model_kwargs, None)
+        compile_sizes(options, system, noise)
         work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
         with work.lease:
             work.begin(noise, draw())

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import cost
 from .capacity import usable_bytes
 from .options import DEFAULT_TOL, Options
+from .padding import is_compiled
 from .solver.expectation import Effort, Expectation
 from .solver.planner import Plan, Situation, decide, predict
 from .system import System
@@ -62,6 +63,7 @@ class Planner:
     def __init__(self, options: Options, clock: Callable[[], float] = time.perf_counter) -> None:
         self.options, self.clock = options, clock
         self._kept = cost.kept_beside(options.model)
+        self.padded = is_compiled(options.model)
         self._lock = _LOCK
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)

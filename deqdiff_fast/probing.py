@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import cost
+from .padding import padded_sizes
 from .planning import Planner, Site
 from .solver.planner import Candidate, promising
 from .system import System
@@ -17,11 +18,16 @@ NEAR = 1.3  # how much slower than the serial chain a prediction may be for a wa
 REPEATS, BUDGET = 3, 0.3  # calls that a warm-up times of each size, and the seconds after which it takes fewer
 
 
-def sizes(batch: int, steps: int, limit: int | None) -> list[int]:
-    """Sizes worth measuring: the batch times powers of two, and the most rows that one call may have."""
+def sizes(batch: int, steps: int, limit: int | None, padded: bool = False) -> list[int]:
+    """Sizes worth measuring: the batch times powers of two, and the most rows that one call may have.
+
+    padded: of a compiled model, which is called with the padded sizes only.
+    """
     top = min(steps * batch, limit or steps * batch)
     if top <= batch:
         return [top]
+    if padded:
+        return [rows for rows in padded_sizes(top, batch) if rows >= batch]
     found = [batch]
     while found[-1] * 2 <= top:
         found.append(found[-1] * 2)
@@ -45,7 +51,9 @@ def probe(
     if curve is None:
         return None
     situation = planner.situation(site, noise, model_kwargs, site.plan)
-    larger = [n for n in sizes(site.batch, options.schedule.num_steps, situation.limit) if n > curve.largest]
+    larger = [
+        n for n in sizes(site.batch, options.schedule.num_steps, situation.limit, planner.padded) if n > curve.largest
+    ]
     useful = promising(situation, larger)
     if not useful:
         site.exhausted = True
@@ -70,7 +78,7 @@ def measure_all(
 ) -> None:
     """Measure all sizes from the smallest on, until no larger one can change the plan."""
     limit = planner.options.row_limit(noise)
-    ladder = sizes(site.batch, system.num_steps, limit)
+    ladder = sizes(site.batch, system.num_steps, limit, planner.padded)
     for k, rows in enumerate(ladder):
         if k > 0 and not promising(planner.situation(site, noise, model_kwargs), ladder[k:]):
             break

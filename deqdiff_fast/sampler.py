@@ -13,7 +13,7 @@ from ._types import Backend, Generators, Model, OnFailure
 from .gradient import Gradient, Problem
 from .memory import SolverMemory
 from .options import Options
-from .planned import solve_planned, warm_up
+from .planned import compile_sizes, solve_planned, warm_up
 from .planning import Planner
 from .schedule import Schedule
 from .solution import Callback, Solution
@@ -185,6 +185,11 @@ class DEQSampler:
         model's first parameter unless given. Where nothing was measured yet the plan says so. Raises ValueError where
         the caller has chosen solver or window.
         """
+        if not self.options.planned:
+            raise ValueError(
+                "solver, window: expected 'auto' for both, otherwise nothing is planned; got "
+                f"{self.solver.name!r} and {self.options.window!r}"
+            )
         noise = self._example(shape, batch, dtype, device)
         return self.planner.plan(self.planner.site(noise, model_kwargs), noise, model_kwargs)
 
@@ -196,25 +201,29 @@ class DEQSampler:
         model_kwargs: dict[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> Plan:
-        """Measure what `plan` rests on, with the model: calls of a few sizes, some steps, a few solves.
+    ) -> Plan | None:
+        """Do ahead of the first `sample` what it would have to do: compile, capture, measure.
 
-        Takes as long as about four samples. Arguments and result as for `plan`. Without it the first calls of `sample`
-        measure themselves, a little at a time.
+        A compiled model (torch.compile) is called with every batch size that it can meet later, so that nothing is
+        compiled again for such requests, under torch.no_grad() as here. Where solver and window are planned, what
+        `plan` rests on is measured, with calls of a few sizes, some steps and a few solves; without that the first
+        calls of `sample` measure themselves, a little at a time. Else two samples are drawn. Takes as long as about
+        four samples, compilation aside. Arguments and result as for `plan`, None where nothing is planned.
         """
         noise = self._example(shape, batch, dtype, device)
         self.options.check_request(noise, model_kwargs, None)
-        return warm_up(self.planner, noise, model_kwargs)
+        if self.options.planned:
+            return warm_up(self.planner, noise, model_kwargs)
+        with torch.no_grad():
+            compile_sizes(self.options, self.options.system(noise, model_kwargs, None), noise)
+            for _ in range(2):  # CUDA graphs are captured in the second
+                self.sample(noise, model_kwargs, torch.Generator(noise.device).manual_seed(0))
+        return None
 
     def _example(
         self, shape: tuple[int, ...], batch: int, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> Tensor:
-        """Noise of the kind that a plan is asked for."""
-        if not self.options.planned:
-            raise ValueError(
-                "solver, window: expected 'auto' for both, otherwise nothing is planned; got "
-                f"{self.solver.name!r} and {self.options.window!r}"
-            )
+        """Noise of the kind that a request would have."""
         arguments.check_shape(shape)
         first = next(iter(getattr(self.model, "parameters", list)()), torch.empty(0))
         where = first.device if device is None else torch.device(device)

@@ -71,6 +71,7 @@ class System:
         self.clip_gain = None if schedule.clip is None else table(schedule.clip.gain)
         self.padded = is_compiled(model)
         self.sizes: tuple[int, ...] = ()
+        self.largest: int | None = None  # rows that the padded sizes are made for; None: those of the workspace
         self.on_shrink: Callable[[int], object] = lambda rows: None  # told of a smaller max_batch
         row = torch.arange(self.num_steps * self.batch + 1, device=noise.device)  # the last one is the spare row
         step = (row // max(self.batch, 1)).clamp_max(self.num_steps - 1)
@@ -81,7 +82,7 @@ class System:
     def plan(self, plan: MemoryPlan, rows: int) -> None:
         """Ask for what `evaluate` needs for that many rows in one call of the model."""
         if self.padded:
-            self.sizes = padded_sizes(rows, self.batch)
+            self.sizes = padded_sizes(max(rows, self.largest or rows), self.batch)
         rows = self.pad(rows)
         plan.add("rows", (rows, self.numel), self.dtype)
         plan.add("inputs", (rows, self.numel), self.model_dtype)

@@ -1,0 +1,97 @@
+"""torch.compile of the user's model: `warmup` compiles all that `sample` will need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import deqdiff_fast as dq
+from deqdiff_fast.integrations.k_diffusion import sample_deq
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(12, 12)
+
+    def forward(self, x, t, label=None):
+        shift = 0 if label is None else 0.1 * label[:, None]
+        return 0.8 * x + 0.1 * torch.tanh(self.layer(x) + shift + 1e-3 * t[:, None])
+
+
+@pytest.fixture
+def compiled():
+    """A compiled model that specialises on every shape, and the list of the batch sizes it was compiled for."""
+    traced: list[int] = []
+
+    def backend(graph, inputs):
+        traced.append(max(x.shape[0] for x in inputs if x.dim() == 2 and x.shape[1] == 12))
+        return graph.forward
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield torch.compile(Net().requires_grad_(False), backend=backend, dynamic=False), traced
+    torch._dynamo.reset()
+
+
+OPTIONS = [
+    {},
+    {"solver": "quasi-newton"},
+    {"solver": "triangular", "window": 9},
+    {"solver": "picard", "max_batch": 16},
+    {"max_batch": 16},
+]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_nothing_is_compiled_after_the_warm_up(compiled, ddim, relative_error, batch, options):
+    model, traced = compiled
+    sampler = dq.DEQSampler(model, ddim(40), **options)
+    plan = sampler.warmup((12,), batch=batch)
+    assert (plan is not None) == ("solver" not in options)
+    frames = counters["frames"]["total"]
+    assert 0 < len(traced) == frames <= 8
+    for seed in range(6):
+        start = torch.randn(batch, 12, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            out, reference = sampler.sample(start), sampler.serial(start)
+        assert relative_error(out.sample, reference.sample).max() < 1e-2
+    assert counters["frames"]["total"] == frames
+    assert len(traced) == frames
+    assert counters["recompile_limit"] == {}
+
+
+def test_whatever_window_the_planner_takes(compiled, ddim):
+    model, traced = compiled
+    sampler = dq.DEQSampler(model, ddim(40))
+    sampler.warmup((12,), batch=2)
+    count, planner, start = len(traced), sampler.planner, torch.randn(2, 12)
+    site = planner.site(start, None)
+    windows = {candidate.window for candidate in planner.plan(site, start, None).candidates} - {1}
+    assert len(windows) > 2
+    with torch.no_grad():
+        for window in sorted(windows):
+            site.plan, site.age = planner.forced(site, start, None, window), 0
+            assert sampler.sample(start).stats.window == window
+    assert len(traced) == count
+
+
+def test_compiled_models_inside_guidance_and_k_diffusion(compiled, ddim, karras, noise):
+    model, traced = compiled
+    label = torch.tensor([1.0, 2.0])
+    sampler = dq.DEQSampler(dq.guided(model, {"label": label}, {"label": label[:1]}, 3.0), ddim(40))
+    sampler.warmup((12,), batch=2)
+    count = len(traced)
+    assert count <= 8
+    for seed in range(4):
+        sampler.sample(torch.randn(2, 12, generator=torch.Generator().manual_seed(seed)))
+    assert len(traced) == count
+    torch._dynamo.reset()
+    traced.clear()
+    for seed in range(4):
+        x = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed)) * 14.0
+        sample_deq(model, x, karras(24), disable=True, window=24, solver="picard")
+    assert len(set(traced)) <= 8  # one more than the padded sizes: the comparison of three levels
