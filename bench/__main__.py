@@ -19,6 +19,7 @@ BENCHMARKS = {
     "kernels": "time of each op: reference, the paper's formulation, torch.compile, compiled; against a memory copy",
     "planner": "sample() against the serial chain in paired timings, with what was planned",
     "overhead": "share of a solve's time that is spent outside the model",
+    "pipelines": "diffusers pipelines: rounds and evaluations against steps, and what surrounds the model",
     "gpu": "all that is asked of a CUDA device: kernel tests, ops against their byte floor, whole samples",
 }
 

@@ -175,6 +175,20 @@ def test_planner(figures):
         assert "8 timesteps" in row["plan"]
 
 
+def test_pipelines(figures):
+    pytest.importorskip("transformers")
+    families = ("ddim", "sd-img2img", "flux")
+    report, table = figures("pipelines", "--families", *families, "--steps", "6", "--repeats", "1")
+    assert [row["family"] for row in report["rows"]] == ["ddim", *["sd-img2img"] * 3, "flux"]
+    for row in report["rows"]:
+        assert row["family"] in table
+        assert row["error"] <= 1e-2
+        assert 0 < row["rounds"] <= row["steps"] == (4 if "img2img" in row["family"] else 6)
+        assert row["parallel"][0]["calls"] >= row["rounds"]
+        assert row["plain"][0]["calls"] == row["steps"] * (2 if row["family"] == "flux" else 1)
+        assert all(run["outside"] > 0 for side in ("plain", "parallel") for run in row[side])
+
+
 def test_kernels(figures):
     sides = ("copy", "reference", "eager", "eager-loop", "cpp")
     report, table = figures("kernels", "--shape", "2,6,40,3", "--passes", "2", "--sides", *sides)

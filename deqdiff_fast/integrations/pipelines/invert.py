@@ -129,8 +129,11 @@ def image_latents(pipe: Any, image: Any) -> Tensor:
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:
         mean, std = (torch.tensor(v, device=device, dtype=latents.dtype).view(1, -1, 1, 1) for v in (mean, std))
-        return ((latents - mean) * config.scaling_factor / std).to(dtype)
-    return ((latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor).to(dtype)
+        latents = (latents - mean) / std
+    else:
+        latents = latents - (getattr(config, "shift_factor", None) or 0.0)
+    scaled: Tensor = latents * config.scaling_factor
+    return scaled.to(dtype)
 
 
 class _Recorded(Exception):

@@ -1,0 +1,139 @@
+"""diffusers pipelines, tiny ones of each family: rounds and evaluations at tolerance, and what surrounds the model."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deqdiff_fast.integrations.pipelines import parallelize, restore
+
+from ._common import environment, markdown, note, positive_float, positive_int, spread, summary, write_json
+from ._problems import relative_error
+
+SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler")
+FLOW = ("FlowMatchEulerDiscreteScheduler",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--families", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--steps", type=positive_int, nargs="+", default=[10, 25, 50], help="default 10 25 50")
+    parser.add_argument("--solver", default="quasi-newton", help="default quasi-newton")
+    parser.add_argument("--tol", type=positive_float, help="default: the sampler's own")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="calls of each kind after a first (default 3)")
+
+
+class Stopwatch:
+    """Adds up the time and the calls of a module."""
+
+    def __init__(self, module: torch.nn.Module, device: str) -> None:
+        self.cuda = torch.device(device).type == "cuda"
+        self.seconds, self.calls, self.start = 0.0, 0, 0.0
+        module.register_forward_pre_hook(lambda *_: self._begin())
+        module.register_forward_hook(lambda *_: self._end())
+
+    def _begin(self) -> None:
+        self.start = self.now()
+
+    def _end(self) -> None:
+        self.seconds += self.now() - self.start
+        self.calls += 1
+
+    def now(self) -> float:
+        """Seconds, when everything that was asked of the device is done."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def run(args: argparse.Namespace) -> int:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of diffusers, about configurations of old checkpoints
+    from diffusers.utils import logging
+    from transformers.utils import logging as more_logging
+
+    from . import _tiny_pipelines as tiny
+
+    logging.set_verbosity_error()
+    more_logging.set_verbosity_error()
+    names = args.families or list(tiny.BUILDERS)
+    if missing := [name for name in names if name not in tiny.BUILDERS]:
+        raise ValueError(f"--families: expected some of {', '.join(tiny.BUILDERS)}, got {', '.join(missing)}")
+    facts, rows = environment(args.device), []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            for rule in _schedulers(name):
+                note(f"{name}, {rule} ...")
+                pipe = tiny.build(name, Path(folder), rule).to(args.device)
+                watch = Stopwatch(getattr(pipe, "unet", None) or pipe.transformer, args.device)
+                for steps in args.steps:
+                    given = tiny.arguments(name, num_inference_steps=steps)
+                    rows.append(
+                        {"family": name, "scheduler": rule}
+                        | measure(args, pipe, watch, lambda given=given, pipe=pipe: tiny.call(pipe, **given)[0])
+                    )
+                    write_json(args, facts, rows)
+    print(f"{summary(facts)}\nrandom weights, 2 samples, {args.solver}, tol {args.tol or 'default'}\n")
+    header = (
+        "family", "scheduler", "T", "rounds", "evaluations / T", "error", "plain: model, ms", "outside, ms",
+        "parallel: model, ms", "outside, ms",
+    )  # fmt: skip
+    print(markdown(header, [_cells(row) for row in rows]))
+    print(
+        f"\nMedians of {args.repeats} calls with (smallest..largest). Outside: the whole call without its denoiser, so"
+    )
+    print("text encoders and decoder are part of it on both sides. Error: relative L2 of the worse sample.")
+    return 0
+
+
+def _schedulers(name: str) -> tuple[str, ...]:
+    if name.startswith(("sd3", "flux")):
+        return FLOW
+    return {"ddim": SCHEDULERS[:1], "ddpm": ("DDPMScheduler",), "dit": SCHEDULERS[:2]}.get(name, SCHEDULERS)
+
+
+def measure(args: argparse.Namespace, pipe: Any, watch: Stopwatch, call: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    """The same call of the plain and of the parallel pipeline, with the figures of its solution."""
+    plain, reference = _timed(args, watch, call)
+    parallelize(pipe, solver=args.solver, tol=args.tol)
+    parallel, sample = _timed(args, watch, call)
+    stats, steps = pipe.last_solution.stats, vars(pipe).get("_num_timesteps") or len(pipe.scheduler.timesteps)
+    restore(pipe)
+    return {
+        "steps": steps,
+        "rounds": stats.rounds,
+        "finished_serially": stats.finished_serially,
+        "evaluations": stats.model_evals / (len(sample) * steps),
+        "error": float(relative_error(sample, reference).max()),
+        "plain": plain,
+        "parallel": parallel,
+    }
+
+
+def _timed(
+    args: argparse.Namespace, watch: Stopwatch, call: Callable[[], torch.Tensor]
+) -> tuple[list[dict[str, float]], torch.Tensor]:
+    runs, result = [], call()
+    for _ in range(args.repeats):
+        watch.seconds, watch.calls, start = 0.0, 0, watch.now()
+        result = call()
+        whole = watch.now() - start
+        runs.append({"model": watch.seconds, "outside": whole - watch.seconds, "calls": watch.calls})
+    return runs, result
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    times = [
+        spread([1e3 * run[part] for run in row[side]], ".1f")
+        for side in ("plain", "parallel")
+        for part in ("model", "outside")
+    ]
+    rounds = str(row["rounds"]) + (f" + {row['finished_serially']} serial steps" if row["finished_serially"] else "")
+    scheduler = row["scheduler"].removesuffix("Scheduler").removesuffix("Discrete")
+    start = (row["family"], scheduler, str(row["steps"]), rounds, f"{row['evaluations']:.2f}", f"{row['error']:.1e}")
+    return (*start, *times)
