@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import deqdiff_fast as dq
 from deqdiff_fast.gradient import NAMED, resolve
+from deqdiff_fast.solver import NAMED as SOLVERS
 
 from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
 from ._problems import Mixture, Problem, add_model_arguments, load
@@ -62,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--steps", type=positive_int, nargs="+", default=[20], help="T (default 20)")
     parser.add_argument("--tol", type=positive_float, default=1e-6, help="tolerance of the sampler (default 1e-6)")
+    parser.add_argument(
+        "--solver", choices=tuple(SOLVERS), default="quasi-newton",
+        help="of the chain and of its adjoint (default quasi-newton; auto lets the planner choose)",
+    )  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=tuple(NAMED), default=list(NAMED), help="default: all")
     parser.add_argument("--check", action="store_true", help="exit 1 where implicit, reversible or unrolled miss")
 

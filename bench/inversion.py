@@ -20,6 +20,7 @@ from torch import Tensor
 import deqdiff_fast as dq
 from deqdiff_fast.inversion.counting import Counted
 from deqdiff_fast.presets import inversion_preset
+from deqdiff_fast.solver import NAMED as SOLVERS
 
 from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
 from ._images import images
@@ -46,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=positive_float, default=300.0, help="most for one descent (default 300)")
     parser.add_argument("--tol", type=positive_float, help="relative error the direct methods aim at (default 1e-3)")
     parser.add_argument("--methods", nargs="+", choices=(*DIRECT, *DESCENTS), help="default: all")
+    parser.add_argument(
+        "--solver", choices=tuple(SOLVERS), default="auto", help="of the descent 'implicit' (default auto, planned)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of squared loss against seconds and evaluations")
 
 
@@ -87,8 +91,8 @@ def _options(args: argparse.Namespace, name: str, noise: Tensor, problem: Proble
     paper = inversion_preset("cifar10")
     shared = {"steps": args.epochs, "stop": args.stop, "initial": noise}
     if name == "implicit":
-        return {"method": "gradient", "gradient": dq.Implicit(tol=1e-2), "lr": paper.baseline_lr, "solver_tol": 1e-2,
-                "spectrum": problem.spectrum, **shared}  # fmt: skip
+        own = {"gradient": dq.Implicit(tol=1e-2), "solver": args.solver, "solver_tol": 1e-2, "lr": paper.baseline_lr}
+        return {"method": "gradient", "spectrum": problem.spectrum} | own | shared
     return (paper.baseline() if name == "bptt" else paper.options()) | shared
 
 

@@ -28,7 +28,7 @@ SIGMAS = [*torch.linspace(3, 0.1, 20, dtype=torch.float64).tolist(), 0.0]
 
 
 @pytest.mark.parametrize("kind", ["ddim", "multistep", "euler"])
-@pytest.mark.parametrize("solver", ["auto", "picard"])
+@pytest.mark.parametrize("solver", ["auto", "picard", "quasi-newton"])
 def test_matches_backpropagation(ddim, backpropagation, kind, solver):
     schedule = {
         "ddim": lambda: ddim(20),

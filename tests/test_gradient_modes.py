@@ -152,7 +152,8 @@ def test_the_tolerance_of_the_adjoint_is_its_own(ddim, bent, backpropagation, ap
     expected = torch.autograd.grad(backpropagation(model, schedule, start).pow(3).sum(), start)[0]
     errors, counts = [], []
     for tol in (1e-1, 1e-3, 1e-6):
-        out = dq.DEQSampler(model, schedule, tol=1e-8, gradient=dq.Implicit(tol=tol)).sample(start)
+        sampler = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-8, gradient=dq.Implicit(tol=tol))
+        out = sampler.sample(start)
         handle = model.register_forward_hook(lambda module, x, y: calls.append(len(y)))
         errors.append(apart(torch.autograd.grad(out.sample.pow(3).sum(), start)[0], expected)[0])
         handle.remove()

@@ -154,7 +154,7 @@ def test_max_batch_bounds_every_call(images):
 
 def test_warm_starts_save_rounds(images):
     schedule, start, image = images(steps=20)
-    method = {"initial": start + 0.3, "optimizer": torch.optim.SGD, "lr": 0.01, "steps": 6, "tol": 1e-3}
+    method = {"initial": start + 0.3, "optimizer": torch.optim.SGD, "lr": 0.01, "steps": 6, "solver": "quasi-newton"}
     warm, cold = (invert(schedule, image, warm_start=warm, **method).invert(image).stats for warm in (True, False))
     assert warm.rounds < cold.rounds
 

@@ -6,13 +6,14 @@ With the loss L(x_T) and J_i the Jacobian of prediction i, for one-step schedule
 
 (implicit differentiation, Bai et al. 2019, arXiv 1909.01377, of the system of Pokle et al. 2022, arXiv 2210.12867). In
 chain order from the sample to the noise this is a `Schedule` whose model is the vector-Jacobian product, so the sampler
-that solved the chain solves its adjoint too. Multistep schedules take the same recursion one step at a time.
+that solved the chain solves its adjoint too. Multistep schedules take the same recursion one step at a time, and so
+does a chain that the sampler's planner found to be faster serially.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Implicit:
     """Exact to a tolerance, in the memory of one trajectory, whatever the rounds were.
 
     tol: relative error allowed in the gradient at the solution found (None: the sampler's `tol`, and 1e-4 at most). A
-    descent gets along with 1e-2, which takes fewer vector-Jacobian products. Multistep schedules have none to allow.
+    descent gets along with 1e-2, which takes fewer vector-Jacobian products. One step at a time there is none.
     """
 
     tol: float | None = None
@@ -44,12 +45,20 @@ class Implicit:
         return "implicit"
 
     def attach(self, problem: Problem) -> Solution:
-        def cotangents(rows: Rows, states: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-            if problem.system.schedule.lags == 1:
-                return _parallel(rows, states, start, problem.adjoint, self.tol)
-            return _serial(rows, states, start)
+        serial = problem.system.schedule.lags > 1
 
-        return at_equilibrium(problem, cotangents)
+        def solve() -> Solution:
+            nonlocal serial
+            solution = problem.solve()
+            serial = serial or solution.stats.stop_reason == "serial"
+            return solution
+
+        def cotangents(rows: Rows, states: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+            if serial:
+                return _serial(rows, states, start)
+            return _parallel(rows, states, start, problem.adjoint, self.tol)
+
+        return at_equilibrium(replace(problem, solve=solve), cotangents)
 
 
 def adjoint_schedule(schedule: Schedule) -> Schedule:

@@ -43,6 +43,10 @@ class Rows:
 
     def vjp(self, x: Tensor, step: Tensor, sample: Tensor, y: Tensor) -> Tensor:
         """J^T y of the predictions at x, both (n, D)."""
+        pieces = [slice(first, last) for first, last in self.system.chunks(len(x))]
+        return torch.cat([self._vjp(x[p], step[p], sample[p], y[p]) for p in pieces])
+
+    def _vjp(self, x: Tensor, step: Tensor, sample: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             out = self.predict(x, step, sample)

@@ -18,7 +18,7 @@ from ..gradient.rounds import chain
 from ..gradient.rows import Rows
 from ..noise import fill_drift
 from ..sampler import DEQSampler
-from ..solver import Solver
+from ..solver import Solver, resolve
 from ..system import System
 from .base import Task
 
@@ -46,9 +46,9 @@ def _frozen(task: Task, who: Tensor) -> FrozenNoise | None:
 class ParallelChain:
     """`DEQSampler.sample` with a gradient mode."""
 
-    def __init__(self, task: Task, solver: Solver, tol: float | None, gradient: Gradient, finish: bool) -> None:
+    def __init__(self, task: Task, solver: str | Solver, tol: float | None, gradient: Gradient, finish: bool) -> None:
         self.task = task
-        spectral = getattr(solver, "slope", None) in ("auto", "spectral")
+        spectral = getattr(resolve(solver), "slope", None) in ("auto", "spectral")
         self.sampler = DEQSampler(
             task.model, task.schedule, solver=solver, tol=tol, window=task.window, backend=task.backend,
             gradient=gradient, max_batch=task.max_batch, spectrum=task.spectrum if spectral else None,
@@ -64,7 +64,8 @@ class ParallelChain:
             )
         assert solution.trajectory is not None
         stats = solution.stats
-        return solution.sample, solution.trajectory.detach(), stats.rounds + stats.finished_serially
+        rounds = stats.rounds + (stats.finished_serially if stats.stop_reason != "serial" else 0)
+        return solution.sample, solution.trajectory.detach(), rounds
 
 
 class SerialChain:

@@ -122,11 +122,10 @@ class Optimise:
     def chain(self, task: Task) -> Chain:
         if self.baseline:
             return SerialChain(task)
-        solver = resolve_solver(self.solver)
         tol = self.solver_tol
-        if tol is None and getattr(solver, "tol", None) is None:
+        if tol is None and getattr(resolve_solver(self.solver), "tol", None) is None:
             tol = ACCURACY * task.tol
-        return ParallelChain(task, solver, tol, resolve_gradient(self.gradient), self.finish)
+        return ParallelChain(task, self.solver, tol, resolve_gradient(self.gradient), self.finish)
 
     def _start(self, task: Task, stats: InversionStats) -> tuple[Tensor, Tensor | None]:
         """The initial noise, and its trajectory where that is known."""
