@@ -61,21 +61,19 @@ class Costs:
             self._calls[rows] = seconds
             self._curve = None
 
+    def set_step(self, batch: int, seconds: float) -> None:
+        """Serial steps, a few of them just now, take so long each."""
+        with self._lock:
+            self._steps[batch] = seconds
+
     def learn_step(self, batch: int, seconds: float) -> None:
         """Serial steps took so long each. Where they have become slower or faster, so has everything else."""
         with self._lock:
             old = self._steps.get(batch, seconds)
-            self._steps[batch] = _follow(old, seconds)
-        if old > 0:
-            self.drift(self._steps[batch] / old, steps=False)
-
-    def drift(self, factor: float, steps: bool = True) -> None:
-        """The whole machine has become slower by that factor."""
-        with self._lock:
-            self._calls = {n: s * factor for n, s in self._calls.items()}
-            self._curve = None
-            if steps:
-                self._steps = {n: s * factor for n, s in self._steps.items()}
+            new = self._steps[batch] = _follow(old, seconds)
+            if old > 0:
+                self._calls = {n: s * new / old for n, s in self._calls.items()}
+                self._curve = None
 
 
 def _follow(old: float, new: float) -> float:

@@ -26,8 +26,8 @@ class Guard:
         """What was still expected when the solve was given up, in rounds like the last one."""
         self.outside = 0.0
         """Seconds spent in callbacks, which are not the solver's."""
-        self.spent, self.rows = 0.0, 0
-        """Seconds and model evaluations of the rounds so far."""
+        self.spent, self.rows, self.rounds = 0.0, 0, 0
+        """Seconds, model evaluations and number of the rounds so far."""
         self._report: Reporter | None = None
         self._since, self._last, self._before = 0.0, float("inf"), 0
 
@@ -40,7 +40,8 @@ class Guard:
         assert self._report is not None
         now = self.clock()
         taken = now - self._since
-        self.spent, self.rows = self.spent + taken, self._report.work.system.model_evals - self._before
+        self.rounds, self.spent = round, self.spent + taken
+        self.rows = self._report.work.system.model_evals - self._before
         seconds, self._last = min(taken, self._last), taken  # of the last two: a machine hiccups
         if self._report(round, where, residual) is True:
             return True

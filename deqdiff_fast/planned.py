@@ -29,6 +29,8 @@ from .system import System
 from .workspace import Workspace
 
 LEAD = 4  # steps of an unmeasured chain that are made serially and timed; the first one is not believed
+CHECKED = 3  # the same where it is only looked at again
+SECONDS, MANY, TIMES = 0.25, 400, 5  # what a warm-up spends on serial steps and on each solve: seconds, steps, solves
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Job:
     site: Site
     request: Request
     model_kwargs: dict[str, Any] | None
+    first: bool = False
+    """Nothing was known before it, so it prepares whatever needs preparing, and its times are not believed."""
     probes: System | None = None
     """What was called to measure, before the solve."""
     wall: float = field(default_factory=time.perf_counter)
@@ -56,7 +60,9 @@ def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, An
     job = Job(site, request, model_kwargs)
     with torch.no_grad():
         if site.costs.step(site.batch) is None:
-            return _unmeasured(planner, job)
+            return _serial_start(planner, job)
+        if site.plan is not None and not site.plan.serial and planner.check_due(site):
+            return _serial_start(planner, job)
         started = planner.clock()
         job.probes = probe(planner, site, noise, model_kwargs) if may_probe(site) else None
         plan = planner.plan(site, noise, model_kwargs)
@@ -79,20 +85,18 @@ def _in_rounds(
 ) -> Solution:
     """By rounds; lead: a workspace in which the first `front` steps were made already."""
     options, request, start = planner.options, job.request, planner.clock()
-    system.max_batch = plan.chosen.piece
+    made, system.max_batch = system.model_evals, plan.chosen.piece
     stats = Stats(solver=options.solver.name, window=plan.chosen.window, plan=plan)
     guard = Guard(plan, job.site.costs.step(job.site.batch) or 0.0, front, planner.clock)
     solution = solve_rounds(system, options, request, stats, job.wall, lead, front, guard)
-    if front == 0 and stats.stop_reason != "callback":
-        seconds, rows, share = planner.clock() - start - guard.outside, stats.model_evals, 1.0
+    if stats.stop_reason != "callback" and not job.first:
+        seconds, rows, share = planner.clock() - start - guard.outside, stats.model_evals - made, 1.0
         if guard.gave_up:  # it counts with what it would still have taken
-            share += guard.left / stats.rounds
+            share += guard.left / guard.rounds
             seconds, rows = guard.spent * share, guard.rows
-        seen = Effort(stats.rounds * share, rows * share / (system.num_steps * system.batch))
-        before = system.model_evals, system.model_calls
-        planner.saw_rounds(job.site, system, job.noise, seen, seconds, plan.chosen.window)
-        stats.model_evals += system.model_evals - before[0]
-        stats.model_calls += system.model_calls - before[1]
+        seen = Effort(guard.rounds * share, rows * share / (system.num_steps * system.batch))
+        window, sure, whole = plan.chosen.window, guard.gave_up, front == 0
+        planner.saw_rounds(job.site, system, job.noise, seen, seconds, window, sure, whole)
     return _charged(solution, job)
 
 
@@ -106,9 +110,10 @@ def _charged(solution: Solution, job: Job) -> Solution:
     return solution
 
 
-def _unmeasured(planner: Planner, job: Job) -> Solution:
-    """Nothing is known: start serially, time that, measure a batch, and go on as it then seems best."""
+def _serial_start(planner: Planner, job: Job) -> Solution:
+    """Start serially and time that. Where nothing is known, measure a batch too. Go on as it then seems best."""
     options, site, request = planner.options, job.site, job.request
+    job.first = site.costs.step(site.batch) is None
     system = options.system(job.noise, job.model_kwargs, request.generator)
     steps = system.num_steps
     stats = Stats(solver="serial", window=1, stop_reason="serial")
@@ -116,24 +121,27 @@ def _unmeasured(planner: Planner, job: Job) -> Solution:
     with work.lease, Reporter(work, 0.0, steps, request.callback, request.progress) as report:
         work.begin(job.noise, request.generator)
         fronts = [0] * site.batch
-        seconds, stopped = time_steps(planner, work, fronts, report, min(LEAD, steps))
+        taken, stopped = time_steps(planner, work, fronts, report, min(LEAD if job.first else CHECKED, steps))
         if not stopped and max(fronts) < steps:
-            planner.saw_lead(site, system, job.noise, seconds)
             started = planner.clock()
-            probe(planner, site, job.noise, job.model_kwargs, system)
+            if job.first:
+                planner.saw_lead(site, system, job.noise, median(taken))
+                probe(planner, site, job.noise, job.model_kwargs, system)
+            else:
+                planner.saw_check(site, median(taken))
             stats.plan = planner.plan(site, job.noise, job.model_kwargs)
             site.allowance -= planner.clock() - started
             if not stats.plan.serial:
                 return _in_rounds(planner, job, stats.plan, system, work, max(fronts))
-            _, stopped = finish(work, fronts, LEAD, report)
+            _, stopped = finish(work, fronts, max(fronts), report)
         stats.rounds = stats.finished_serially = max(fronts)
         return conclude(work, fronts, stopped, stats, job.wall, request.keep, options.on_failure, report)
 
 
 def time_steps(
     planner: Planner, work: Workspace, fronts: list[int], report: Report | None, until: int
-) -> tuple[float, bool]:
-    """Make the steps up to state `until`. Median seconds of one, without the first, and whether `report` stopped it."""
+) -> tuple[list[float], bool]:
+    """Make the steps up to state `until`. Seconds of each but the first, and whether `report` stopped it."""
     clock = planner.clock
     since, taken = [clock()], []
 
@@ -144,7 +152,7 @@ def time_steps(
         return answer
 
     _, stopped = finish(work, fronts, 0, timed, until=until)
-    return median(taken[1:] or taken), stopped
+    return taken[1:] or taken, stopped
 
 
 def compile_sizes(options: Options, system: System, noise: Tensor) -> None:
@@ -155,7 +163,7 @@ def compile_sizes(options: Options, system: System, noise: Tensor) -> None:
 
 
 def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None) -> Plan:
-    """Measure calls and steps, then make the solves that look best twice: once to prepare, once to learn from."""
+    """Measure calls and steps, then make the solves that look best, once to prepare and some times to learn from."""
     options, site = planner.options, planner.site(noise, model_kwargs)
     draw: Callable[[], torch.Generator] = lambda: torch.Generator(noise.device).manual_seed(0)  # noqa: E731
     with torch.no_grad():
@@ -164,15 +172,25 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
         work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
         with work.lease:
             work.begin(noise, draw())
-            seconds, _ = time_steps(planner, work, [0] * site.batch, None, min(2 * LEAD + 1, system.num_steps))
-        planner.saw_lead(site, system, noise, seconds)
+            taken, _ = time_steps(planner, work, [0] * site.batch, None, min(2 * LEAD + 1, system.num_steps))
+            while sum(taken) + median(taken) * system.num_steps < SECONDS and len(taken) < MANY:
+                taken += time_steps(planner, work, [0] * site.batch, None, system.num_steps)[0]
+        planner.saw_lead(site, system, noise, median(taken))
         measure_all(planner, site, system, noise, model_kwargs)
         for candidate in worth_trying(planner, site, noise, model_kwargs):
-            plan = planner.forced(site, noise, model_kwargs, candidate.window)
-            for _ in range(2):
-                site.corrections.pop(candidate.window, None)
-                job = Job(site, Request(noise, draw()), model_kwargs)
-                _in_rounds(planner, job, plan, options.system(noise, model_kwargs, None))
+            _try(planner, Job(site, Request(noise, draw()), model_kwargs), candidate.window)
         site.allowance = 0.0
         planner.forget_plan(site)
         return planner.plan(site, noise, model_kwargs)
+
+
+def _try(planner: Planner, job: Job, window: int) -> None:
+    """Solve with that window some times and remember how far the prediction was off, by the median but the first."""
+    site, began = job.site, planner.clock()
+    ratios: list[float] = []
+    plan = planner.forced(site, job.noise, job.model_kwargs, window)
+    while len(ratios) < 2 or (len(ratios) < TIMES and planner.clock() - began < SECONDS):
+        site.corrections.pop(window, None)
+        _in_rounds(planner, job, plan, planner.options.system(job.noise, job.model_kwargs, None))
+        ratios.append(site.corrections.get(window, 1.0))
+    site.corrections[window] = median(ratios[1:])

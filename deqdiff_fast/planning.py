@@ -24,7 +24,8 @@ PROBING = 0.03  # of the time spent sampling may go into measuring and planning
 REINVESTED = 0.1  # of the time saved against the serial chain may go there too
 REFRESH = 16  # solves after which a plan is made anew, whatever happened
 SURPRISE = 0.1  # or as soon as a solve takes this much more or less than the plan said
-JOLT = 1.3  # a figure that far off is checked against the machine itself before it is believed
+JOLT = 1.3  # a time that far off must be seen twice
+CHECK = 16  # solves by rounds after which one begins with a few serial steps, to time them
 FORGIVE = 0.98  # of a correction is kept at every serial solve, so that what was slow once is tried again some time
 LEARN = 0.3  # weight of the newest solve in the corrections
 BANDWIDTH = 2e10  # bytes a second at which a solver's own work is guessed to go, before a solve was seen
@@ -53,6 +54,10 @@ class Site:
     """What the next measurement costs at most."""
     slabs: dict[int, int] = field(default_factory=dict)
     """Bytes of a solve's memory by its window."""
+    suspect: bool = False
+    """The last solve by rounds took quite another time than those before."""
+    unchecked: int = 0
+    """Solves by rounds since the serial chain was timed."""
     exhausted: bool = False
     """No further measurement could change the plan."""
 
@@ -148,7 +153,7 @@ class Planner:
         rows = min(site.batch, self.options.row_limit(noise) or site.batch)
         call = cost.time_call(system, noise, rows, self.clock)
         with self._lock:
-            site.costs.learn_step(site.batch, step)
+            site.costs.set_step(site.batch, step)
             site.costs.learn_call(rows, min(call, step))
             site.allowance += PROBING * step * self.options.schedule.num_steps
             self.forget_plan(site)
@@ -161,33 +166,58 @@ class Planner:
             site.corrections = {w: 1 + FORGIVE * (c - 1) for w, c in site.corrections.items()}
             self._compare(site, seconds)
 
-    def saw_rounds(self, site: Site, system: System, noise: Tensor, seen: Effort, seconds: float, window: int) -> None:
-        """A solve with that window took so many rounds and evaluations, and so long."""
+    def saw_rounds(
+        self,
+        site: Site,
+        system: System,
+        noise: Tensor,
+        seen: Effort,
+        seconds: float,
+        window: int,
+        sure: bool,
+        whole: bool,
+    ) -> None:
+        """A solve with that window took so many rounds and evaluations, and so long.
+
+        sure: believe it, however different from the last ones it is. whole: it began at the noise.
+        """
         with self._lock:
             situation = self.situation(site, noise, system.model_kwargs)
             predicted = predict(situation, window, seen)
-            site.expectation.learn(window, site.batch, seen, site.warm)
+            if whole:
+                site.expectation.learn(window, site.batch, seen, site.warm)
             saved = 0.0 if situation.step is None else max(situation.step * situation.steps - seconds, 0.0)
             site.allowance += PROBING * seconds + REINVESTED * saved
             if predicted is None or situation.calls is None:
                 return
-            ratio, old = seconds / max(predicted[0], 1e-9), site.corrections.get(window)
-            if old is not None and not 1 / JOLT < ratio / old < JOLT:
-                rows = min(site.batch, situation.limit or site.batch)
-                now = cost.time_call(system, noise, rows, self.clock)
-                factor = min(max(now / max(situation.calls(rows), 1e-9), 1 / cost.LEAP), cost.LEAP)
-                site.costs.drift(factor)
-                ratio /= factor
-            self._correct(site, window, min(max(ratio, 0.1), 10.0))
+            ratio = min(max(seconds / max(predicted[0], 1e-9), 0.1), 10.0)
+            old = site.corrections.get(window, ratio)
+            jolted = not 1 / JOLT < ratio / old < JOLT
+            if jolted and not (sure or site.suspect):
+                site.suspect = True  # a hiccup, or the machine is another one now: the next solve looks at both sides
+                return
+            if jolted:  # it is about batched calls, so all windows felt it
+                scaled = {w: min(max(c * ratio / old, 0.1), 10.0) for w, c in site.corrections.items()}
+                site.corrections = scaled | {window: ratio}
+            else:
+                site.corrections[window] = old + LEARN * (ratio - old)
+            site.suspect = False
             self._compare(site, seconds)
 
-    def _correct(self, site: Site, window: int, ratio: float) -> None:
-        """Seconds seen over seconds predicted, of a solve. A jolt is about batched calls, so all windows felt it."""
-        old = site.corrections.get(window, ratio)
-        if 1 / JOLT < ratio / old < JOLT:
-            site.corrections[window] = old + LEARN * (ratio - old)
-        else:
-            site.corrections = {w: min(max(c * ratio / old, 0.1), 10.0) for w, c in site.corrections.items()}
+    def check_due(self, site: Site) -> bool:
+        """Whether the serial chain, which solves by rounds never see, should be timed again."""
+        with self._lock:
+            site.unchecked += 1
+            return site.suspect or site.unchecked > CHECK
+
+    def saw_check(self, site: Site, step: float) -> None:
+        """Some serial steps at the beginning of a solve took so long each."""
+        with self._lock:
+            old = site.costs.step(site.batch) or step
+            near = 1 / JOLT < step / old < JOLT
+            site.costs.set_step(site.batch, old + LEARN * (step - old) if near else step)
+            site.unchecked = 0
+            self.forget_plan(site)
 
     def _compare(self, site: Site, seconds: float) -> None:
         said = None if site.plan is None else site.plan.chosen.seconds
