@@ -31,13 +31,27 @@ from deqdiff_fast.kernels.copy_rows import _triton as copies  # noqa: E402
 from deqdiff_fast.kernels.ddim_update import _triton as scan  # noqa: E402
 from deqdiff_fast.kernels.newton_scan import _triton as newton  # noqa: E402
 from deqdiff_fast.kernels.newton_scan import _triton_prepare as prepare  # noqa: E402
+from deqdiff_fast.kernels.newton_scan import _triton_products as products  # noqa: E402
 
 NVIDIA = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest element, which sets the block
 HISTORY = 5
-TABLES = ("state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat")
+TABLES = (
+    "state_coef",
+    "model_coef",
+    "partials",
+    "gram",
+    "alpha",
+    "sq_diff",
+    "sq_norm",
+    "slope",
+    "e_hat",
+    "gains",
+    "products",
+    "gamma",
+)
 STREAMS = ("exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source")
 HISTORIES = ("g", "z", "e")
 SINGLE = ("weights", "newton_norms", "bounds")  # one warp a program
@@ -47,7 +61,8 @@ SINGLE = ("weights", "newton_norms", "bounds")  # one warp a program
 BUDGET = {"ddim_update_kernel": 128, "anderson_scan_kernel": 128, "anderson_mix_kernel": 128, "solve_kernel": 255,
           "norms_kernel": 128, "newton_linear_kernel": 128, "newton_prepare_kernel": 168, "newton_weights_kernel": 128,
           "newton_norms_kernel": 128, "newton_advance_kernel": 255, "bounds_kernel": 128, "rows_kernel": 64,
-          "copy_rows_kernel": 64}  # fmt: skip
+          "copy_rows_kernel": 64, "gains_kernel": 64, "products_kernel": 255, "recursion_kernel": 128,
+          "corrected_scan_kernel": 128}  # fmt: skip
 
 
 def cases():
@@ -77,6 +92,13 @@ def cases():
             yield anderson.anderson_mix_kernel, storage, {"M": HISTORY, "DAMPED": damped, "MIXED": False}, "mix"
         yield copies.copy_rows_kernel, storage, {}, "mix"
     yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "mix"
+    yield products.gains_kernel, "fp32", {"SPECTRAL": True}, "newton_prepare"
+    for ring in (4, 8):
+        sizes = {"RING": ring, "P": ring, "Q": ring, "DRIFT": False, "SPECTRAL": True}
+        tile = {"ROWS": products.TILE // ring, "SPAN": products.SPAN}
+        yield products.products_kernel, "fp32", sizes | tile, "products"
+        yield products.recursion_kernel, "fp32", {"P": ring, "Q": ring, "SPAN": 512}, "recursion"
+        yield products.corrected_scan_kernel, "fp32", sizes, "newton_prepare"
     yield advance.bounds_kernel, "fp32", {"SPAN": 128}, "bounds"
     yield advance.rows_kernel, "fp32", {"SPAN": 1024}, "rows"
     yield newton.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"

@@ -1,4 +1,4 @@
-"""Triton kernels of the quasi-Newton scan: at most three launches, none of which the host waits for.
+"""Triton kernels of the quasi-Newton scan: at most three launches, seven where D is large; the host waits for none.
 
 N[i+1] = sum_l a[i,l] N[i-l] + b[i,l] Ê[i-l] + drift[i], Ê[i] = E[i] + J[i] (N[i] - X[i]), J[i] a slope plus a
 multisecant correction (Lim et al. 2024, arXiv 2309.12252; Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009).
@@ -6,7 +6,8 @@ multisecant correction (Lim et al. 2024, arXiv 2309.12252; Gonzalez et al. 2024,
 Slope alone: elementwise over D, one program per sample and block of D, N and the plain scan F carried in registers.
 With secants every row needs dots over all of D before it can advance. What does not depend on N, the plain scan, the
 Grams, their inverses and the ring writes, is done beforehand and in parallel (_triton_prepare.py); the scan proper is
-one program per sample and one pass over D per row, which also takes the dots that the next row needs.
+one program per sample and one pass over D per row, which also takes the dots that the next row needs. Where D is large
+for one program, _triton_products.py takes all dots at once instead.
 
 Bytes: the scan proper reads E, X, the new state and this round's column of z, H columns of z and of e, and the next
 row's z again (from cache), and writes the state: 2 H + 5 elements per state element, with the preparation 3 H + 9;
@@ -25,6 +26,7 @@ from torch import Tensor
 from .. import _config
 from ..ddim_update._triton import known_row, scan_start, window
 from ._triton_prepare import newton_prepare_kernel, newton_weights_kernel, older_columns, own_column
+from ._triton_products import by_products
 
 
 @triton.jit
@@ -198,9 +200,10 @@ def newton_advance_kernel(
 def launch(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, z: Tensor | None, e: Tensor | None, filled: Tensor | None, column: int,
-    ridge: float, floor: float, drift: Tensor | None, chunks: int | None = None,
+    ridge: float, floor: float, drift: Tensor | None, chunks: int | None = None, products: bool | None = None,
 ) -> None:  # fmt: skip
-    """The op on contiguous tensors. chunks overrides how many parts the window is cut into beforehand."""
+    """The op on contiguous tensors. chunks overrides how many parts the window is cut into beforehand, products whether
+    the scan is made of products (_triton_products.py) or passes over D row by row."""
     (steps, batch, size), device, lags = predictions.shape, states.device, state_coef.shape[1]
     ring, width = (0, steps) if z is None else (z.shape[0], z.shape[1])
     rows, secants = min(steps, width), max(ring - 1, 0)
@@ -224,6 +227,7 @@ def launch(
         return
     prepare, advance = _config.config("newton_prepare", device), _config.config("newton_advance", device)
     assert z is not None
+    assert e is not None
     mixed, narrow = z.dtype != states.dtype, z.element_size()  # the narrowest element: 16-byte accesses for all
     block, pairs = prepare.block(narrow), triton.next_power_of_2(secants)
     blocks, span = triton.cdiv(size, block), advance.block(narrow if pairs < 8 else wide.itemsize)
@@ -231,6 +235,9 @@ def launch(
     partials = torch.empty((steps, batch, blocks, pairs**2 + 2), dtype=wide, device=device)
     weights = torch.empty((steps, batch, pairs, pairs), dtype=torch.float64, device=device)
     e_hat = torch.empty((lags, batch, size), dtype=wide, device=device) if lags > 1 else None
+    if products is None:
+        products = _config.newton_products(steps, batch, size, pairs, lags, states.dtype)
+    mixed = mixed and not products  # by products the states stay until their last use
     exact = torch.empty_like(states[1:]) if mixed else None
     newton_prepare_kernel[(blocks * batch * chunks,)](
         states, predictions, drift, *tables[1:], z, e, filled, e_hat, exact, partials, steps, batch, size, width,
@@ -241,6 +248,15 @@ def launch(
         partials, lo, hi, filled, weights, sq_diff, steps, batch, width, blocks, ridge, floor, RING=ring, P=pairs,
         SPAN=8, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
+    if products:
+        partials = by_products(
+            states, predictions, drift, tables, z, e, weights, sq_diff, column, block, prepare.num_warps
+        )
+        newton_norms_kernel[(batch * rows,)](
+            partials, lo, hi, sq_diff, sq_norm, steps, batch, width, partials.shape[2], SPAN=64, num_warps=1,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        return
     newton_advance_kernel[(batch,)](
         states, predictions, drift, *tables, z, e, weights, e_hat, exact, sq_diff, sq_norm, steps, batch, size,
         width, column, **shape, **spectral, MIXED=mixed, RING=ring, P=pairs, BLOCK=span,
