@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,17 +28,21 @@ def finish(
     chain, steps, made = work.chain, work.chain.num_steps, 0
     for i in range(min(fronts), steps if until is None else until):
         who = [b for b, front in enumerate(fronts) if front == i]
-        flat = None if len(who) == chain.batch else torch.tensor([i * chain.batch + b for b in who])
+        together = len(who) == chain.batch
+        flat = None if together else torch.tensor([i * chain.batch + b for b in who])
         work.evaluate(Rows(flat, i, i + 1, len(who)), round + made + 1)
         made += 1
         chain.lo.fill_(i)
-        chain.hi.copy_(torch.tensor([i + (front == i) for front in fronts], dtype=torch.int32))
+        if together:
+            chain.hi.fill_(i + 1)
+        else:
+            chain.hi.copy_(torch.tensor([i + (front == i) for front in fronts], dtype=torch.int32))
         ddim_update(
             chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
             chain.sq_diff, chain.sq_norm, chain.drift, backend=chain.backend,
         )  # fmt: skip
-        norms = chain.sq_norm[i, who]
-        if not bool(norms.isfinite().all()):
+        norms = chain.sq_norm[i] if together else chain.sq_norm[i, who]
+        if not math.isfinite(float(norms.sum())) and not bool(norms.isfinite().all()):
             bad = who[int((~norms.isfinite()).int().argmax())]
             raise _error(work, i, bad, round + made)
         for b in who:

@@ -226,6 +226,8 @@ class System:
 
         What was expanded for the last `key` is kept: neighbouring rounds often ask for the same rows.
         """
+        if not self.model_kwargs:
+            return {}
         if key is not None and self._expanded is not None and self._expanded[0] == key:
             return self._expanded[1]
 
