@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .base import Gradient, Problem
-from .implicit import Implicit, adjoint_schedule
+from .implicit import Implicit
 from .phantom import Phantom
 from .reversible import Reversible
 from .unrolled import Unrolled
@@ -37,6 +37,5 @@ __all__ = [
     "Problem",
     "Reversible",
     "Unrolled",
-    "adjoint_schedule",
     "resolve",
 ]
