@@ -13,7 +13,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Those with a test below, or in the file named.
-COVERED = {"plain_pytorch", "diffusion_policy", "train_cifar10"}
+COVERED = {"plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit"}
 ELSEWHERE = {"pipeline": "test_pipelines.py"}
 
 
@@ -62,6 +62,16 @@ def test_diffusion_policy(run):
     assert 100 < int(evals) <= 100 * int(rounds)
     assert float(error) < 1e-2
     assert re.search(r"^parallel is [\d.]+ times as fast$", out, re.M)
+
+
+def test_invert_and_edit(run, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("diffusers")
+    out = run("invert_and_edit", "--steps", 16, "--frames", 1, "--out", tmp_path / "walk.png")
+    errors = [float(error) for error in re.search(r"round trip error: (.*)$", out, re.M).group(1).split(", ")]
+    assert len(errors) == 2
+    assert max(errors) <= 1e-3
+    assert image.open(tmp_path / "walk.png").size == (4 * 3 * 32, 4 * 32)
 
 
 def test_train_cifar10(run, tmp_path):
