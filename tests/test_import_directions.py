@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -175,3 +177,10 @@ def test_a_wrong_arrow_is_noticed(source: str, module: str, complaint: str) -> N
 )
 def test_a_right_arrow_passes(source: str, module: str) -> None:
     assert complaints(list(arrows(source, module, False, "x.py"))) == []
+
+
+def test_the_checkout_offers_nothing_to_libraries_that_look_for_kernels() -> None:
+    """transformers imports a package `kernels` where it finds one, and the root of the checkout has such a folder."""
+    code = "import kernels; assert not hasattr(kernels, 'ddim_update'), 'the kernels were loaded a second time'"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
+import runpy
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -215,8 +217,27 @@ def test_the_default_solver_gives_the_promised_accuracy(make, tiny, relative_err
     assert relative_error(ours, reference).max() < 1e-2
 
 
-def test_the_checkout_offers_nothing_to_libraries_that_look_for_kernels():
-    """transformers imports a package `kernels` where it finds one, and the root of the checkout has such a folder."""
-    code = "import kernels; assert not hasattr(kernels, 'ddim_update'), 'the kernels were loaded a second time'"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def scripts() -> list[str]:
+    """examples/pipeline.py, and the blocks of the README that make a pipeline parallel."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    example = (ROOT / "examples" / "pipeline.py").read_text(encoding="utf-8")
+    return [example, *(block for block in blocks if "parallelize(pipe" in block)]
+
+
+@pytest.mark.parametrize("number", range(len(scripts())))
+def test_a_users_script_runs_unchanged(make, tiny, tmp_path, monkeypatch, number):
+    """In a folder where the name of the model is that of a folder, as diffusers looks for it."""
+    source = scripts()[number]
+    (name,) = set(re.findall(r'from_pretrained\("([^"]+)"', source))
+    make("sd", "PNDMScheduler", skip_prk_steps=True).save_pretrained(tmp_path / name)
+    (tmp_path / "script.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    known = runpy.run_path("script.py")
+    assert known["pipe"].last_solution.converged.all()
+    (image,) = tmp_path.glob("*.png")
+    with PIL.Image.open(image) as picture:
+        assert picture.size == (tiny.SIZE, tiny.SIZE)
+    plain = diffusers.StableDiffusionPipeline.from_pretrained(name, safety_checker=None)
+    reference = plain("a photo of a cat", num_inference_steps=50, generator=torch.Generator().manual_seed(0))
+    assert np.abs(np.asarray(reference.images[0], float) - np.asarray(known["image"], float)).mean() < 2
