@@ -78,7 +78,6 @@ def newton_scan(
     floor: float,
     threads: int,
 ) -> None: ...
-
 def inverse_scan(
     dtype: int,
     states_ptr: int,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.inverse_scan import MAX_COLUMNS
 from ..solver.base import Lease, Plan, Size
 from ..spectral import SpectralSlope
 from .base import InversionStats, Outcome, Task, read_out
@@ -20,6 +21,9 @@ class Rings(NamedTuple):
     z: Tensor  # (H + 1, W, B, D) states at which the model was called
     e: Tensor  # (H + 1, W, B, D) its predictions
     filled: Tensor  # (W, B) int32
+    long_z: Tensor  # the same for the stiff rows, with their longer history
+    long_e: Tensor
+    long_filled: Tensor
     forward: Tensor  # (T + 1, B, D)
     known_z: Tensor  # (1, T, B, D)
     known_e: Tensor  # (1, T, B, D)
@@ -35,13 +39,15 @@ class Equilibrium:
     first, on their own; then all others together. A solve ends when the linear model of the chain around the states
     predicts a round-trip error of at most half the tolerance.
 
-    history: rounds that the secants remember (0 to 7; 0: the slope alone). slope: "auto" (of the inverter's spectrum,
+    history: rounds that the secants remember (0 to 7; 0: the slope alone); long_history: the same for the first, stiff
+    steps (0 to 31). slope: "auto" (of the inverter's spectrum,
     else of the images' own), "scalar", a `SpectralSlope`, or None: then this is Anderson's method in each row, and with
     history=0 a damped Picard iteration. damping: part of the step along the slope that is taken. patience: rounds
     without progress before a row is left as it is. ridge, stale, floor, reach: see `kernels.inverse_scan`.
     """
 
     history: int = 5
+    long_history: int = 30
     slope: Any = "auto"
     damping: float = 1.0
     patience: int = 12
@@ -56,6 +62,8 @@ class Equilibrium:
     def __post_init__(self) -> None:
         if isinstance(self.history, bool) or not isinstance(self.history, int) or not 0 <= self.history <= 7:
             raise ValueError(f"history: expected an int from 0 to 7, got {self.history!r}")
+        if isinstance(self.long_history, bool) or not 0 <= self.long_history <= MAX_COLUMNS - 1:
+            raise ValueError(f"long_history: expected an int from 0 to {MAX_COLUMNS - 1}, got {self.long_history!r}")
         slopes = ("auto", "scalar", None)
         if not isinstance(self.slope, SpectralSlope) and self.slope not in slopes:
             raise ValueError(f"slope: expected 'auto', 'scalar', a SpectralSlope or None, got {self.slope!r}")
@@ -75,9 +83,9 @@ class Equilibrium:
         system = task.system(spectrum if spectrum is not None else self.slope)
         stats = InversionStats(self.name, 0)
         rounds = Rounds(self, task, system, spectrum, stats)
-        with rounds.work.lease:
+        with rounds.sweep.work.lease:
             converged = rounds.run()
-            noise, trajectory = read_out(rounds.work)
+            noise, trajectory = read_out(rounds.sweep.work)
         stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
         stats.wall_seconds = time.perf_counter() - clock
         return Outcome(noise, trajectory, converged, stats)
@@ -91,18 +99,31 @@ class Equilibrium:
         images = task.image.detach().double()
         return SpectralSlope.fit(torch.cat([images, -images]))  # a single image has no spread about its mean
 
+    def planned(self, tail: int) -> Memory:
+        return Memory(self.history, self.long_history, tail)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a solve asks of the slab, with `tail` stiff rows."""
+
+    history: int
+    long_history: int
+    tail: int
+
     def plan(self, plan: Plan, size: Size) -> None:
-        ring = (self.history + 1, size.window, size.batch, size.numel)
-        plan.add("inverse.z", ring, size.dtype)
-        plan.add("inverse.e", ring, size.dtype)
-        plan.add("inverse.filled", ring[1:3], torch.int32)
-        rows = (1, size.num_steps, size.batch, size.numel)
-        plan.add("inverse.forward", (size.num_steps + 1, *rows[2:]), size.dtype)
-        plan.add("inverse.known_z", rows, size.dtype)
-        plan.add("inverse.known_e", rows, size.dtype)
-        plan.add("inverse.known", rows[1:3], torch.int32)
+        row = (size.batch, size.numel)
+        for prefix, ring in (
+            ("", (self.history + 1, size.window)),
+            ("long_", (self.long_history + 1, max(self.tail, 1))),
+        ):
+            plan.add(f"inverse.{prefix}z", (*ring, *row), size.dtype)
+            plan.add(f"inverse.{prefix}e", (*ring, *row), size.dtype)
+            plan.add(f"inverse.{prefix}filled", (ring[1], size.batch), torch.int32)
+        plan.add("inverse.forward", (size.num_steps + 1, *row), size.dtype)
+        plan.add("inverse.known_z", (1, size.num_steps, *row), size.dtype)
+        plan.add("inverse.known_e", (1, size.num_steps, *row), size.dtype)
+        plan.add("inverse.known", (size.num_steps, size.batch), torch.int32)
 
     def start(self, lease: Lease) -> Rings:
-        rings = Rings(*(lease[f"inverse.{name}"] for name in Rings._fields))
-        rings.filled.zero_()
-        return rings
+        return Rings(*(lease[f"inverse.{name}"] for name in Rings._fields))

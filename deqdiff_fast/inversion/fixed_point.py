@@ -14,7 +14,7 @@ from . import guess
 from .base import InversionInfo, InversionStats, Outcome, Task, check_finite, read_out
 
 WIDE = 1e8  # a variance at which all of the data is signal
-SAFETY = 0.1  # part of the tolerance that one step may miss: the steps add up
+SAFETY = 0.03  # part of the tolerance that one step may miss: the misses add up on their way to the image
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class FixedPoint:
     """x_i <- (x_{i+1} - b_i eps_i(x_i) - drift_i) / a_i, repeated for each step until it holds, image first.
 
     eps: the noise prediction, whatever the model predicts.
-    iterations: most model calls in one step; a step ends sooner once it misses x_{i+1} by less than a tenth of `tol`,
+    iterations: most model calls in one step; a step ends sooner once it misses x_{i+1} by less than 0.03 `tol`,
     relative. AIDI, Pan et al. 2023, arXiv 2309.04907, equation 8; ReNoise, Garibi et al. 2024, arXiv 2403.14602.
     sweeps: passes over the chain for multistep schedules, whose lagged terms come from the last pass. The iteration
     diverges where |b_i d eps/dx| > |a_i|; the best state of such a step is kept.
     """
 
-    iterations: int = 20
+    iterations: int = 50
     sweeps: int = 20
 
     name = "fixed_point"

@@ -10,7 +10,9 @@ from torch import Tensor
 from .. import _dispatch
 from . import _ops
 
-__all__ = ["inverse_scan"]
+__all__ = ["MAX_COLUMNS", "inverse_scan"]
+
+MAX_COLUMNS = 32
 
 
 def inverse_scan(
@@ -56,7 +58,7 @@ def inverse_scan(
         weight: (T, 1) or (T, D), what a miss of that row is worth.
         sq_miss: (T, B); row i receives |weight[i] (X[i+1] - G[i])|^2.
         z, e: (H + 1, W, B, D), rings of states and predictions; row i lives in slot i % W, this round in `column`
-            (the round modulo H + 1).
+            (the round modulo H + 1). H < 32; above 7 torch does it, whatever the backend.
         filled: (W, B) int32, how many of a row's most recent columns are valid; counted up here.
         damping: the part of the step along d that is taken; secant steps are taken whole.
         ridge: relative to normalised columns, > 0. stale: columns with |dG| > stale |rho| are left out: slopes of far
@@ -73,10 +75,8 @@ def inverse_scan(
                 f"{name}: expected a floating-point tensor {shapes[0]} or {shapes[1]} on {device}, got "
                 f"{table.dtype} {tuple(table.shape)} on {table.device}"
             )
-    if z.dim() != 4 or not 1 <= z.shape[0] <= _dispatch.MAX_HISTORY or z.shape[1] < 1 or z.shape[2:] != (batch, size):
-        raise ValueError(
-            f"z: expected shape (H + 1, W, {batch}, {size}) with H < {_dispatch.MAX_HISTORY}, got {tuple(z.shape)}"
-        )
+    if z.dim() != 4 or not 1 <= z.shape[0] <= MAX_COLUMNS or z.shape[1] < 1 or z.shape[2:] != (batch, size):
+        raise ValueError(f"z: expected shape (H + 1, W, {batch}, {size}) with H < {MAX_COLUMNS}, got {tuple(z.shape)}")
     if e.shape != z.shape or e.dtype != z.dtype or z.dtype != states.dtype or e.device != device:
         raise ValueError(f"e: expected {states.dtype} {tuple(z.shape)} like z, got {e.dtype} {tuple(e.shape)}")
     if filled.shape != z.shape[1:3] or filled.dtype != torch.int32:

@@ -62,7 +62,8 @@ def run(backend: str, states: Tensor, predictions: Tensor, *args: Tensor | float
     if states.device.type == "cpu":
         _dispatch.check_windows(lo, hi, states.shape[0] - 1, z.shape[1])
     if states.shape[1]:
-        BACKENDS[name if name in BACKENDS else "reference"](states, predictions, *args)
+        fits = name in BACKENDS and z.shape[0] <= _dispatch.MAX_HISTORY
+        BACKENDS[name if fits else "reference"](states, predictions, *args)
 
 
 def _auto(

@@ -162,7 +162,7 @@ def test_opcheck_and_bad_arguments():
     for position, bad, message in (
         (4, torch.zeros(6), "slope: expected"),
         (5, torch.zeros(5, 1), "weight: expected"),
-        (9, torch.zeros(9, 6, 2, 8, dtype=torch.float64), "z: expected shape"),
+        (9, torch.zeros(33, 6, 2, 8, dtype=torch.float64), "z: expected shape"),
         (10, torch.zeros(4, 6, 2, 8), "e: expected"),
         (11, torch.zeros(6, 2), "filled: expected int32"),
         (12, 4, "column: expected"),
