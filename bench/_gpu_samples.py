@@ -70,8 +70,8 @@ def _ways(
     cuda, steps = noise.is_cuda, schedule.num_steps
     stats: dict[str, Any] = {}
 
-    def parallel(way: str, network: Any, graph: bool) -> Way:
-        sampler = dq.DEQSampler(network, schedule, solver="quasi-newton", spectrum=spectrum, cuda_graph=graph)
+    def parallel(way: str, network: Any, graph: bool | str, solver: str = "quasi-newton") -> Way:
+        sampler = dq.DEQSampler(network, schedule, solver=solver, spectrum=spectrum, cuda_graph=graph)
 
         def run() -> Tensor:
             out = sampler.sample(noise)
@@ -85,6 +85,7 @@ def _ways(
         "serial, eager": lambda: _gpu_models.Chain(model, schedule, noise).run,
         "sample, eager": lambda: parallel("sample, eager", model, False),
     }
+    makers["sample, planned"] = lambda: parallel("sample, planned", model, "auto", "auto")
     if cuda:
         makers["serial, graph"] = lambda: _gpu_models.Chain(model, schedule, noise, graph=True).run
         makers["sample, graph"] = lambda: parallel("sample, graph", model, True)

@@ -2,11 +2,11 @@
 
 Ops: `copy` moves the bytes that the op has to, with the device's own copy; `eager` is the paper's formulation in torch
 (_paper.py), `compile` its torch.compile, `triton` (`cpp` on a CPU) this library, `graph` the same replayed from a CUDA
-graph. Samples: the serial chain written by hand, in eager, compiled and CUDA-graphed form, against `sample()`, plain
-and with its rounds recorded. Networks other than the bundled one have random weights: they show the time of a round,
-not how many rounds a trained network takes. Host syncs are those that torch reports between the first and the last
-model call of a solve. Runs on a CPU too, which shows that it works and nothing else. On CUDA the figures go to
-bench/results/<device>.md and .json.
+graph. Samples: the serial chain written by hand, in eager, compiled and CUDA-graphed form, against `sample()` over all
+timesteps at once, plain and with its rounds recorded, and against `sample()` as the planner would have it. Networks
+other than the bundled one have random weights: they show the time of a round, not how many rounds a trained network
+takes. Host syncs are those that torch reports between the first and the last model call of a solve. Runs on a CPU too,
+which shows that it works and nothing else. On CUDA the figures go to bench/results/<device>.md and .json.
 """
 
 from __future__ import annotations
