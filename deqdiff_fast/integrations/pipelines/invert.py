@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ConvergenceWarning, NotConvergedError
-from ...inversion.base import DEFAULT_TOL
 from ...inverter import DEQInverter, Inversion
 from ...schedule import Schedule
 from .chain import Chain
@@ -20,7 +17,6 @@ from .loop import Loop
 from .parallel import check_arguments, plain_class
 from .proxies import installed
 
-STRICTER = 0.1  # single steps are held to this part of the tolerance: a chain may amplify what they miss
 _OWN = set(inspect.signature(DEQInverter.__init__).parameters) - {"self", "model", "schedule", "options"}
 
 
@@ -64,51 +60,8 @@ def invert(
         scale = float((chain.start * target).sum() / target.square().sum())
         if not torch.allclose(chain.start, scale * target, rtol=1e-3, atol=1e-5 * scale):
             raise ValueError(f"latents: {type(pipe).__name__} does more to them than a multiplication by a number")
-        found = _solve(chain, target, settings)
+        found = DEQInverter(chain.model, chain.schedule, **settings).invert(target, chain.rows(), chain.generator)
     return replace(found, noise=found.noise / scale)
-
-
-def _solve(chain: Chain, target: Tensor, settings: dict[str, Any]) -> Inversion:
-    """With the method asked for; or with the default one, and for images that it leaves out, the serial one."""
-
-    def attempt(**changes: Any) -> Inversion:
-        return DEQInverter(chain.model, chain.schedule, **(settings | changes)).invert(
-            target, chain.rows(), chain.generator
-        )
-
-    if "method" in settings:
-        return attempt()
-    first = attempt(on_failure="serial")
-    if bool(first.converged.all()):
-        return first
-    tol = settings.get("tol") or DEFAULT_TOL
-    second = attempt(method="fixed_point", tol=STRICTER * tol, on_failure="serial")
-    better = second.error < first.error
-    rows = better.to(target.device).view(-1, *[1] * (target.dim() - 1))
-    second.stats.model_evals += first.stats.model_evals
-    second.stats.rounds += first.stats.rounds
-    found = replace(
-        second,
-        noise=torch.where(rows, second.noise, first.noise),
-        reconstruction=torch.where(rows, second.reconstruction, first.reconstruction),
-        error=torch.where(better, second.error, first.error),
-        trajectory=None,
-    )
-    found.converged = found.error <= tol
-    return _judged(found, tol, settings.get("on_failure", "serial"))
-
-
-def _judged(found: Inversion, tol: float, on_failure: str) -> Inversion:
-    if on_failure == "serial" or bool(found.converged.all()):
-        return found
-    message = (
-        f"{int((~found.converged).sum())} of {len(found.error)} images are not reproduced to {tol:g} (largest error "
-        f"{float(found.error.max()):.1e}); take more timesteps, less guidance, or loosen tol"
-    )
-    if on_failure == "raise":
-        raise NotConvergedError(message, found)
-    warnings.warn(message, ConvergenceWarning, stacklevel=5)
-    return found
 
 
 def image_latents(pipe: Any, image: Any) -> Tensor:

@@ -25,7 +25,9 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
 
     pipe: DDIMPipeline, DDPMPipeline, DiTPipeline, or a text-to-image or image-to-image pipeline of Stable Diffusion,
     Stable Diffusion XL, Stable Diffusion 3 or Flux, with any scheduler that `Schedule.from_diffusers` takes.
-    options: those of `DEQSampler` (solver, tol, max_rounds, window, on_failure, max_batch, spectrum ...).
+    options: those of `DEQSampler` (solver, tol, max_rounds, window, on_failure, max_batch, spectrum ...). A row of
+    `max_batch` is one sample at one timestep, and is two rows of the model's call where guidance takes both halves at
+    once.
 
     Everything but the loop is the pipeline's own code; `callback_on_step_end` is called once for each timestep, in
     order, after the solve, with that timestep's latents. Where a callback changes the latents, the prompt or the
