@@ -125,11 +125,8 @@ class Options:
         arguments.check_kwargs(model_kwargs)
         check_generator(generator, noise.shape[0])
 
-    def system(
-        self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, serial: bool = False
-    ) -> System:
-        """The chain that starts at `noise`, after a check of what a caller gave."""
-        self.check_request(noise, model_kwargs, generator)
+    def system(self, noise: Tensor, model_kwargs: dict[str, Any] | None, serial: bool = False) -> System:
+        """The chain that starts at `noise`; the arguments have passed `check_request`."""
         slope = "scalar" if serial else self.slope(noise)
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
         system.on_shrink = lambda rows: self.learned.update(max_batch=rows)

@@ -67,7 +67,7 @@ def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, An
         job.probes = probe(planner, site, noise, model_kwargs) if may_probe(site) else None
         plan = planner.plan(site, noise, model_kwargs)
         site.allowance -= planner.clock() - started
-        system = planner.options.system(noise, model_kwargs, request.generator, serial=plan.serial)
+        system = planner.options.system(noise, model_kwargs, serial=plan.serial)
         return _serially(planner, job, plan, system) if plan.serial else _in_rounds(planner, job, plan, system)
 
 
@@ -114,7 +114,7 @@ def _serial_start(planner: Planner, job: Job) -> Solution:
     """Start serially and time that. Where nothing is known, measure a batch too. Go on as it then seems best."""
     options, site, request = planner.options, job.site, job.request
     job.first = site.costs.step(site.batch) is None
-    system = options.system(job.noise, job.model_kwargs, request.generator)
+    system = options.system(job.noise, job.model_kwargs)
     steps = system.num_steps
     stats = Stats(solver="serial", window=1, stop_reason="serial")
     work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
@@ -167,7 +167,7 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
     options, site = planner.options, planner.site(noise, model_kwargs)
     draw: Callable[[], torch.Generator] = lambda: torch.Generator(noise.device).manual_seed(0)  # noqa: E731
     with torch.no_grad():
-        system = options.system(noise, model_kwargs, None)
+        system = options.system(noise, model_kwargs)
         compile_sizes(options, system, noise)
         work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
         with work.lease:
@@ -191,6 +191,6 @@ def _try(planner: Planner, job: Job, window: int) -> None:
     plan = planner.forced(site, job.noise, job.model_kwargs, window)
     while len(ratios) < 2 or (len(ratios) < TIMES and planner.clock() - began < SECONDS):
         site.corrections.pop(window, None)
-        _in_rounds(planner, job, plan, planner.options.system(job.noise, job.model_kwargs, None))
+        _in_rounds(planner, job, plan, planner.options.system(job.noise, job.model_kwargs))
         ratios.append(site.corrections.get(window, 1.0))
     site.corrections[window] = median(ratios[1:])

@@ -23,7 +23,7 @@ from .workspace import Workspace
 PROBING = 0.03  # of the time spent sampling may go into measuring and planning
 REINVESTED = 0.1  # of the time saved against the serial chain may go there too
 REFRESH = 16  # solves after which a plan is made anew, whatever happened
-SURPRISE = 0.1  # or as soon as a solve takes this much more or less than the plan said
+SURPRISE = 0.2  # or as soon as a solve takes this much more or less than the plan said
 JOLT = 1.3  # a time that far off must be seen twice
 CHECK = 16  # solves by rounds after which one begins with a few serial steps, to time them
 FORGIVE = 0.98  # of a correction is kept at every serial solve, so that what was slow once is tried again some time
@@ -133,7 +133,7 @@ class Planner:
     def _slab(self, site: Site, noise: Tensor, model_kwargs: dict[str, Any] | None, window: int) -> int:
         """Bytes of the solver's memory for that window."""
         if window not in site.slabs:
-            system = self.options.system(noise, model_kwargs, None)
+            system = self.options.system(noise, model_kwargs)
             site.slabs[window] = Workspace.layout(system, self.options.solver, window).layout()[1]
         return site.slabs[window]
 

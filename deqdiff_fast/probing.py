@@ -63,7 +63,7 @@ def probe(
     if not affordable:
         site.price = useful[0] * each
         return None
-    rows, system = affordable[-1], system or options.system(noise, model_kwargs, None)
+    rows, system = affordable[-1], system or options.system(noise, model_kwargs)
     seconds = cost.time_call(system, noise, rows, planner.clock)
     if 2 * seconds <= site.allowance - (planner.clock() - started):  # the first call of a size prepares as well
         seconds = min(seconds, cost.time_call(system, noise, rows, planner.clock))

@@ -124,7 +124,7 @@ class DEQSampler:
         options, request.keep = self.options, True
         solution = options.gradient.attach(
             Problem(
-                options.system(noise, model_kwargs, generator), noise, parameters,
+                options.system(noise, model_kwargs), noise, parameters,
                 lambda: self._solve(request, model_kwargs), self._adjoint,
                 self.tolerance(noise.dtype), options.max_rounds, options.on_failure,
                 generator, init_trajectory, callback, progress,
@@ -136,7 +136,7 @@ class DEQSampler:
     def _solve(self, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
         if self.options.planned:
             return solve_planned(self.planner, request, model_kwargs)
-        system = self.options.system(request.noise, model_kwargs, request.generator)
+        system = self.options.system(request.noise, model_kwargs)
         return solve_parallel(system, self.options, request)
 
     def _adjoint(
@@ -166,7 +166,8 @@ class DEQSampler:
         return_trajectory: bool = False,
     ) -> Solution:
         """The plain chain, one model call after the other; arguments and result as for `sample`."""
-        system = self.options.system(noise, model_kwargs, generator, serial=True)
+        self.options.check_request(noise, model_kwargs, generator)
+        system = self.options.system(noise, model_kwargs, serial=True)
         request = Request(noise, generator, callback, progress, keep=return_trajectory)
         return solve_serially(system, self.options, request)
 
@@ -215,7 +216,7 @@ class DEQSampler:
         if self.options.planned:
             return warm_up(self.planner, noise, model_kwargs)
         with torch.no_grad():
-            compile_sizes(self.options, self.options.system(noise, model_kwargs, None), noise)
+            compile_sizes(self.options, self.options.system(noise, model_kwargs), noise)
             for _ in range(2):  # CUDA graphs are captured in the second
                 self.sample(noise, model_kwargs, torch.Generator(noise.device).manual_seed(0))
         return None
