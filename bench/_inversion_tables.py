@@ -15,14 +15,14 @@ def round_trips(rows: Rows) -> Table:
     """The direct methods: errors through the serial chain, against those of DDIM inversion, and sequential depth."""
     header = (
         "T", "method", "median error", "largest error", "converged", "DDIM's error / error", "rounds",
-        "fixed point's rounds / rounds", "evaluations / image", "seconds",
+        "fixed point's rounds / rounds at equal loss", "evaluations / image", "seconds",
     )  # fmt: skip
     members = [row for row in rows if row["table"] == "round trip"]
     cells = []
     for row in members:
         ddim, fixed = _partner(members, row, "ddim"), _partner(members, row, "fixed_point")
         gain = "" if ddim is None else f"{median(ddim['errors']) / max(median(row['errors']), 1e-300):.1f}"
-        depth = "" if fixed is None else f"{fixed['rounds'] / row['rounds']:.1f}"
+        depth = "" if fixed is None else f"{_depth(fixed, row):.1f}"
         cells.append((
             str(row["steps"]), row["method"], f"{median(row['errors']):.1e}", f"{max(row['errors']):.1e}",
             f"{sum(row['converged'])}/{row['images']}", gain, str(row["rounds"]), depth,
@@ -30,8 +30,8 @@ def round_trips(rows: Rows) -> Table:
         ))  # fmt: skip
     return header, cells, (
         "Errors: relative L2 between the image and what the serial chain makes of the noise. Rounds: model calls that "
-        f"wait for each other. Aims for equilibrium: {BETTER_THAN_DDIM} times below DDIM inversion, and a {DEPTH}th of "
-        "the fixed point's rounds."
+        f"wait for each other; equal loss: the larger of the two medians at the end. Aims for equilibrium: "
+        f"{BETTER_THAN_DDIM} times below DDIM inversion, and a {DEPTH}th of the fixed point's rounds."
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def descents(rows: Rows) -> Table:
             str(row["steps"]), row["method"], str(row["optimizer_steps"] or ""), f"{median(row['losses']):.3g}",
             f"{median(row['errors']):.1e}", f"{row['evaluations'] / row['images']:.0f}",
             f"{row['backpropagations'] / row['images']:.0f}", str(row["rounds"]), f"{row['seconds']:.1f}",
-            "seconds" if row["stop_reason"] == "callback" else row["stop_reason"].replace("max_rounds", "epochs"),
+            _ended(row),
         )
         for row in rows
         if row["table"] == "descent"
@@ -99,9 +99,23 @@ def _partner(rows: Rows, row: dict[str, Any], name: str) -> dict[str, Any] | Non
     return next((other for other in rows if other["method"] == name and other["steps"] == row["steps"]), None)
 
 
+def _ended(row: dict[str, Any]) -> str:
+    limit = "epochs" if row["optimizer_steps"] else "rounds"
+    return {"callback": "seconds", "max_rounds": limit}.get(row["stop_reason"], str(row["stop_reason"]))
+
+
+def _depth(fixed: dict[str, Any], row: dict[str, Any]) -> float:
+    """How many times the rounds of `row` the fixed point needs to a loss that both get to."""
+    loss = max(fixed["curve"][-1][3], row["curve"][-1][3])
+    first, second = (
+        next(rounds for *_, reached, rounds in other["curve"] if reached <= loss) for other in (fixed, row)
+    )
+    return float(first / second)
+
+
 def _evaluations_to(row: dict[str, Any], loss: float) -> tuple[int, bool]:
     """Forward evaluations at the first point of the curve with at most that loss; all of them if there is none."""
-    for _, _, forward, reached in row["curve"]:
+    for _, _, forward, reached, _ in row["curve"]:
         if reached <= loss:
             return forward, True
     return row["forward_evaluations"], False

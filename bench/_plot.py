@@ -52,7 +52,7 @@ def loss_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     for line, steps in zip(panels, counts, strict=True):
         members = [row for row in rows if row["steps"] == steps]
         for row, marker in zip(members, "ospD^v" * len(members), strict=False):
-            seconds, evaluations, _, losses = zip(*row["curve"], strict=True)
+            seconds, evaluations, _, losses, _ = zip(*row["curve"], strict=True)
             line[0].loglog(seconds, losses, marker=marker, markersize=4, label=row["method"])
             each = [count / row["images"] for count in evaluations]
             line[1].loglog(each, losses, marker=marker, markersize=4, label=row["method"])

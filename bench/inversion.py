@@ -101,16 +101,18 @@ class Watch:
     """Keeps the running noise of a solve, for curves that are computed afterwards; stops what takes too long."""
 
     model: Counted
+    images: int
     limit: float
     start: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
-    points: list[tuple[float, int, int, Tensor]] = field(default_factory=list)
+    points: list[tuple[float, int, int, int, Tensor]] = field(default_factory=list)
 
     def __call__(self, info: Any) -> bool:
         self.seconds = time.perf_counter() - self.start
-        if not self.points or self.model.evals >= THINNING * self.points[-1][1]:
+        whole = len(info.front) == self.images  # a further attempt may be about some of them: the last point has it
+        if whole and (not self.points or self.model.evals >= THINNING * self.points[-1][1]):
             own = self.model.evals - self.model.backpropagations
-            self.points.append((self.seconds, self.model.evals, own, info.noise()))
+            self.points.append((self.seconds, self.model.evals, own, info.round, info.noise()))
         return self.seconds > self.limit
 
 
@@ -128,13 +130,16 @@ def _measure(
         made = serial.serial(start, generator=problem.generators(seeds)).sample
         return (made - target).flatten(1).double().square().sum(1).tolist()
 
-    watch = Watch(model, args.seconds if name in DESCENTS else float("inf"))
+    watch = Watch(model, len(target), args.seconds if name in DESCENTS else float("inf"))
     found = inverter.invert(target, generator=problem.generators(seeds) if args.eta else None, callback=watch)
     stats = found.stats
     own = stats.model_evals - getattr(stats, "backpropagations", 0)
-    curve = [(seconds, evals, forward, median(losses(start))) for seconds, evals, forward, start in watch.points]
+    curve = [
+        (seconds, evals, forward, median(losses(start)), rounds)
+        for seconds, evals, forward, rounds, start in watch.points
+    ]
     final = losses(found.noise)
-    curve.append((watch.seconds, stats.model_evals, own, median(final)))
+    curve.append((watch.seconds, stats.model_evals, own, median(final), stats.rounds))
     return {
         "steps": steps, "table": table, "method": name, "images": len(target), "losses": final,
         "errors": found.error.tolist(), "converged": found.converged.tolist(), "evaluations": stats.model_evals,

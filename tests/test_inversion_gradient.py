@@ -171,6 +171,26 @@ def test_initial_noise(images, initial):
     assert torch.equal(found.noise, expected)
 
 
+def test_a_given_trajectory_goes_first(images):
+    schedule, start, image = images()
+    known = dq.DEQSampler(Bend(), schedule).serial(start, return_trajectory=True).trajectory
+    found = invert(schedule, image, initial=torch.zeros_like(start)).invert(image, init_trajectory=known)
+    assert found.stats.steps == 1
+    assert torch.equal(found.noise, start)
+
+
+def test_a_loose_chain_is_taken_further(images):
+    """The descent believes its own sample; where the serial chain disagrees, those images go on, and only those."""
+    schedule, start, image = images(steps=20)
+    begin = start.clone()
+    begin[1:] += 0.2
+    loose = {"solver": "picard", "solver_tol": 0.5, "steps": 400, "lr": 0.02, "warm_start": False}
+    found = invert(schedule, image, initial=begin, tol=1e-2, **loose).invert(image)
+    assert any("taken further" in remark for remark in found.stats.notes)
+    assert found.noise.isfinite().all()
+    assert found.error[0] <= 1e-2
+
+
 def test_conditions_follow_their_images(images):
     shift = torch.tensor([[-1.0], [0.0], [1.0]])
     schedule, start, image = images(shift=shift)

@@ -49,7 +49,7 @@ class Optimise:
     list of tensors, one for each image, to an optimizer; lr: of a class. One whose step couples its tensors (LBFGS)
     couples the images. steps: most optimizer steps.
     stop: the squared loss at which an image is done and leaves the batch (None: that of the inverter's `tol`).
-    initial: "ddim", "equilibrium", "random" (seed: of that) or noise (B, *shape).
+    initial: "ddim", "equilibrium", "random" (seed: of that) or noise (B, *shape); a given `init_trajectory` goes first.
     solver, solver_tol: of the chain inside (None: a tenth of the inverter's `tol`, or the solver's own); warm_start:
     every solve starts from the trajectory of the one before. finish: end a solve that is out of rounds serially (True),
     or descend from where it is (False, as in the paper).
@@ -128,18 +128,20 @@ class Optimise:
         return ParallelChain(task, self.solver, tol, resolve_gradient(self.gradient), self.finish)
 
     def _start(self, task: Task, stats: InversionStats) -> tuple[Tensor, Tensor | None]:
-        """The initial noise, and its trajectory where that is known."""
+        """The initial noise, and its trajectory where that is known; a trajectory that was given has both."""
+        if task.init is not None:
+            return task.init[0].detach().to(task.image.device, task.image.dtype), task.init.clone()
         if isinstance(self.initial, Tensor):
             if self.initial.shape != task.image.shape:
                 raise ValueError(
                     f"initial: expected noise of the image's shape {tuple(task.image.shape)}, got "
                     f"{tuple(self.initial.shape)}"
                 )
-            return self.initial.detach().to(task.image.device, task.image.dtype), task.init
+            return self.initial.detach().to(task.image.device, task.image.dtype), None
         if self.initial == "random":
             draw = torch.Generator().manual_seed(self.seed)
             noise = torch.randn(task.image.shape, generator=draw) * task.schedule.init_noise_sigma
-            return noise.to(task.image.device, task.image.dtype), task.init
+            return noise.to(task.image.device, task.image.dtype), None
         outcome = _first(self.initial).solve(replace(task, report=None))
         stats.rounds += outcome.stats.rounds
         stats.notes.append(f"initial noise by {outcome.stats.solver}")
