@@ -37,13 +37,14 @@ class Equilibrium:
     The triangular system of Pokle, Geng, Kolter 2022 (arXiv 2210.12867, equation 9) from its other end, where each row
     is implicit in its own state; no gradient is taken. The steps that contract most, next to the image, are solved
     first, on their own; then all others together. A solve ends when the linear model of the chain around the states
-    predicts a round-trip error of at most half the tolerance.
+    predicts a round-trip error of at most a third of the tolerance.
 
     history: rounds that the secants remember (0 to 7; 0: the slope alone); long_history: the same for the first, stiff
-    steps (0 to 31). slope: "auto" (of the inverter's spectrum,
-    else of the images' own), "scalar", a `SpectralSlope`, or None: then this is Anderson's method in each row, and with
-    history=0 a damped Picard iteration. damping: part of the step along the slope that is taken. patience: rounds
-    without progress before a row is left as it is. ridge, stale, floor, reach: see `kernels.inverse_scan`.
+    steps (0 to 31). slope: "auto" (of the inverter's spectrum, else of the images' own), "scalar", a `SpectralSlope`,
+    or None: then this is Anderson's method in each row, and with both histories 0 a damped Picard iteration. damping: part
+    of the step along the slope that is taken. patience: rounds without progress before a row is left as it is; stiff
+    rows have four times that. ridge, stale, floor, reach: see `kernels.inverse_scan`; ridge and floor are by default
+    what rounding asks for.
     """
 
     history: int = 5
@@ -51,9 +52,9 @@ class Equilibrium:
     slope: Any = "auto"
     damping: float = 1.0
     patience: int = 12
-    ridge: float = 1e-6
+    ridge: float | None = None
     stale: float = 8.0
-    floor: float = 1e-6
+    floor: float | None = None
     reach: float = 1.0
 
     name = "equilibrium"
@@ -70,9 +71,10 @@ class Equilibrium:
         if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
             raise ValueError(f"patience: expected an int >= 1, got {self.patience!r}")
         for field in ("damping", "ridge", "stale", "reach"):
-            if not 0 < getattr(self, field) < float("inf"):
-                raise ValueError(f"{field}: expected a number > 0, got {getattr(self, field)!r}")
-        if not 0 <= self.floor < 1:
+            value = getattr(self, field)
+            if not (value is None and field == "ridge") and not 0 < value < float("inf"):
+                raise ValueError(f"{field}: expected a number > 0, got {value!r}")
+        if self.floor is not None and not 0 <= self.floor < 1:
             raise ValueError(f"floor: expected a number in [0, 1), got {self.floor!r}")
 
     def solve(self, task: Task) -> Outcome:

@@ -16,7 +16,7 @@ from .sweep import Sweep, stiff_rows
 if TYPE_CHECKING:
     from .equilibrium import Equilibrium
 
-FINISH = 0.5  # of the tolerance: the error predicted by the linear model of the chain at which a solve ends early
+FINISH = 0.33  # of the tolerance: the error predicted by the linear model of the chain at which a solve ends early
 PASSES, STRICTER = 3, 0.3  # where all rows are final and the tolerance is not met: once more, with rows held tighter
 TAIL_FREEZE, FREEZE = 0.3, 0.03  # of the tolerance: the miss with which a row next to the known state is final
 TAIL_PATIENCE = 4  # times the patience with other rows: long histories pause before they converge

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STIFF = 0.5  # a step that contracts directions without data more than that is solved before the ones before it
 FLAT_VARIANCE = 1e-3  # of such directions
+ROUNDING = {torch.float32: (1e-6, 1e-6), torch.float64: (1e-10, 1e-12)}  # ridge and floor of the secants
 
 
 class Sweep:
@@ -36,6 +37,9 @@ class Sweep:
         self.linear = system.linear
         self.size = self.chain.states[-1].square().sum(1).clamp_min(1e-30)
         self.careful = careful_slope(system) if method.slope is not None else self.chain.slope
+        ridge, floor = ROUNDING[system.dtype]
+        self.ridge = ridge if method.ridge is None else method.ridge
+        self.floor = floor if method.floor is None else method.floor
         self.column = self.long_column = 0
 
     def run(self, rows: Rows, lo: list[int], hi: list[int], round: int) -> tuple[Tensor, Tensor, int]:
@@ -48,7 +52,7 @@ class Sweep:
         self.work.evaluate(rows, round)
         expected = self._expect()
         self.column, self.long_column = round % (method.history + 1), round % (method.long_history + 1)
-        settings = (method.damping, method.ridge, method.stale, method.floor, method.reach, chain.drift)
+        settings = (method.damping, self.ridge, method.stale, self.floor, method.reach, chain.drift)
         stiff = [b > self.steps - self.tail for b in hi]
         tables = (chain.state_coef, chain.model_coef)
         if any(stiff):
