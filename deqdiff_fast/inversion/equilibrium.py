@@ -41,10 +41,10 @@ class Equilibrium:
 
     history: rounds that the secants remember (0 to 7; 0: the slope alone); long_history: the same for the first, stiff
     steps (0 to 31). slope: "auto" (of the inverter's spectrum, else of the images' own), "scalar", a `SpectralSlope`,
-    or None: then this is Anderson's method in each row, and with both histories 0 a damped Picard iteration. damping: part
-    of the step along the slope that is taken. patience: rounds without progress before a row is left as it is; stiff
-    rows have four times that. ridge, stale, floor, reach: see `kernels.inverse_scan`; ridge and floor are by default
-    what rounding asks for.
+    or None: then this is Anderson's method in each row, and with both histories 0 a damped Picard iteration.
+    damping: part of the step along the slope that is taken. patience: rounds without progress before a row is left as
+    it is; stiff rows have four times that. ridge, stale, floor, reach: see `kernels.inverse_scan`; ridge and floor are
+    by default what rounding asks for.
     """
 
     history: int = 5
