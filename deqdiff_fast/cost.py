@@ -7,7 +7,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ class Costs:
             self._curve = None
 
     def set_call(self, rows: int, seconds: float) -> None:
-        """The median of several calls of that many rows."""
+        """What several calls of that many rows took."""
         if not math.isfinite(seconds):
             return
         with self._lock:
@@ -142,12 +141,15 @@ def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf
 def measure(
     system: System, noise: Tensor, rows: int, *, repeats: int, budget: float, clock: Clock = time.perf_counter
 ) -> float:
-    """Median seconds of up to `repeats` calls after a first one, which prepares; fewer once `budget` is spent."""
+    """Least seconds of up to `repeats` calls after a first one, which prepares; fewer once `budget` seconds are spent.
+
+    The least, since a call that was disturbed would rule out all larger ones; solves that are tried put it right.
+    """
     first = time_call(system, noise, rows, clock)
     taken: list[float] = []
     while len(taken) < repeats and first + sum(taken) < budget:
         taken.append(time_call(system, noise, rows, clock))
-    return median(taken) if taken else first
+    return min(taken, default=first)
 
 
 def _synchronize(device: torch.device) -> None:

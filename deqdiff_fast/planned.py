@@ -122,7 +122,7 @@ def _serial_start(planner: Planner, job: Job) -> Solution:
         work.begin(job.noise, request.generator)
         fronts = [0] * site.batch
         taken, stopped = time_steps(planner, work, fronts, report, min(LEAD if job.first else CHECKED, steps))
-        if not stopped and max(fronts) < steps:
+        if not stopped:
             started = planner.clock()
             if job.first:
                 planner.saw_lead(site, system, job.noise, median(taken))
@@ -131,7 +131,7 @@ def _serial_start(planner: Planner, job: Job) -> Solution:
                 planner.saw_check(site, median(taken))
             stats.plan = planner.plan(site, job.noise, job.model_kwargs)
             site.allowance -= planner.clock() - started
-            if not stats.plan.serial:
+            if not stats.plan.serial and max(fronts) < steps:
                 return _in_rounds(planner, job, stats.plan, system, work, max(fronts))
             _, stopped = finish(work, fronts, max(fronts), report)
         stats.rounds = stats.finished_serially = max(fronts)

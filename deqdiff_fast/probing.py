@@ -14,8 +14,8 @@ from .solver.planner import Candidate, promising
 from .system import System
 
 TRIES = 2  # solves that a warm-up makes of different windows
-NEAR = 1.3  # how much slower than the serial chain a prediction may be for a warm-up to try it
-REPEATS, BUDGET = 3, 0.3  # calls that a warm-up times of each size, and the seconds after which it takes fewer
+NEAR = 1.5  # how much slower than the serial chain a prediction may be for a warm-up to try it
+REPEATS, BUDGET = 5, 0.3  # calls that a warm-up times of each size, and the seconds after which it takes fewer
 
 
 def sizes(batch: int, steps: int, limit: int | None, padded: bool = False) -> list[int]:

@@ -252,6 +252,18 @@ def test_taking_over_a_stochastic_chain(mixture, ddim, noise, relative_error, et
     assert relative_error(out.trajectory.transpose(0, 1), expected.trajectory.transpose(0, 1)).max() < 1e-4
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_short_chains(machine, noise, relative_error, steps):
+    device, sampler = machine(lambda n: 1.0, steps=steps, tol=1e-5)
+    reference = sampler.serial(noise(2)).sample
+    for warm in (False, True):
+        if warm:
+            sampler.warmup((3, 8, 8), batch=2)
+        runs = [solve(device, sampler, noise(2)) for _ in range(40)]
+        assert all(relative_error(out.sample, reference).max() < 1e-5 for out in runs)
+        assert all(out.stats.plan is not None and out.stats.rounds <= steps for out in runs)
+
+
 def test_the_first_samples_of_a_busy_device_cost_a_few_percent_more(machine, noise):
     busy, sampler = machine(float)
     spent = [solve(busy, sampler, noise(2, seed=k)).stats.model_evals for k in range(10)]
