@@ -21,6 +21,8 @@ class Stats:
     window: int
     rounds: int = 0
     """Batched model calls over the active timesteps, one after the other."""
+    coarse_rounds: int = 0
+    """Those of `rounds` that evaluated a coarse grid of timesteps only."""
     model_evals: int = 0
     """Model evaluations (NFE): samples x timesteps evaluated, summed over rounds, serial steps included."""
     model_calls: int = 0

@@ -15,7 +15,7 @@ from .options import Options
 from .progress import Reporter
 from .serial import finish, non_finite
 from .solution import Callback, Solution, Stats
-from .solver import Late, Picard, iterate
+from .solver import Ascent, BoardCalls, Evaluate, Late, Picard, iterate, ladder
 from .system import System
 from .workspace import Workspace
 
@@ -81,6 +81,13 @@ def solve_rounds(
         else:
             work.resume(lead, front)
             lead.lease.release()
+        pad = work.system.pad_round
+        watched = report if guard is None else guard.watch(report)
+        coarse, stopped = [], False
+        if not (warm or front):
+            calls = None if board is None else BoardCalls(board, work.chain, work.evaluate, pad, play)
+            coarse, stopped = climb(work, limit, calls or work.evaluate, report if late is None else None)
+            work.system.model_evals -= calls.padding if calls else 0
         outcome = iterate(
             work.chain,
             solver,
@@ -90,24 +97,38 @@ def solve_rounds(
             diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
             freeze=freeze,
             finish=tolerance,
-            max_rounds=limit,
-            report=report if guard is None else guard.watch(report),
+            max_rounds=0 if stopped else limit,
+            report=watched,
             start=front,
+            made=len(coarse),
             late=late,
-            pad=work.system.pad_round,
+            pad=pad,
             play=play,
             board=board,
         )
         work.system.model_evals -= outcome.padding
-        stats.rounds, stats.repairs = front + outcome.rounds, outcome.repairs
-        stats.residual_trace = torch.stack(outcome.trace) if outcome.trace else stats.residual_trace
+        stats.rounds, stats.coarse_rounds, stats.repairs = front + outcome.rounds, len(coarse), outcome.repairs
+        trace = [residual.cpu() for residual in coarse] + outcome.trace
+        stats.residual_trace = torch.stack(trace) if trace else stats.residual_trace
         gave_up = guard is not None and guard.gave_up
-        fronts, stopped = outcome.window.lo, outcome.stopped and not gave_up
+        fronts, stopped = outcome.window.lo, stopped or (outcome.stopped and not gave_up)
         solution = conclude(work, fronts, stopped, stats, clock, request.keep, options.on_failure, report, gave_up)
     if work.system is not system:
         stats.model_evals += system.model_evals
         stats.model_calls += system.model_calls
     return solution
+
+
+def climb(work: Workspace, limit: int, evaluate: Evaluate, report: Reporter | None) -> tuple[list[Tensor], bool]:
+    """The rounds on coarse grids that the solver wants first: their residuals, and whether `report` asked to stop."""
+    chain, solver = work.chain, work.solver
+    grids = ladder(solver, chain.num_steps, chain.window, chain.drift is not None)
+    if not grids or len(grids) >= limit:
+        return [], False
+    weight = work.system.denoised_coef[:, 1]
+    ascent = Ascent(chain, solver, work.memory, work.lease["coarse"], weight, grids)
+    stopped = ascent.run(evaluate, report)
+    return ascent.trace, stopped
 
 
 def solve_serially(system: System, options: Options, request: Request) -> Solution:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._types import Generators, Rows
 from .memory import Lease, MemoryPlan, SolverMemory
 from .noise import fill_drift
-from .solver import Chain, Solver
+from .solver import Chain, Solver, ladder
 from .solver.base import Bounds, Size
 from .system import System
 
@@ -61,6 +61,9 @@ class Workspace:
         plan.add("sq_diff", (steps, batch), system.accumulator)
         plan.add("sq_norm", (steps, batch), system.accumulator)
         system.plan(plan, min(window * batch, system.max_batch or window * batch))
+        grids = ladder(solver, steps, window, system.schedule.stochastic)
+        if grids:
+            plan.add("coarse", (1 + max(grids), batch, numel), system.dtype)
         solver.plan(plan, Size(steps, window, batch, numel, system.dtype, system.accumulator))
         return plan
 

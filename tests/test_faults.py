@@ -83,7 +83,7 @@ def test_transient_overflow_is_repaired(ddim, noise, relative_error, solver):
 )
 def test_wrong_output(ddim, noise, bad, message):
     with pytest.raises(dq.ModelOutputError, match=f"{message}"):
-        dq.DEQSampler(lambda x, t: bad(x), ddim(10), solver="quasi-newton").sample(noise(2))
+        dq.DEQSampler(lambda x, t: bad(x), ddim(10), solver="picard").sample(noise(2))
 
 
 def test_exception_in_the_model_passes_through_and_memory_survives(mixture, ddim, noise, relative_error):

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from .anderson import Anderson
 from .base import Chain, Solver
 from .iterate import iterate
-from .late import Late
+from .late import BoardCalls, Late
+from .nested import Ascent, ladder
 from .picard import Picard
 from .quasi_newton import QuasiNewton
+from .task import Evaluate
 from .window import Window
 
 NAMED: dict[str, Callable[[], Solver]] = {
@@ -38,4 +40,7 @@ def resolve(solver: str | Solver) -> Solver:
     return solver
 
 
-__all__ = ["NAMED", "Anderson", "Chain", "Late", "Picard", "QuasiNewton", "Solver", "Window", "iterate", "resolve"]
+__all__ = [
+    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "Picard", "QuasiNewton", "Solver", "Window",
+    "iterate", "ladder", "resolve",
+]  # fmt: skip

@@ -31,6 +31,7 @@ def iterate(
     max_rounds: int,
     report: Callable[[int, Window, Tensor], object],
     start: int = 0,
+    made: int = 0,
     late: Late | None = None,
     pad: Callable[[int], int] = int,
     play: Play = at_once,
@@ -40,14 +41,14 @@ def iterate(
 
     evaluate(rows, round) fills predictions; rebuild(old, new, broken) guesses the states of rows old[b] <= i < new[b],
     which enter the window or were lost to an overflow; diagnose(step, sample, round) says whether a non-finite row is
-    the model's fault, and then returns the error. start: how many rows are final already. late: how far the host may
-    run ahead of what it knows of a device (None: it looks at every round before the next one). pad: rows of a model
-    call -> rows that it is made with; play: how a piece of device work that repeats is run; board: the memory that it
-    needs on the device. These are for `late` only.
+    the model's fault, and then returns the error. start: how many rows are final already; made: how many of max_rounds
+    have been made. late: how far the host may run ahead of what it knows of a device (None: it looks at every round
+    before the next one). pad: rows of a model call -> rows that it is made with; play: how a piece of device work that
+    repeats is run; board: the memory that it needs on the device. These are for `late` only.
     """
     task = Task(
-        chain, solver, memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, start, pad, play,
-        board,
+        chain, solver, memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, start, made,
+        pad, play, board,
     )  # fmt: skip
     return _iterate_host(task) if late is None else iterate_late(task, late)
 
@@ -55,7 +56,7 @@ def iterate(
 def _iterate_host(task: Task) -> Progress:
     chain, solver = task.chain, task.solver
     window = Window(chain.num_steps, chain.batch, chain.window, task.start)
-    progress = Progress(window)
+    progress = Progress(window, task.made)
     while not window.done and progress.rounds < task.max_rounds and not progress.stopped:
         progress.rounds += 1
         lo, hi = list(window.lo), list(window.hi)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._types import Rows
 from ..kernels import advance_window
 from .base import Chain
-from .task import Progress, Task
+from .task import Evaluate, Play, Progress, Task
 from .window import Window
 
 
@@ -89,12 +89,30 @@ class Board(NamedTuple):
         self.rows.masked_fill_(self.rows >= hi * chain.batch, chain.num_steps * chain.batch)
 
 
+class BoardCalls:
+    """`evaluate` for rows that the host knows, as the same device work as the calls of the loop."""
+
+    def __init__(self, board: Board, chain: Chain, evaluate: Evaluate, pad: Callable[[int], int], play: Play) -> None:
+        self.board, self.chain, self.evaluate, self.pad, self.play = board, chain, evaluate, pad, play
+        self.padding = 0
+        """Rows that the model was called on without need."""
+
+    def __call__(self, rows: Rows, round: int) -> None:
+        assert rows.flat is not None
+        steps, found = self.chain.num_steps, self.board.rows
+        count = min(self.pad(rows.count), len(found))
+        self.padding += count - rows.count
+        found[: rows.count].copy_(rows.flat, non_blocking=True)
+        found[rows.count : count].fill_(steps * self.chain.batch)
+        self.play(("model", count), lambda: self.evaluate(Rows(found[:count], 0, steps, count), round))
+
+
 class _Loop:
     def __init__(self, task: Task, policy: Late) -> None:
         chain = task.chain
         self.task, self.policy, self.chain = task, policy, chain
         self.window = Window(chain.num_steps, chain.batch, chain.window, task.start)
-        self.progress = Progress(self.window)
+        self.progress = Progress(self.window, task.made)
         self.sliding = chain.window < chain.num_steps
         self.board = task.board or Board.make(chain, task.pad(self.window.count))
         self.board.start(chain, self.window)
@@ -147,7 +165,8 @@ class _Loop:
         progress.padding += self.queued[len(progress.trace)] - self.active
         self.active = self.window.count
         progress.trace.append(torch.tensor(worst, dtype=self.board.verdict.dtype))
-        progress.stopped |= self.task.report(len(progress.trace), self.window, progress.trace[-1]) is True
+        round = self.task.made + len(progress.trace)
+        progress.stopped |= self.task.report(round, self.window, progress.trace[-1]) is True
         return [int(step) for step in broken]
 
     def _repair(self, broken: list[int], latest: list[int]) -> None:

@@ -26,9 +26,13 @@ class QuasiNewton:
     slope: "scalar", the slope of unit Gaussian data; "spectral" or a `SpectralSlope`, one slope for every coefficient
     of the data's spectrum ("spectral" wants the sampler to be given one); "auto", spectral where the sampler was given
     one, else scalar; None, no slope. The fixed point does not depend on J. Sources: Lim et al. 2024, arXiv 2309.12252;
-    Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009. ridge: of the secant fit, relative. floor: shortest step
-    worth keeping, relative to the state. safety: see `Solver`. history_dtype: what the rings are stored in (None: as
-    the states); bfloat16 halves their memory and traffic and blunts the secants, but cannot move the fixed point.
+    Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009.
+
+    coarse: numbers of intervals of the grids of timesteps that the first rounds evaluate, one round a grid, of which
+    those count that leave out half of the timesteps or more (see `nested.py`); () for none. It saves model evaluations
+    and costs no rounds. ridge: of the secant fit, relative. floor: shortest step worth keeping, relative to the state.
+    safety: see `Solver`. history_dtype: what the rings are stored in (None: as the states); bfloat16 halves their
+    memory and traffic and blunts the secants, but cannot move the fixed point.
     """
 
     history: int = 3
@@ -39,6 +43,7 @@ class QuasiNewton:
     tol: float | None = None
     guess: str = "gaussian"
     safety: float = 0.3
+    coarse: tuple[int, ...] = (4, 8, 16, 64)
     history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +56,8 @@ class QuasiNewton:
         if not (self.ridge > 0 and self.floor >= 0):
             raise ValueError(f"ridge, floor: expected ridge > 0 and floor >= 0, got {self.ridge!r}, {self.floor!r}")
         check_history_dtype(self.history_dtype)
+        if not isinstance(self.coarse, tuple) or not all(type(n) is int and n >= 1 for n in self.coarse):
+            raise ValueError(f"coarse: expected a tuple of ints >= 1, got {self.coarse!r}")
         if self.max_rounds is not None and not self.max_rounds >= 1:
             raise ValueError(f"max_rounds: expected an int >= 1 or None, got {self.max_rounds!r}")
 
@@ -83,6 +90,16 @@ class QuasiNewton:
             chain.sq_diff, chain.sq_norm, memory.z, memory.e, memory.filled, round % (self.history + 1),
             self.ridge, self.floor, chain.drift, backend=chain.backend,
         )  # fmt: skip
+
+    def step_partly(self, chain: Chain, memory: NewtonMemory, round: int, evaluated: Tensor) -> None:
+        """`step`, where only rows evaluated: (T,) bool hold what the model said; the window is the whole chain.
+
+        An interpolated prediction is no end of a secant, but it may be the other end of a later one.
+        """
+        before, missing = memory.filled.clone(), ~evaluated[:, None]
+        memory.filled.masked_fill_(missing, 0)
+        self.step(chain, memory, round)
+        memory.filled.copy_(torch.where(missing, (before + 1).clamp_max(self.history + 1), memory.filled))
 
     def settle(self, chain: Chain, memory: NewtonMemory, round: int, old: Bounds, new: Bounds) -> None:
         """The states come from the last evaluation already, plain step and linear correction together."""

@@ -38,6 +38,8 @@ class Task:
     max_rounds: int
     report: Callable[[int, Window, Tensor], object]
     start: int = 0
+    made: int = 0
+    """Rounds before this loop."""
     pad: Callable[[int], int] = int
     play: Play = at_once
     board: Any = None

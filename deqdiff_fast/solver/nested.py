@@ -1,0 +1,105 @@
+"""Nested iteration: the first rounds evaluate a few timesteps only, and what the model does in between is interpolated.
+
+A prediction is E_i = c_i X_i + R_i with the diagonal slope c. In the first rounds the iterate is far off, and the
+remainder R, as a function of time, is known well enough from a handful of timesteps. It is interpolated linearly in the
+units of the predicted clean sample (R_i q_i, with x0 = p x + q E), where it is smooth up to the image end; in units of
+the prediction it is not, for q goes to zero there. The chain itself is never coarsened: every step of it is made in
+every round, so this works for any schedule, multistep and stochastic ones included. Cf. the coarse grids of nested
+iteration in multigrid methods (Brandt 1977) and of ParaSolver (Lu et al. 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .._types import Rows
+from .base import Chain
+from .task import Evaluate
+from .window import Window
+
+
+class PartialSolver(Protocol):
+    """A solver that can make a step from predictions of which some were never asked of the model."""
+
+    def step_partly(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None: ...
+
+
+class Ascent:
+    """The rounds on coarse grids that come before the loop; the window is the whole chain."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        solver: PartialSolver,
+        memory: Any,
+        rest: Tensor,
+        weight: Tensor,
+        intervals: tuple[int, ...],
+    ) -> None:
+        """rest: (1 + the largest of intervals, B, D) scratch. weight: (T,) q_i, see above. intervals: see `ladder`."""
+        self.chain, self.solver, self.memory, self.rest = chain, solver, memory, rest
+        self.weight = torch.where(weight == 0, 1, weight).to(chain.slope.dtype)
+        self.intervals = intervals
+        self.trace: list[Tensor] = []
+
+    def run(self, evaluate: Evaluate, report: Callable[[int, Window, Tensor], object] | None) -> bool:
+        """Make the rounds; `report` as for `iterate`, or None where nobody watches. Returns whether it asks to stop."""
+        chain = self.chain
+        chain.lo.fill_(0), chain.hi.fill_(chain.num_steps)
+        window = Window(chain.num_steps, chain.batch, chain.window)
+        for round, count in enumerate(self.intervals, 1):
+            step = grid(chain.num_steps, count)
+            evaluate(self._rows(step), round)
+            self._fill(step)
+            evaluated = torch.zeros(chain.num_steps, dtype=torch.bool)
+            evaluated[step] = True
+            self.solver.step_partly(chain, self.memory, round, evaluated.to(chain.states.device))
+            self.trace.append((chain.sq_diff / chain.sq_norm).sqrt_().amax(0))
+            if report is not None and report(round, window, self.trace[-1].cpu()) is True:
+                return True
+        return False
+
+    def _rows(self, step: Tensor) -> Rows:
+        """The rows of all samples at those timesteps."""
+        flat = (step[:, None] * self.chain.batch + torch.arange(self.chain.batch)).flatten()
+        return Rows(flat, int(step[0]), int(step[-1]) + 1, len(flat))
+
+    def _fill(self, step: Tensor) -> None:
+        """Predictions of every row from those at the timesteps `step`."""
+        chain, rest = self.chain, self.rest[: len(step)]
+        for k, i in enumerate(step.tolist()):
+            torch.addcmul(chain.predictions[i], chain.slope[i], chain.states[i], value=-1, out=rest[k])
+        rest.nan_to_num_(0.0, 0.0, 0.0)  # what the model has failed on is for the full rounds to find and to report
+        share = interpolation(step, chain.num_steps).to(rest)
+        share = share * self.weight[step.to(rest.device)] / self.weight[:, None]
+        torch.mm(share, rest.flatten(1), out=chain.predictions.flatten(1))
+        chain.predictions.addcmul_(chain.slope[:, None], chain.states[:-1])
+
+
+def grid(steps: int, intervals: int) -> Tensor:
+    """The distinct timesteps nearest to 0, ..., steps - 1 in equal parts; doubling the parts keeps the old ones."""
+    return (torch.arange(intervals + 1) * (steps - 1) / intervals).round().long().unique()
+
+
+def interpolation(step: Tensor, steps: int) -> Tensor:
+    """(steps, n) float64: the shares of n timesteps in every timestep, linear between neighbours."""
+    at = torch.arange(steps)
+    left = (torch.searchsorted(step, at, right=True) - 1).clamp(0, len(step) - 2)
+    part = (at - step[left]).double() / (step[left + 1] - step[left])
+    share = torch.zeros(steps, len(step), dtype=torch.float64)
+    share[at, left], share[at, left + 1] = 1 - part, part
+    return share
+
+
+def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
+    """The numbers of intervals of the grids, one round each, that a solver asks for on a chain of that many steps.
+
+    Those of `solver.coarse` that leave out at least half of the timesteps, or four fifths where noise is added on the
+    way: the remainder is rough then, and less is won. None where a window slides.
+    """
+    wanted: tuple[int, ...] = getattr(solver, "coarse", ()) if window >= steps else ()
+    return tuple(count for count in wanted if (5 if stochastic else 2) * (count + 1) <= steps)
