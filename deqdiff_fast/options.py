@@ -21,7 +21,6 @@ from .spectral import SpectralSlope
 from .system import System
 
 DEFAULT_TOL = 1e-2
-FREEZE = 0.1  # a timestep is frozen early at this part of the residual at which the solve may end
 CPU_ROWS, CPU_ELEMENTS = 64, 1 << 18
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7}  # what rounding alone leaves of a residual
 
@@ -88,13 +87,16 @@ class Options:
         default = getattr(self.solver, "tol", None)
         if self.tol is None and default is not None:
             return float(default)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return max(self.solver.safety * (DEFAULT_TOL if self.tol is None else self.tol), FLOOR[wide])
+        return max(self.solver.safety * (DEFAULT_TOL if self.tol is None else self.tol), self.floor(dtype))
 
     def freeze(self, dtype: torch.dtype) -> float:
-        """The relative residual below which a timestep is final while later ones are not."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return max(FREEZE * self.tolerance(dtype), FLOOR[wide])
+        """What a timestep may have left to go, relative to its size, to be final while later ones are not."""
+        return max(self.solver.freeze / self.solver.safety * self.tolerance(dtype), self.floor(dtype))
+
+    @staticmethod
+    def floor(dtype: torch.dtype) -> float:
+        """What rounding alone leaves of a residual."""
+        return FLOOR[torch.float64 if dtype == torch.float64 else torch.float32]
 
     def round_limit(self) -> int:
         limit = self.max_rounds or getattr(self.solver, "max_rounds", None) or self.schedule.num_steps

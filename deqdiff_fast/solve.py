@@ -97,6 +97,7 @@ def solve_rounds(
             diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
             freeze=freeze,
             finish=tolerance,
+            floor=options.floor(noise.dtype),
             max_rounds=0 if stopped else limit,
             report=watched,
             start=front,

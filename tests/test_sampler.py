@@ -177,7 +177,7 @@ def test_out_of_rounds(mixture, ddim, noise, relative_error, on_failure):
 def test_init_trajectory_saves_rounds(mixture, ddim, noise, solver):
     sampler = dq.DEQSampler(mixture(), ddim(50), solver=solver)
     first = sampler.sample(noise(1), return_trajectory=True)
-    near = noise(1) + 1e-3 * noise(1, seed=5)
+    near = noise(1) + 1e-4 * noise(1, seed=5)
     warm, cold = sampler.sample(near, init_trajectory=first.trajectory), sampler.sample(near)
     assert first.trajectory.shape == (51, 1, 3, 8, 8)
     assert torch.equal(first.trajectory[-1], first.sample)

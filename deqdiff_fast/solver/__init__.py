@@ -41,6 +41,6 @@ def resolve(solver: str | Solver) -> Solver:
 
 
 __all__ = [
-    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "Picard", "QuasiNewton", "Solver", "Window",
-    "iterate", "ladder", "resolve",
+    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "Picard", "QuasiNewton", "Solver",
+    "Window", "iterate", "ladder", "resolve",
 ]  # fmt: skip

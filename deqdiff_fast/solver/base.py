@@ -134,6 +134,11 @@ class Solver(Protocol):
         """Largest relative residual at which a solve may end, per unit of relative error allowed in the sample."""
         ...
 
+    @property
+    def freeze(self) -> float:
+        """What an early timestep may have left to go when it is taken for final, in the same unit."""
+        ...
+
     def plan(self, plan: Plan, size: Size) -> None:
         """Ask for the solver's own memory."""
         ...

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from .base import Chain, Solver
+from .contraction import TINY, Vigil, forget, judge
 from .late import Board, Late, iterate_late
-from .task import Evaluate, Play, Progress, Rebuild, Task, at_once
+from .task import Evaluate, Play, Progress, Rebuild, Task, at_once, take_up
 from .window import Window
-
-TINY = 1e-30  # keeps 0 / 0 a zero residual; Inf / Inf and NaN stay NaN
 
 
 def iterate(
@@ -30,6 +29,7 @@ def iterate(
     finish: float,
     max_rounds: int,
     report: Callable[[int, Window, Tensor], object],
+    floor: float = 0.0,
     start: int = 0,
     made: int = 0,
     late: Late | None = None,
@@ -41,14 +41,15 @@ def iterate(
 
     evaluate(rows, round) fills predictions; rebuild(old, new, broken) guesses the states of rows old[b] <= i < new[b],
     which enter the window or were lost to an overflow; diagnose(step, sample, round) says whether a non-finite row is
-    the model's fault, and then returns the error. start: how many rows are final already; made: how many of max_rounds
-    have been made. late: how far the host may run ahead of what it knows of a device (None: it looks at every round
-    before the next one). pad: rows of a model call -> rows that it is made with; play: how a piece of device work that
-    repeats is run; board: the memory that it needs on the device. These are for `late` only.
+    the model's fault, and then returns the error. freeze, floor: see `contraction.judge`; finish: the relative step
+    below which all rows must be for the solve to end. start: how many rows are final already; made: how many of
+    max_rounds have been made. late: how far the host may run ahead of what it knows of a device (None: it looks at
+    every round before the next one). pad: rows of a model call -> rows that it is made with; play: how a piece of
+    device work that repeats is run; board: the memory that it needs on the device. These are for `late` only.
     """
     task = Task(
-        chain, solver, memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, start, made,
-        pad, play, board,
+        chain, solver, memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, floor, start,
+        made, pad, play, board,
     )  # fmt: skip
     return _iterate_host(task) if late is None else iterate_late(task, late)
 
@@ -57,6 +58,9 @@ def _iterate_host(task: Task) -> Progress:
     chain, solver = task.chain, task.solver
     window = Window(chain.num_steps, chain.batch, chain.window, task.start)
     progress = Progress(window, task.made)
+    previous = torch.empty_like(chain.sq_diff)
+    forget(previous)
+    strict, vigil = torch.ones_like(previous[0]), Vigil(chain.batch, solver, task.finish)
     while not window.done and progress.rounds < task.max_rounds and not progress.stopped:
         progress.rounds += 1
         lo, hi = list(window.lo), list(window.hi)
@@ -64,6 +68,7 @@ def _iterate_host(task: Task) -> Progress:
         chain.hi.copy_(torch.tensor(hi, dtype=torch.int32))
         task.evaluate(window.rows(), progress.rounds)
         solver.step(chain, task.memory, progress.rounds)
+        judge(chain.sq_diff, chain.sq_norm, previous, task.freeze, task.floor, strict)
         residual = (chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_().cpu()
         broken = {} if math.isfinite(float(residual.sum())) else _first_broken(residual, lo, hi)
         for b, step in broken.items():
@@ -82,6 +87,9 @@ def _iterate_host(task: Task) -> Progress:
             entered = list(window.hi)
             solver.enter(chain, task.memory, starts, entered)
             task.rebuild(starts, entered, bool(broken))
+        for b in vigil.look(worst):
+            strict[b : b + 1].fill_(vigil.strict)
+            take_up(task, window, b)
         progress.trace.append(torch.tensor(worst, dtype=residual.dtype))
         progress.stopped = task.report(progress.rounds, window, progress.trace[-1]) is True
     return progress

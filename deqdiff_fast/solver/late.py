@@ -17,7 +17,8 @@ from torch import Tensor
 from .._types import Rows
 from ..kernels import advance_window
 from .base import Chain
-from .task import Evaluate, Play, Progress, Task
+from .contraction import Vigil, forget, judge
+from .task import Evaluate, Play, Progress, Task, take_up
 from .window import Window
 
 
@@ -70,6 +71,8 @@ class Board(NamedTuple):
     was: Tensor  # (2, B), see `advance_window`
     verdict: Tensor  # (4, B)
     rows: Tensor  # (N,)
+    previous: Tensor  # (T, B), see `contraction.judge`
+    strict: Tensor  # (B,)
 
     @classmethod
     def make(cls, chain: Chain, capacity: int) -> Board:
@@ -79,12 +82,15 @@ class Board(NamedTuple):
             torch.zeros(2, batch, dtype=torch.int32, device=device),
             torch.zeros(4, batch, dtype=chain.sq_diff.dtype, device=device),
             torch.zeros(capacity, dtype=torch.int64, device=device),
+            torch.empty_like(chain.sq_diff),
+            torch.ones_like(chain.sq_diff[0]),
         )
 
     def start(self, chain: Chain, window: Window) -> None:
         """The bounds and rows of the first window, which is the same for all samples."""
         lo, hi = window.lo[0], window.hi[0]
         chain.lo.fill_(lo), chain.hi.fill_(hi)
+        forget(self.previous), self.strict.fill_(1)
         torch.arange(lo * chain.batch, lo * chain.batch + len(self.rows), out=self.rows)
         self.rows.masked_fill_(self.rows >= hi * chain.batch, chain.num_steps * chain.batch)
 
@@ -119,6 +125,7 @@ class _Loop:
         self.active = self.window.count  # when the round that was read last began
         self.mail = Mailbox(self.board.verdict)
         self.period = int(getattr(task.solver, "period", 0))
+        self.vigil, self.hanging = Vigil(chain.batch, task.solver, task.finish), set[int]()
         self.queued: list[int] = []  # rows in the model call of every round
 
     def queue(self) -> None:
@@ -136,10 +143,12 @@ class _Loop:
 
     def step(self, round: int) -> None:
         """The solver's step and its consequences, for predictions that are there."""
-        task, chain = self.task, self.chain
+        task, chain, board = self.task, self.chain, self.board
         task.solver.step(chain, task.memory, round)
+        judge(chain.sq_diff, chain.sq_norm, board.previous, task.freeze, task.floor, board.strict)
         advance_window(
-            chain.sq_diff, chain.sq_norm, chain.lo, chain.hi, *self.board, task.freeze, task.finish, chain.window,
+            chain.sq_diff, chain.sq_norm, chain.lo, chain.hi, board.was, board.verdict, board.rows, task.freeze,
+            task.finish, chain.window,
             backend=chain.backend,
         )  # fmt: skip
         task.solver.settle(chain, task.memory, round, self.board.was[0], chain.lo)
@@ -156,6 +165,27 @@ class _Loop:
                 latest = self._take()
                 broken = [min(a, b) for a, b in zip(broken, latest)]
             self._repair(broken, latest)
+        if self.hanging:
+            while self.mail.waiting:
+                self._take()
+            self._take_up()
+
+    def _take_up(self) -> None:
+        """Nothing is queued. The samples that hang start again from their first row, held tighter."""
+        window, chain, listed = self.window, self.chain, self.board.rows
+        for b in self.hanging:
+            self.board.strict[b : b + 1].fill_(self.vigil.strict)
+            take_up(self.task, window, b)
+        self.hanging.clear()
+        self.active = window.count
+        if window.done:
+            return
+        chain.lo.copy_(torch.tensor(window.lo, dtype=torch.int32))
+        chain.hi.copy_(torch.tensor(window.hi, dtype=torch.int32))
+        rows = window.rows()
+        flat = torch.arange(rows.lo * chain.batch, rows.hi * chain.batch) if rows.flat is None else rows.flat
+        listed.fill_(chain.num_steps * chain.batch)
+        listed[: rows.count].copy_(flat)
 
     def _take(self) -> list[int]:
         """Read one verdict into what the host knows; returns the first broken row of each sample."""
@@ -165,6 +195,7 @@ class _Loop:
         progress.padding += self.queued[len(progress.trace)] - self.active
         self.active = self.window.count
         progress.trace.append(torch.tensor(worst, dtype=self.board.verdict.dtype))
+        self.hanging.update(self.vigil.look(worst))
         round = self.task.made + len(progress.trace)
         progress.stopped |= self.task.report(round, self.window, progress.trace[-1]) is True
         return [int(step) for step in broken]

@@ -10,6 +10,7 @@ iteration in multigrid methods (Brandt 1977) and of ParaSolver (Lu et al. 2025).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -55,43 +56,42 @@ class Ascent:
             step = grid(chain.num_steps, count)
             evaluate(self._rows(step), round)
             self._fill(step)
-            evaluated = torch.zeros(chain.num_steps, dtype=torch.bool)
-            evaluated[step] = True
-            self.solver.step_partly(chain, self.memory, round, evaluated.to(chain.states.device))
+            known = set(step)
+            evaluated = torch.tensor([i in known for i in range(chain.num_steps)]).to(chain.states.device)
+            self.solver.step_partly(chain, self.memory, round, evaluated)
             self.trace.append((chain.sq_diff / chain.sq_norm).sqrt_().amax(0))
             if report is not None and report(round, window, self.trace[-1].cpu()) is True:
                 return True
         return False
 
-    def _rows(self, step: Tensor) -> Rows:
+    def _rows(self, step: list[int]) -> Rows:
         """The rows of all samples at those timesteps."""
-        flat = (step[:, None] * self.chain.batch + torch.arange(self.chain.batch)).flatten()
-        return Rows(flat, int(step[0]), int(step[-1]) + 1, len(flat))
+        flat = (torch.tensor(step)[:, None] * self.chain.batch + torch.arange(self.chain.batch)).flatten()
+        return Rows(flat, step[0], step[-1] + 1, len(flat))
 
-    def _fill(self, step: Tensor) -> None:
+    def _fill(self, step: list[int]) -> None:
         """Predictions of every row from those at the timesteps `step`."""
         chain, rest = self.chain, self.rest[: len(step)]
-        for k, i in enumerate(step.tolist()):
+        for k, i in enumerate(step):
             torch.addcmul(chain.predictions[i], chain.slope[i], chain.states[i], value=-1, out=rest[k])
         rest.nan_to_num_(0.0, 0.0, 0.0)  # what the model has failed on is for the full rounds to find and to report
         share = interpolation(step, chain.num_steps).to(rest)
-        share = share * self.weight[step.to(rest.device)] / self.weight[:, None]
+        share = share * torch.stack([self.weight[i] for i in step]) / self.weight[:, None]
         torch.mm(share, rest.flatten(1), out=chain.predictions.flatten(1))
         chain.predictions.addcmul_(chain.slope[:, None], chain.states[:-1])
 
 
-def grid(steps: int, intervals: int) -> Tensor:
+def grid(steps: int, intervals: int) -> list[int]:
     """The distinct timesteps nearest to 0, ..., steps - 1 in equal parts; doubling the parts keeps the old ones."""
-    return (torch.arange(intervals + 1) * (steps - 1) / intervals).round().long().unique()
+    return sorted({round(k * (steps - 1) / intervals) for k in range(intervals + 1)})
 
 
-def interpolation(step: Tensor, steps: int) -> Tensor:
-    """(steps, n) float64: the shares of n timesteps in every timestep, linear between neighbours."""
-    at = torch.arange(steps)
-    left = (torch.searchsorted(step, at, right=True) - 1).clamp(0, len(step) - 2)
-    part = (at - step[left]).double() / (step[left + 1] - step[left])
+def interpolation(step: list[int], steps: int) -> Tensor:
+    """(steps, n) float64: the shares of n >= 2 timesteps in every timestep, linear between neighbours."""
     share = torch.zeros(steps, len(step), dtype=torch.float64)
-    share[at, left], share[at, left + 1] = 1 - part, part
+    for k, (left, right) in enumerate(itertools.pairwise(step)):
+        part = torch.linspace(0, 1, right - left + 1, dtype=torch.float64)
+        share[left : right + 1, k], share[left : right + 1, k + 1] = 1 - part, part
     return share
 
 

@@ -31,8 +31,8 @@ class QuasiNewton:
     coarse: numbers of intervals of the grids of timesteps that the first rounds evaluate, one round a grid, of which
     those count that leave out half of the timesteps or more (see `nested.py`); () for none. It saves model evaluations
     and costs no rounds. ridge: of the secant fit, relative. floor: shortest step worth keeping, relative to the state.
-    safety: see `Solver`. history_dtype: what the rings are stored in (None: as the states); bfloat16 halves their
-    memory and traffic and blunts the secants, but cannot move the fixed point.
+    safety, freeze: see `Solver`; strict: see `contraction.Vigil`. history_dtype: what the rings are stored in (None: as
+    the states); bfloat16 halves their memory and traffic and blunts the secants, but cannot move the fixed point.
     """
 
     history: int = 3
@@ -42,7 +42,9 @@ class QuasiNewton:
     max_rounds: int | None = None
     tol: float | None = None
     guess: str = "gaussian"
-    safety: float = 0.3
+    safety: float = 0.7
+    freeze: float = 0.01
+    strict: float | None = 0.01
     coarse: tuple[int, ...] = (4, 8, 16, 64)
     history_dtype: torch.dtype | None = None
 

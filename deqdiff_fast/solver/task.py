@@ -37,6 +37,7 @@ class Task:
     finish: float
     max_rounds: int
     report: Callable[[int, Window, Tensor], object]
+    floor: float = 0.0
     start: int = 0
     made: int = 0
     """Rounds before this loop."""
@@ -57,3 +58,12 @@ class Progress:
     stopped: bool = False
     padding: int = 0
     """Rows that the model was called on without need: the host did not know yet that they were final."""
+
+
+def take_up(task: Task, window: Window, sample: int) -> None:
+    """Make all rows of a sample active again, where the window holds them all; what was remembered of them is gone."""
+    if window.width < window.num_steps or window.lo[sample] == window.num_steps:
+        return
+    window.lo[sample], window.hi[sample] = task.start, window.num_steps
+    old = [task.start if b == sample else window.num_steps for b in range(len(window.lo))]
+    task.solver.enter(task.chain, task.memory, old, [window.num_steps] * len(old))
