@@ -12,6 +12,7 @@ import torch
 
 # A benchmark is a module of this folder with `add_arguments(parser)` and `run(args) -> int`, the exit status.
 BENCHMARKS = {
+    "calibration": "asked tolerance against true error, on models and on random small problems",
     "rounds": "per solver: rounds, model evaluations and error at tolerance",
     "accuracy": "the promised error of every solver's converged samples, as PASS or FAIL",
     "gradients": "every gradient mode against float64 back-propagation through the serial chain",

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
             write_json(args, facts, rows)
     print(f"{summary(facts)}\n{problem.name}, B = 1, medians over {args.noises} noises from seed {args.seed}\n")
     header = (
-        "T", "eta", "solver", "rounds to 1e-2", "rounds to 1e-4", "rounds at stop", "evaluations / T", "error at stop",
-        "seconds", "serial steps",
+        "T", "eta", "solver", "rounds to 1e-2", "rounds to 1e-4", "evaluations / T to 1e-2", "rounds at stop",
+        "evaluations / T", "error at stop", "seconds", "serial steps",
     )  # fmt: skip
     print(markdown(header, [_cells(row) for row in rows]))
     if args.plot is not None:
@@ -84,26 +84,29 @@ def _solve(
     reference: Tensor,
 ) -> dict[str, Any]:  # fmt: skip
     """One noise, one solver: the solve at its own stopping, and the watched one."""
+    spent = 0
 
-    def sampler(**settings: Any) -> dq.DEQSampler:
+    def counted(x: Tensor, t: Tensor) -> Any:
+        nonlocal spent
+        spent += len(x)
+        return problem.model(x, t)
+
+    def sampler(model: Any = problem.model, **settings: Any) -> dq.DEQSampler:
         return dq.DEQSampler(
-            problem.model, schedule, solver=solver, max_batch=args.max_batch, spectrum=problem.spectrum, **settings
+            model, schedule, solver=solver, max_batch=args.max_batch, spectrum=problem.spectrum, **settings
         )
 
     own = sampler().sample(noise, generator=problem.generators(seeds))
     curve: list[tuple[int, float]] = []
-    spent = active = 0
 
     def watch(info: dq.RoundInfo) -> bool:
-        nonlocal spent, active
-        spent, active = spent + info.num_steps - active, int(info.front[0])
         error = float(relative_error(info.sample(), reference)[0])
         curve.append((spent, error))
         return error <= min(TARGETS)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dq.ConvergenceWarning)  # a solver out of rounds shows as a missing figure
-        tight = sampler(tol=TIGHT, on_failure="warn", window=schedule.num_steps)
+        tight = sampler(counted, tol=TIGHT, on_failure="warn", window=schedule.num_steps)
         tight.sample(noise, generator=problem.generators(seeds), callback=watch)
     return {
         "rounds_to": [_reached([error for _, error in curve], target) for target in TARGETS],
@@ -123,6 +126,12 @@ def _reached(errors: list[float], target: float) -> float:
     return first if first <= len(errors) else math.inf
 
 
+def _spent(run: dict[str, Any]) -> float:
+    """Model evaluations up to the round from which on the error stays within the first target."""
+    rounds = run["rounds_to"][0]
+    return float(run["curve"][int(rounds) - 1][0]) if math.isfinite(rounds) else math.inf
+
+
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     runs, steps = row["runs"], row["steps"]
 
@@ -134,7 +143,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         value = median(run["rounds_to"][k] for run in runs)
         reached.append(f"{value:g}" if math.isfinite(value) else f"> {median(len(run['curve']) for run in runs):g}")
     left = max(run["finished_serially"] for run in runs)
+    spent = median(_spent(run) for run in runs) if row["solver"] != "serial" else steps
     return (
-        str(steps), f"{row['eta']:g}", row["solver"], *reached, f"{middle('rounds'):g}",
+        str(steps), f"{row['eta']:g}", row["solver"], *reached, f"{spent / steps:.2f}", f"{middle('rounds'):g}",
         f"{middle('evaluations') / steps:.2f}", f"{middle('error'):.1e}", f"{middle('seconds'):.2f}", str(left or ""),
     )  # fmt: skip

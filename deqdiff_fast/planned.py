@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -22,9 +22,9 @@ from .progress import Reporter
 from .serial import Report, finish
 from .solution import Solution, Stats
 from .solve import Request, nothing, solve_rounds, solve_serially
-from .solver import Picard
+from .solver import Picard, QuasiNewton
 from .solver.expectation import Effort
-from .solver.planner import Plan
+from .solver.planner import Plan, coarse_pays
 from .system import System
 from .workspace import Workspace
 
@@ -85,6 +85,8 @@ def _in_rounds(
 ) -> Solution:
     """By rounds; lead: a workspace in which the first `front` steps were made already."""
     options, request, start = planner.options, job.request, planner.clock()
+    if not coarse_pays(plan):
+        options = replace(options, solver=QuasiNewton(coarse=()))
     made, system.max_batch = system.model_evals, plan.chosen.piece
     stats = Stats(solver=options.solver.name, window=plan.chosen.window, plan=plan)
     guard = Guard(plan, job.site.costs.step(job.site.batch) or 0.0, front, planner.clock)

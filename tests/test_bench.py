@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -78,6 +79,30 @@ def test_accuracy(figures):
     for row in report["rows"]:
         assert row["error"] == max(row["errors"]) <= row["promised"]
         assert row["unconverged"] == 0
+
+
+def test_calibration(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "calibration.png"
+    words = ("--noises", "5", "--batch", "3", "--eta", "0", "--random", "10", "--plot", plot, "--check")
+    report, table = figures("calibration", *MIXTURE, *words)
+    assert [row["tol"] for row in report["rows"]] == [1e-2, 1e-4, 1e-2, 1e-4]
+    assert [len(row["errors"]) for row in report["rows"]] == [5, 5, 20, 20]
+    for row in report["rows"]:
+        assert all(row["converged"])
+        assert 0 < max(row["errors"]) <= row["tol"]
+    assert table.count("PASS") == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_false_promise_fails_the_calibration(baseline):
+    calibration = importlib.import_module("bench.calibration")
+    row = {"tol": 1e-2, "errors": [1e-3] * 300, "converged": [True] * 300}
+    assert calibration._holds(row)
+    assert calibration._holds(row | {"errors": [1e-3] * 299 + [2e-2]})
+    assert not calibration._holds(row | {"errors": [1e-3] * 298 + [2e-2] * 2})
+    assert not calibration._holds(row | {"errors": [1e-3] * 299 + [4e-2]})
+    assert calibration._holds(row | {"errors": [1e-3] * 299 + [4e-2], "converged": [True] * 299 + [False]})
 
 
 def test_overhead(figures):

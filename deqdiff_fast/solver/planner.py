@@ -15,6 +15,7 @@ PATIENCE = 1.15  # a running solve is given up where it is predicted to take thi
 REACH = 4  # predictions are trusted up to this many times the largest batch that was measured
 HOPE = 0.25  # a measurement must pay if further rows cost this part of what the last ones did
 SAME = 1.05  # a smaller piece must make a round this much cheaper
+COARSE, COARSE_ROWS = 0.75, 9  # coarse rounds of about 9 timesteps must cost less than this part of a full one
 
 
 class Curve:
@@ -205,6 +206,14 @@ def _choose(situation: Situation, serial: Candidate, candidates: list[Candidate]
     if best.seconds > bar * serial.seconds:
         return serial, f"the best solve would take {1 / ratio:.2f} times as long as the serial chain"
     return best, f"it is predicted to be {ratio:.2f} times as fast as the serial chain"
+
+
+def coarse_pays(plan: Plan) -> bool:
+    """Whether first rounds on few timesteps are that much cheaper: they save evaluations, and may cost a round."""
+    if not plan.measured or plan.chosen.window < plan.steps:
+        return True
+    calls, rows = Curve(dict(plan.measured)), plan.steps * plan.batch
+    return calls(min(COARSE_ROWS * plan.batch, rows)) < COARSE * calls.in_pieces(rows, plan.chosen.piece or rows)
 
 
 def promising(situation: Situation, sizes: list[int]) -> list[int]:
