@@ -91,7 +91,7 @@ class Options:
 
     def freeze(self, dtype: torch.dtype) -> float:
         """What a timestep may have left to go, relative to its size, to be final while later ones are not."""
-        return max(self.solver.freeze / self.solver.safety * self.tolerance(dtype), self.floor(dtype))
+        return self.solver.freeze / self.solver.safety * self.tolerance(dtype)
 
     @staticmethod
     def floor(dtype: torch.dtype) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .options import Options
 from .progress import Reporter
 from .serial import finish, non_finite
 from .solution import Callback, Solution, Stats
-from .solver import Ascent, BoardCalls, Evaluate, Late, Picard, iterate, ladder
+from .solver import Ascent, BoardCalls, Evaluate, Late, PartialSolver, Picard, iterate, ladder
 from .system import System
 from .workspace import Workspace
 
@@ -83,7 +84,8 @@ def solve_rounds(
             lead.lease.release()
         pad = work.system.pad_round
         watched = report if guard is None else guard.watch(report)
-        coarse, stopped = [], False
+        coarse: list[Tensor] = []
+        stopped = False
         if not (warm or front):
             calls = None if board is None else BoardCalls(board, work.chain, work.evaluate, pad, play)
             coarse, stopped = climb(work, limit, calls or work.evaluate, report if late is None else None)
@@ -127,7 +129,7 @@ def climb(work: Workspace, limit: int, evaluate: Evaluate, report: Reporter | No
     if not grids or len(grids) >= limit:
         return [], False
     weight = work.system.denoised_coef[:, 1]
-    ascent = Ascent(chain, solver, work.memory, work.lease["coarse"], weight, grids)
+    ascent = Ascent(chain, cast(PartialSolver, solver), work.memory, work.lease["coarse"], weight, grids)
     stopped = ascent.run(evaluate, report)
     return ascent.trace, stopped
 

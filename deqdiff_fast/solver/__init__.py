@@ -8,7 +8,7 @@ from .anderson import Anderson
 from .base import Chain, Solver
 from .iterate import iterate
 from .late import BoardCalls, Late
-from .nested import Ascent, ladder
+from .nested import Ascent, PartialSolver, ladder
 from .picard import Picard
 from .quasi_newton import QuasiNewton
 from .task import Evaluate
@@ -41,6 +41,6 @@ def resolve(solver: str | Solver) -> Solver:
 
 
 __all__ = [
-    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "Picard", "QuasiNewton", "Solver",
-    "Window", "iterate", "ladder", "resolve",
+    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "PartialSolver", "Picard",
+    "QuasiNewton", "Solver", "Window", "iterate", "ladder", "resolve",
 ]  # fmt: skip

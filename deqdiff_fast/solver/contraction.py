@@ -48,8 +48,9 @@ class Vigil:
     def __init__(self, batch: int, solver: object, above: float) -> None:
         """solver.strict: what part of `freeze` a named sample's rows are held to, or None: no vigil. above: smallest
         step that counts."""
-        self.strict: float | None = getattr(solver, "strict", None)
-        self.above, self.named = above, [self.strict is None] * batch
+        strict: float | None = getattr(solver, "strict", None)
+        self.strict = 1.0 if strict is None else strict
+        self.above, self.named = above, [strict is None] * batch
         self.last = [float("inf")] * batch
 
     def look(self, worst: list[float]) -> list[int]:

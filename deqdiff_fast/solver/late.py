@@ -90,7 +90,8 @@ class Board(NamedTuple):
         """The bounds and rows of the first window, which is the same for all samples."""
         lo, hi = window.lo[0], window.hi[0]
         chain.lo.fill_(lo), chain.hi.fill_(hi)
-        forget(self.previous), self.strict.fill_(1)
+        forget(self.previous)
+        self.strict.fill_(1)
         torch.arange(lo * chain.batch, lo * chain.batch + len(self.rows), out=self.rows)
         self.rows.masked_fill_(self.rows >= hi * chain.batch, chain.num_steps * chain.batch)
 
