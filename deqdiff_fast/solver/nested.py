@@ -5,7 +5,7 @@ remainder R, as a function of time, is known well enough from a handful of times
 units of the predicted clean sample (R_i q_i, with x0 = p x + q E), where it is smooth up to the image end; in units of
 the prediction it is not, for q goes to zero there. The chain itself is never coarsened: every step of it is made in
 every round, so this works for any schedule, multistep and stochastic ones included. Cf. the coarse grids of nested
-iteration in multigrid methods (Brandt 1977) and of ParaSolver (Lu et al. 2025).
+iteration in multigrid methods (Brandt 1977) and of ParaSolver (ICLR 2025).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._types import Rows
 from .base import Chain
+from .contraction import TINY
 from .task import Evaluate
 from .window import Window
 
@@ -59,7 +60,7 @@ class Ascent:
             known = set(step)
             evaluated = torch.tensor([i in known for i in range(chain.num_steps)]).to(chain.states.device)
             self.solver.step_partly(chain, self.memory, round, evaluated)
-            self.trace.append((chain.sq_diff / chain.sq_norm).sqrt_().amax(0))
+            self.trace.append((chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_().amax(0))
             if report is not None and report(round, window, self.trace[-1].cpu()) is True:
                 return True
         return False
