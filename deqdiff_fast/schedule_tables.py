@@ -229,3 +229,17 @@ def _second_order(signal: Tensor, sigma: Tensor) -> Tensor:
     weights[1:, 0] += ratio
     weights[1:, 1] -= ratio
     return weights
+
+
+def step_variance(signal: Tensor, sigma: Tensor) -> Tensor:
+    """(T,) float64 > 0: variance of the noise that an ancestral step from level i to i + 1 adds (DDPM, eta = 1).
+
+    sigma'^2 (1 - (sigma' signal / (signal' sigma))^2), for variance-preserving levels the posterior variance of Ho et
+    al. 2020, eq. 7. Where it is not positive, as in a last step to sigma' = 0, the smallest positive one of the chain,
+    else 1. signal, sigma: (T + 1,).
+    """
+    kept = (sigma[1:] * signal[:-1] / (signal[1:] * sigma[:-1])).square()
+    variance = sigma[1:].square() * (1 - kept)
+    usable = variance.isfinite() & (variance > 0)
+    smallest = variance[usable].min() if bool(usable.any()) else torch.ones((), dtype=variance.dtype)
+    return torch.where(usable, variance, smallest)

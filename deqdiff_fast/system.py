@@ -17,6 +17,7 @@ from .kernels import copy_rows, newton_scan
 from .memory import Lease, MemoryPlan
 from .padding import is_compiled, out_of_memory, padded_sizes
 from .schedule import Schedule
+from .schedule_tables import step_variance
 from .spectral import SpectralSlope
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class System:
 
         self.state_coef, self.model_coef = table(schedule.state_coef), table(schedule.model_coef)
         self.denoised_coef = table(schedule.denoised_coef())
+        self.spread = table(step_variance(schedule.signal, schedule.sigma))[:, None]
         self.basis = slope.basis() if isinstance(slope, SpectralSlope) else None
         if isinstance(slope, SpectralSlope):
             linear = slope.slope(schedule)

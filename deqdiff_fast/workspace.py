@@ -11,7 +11,7 @@ from ._types import Generators, Rows
 from .memory import Lease, MemoryPlan, SolverMemory
 from .noise import fill_drift
 from .solver import Chain, Solver, ladder
-from .solver.base import Bounds, Size
+from .solver.base import Bounds, Size, repeat_rows
 from .system import System
 
 
@@ -35,6 +35,7 @@ class Workspace:
             state_coef=system.state_coef,
             model_coef=system.model_coef,
             slope=system.slope,
+            spread=system.spread,
             drift=lease["drift"] if system.schedule.stochastic else None,
             lo=system.bounds(0),
             hi=system.bounds(0),
@@ -105,4 +106,7 @@ class Workspace:
     def rebuild(self, old: Bounds, new: Bounds, broken: bool) -> None:
         if self.warm and not broken:
             return  # a given trajectory is the better guess
-        self.system.extrapolate(self.chain, old, new)
+        if self.solver.guess == "copy" and not broken:
+            repeat_rows(self.chain, old, new)
+        else:
+            self.system.extrapolate(self.chain, old, new)

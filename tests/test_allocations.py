@@ -51,7 +51,7 @@ def count(mixture, ddim, noise, **options):
     return per_round
 
 
-@pytest.mark.parametrize("solver", ["picard", "anderson", "triangular", "deq-ddim", "quasi-newton"])
+@pytest.mark.parametrize("solver", ["picard", "anderson", "triangular", "deq-ddim", "paradigms", "quasi-newton"])
 def test_rounds_allocate_nothing(mixture, ddim, noise, solver):
     rounds = count(mixture, ddim, noise, solver=solver)
     assert len(rounds) > 3

@@ -53,7 +53,7 @@ def test_rounds(figures, tmp_path):
     report, table = figures("rounds", *MIXTURE, "--eta", "0", "0.5", "--noises", "2", "--plot", plot)
     rows = report["rows"]
     named = {row["solver"].split(" ")[0] for row in rows}
-    assert {"serial", "picard", "anderson", "triangular", "trajectory", "deq-ddim"} <= named
+    assert {"serial", "picard", "anderson", "triangular", "trajectory", "deq-ddim", "paradigms", "parataa"} <= named
     assert len(rows) == 2 * len(named)
     assert all(row["solver"] in table for row in rows)
     for row in rows:

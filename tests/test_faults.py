@@ -7,7 +7,7 @@ import torch
 
 import deqdiff_fast as dq
 
-SOLVERS = ["picard", "anderson", "triangular", "deq-ddim"]
+SOLVERS = ["picard", "anderson", "triangular", "deq-ddim", "paradigms"]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

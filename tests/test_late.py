@@ -19,7 +19,7 @@ from deqdiff_fast.solver.window import Window
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLVERS = [
-    "quasi-newton", "picard", "triangular", "anderson", dq.Anderson(scope="trajectory"),
+    "quasi-newton", "picard", "triangular", "anderson", "paradigms", "parataa", dq.Anderson(scope="trajectory"),
     dq.Anderson(history_dtype=torch.bfloat16, label="triangular-bf16"),
 ]  # fmt: skip
 EAGER, ALWAYS = Late(near=float("inf")), Late(near=0.0)

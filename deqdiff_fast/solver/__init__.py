@@ -9,6 +9,7 @@ from .base import Chain, Solver
 from .iterate import iterate
 from .late import BoardCalls, Late
 from .nested import Ascent, PartialSolver, ladder
+from .paradigms import Paradigms
 from .picard import Picard
 from .quasi_newton import QuasiNewton
 from .task import Evaluate
@@ -20,6 +21,8 @@ NAMED: dict[str, Callable[[], Solver]] = {
     "anderson": lambda: Anderson(scope="timestep"),
     "triangular": Anderson,
     "deq-ddim": Anderson.deq_ddim,
+    "paradigms": Paradigms,
+    "parataa": Anderson.parataa,
     "quasi-newton": QuasiNewton,
 }
 
@@ -41,6 +44,6 @@ def resolve(solver: str | Solver) -> Solver:
 
 
 __all__ = [
-    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "PartialSolver", "Picard",
+    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "Paradigms", "PartialSolver", "Picard",
     "QuasiNewton", "Solver", "Window", "iterate", "ladder", "resolve",
 ]  # fmt: skip

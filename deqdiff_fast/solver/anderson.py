@@ -93,6 +93,20 @@ class Anderson:
             max_rounds=15, tol=1e-3, label="deq-ddim",
         )  # fmt: skip
 
+    @classmethod
+    def parataa(cls) -> Anderson:
+        """ParaTAA (Tang et al. 2024, arXiv 2402.09970, and its code TZW1998/ParaTAA-Diffusion), for comparison.
+
+        As there: triangular weights; 3 iterates kept (2 to 5 are recommended); copies of the noise to start from, and
+        of the window's last state for what enters; the plain step for the unconverged state nearest the noise, the
+        safeguard by which every round makes one more state exact. The order k of the nonlinear equations is the whole
+        window, its largest value. Not as there: the ridge, which is 1e-3 on the weights of differences there, so that
+        small residuals lead to the plain step; on weights of sum 1, as here, they would lead to the mean of old
+        iterates, so it is relative and small. And the stopping rule, which is the sampler's: solvers are compared at
+        one `tol`.
+        """
+        return cls(scope="triangular", history=3, guess="copy", label="parataa")
+
     def plan(self, plan: Plan, size: Size) -> None:
         m, w, b = self.history, size.window, size.batch
         plan.add("anderson.f", (m, w, b, size.numel), size.dtype)

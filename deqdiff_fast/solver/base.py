@@ -50,6 +50,7 @@ class Chain:
     state_coef: Tensor
     model_coef: Tensor
     slope: Tensor  # (T, 1) or (T, D): the diagonal part of d prediction / d state
+    spread: Tensor  # (T, 1) > 0: variance per element of the noise of each step, were the chain stochastic
     drift: Tensor | None
     lo: Tensor
     hi: Tensor
@@ -98,6 +99,18 @@ def move_rows(target: Tensor, ring: Tensor, old: Bounds, new: Bounds, backend: s
         target[rows, b].copy_(ring[slots, b])
 
 
+def repeat_rows(chain: Chain, old: Bounds, new: Bounds) -> None:
+    """States old[b] < i <= new[b] become copies of state old[b]."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        last = chain.states[old.long(), torch.arange(chain.batch, device=old.device)]
+        copy_rows(chain.states[1:], last[None], old, new, backend=chain.backend)
+        return
+    assert isinstance(old, list)
+    assert isinstance(new, list)
+    for b, (start, stop) in enumerate(zip(old, new)):
+        chain.states[start + 1 : stop + 1, b] = chain.states[start, b]
+
+
 def forget_rows(filled: Tensor, old: Bounds, new: Bounds) -> None:
     """filled[i % W, b] <- 0 for rows old[b] <= i < new[b]; filled: (W, B)."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
@@ -115,7 +128,8 @@ class Solver(Protocol):
 
     A solver may have an int attribute `period`: `step`, `settle` and `enter` are then the same device work in rounds k
     and k + period, and may be recorded once and replayed. `settle` and `enter` must not read bounds that are tensors:
-    `move_rows` and `forget_rows` take both kinds.
+    `move_rows` and `forget_rows` take both kinds. With an attribute `by_step` that is True, rows are judged by the
+    length of their last step alone, not by what they have left to go at the rate at which their steps get shorter.
     """
 
     @property

@@ -60,6 +60,7 @@ def _iterate_host(task: Task) -> Progress:
     progress = Progress(window, task.made)
     previous = torch.empty_like(chain.sq_diff)
     forget(previous)
+    by_step = bool(getattr(solver, "by_step", False))
     strict, vigil = torch.ones_like(previous[0]), Vigil(chain.batch, solver, task.finish)
     while not window.done and progress.rounds < task.max_rounds and not progress.stopped:
         progress.rounds += 1
@@ -68,6 +69,8 @@ def _iterate_host(task: Task) -> Progress:
         chain.hi.copy_(torch.tensor(hi, dtype=torch.int32))
         task.evaluate(window.rows(), progress.rounds)
         solver.step(chain, task.memory, progress.rounds)
+        if by_step:
+            forget(previous)
         judge(chain.sq_diff, chain.sq_norm, previous, task.freeze, task.floor, strict)
         residual = (chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_().cpu()
         broken = {} if math.isfinite(float(residual.sum())) else _first_broken(residual, lo, hi)

@@ -126,6 +126,7 @@ class _Loop:
         self.active = self.window.count  # when the round that was read last began
         self.mail = Mailbox(self.board.verdict)
         self.period = int(getattr(task.solver, "period", 0))
+        self.by_step = bool(getattr(task.solver, "by_step", False))
         self.vigil, self.hanging = Vigil(chain.batch, task.solver, task.finish), set[int]()
         self.queued: list[int] = []  # rows in the model call of every round
 
@@ -146,6 +147,8 @@ class _Loop:
         """The solver's step and its consequences, for predictions that are there."""
         task, chain, board = self.task, self.chain, self.board
         task.solver.step(chain, task.memory, round)
+        if self.by_step:
+            forget(board.previous)
         judge(chain.sq_diff, chain.sq_norm, board.previous, task.freeze, task.floor, board.strict)
         advance_window(
             chain.sq_diff, chain.sq_norm, chain.lo, chain.hi, board.was, board.verdict, board.rows, task.freeze,

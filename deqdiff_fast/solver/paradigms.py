@@ -1,0 +1,81 @@
+"""ParaDiGMS: Picard iteration on a window, with the paper's own step and the paper's own tolerance rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels import ddim_update
+from .base import Bounds, Chain, Lease, Plan, Size
+
+
+@dataclass(frozen=True)
+class Paradigms:
+    """Parallel sampling by Picard iteration (Shih et al. 2023, arXiv 2305.16317, algorithm 1), for comparison.
+
+    As in the paper: every state starts as a copy of the noise; a round adds up the increments of the single steps, all
+    taken at the old states (`Picard` takes the linear part at the new ones); a state is final when all before it are
+    and it moved by at most |dx|^2 <= tol^2 D var with the paper's tol = 0.1, var the variance of the noise of its step
+    in a DDPM chain over these timesteps; the window slides to the first state that is not, and what enters it is a
+    copy of its last state. The sampler's `window=` is the paper's p. At tol = 0.1 a sample may be further from the
+    serial chain's than 1e-2: `converged` then means this rule and no more.
+
+    Not as in the diffusers pipeline of the paper's authors: each sample of a batch has a window of its own; var is that
+    of the step into the state, not of the step after it; where var is 0, as in a last step into data without noise, the
+    smallest other one stands in; and |x|^2 stands in for D var where it is smaller, so that a tolerance means something
+    whatever the states' scale.
+
+    tol: used if the sampler is given none. The sampler's own takes its place in the rule; where states have unit size
+    var <= 1, and the rule is stricter than that for relative residuals. max_rounds: see `DEQSampler`.
+
+    Raises ValueError for a tol that is not > 0 or max_rounds below 1.
+    """
+
+    tol: float | None = 0.1
+    max_rounds: int | None = None
+    guess: ClassVar[str] = "copy"
+    period: ClassVar[int] = 1
+    safety: ClassVar[float] = 1.0
+    freeze: ClassVar[float] = 1.0
+    by_step: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.tol is not None and not 0 < self.tol < float("inf"):
+            raise ValueError(f"tol: expected a number > 0 or None, got {self.tol!r}")
+        if self.max_rounds is not None and not self.max_rounds >= 1:
+            raise ValueError(f"max_rounds: expected an int >= 1 or None, got {self.max_rounds!r}")
+
+    @property
+    def name(self) -> str:
+        return "paradigms"
+
+    def plan(self, plan: Plan, size: Size) -> None:
+        plan.add("paradigms.increments", (size.num_steps, size.batch, size.numel), size.dtype)
+
+    def start(self, lease: Lease) -> Tensor:
+        return lease["paradigms.increments"]
+
+    def step(self, chain: Chain, memory: Tensor, round: int) -> None:
+        """X[i+1] <- X[i] + (F(X_old)[i+1] - X_old[i]), the model's part of the bracket added by the kernel."""
+        coef = chain.state_coef.to(memory.dtype)[..., None, None]
+        torch.mul(chain.states[:-1], coef[:, 0] - 1, out=memory)
+        for lag in range(1, min(coef.shape[1], chain.num_steps)):
+            memory[lag:].addcmul_(chain.states[: -1 - lag], coef[lag:, lag])
+        if chain.drift is not None:
+            memory.add_(chain.drift)
+        carry = torch.zeros_like(chain.state_coef)
+        carry[:, 0] = 1
+        ddim_update(
+            chain.states, chain.predictions, carry, chain.model_coef, chain.lo, chain.hi, chain.sq_diff, chain.sq_norm,
+            memory, backend=chain.backend,
+        )  # fmt: skip
+        torch.minimum(chain.sq_norm, chain.spread * chain.states.shape[2], out=chain.sq_norm)
+
+    def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:
+        """The states are the plain step already."""
+
+    def enter(self, chain: Chain, memory: Any, old: Bounds, new: Bounds) -> None:
+        """Nothing to forget."""
