@@ -35,9 +35,8 @@ class DEQSampler:
     "deq-ddim", "paradigms", "parataa"; or a solver object. "auto" with window="auto" plans: `sample` does what is
     predicted to be the fastest, quasi-Newton rounds over all timesteps or over a window, or the serial chain; see
     `plan` and `warmup`. With another window "auto" is "quasi-newton".
-    tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim" and
-    "paradigms": their papers' own, 1e-3 on the residual and 0.1 of the noise of a step). The solve ends when all
-    relative residuals are below `solver.safety` times that.
+    tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim":
+    the paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety` times that.
     max_rounds: batched model calls before giving up (None: the solver's own limit, else T). The serial chain, where it
     is planned, does not count as giving up.
     window: number of timesteps solved at a time, or "auto": planned if the solver is "auto" too, else all of them.

@@ -47,7 +47,7 @@ def test_paradigms_is_the_papers_algorithm(monkeypatch, mixture, ddim, noise, re
     model, schedule, start = mixture(), ddim(50), noise(3).double()
     expected = [paradigms(model, schedule, start[b : b + 1], width, 0.1) for b in range(3)]
     fronts = []
-    sampler = dq.DEQSampler(model, schedule, solver="paradigms", window=width)
+    sampler = dq.DEQSampler(model, schedule, solver=Paradigms(tol=0.1), window=width)
     out = sampler.sample(start, callback=lambda info: fronts.append(info.front.tolist()))
     assert out.stats.window == width
     assert out.stats.rounds == max(len(known) for _, known, _ in expected) < 50
@@ -112,7 +112,7 @@ def test_settings():
     assert (solver.name, solver.scope, solver.history, solver.damping) == ("parataa", "triangular", 3, 1.0)
     assert (solver.guess, solver.tol, solver.max_rounds) == ("copy", None, None)
     solver = resolve("paradigms")
-    assert (solver.name, solver.guess, solver.tol, solver.max_rounds) == ("paradigms", "copy", 0.1, None)
+    assert (solver.name, solver.guess, solver.tol, solver.max_rounds) == ("paradigms", "copy", None, None)
 
 
 @pytest.mark.parametrize("setting", [{"tol": 0.0}, {"tol": float("nan")}, {"tol": float("inf")}, {"max_rounds": 0}])
