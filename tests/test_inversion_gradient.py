@@ -184,7 +184,7 @@ def test_a_loose_chain_is_taken_further(images):
     schedule, start, image = images(steps=20)
     begin = start.clone()
     begin[1:] += 0.2
-    loose = {"solver": "picard", "solver_tol": 0.5, "steps": 400, "lr": 0.02, "warm_start": False}
+    loose = {"solver": "picard", "solver_tol": 0.7, "steps": 400, "lr": 0.02, "warm_start": False}
     found = invert(schedule, image, initial=begin, tol=1e-2, **loose).invert(image)
     assert any("taken further" in remark for remark in found.stats.notes)
     assert found.noise.isfinite().all()
