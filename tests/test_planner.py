@@ -94,7 +94,7 @@ def test_corrections_count():
 
 
 def test_a_choice_is_kept_until_another_is_clearly_better():
-    flat = {1: 1.0, 100: 2.0}
+    flat = {1: 1.0, 100: 1.3}
     best = decide(situation(flat)).chosen
     second = min(
         (c for c in decide(situation(flat)).candidates[1:] if c.window != best.window), key=lambda c: c.seconds

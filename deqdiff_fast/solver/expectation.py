@@ -10,8 +10,9 @@ from typing import NamedTuple
 # policy and a Gaussian mixture, T = 20, 50, 100 and 1000, all within a fifth of these. What counts is the window's
 # share of the chain: evaluations per timestep, and the rows of a mean round as a part of the window.
 SHARES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
-EVALUATIONS = (1.2, 1.45, 1.6, 1.85, 2.15, 2.6, 3.25, 2.7)  # all at once begins on coarse grids
-ACTIVE = (1.0, 1.0, 1.0, 0.98, 0.95, 0.83, 0.68, 0.42)
+EVALUATIONS = (1.2, 1.45, 1.6, 1.85, 2.15, 2.6, 3.25, 3.8)
+ACTIVE = (1.0, 1.0, 1.0, 0.98, 0.95, 0.83, 0.68, 0.58)
+WHOLE = 2.7, 0.42  # the same of all timesteps at once, which begins on coarse grids
 PER_DECADE = 1.3  # evaluations beyond the first, for one more digit of the sample
 PER_DOUBLING = 1.05  # rounds for twice the samples: the slowest of a batch decides
 FORGET = 0.3  # weight of the newest solve in the running averages
@@ -44,9 +45,12 @@ class Expectation:
         if width <= 1:
             return Effort(steps, 1.0)
         share = width / steps
-        evaluations = 1 + (_between(share, EVALUATIONS) - 1) * self.strictness
+        evaluations, active = _between(share, EVALUATIONS), _between(share, ACTIVE)
+        if width == steps:
+            evaluations, active = WHOLE
+        evaluations = 1 + (evaluations - 1) * self.strictness
         evaluations = min(max(evaluations, 1.0), width)
-        rounds = max(evaluations / (share * _between(share, ACTIVE)), steps / width, 2.0)
+        rounds = max(evaluations / (share * active), steps / width, 2.0)
         rounds *= PER_DOUBLING ** math.log2(max(batch, 1))
         return Effort(min(rounds, steps), evaluations)
 
