@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _kernel_tests(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     note("kernel tests ...")
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    # not `-m pytest`: it puts this checkout before the installed package on the path
+    start = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
     command += ["-k", args.select] if args.select else []
     try:
         done = subprocess.run([*command, "tests/kernels"], cwd=ROOT, capture_output=True, text=True, timeout=seconds)

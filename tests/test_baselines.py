@@ -88,7 +88,7 @@ def test_baselines_on_a_multistep_chain(mixture, karras, noise, relative_error, 
     assert relative_error(out.sample, sampler.serial(start).sample).max() <= 1e-4
 
 
-@pytest.mark.parametrize(("name", "tol"), [("paradigms", 0.02), ("parataa", 0.3)])
+@pytest.mark.parametrize(("name", "tol"), [("paradigms", 0.02), ("parataa", 1.0)])
 def test_baselines_start_from_copies_and_so_does_what_enters_the_window(mixture, ddim, noise, name, tol):
     model, inputs, fronts = mixture(), [], []
 

@@ -55,7 +55,7 @@ class Anderson:
     max_rounds: int | None = None
     guess: str = "gaussian"
     safety: float = 0.1
-    freeze: float = 0.01
+    freeze: float = 0.003
     tol: float | None = None
     label: str = ""
     history_dtype: torch.dtype | None = None

@@ -17,7 +17,7 @@ class Picard:
     guess: str = "gaussian"
     period: ClassVar[int] = 1
     safety: float = 0.3
-    freeze: float = 0.03
+    freeze: float = 0.003
 
     @property
     def name(self) -> str:
