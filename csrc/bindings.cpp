@@ -10,8 +10,8 @@
 #include "affine_scan.h"
 #include "anderson.h"
 #include "arena.h"
-#include "newton_rows.h"
 #include "inverse_scan.h"
+#include "newton_rows.h"
 #include "newton_scan.h"
 #include "parallel.h"
 

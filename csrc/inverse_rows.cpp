@@ -66,7 +66,8 @@ void measure_span(InverseRow& row, int64_t begin, int64_t size) {
   }
   if (i < end) {
     const int64_t items = end - i;
-    at([&](const void* p) { return load_tail<S>(p, i, items); }, [&](const void* p) { return load_tail<W>(p, i, items); },
+    at([&](const void* p) { return load_tail<S>(p, i, items); },
+       [&](const void* p) { return load_tail<W>(p, i, items); },
        [&](void* p, const V& v) { store_tail<W>(p, i, v, items); });
   }
   row.miss += sum<S>(miss);
@@ -127,7 +128,8 @@ void step_span(InverseRow& row, int64_t begin, int64_t size) {
   }
   if (i < end) {
     const int64_t items = end - i;
-    at([&](const void* p) { return load_tail<S>(p, i, items); }, [&](const void* p) { return load_tail<W>(p, i, items); },
+    at([&](const void* p) { return load_tail<S>(p, i, items); },
+       [&](const void* p) { return load_tail<W>(p, i, items); },
        [&](void* p, const V& v) { store_tail<S>(p, i, v, items); });
   }
   row.step += sum<S>(step_sum);

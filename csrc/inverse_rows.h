@@ -27,13 +27,13 @@ struct InverseRow {
   int count;
   double gamma[kMaxSecants];
   double damping;
-  void* rho;              // wide type, written by `measure`
-  void* out;              // may be states[0]
-  void* keep_state;       // ring columns that take states[0] and predictions[0]
+  void* rho;         // wide type, written by `measure`
+  void* out;         // may be states[0]
+  void* keep_state;  // ring columns that take states[0] and predictions[0]
   void* keep_prediction;
   std::int64_t size;
-  // Results of `measure`: |weight (old_next - reached)|^2, |rho|^2, |reached|^2, |x|^2, |next|^2, dg[j].rho and the lower
-  // triangle dg[j].dg[k], k <= j; of `step`: |out - x|^2.
+  // Results of `measure`: |weight (old_next - reached)|^2, |rho|^2, |reached|^2, |x|^2, |next|^2, dg[j].rho and the
+  // lower triangle dg[j].dg[k], k <= j; of `step`: |out - x|^2.
   double miss, rho_norm, reached_norm, x_norm, next_norm, step;
   double with_rho[kMaxSecants];
   double gram[kMaxSecants][kMaxSecants];
