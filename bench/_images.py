@@ -18,18 +18,18 @@ from ._problems import Problem
 OWN_STEPS = 50
 
 
-def images(problem: Problem, path: Path | None, seeds: range) -> Tensor:
+def images(problem: Problem, path: Path | None, seeds: range, dtype: torch.dtype = torch.float32) -> Tensor:
     """(len(seeds), *shape) in [-1, 1]: image k of the test set for seed k, or what the model makes of noise k."""
     if path is None:
         chain = dq.DEQSampler(problem.model, problem.schedule(OWN_STEPS, 0.0))
         with torch.no_grad():
-            return chain.serial(problem.noise(seeds)).sample.clamp(-1, 1)
+            return chain.serial(problem.noise(seeds).to(dtype)).sample.clamp(-1, 1)
     pixels = cifar10(path)
     if problem.shape != (3, 32, 32):
         raise ValueError(f"--data {path}: CIFAR-10 has images of shape (3, 32, 32), the model wants {problem.shape}")
     if seeds.stop > len(pixels):
         raise ValueError(f"--data {path}: it has {len(pixels)} images; images up to {seeds.stop} were asked for")
-    return (pixels[seeds.start : seeds.stop].float() / 127.5 - 1).to(problem.device)
+    return (pixels[seeds.start : seeds.stop].to(dtype) / 127.5 - 1).to(problem.device)
 
 
 def cifar10(path: Path) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
@@ -27,7 +28,7 @@ from ._images import images
 from ._inversion_tables import comparison, descents, round_trips
 from ._problems import Problem, add_model_arguments, load, warm_up
 
-DIRECT = ("ddim", "fixed_point", "equilibrium")
+DIRECT = ("ddim", "fixed_point", "equilibrium", "auto")
 DESCENTS = ("bptt", "phantom", "implicit")
 OTHER_NOISE = 10**5  # images that the model made must not be sought from the noise that made them
 THINNING = 1.25  # a point of a curve for every so many times the evaluations of the one before
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=positive_float, default=300.0, help="most for one descent (default 300)")
     parser.add_argument("--tol", type=positive_float, help="relative error the direct methods aim at (default 1e-3)")
     parser.add_argument("--methods", nargs="+", choices=(*DIRECT, *DESCENTS), help="default: all")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of model and images")
     parser.add_argument(
         "--solver", choices=tuple(SOLVERS), default="auto", help="of the descent 'implicit' (default auto, planned)"
     )
@@ -57,13 +59,15 @@ def run(args: argparse.Namespace) -> int:
     wanted = args.methods or [*DESCENTS, *DIRECT]
     if args.plot is not None:
         from . import _plot  # refuse before the work, not after it
-    problem, facts = load(args), environment(args.device)
+    problem, facts, dtype = load(args), environment(args.device), getattr(torch, args.dtype)
     warm_up(problem)
+    if isinstance(problem.model, torch.nn.Module):
+        problem.model.to(dtype)
     rows: list[dict[str, Any]] = []
     for steps in args.steps:
         for table, count in (("round trip", args.images), ("descent", args.descent_images)):
             seeds = range(args.seed, args.seed + count)
-            target = images(problem, args.data, seeds)
+            target = images(problem, args.data, seeds, dtype)
             for name in wanted:
                 if table == "descent" or name in DIRECT:
                     note(f"T = {steps}, {table}, {count} images: {name} ...")
@@ -121,7 +125,8 @@ def _measure(
 ) -> dict[str, Any]:
     """One method on one batch."""
     schedule = problem.schedule(steps, args.eta)
-    noise = problem.noise(range(seeds.start + OTHER_NOISE, seeds.stop + OTHER_NOISE)) * schedule.init_noise_sigma
+    noise = problem.noise(range(seeds.start + OTHER_NOISE, seeds.stop + OTHER_NOISE)).to(target)
+    noise = noise * schedule.init_noise_sigma
     model = Counted(problem.model)
     inverter = dq.DEQInverter(model, schedule, max_batch=args.max_batch, **_options(args, name, noise, problem))
     serial = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch)

@@ -49,8 +49,8 @@ class DEQInverter:
     """Find the noise that a sampling chain maps to an image.
 
     model, schedule: as for `DEQSampler`; the chain is the one that is inverted, eta and multistep rules included.
-    method: "equilibrium", "fixed_point", "ddim" or "gradient" (descent), with its options as further keyword arguments,
-    or a method object.
+    method: "equilibrium", "fixed_point", "auto" (the faster of these two here), "ddim" or "gradient" (descent), with
+    its options as further keyword arguments, or a method object.
     tol: relative L2 error allowed between the image and what the serial chain makes of the noise (None: 1e-3).
     max_rounds: model calls that wait for each other before giving up (None: the method's own limit). window: timesteps
     solved at a time, or "auto". spectrum: the data's power spectrum, a better start and slope. max_batch, backend,

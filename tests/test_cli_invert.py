@@ -39,7 +39,7 @@ def test_invert_writes_noise_that_gives_the_picture_back(folder, capsys):
     Image.fromarray(_images.pixels(sample)[0].numpy()).save(picture)
     assert main(["invert", picture, "--steps", "12", "--out", "deep/er", "--compare", "--eta", "0.1"]) == 0
     captured = capsys.readouterr()
-    for name in ("equilibrium", "ddim", "fixed_point"):
+    for name in ("auto", "equilibrium", "ddim", "fixed_point"):
         assert re.search(rf"{name}: 1 image, 12 timesteps: \d+ rounds, \d+ model evaluations", captured.out)
     assert re.search(r"ddim.*NOT within tolerance for 1 of 1", captured.out)
     assert "12/12" in captured.err, "the progress bar"

@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files of the model's size")
     parser.add_argument("--model", default="bundled", help="diffusers folder, hub name or 'bundled' (the default)")
-    parser.add_argument("--method", choices=tuple(NAMED), default="equilibrium", help="default equilibrium")
+    parser.add_argument("--method", choices=tuple(NAMED), default="auto", help="default auto: the faster exact one")
     parser.add_argument("--steps", type=positive_int, default=50, help="timesteps of the chain (default 50)")
     parser.add_argument("--eta", type=fraction, default=0.0, help="0: DDIM (default), 1: as random as DDPM")
     parser.add_argument("--seed", type=int, default=0, help="of the chain's own noise where eta > 0 (default 0)")

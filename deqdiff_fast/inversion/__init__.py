@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .automatic import Automatic
 from .base import InversionInfo, InversionStats, Method, Outcome, Task
 from .ddim import DDIMInversion
 from .equilibrium import Equilibrium
@@ -11,6 +12,7 @@ from .fixed_point import FixedPoint
 from .optimise import Optimise, OptimiseStats
 
 NAMED: dict[str, Any] = {
+    "auto": Automatic,
     "ddim": DDIMInversion,
     "equilibrium": Equilibrium,
     "fixed_point": FixedPoint,
@@ -44,6 +46,7 @@ def resolve(method: str | Method, options: dict[str, Any]) -> Method:
 
 __all__ = [
     "NAMED",
+    "Automatic",
     "DDIMInversion",
     "Equilibrium",
     "FixedPoint",

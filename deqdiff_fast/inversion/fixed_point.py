@@ -49,6 +49,7 @@ class FixedPoint:
             walk = _Walk(self, task, work, stats)
             converged = walk.run()
             noise, trajectory = read_out(work)
+        stats.stop_reason = "callback" if walk.asked else "converged" if bool(converged.all()) else "max_rounds"
         stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
         stats.wall_seconds = time.perf_counter() - clock
         return Outcome(noise, trajectory, converged, stats)
@@ -64,7 +65,7 @@ class _Walk:
         factor = self.schedule.state_coef[:, 0] + self.schedule.model_coef[:, 0] * self.schedule.slope(WIDE)
         self.factor = torch.where(factor.abs() > 1e-6, factor, 1.0).tolist()
         self.limit = task.max_rounds or task.schedule.num_steps * method.iterations * self.sweeps
-        self.stopped = False
+        self.stopped = self.asked = False  # whether it ends here, and whether the user asked for that
 
     @property
     def sweeps(self) -> int:
@@ -136,6 +137,6 @@ class _Walk:
                 tolerance=SAFETY * self.task.tol,
                 _sample=lambda: read_out(self.work)[0],
             )
-            self.stopped = self.task.report(info) is True
-        self.stopped = self.stopped or self.stats.rounds >= self.limit
+            self.asked = self.task.report(info) is True
+        self.stopped = self.asked or self.stopped or self.stats.rounds >= self.limit
         return self.stopped
