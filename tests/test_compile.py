@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -95,3 +98,19 @@ def test_compiled_models_inside_guidance_and_k_diffusion(compiled, ddim, karras,
         x = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed)) * 14.0
         sample_deq(model, x, karras(24), disable=True, window=24, solver="picard")
     assert len(set(traced)) <= 8  # one more than the padded sizes: the comparison of three levels
+
+
+def test_eager_solves_do_not_load_the_compiler():
+    """The first sample and the first inversion would wait for it for seconds."""
+    code = """
+import sys, torch, deqdiff_fast as dq
+abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+schedule = dq.Schedule.ddim(abar, torch.arange(10).flip(0) * 100)
+model = lambda x, t: 0.5 * x + 0.1 * torch.tanh(x)
+out = dq.DEQSampler(model, schedule, solver="quasi-newton").sample(torch.randn(1, 3, 8, 8))
+found = dq.DEQInverter(model, schedule).invert(out.sample)
+assert bool(found.converged.all()), found.error
+print("torch._dynamo" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "False", ran.stdout + ran.stderr

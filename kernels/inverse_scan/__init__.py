@@ -91,7 +91,7 @@ def inverse_scan(
         raise ValueError(f"damping, ridge, stale, reach: expected finite numbers > 0, floor >= 0, got {settings}")
     args = (states, predictions, state_coef, model_coef, slope, weight, lo, hi, sq_miss, z, e, filled, column, damping,
             ridge, stale, floor, reach, drift)  # fmt: skip
-    if backend == "auto":
+    if backend == "auto" and _dispatch.dispatched(states):
         _ops.inverse_op(*args)
     else:
         _ops.run(backend, *args)
