@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solver", choices=tuple(SOLVERS), default="auto", help="of the descent 'implicit' (default auto, planned)"
     )
+    parser.add_argument(
+        "--ends-only", action="store_true", help="no losses on the way, which cost a serial chain each, and no depth"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of squared loss against seconds and evaluations")
 
 
@@ -107,6 +110,7 @@ class Watch:
     model: Counted
     images: int
     limit: float
+    ends_only: bool = False
     start: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     points: list[tuple[float, int, int, int, Tensor]] = field(default_factory=list)
@@ -114,7 +118,7 @@ class Watch:
     def __call__(self, info: Any) -> bool:
         self.seconds = time.perf_counter() - self.start
         whole = len(info.front) == self.images  # a further attempt may be about some of them: the last point has it
-        if whole and (not self.points or self.model.evals >= THINNING * self.points[-1][1]):
+        if whole and not self.ends_only and (not self.points or self.model.evals >= THINNING * self.points[-1][1]):
             own = self.model.evals - self.model.backpropagations
             self.points.append((self.seconds, self.model.evals, own, info.round, info.noise()))
         return self.seconds > self.limit
@@ -135,7 +139,7 @@ def _measure(
         made = serial.serial(start, generator=problem.generators(seeds)).sample
         return (made - target).flatten(1).double().square().sum(1).tolist()
 
-    watch = Watch(model, len(target), args.seconds if name in DESCENTS else float("inf"))
+    watch = Watch(model, len(target), args.seconds if name in DESCENTS else float("inf"), args.ends_only)
     found = inverter.invert(target, generator=problem.generators(seeds) if args.eta else None, callback=watch)
     stats = found.stats
     own = stats.model_evals - getattr(stats, "backpropagations", 0)
