@@ -63,13 +63,16 @@ class Options:
             raise ValueError(
                 "solver: slope='spectral' needs DEQSampler(spectrum=SpectralSlope...) to take the slope from"
             )
+        window = arguments.window(given["window"])
+        if hasattr(resolved, "check"):
+            resolved.check(schedule.num_steps, schedule.lags, window)
         return cls(
             model=model,
             schedule=schedule,
             solver=resolved,
             tol=arguments.positive("tol", given["tol"]),
             max_rounds=arguments.count("max_rounds", given["max_rounds"]),
-            window=arguments.window(given["window"]),
+            window=window,
             backend=arguments.choice("backend", given["backend"], ("auto", "reference", "cpp", "triton")),
             gradient=resolve_gradient(given["gradient"]),
             on_failure=arguments.choice("on_failure", given["on_failure"], ("serial", "raise", "warn")),
@@ -99,8 +102,10 @@ class Options:
         return FLOOR[torch.float64 if dtype == torch.float64 else torch.float32]
 
     def round_limit(self) -> int:
-        limit = self.max_rounds or getattr(self.solver, "max_rounds", None) or self.schedule.num_steps
-        return int(limit)
+        """Most model calls that wait for each other, before the rest is finished otherwise."""
+        steps, most = self.schedule.num_steps, getattr(self.solver, "most_rounds", None)
+        own = getattr(self.solver, "max_rounds", None) or (most(steps) if most is not None else steps)
+        return int(self.max_rounds or own)
 
     def row_limit(self, noise: Tensor) -> int | None:
         """Most rows in one model call."""

@@ -32,9 +32,9 @@ class DEQSampler:
     any batch size. It must treat the rows of a batch independently and be deterministic (no dropout, no batch norm in
     training mode). schedule: see `Schedule`.
     solver: "auto", "quasi-newton", "picard", "anderson", "triangular", or published methods for comparison,
-    "deq-ddim", "paradigms", "parataa"; or a solver object. "auto" with window="auto" plans: `sample` does what is
-    predicted to be the fastest, quasi-Newton rounds over all timesteps or over a window, or the serial chain; see
-    `plan` and `warmup`. With another window "auto" is "quasi-newton".
+    "deq-ddim", "paradigms", "parataa", "parareal"; or a solver object. "auto" with window="auto" plans: `sample` does
+    what is predicted to be the fastest, quasi-Newton rounds over all timesteps or over a window, or the serial chain;
+    see `plan` and `warmup`. With another window "auto" is "quasi-newton".
     tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim":
     the paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety` times that.
     max_rounds: batched model calls before giving up (None: the solver's own limit, else T). The serial chain, where it
@@ -147,6 +147,7 @@ class DEQSampler:
         options = self.options
         tol = tol or min(ADJOINT_TOL, options.tol or ADJOINT_TOL)
         plain = getattr(self.solver, "slope", None) in ("auto", "scalar", None)  # a spectrum has the shape of an image
+        plain = plain and not hasattr(self.solver, "drive")  # which may want more of a chain than an adjoint one has
         solver = self.solver if plain and self.solver.max_rounds is None else "quasi-newton"
         sampler = DEQSampler(
             model, schedule, solver=solver, tol=tol, max_batch=options.max_batch, backend=options.backend

@@ -65,7 +65,8 @@ def solve_rounds(
     """
     solver, noise, limit = options.solver, request.noise, options.round_limit()
     tolerance, freeze = options.tolerance(noise.dtype), options.freeze(noise.dtype)
-    late, warm = late_policy(system, request), request.init_trajectory is not None
+    warm = request.init_trajectory is not None
+    late = None if hasattr(solver, "drive") else late_policy(system, request)
 
     def open_(system: System) -> Workspace:
         return Workspace.open(system, solver, stats.window, options.memory, options.backend)
@@ -108,6 +109,7 @@ def solve_rounds(
             pad=pad,
             play=play,
             board=board,
+            warm=warm,
         )
         work.system.model_evals -= outcome.padding
         stats.rounds, stats.coarse_rounds, stats.repairs = front + outcome.rounds, len(coarse), outcome.repairs

@@ -36,6 +36,7 @@ class Workspace:
             model_coef=system.model_coef,
             slope=system.slope,
             spread=system.spread,
+            clean=system.denoised_coef,
             drift=lease["drift"] if system.schedule.stochastic else None,
             lo=system.bounds(0),
             hi=system.bounds(0),

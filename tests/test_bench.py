@@ -53,13 +53,23 @@ def test_rounds(figures, tmp_path):
     report, table = figures("rounds", *MIXTURE, "--eta", "0", "0.5", "--noises", "2", "--plot", plot)
     rows = report["rows"]
     named = {row["solver"].split(" ")[0] for row in rows}
-    assert {"serial", "picard", "anderson", "triangular", "trajectory", "deq-ddim", "paradigms", "parataa"} <= named
+    assert {
+        "serial",
+        "picard",
+        "anderson",
+        "triangular",
+        "trajectory",
+        "deq-ddim",
+        "paradigms",
+        "parataa",
+        "parareal",
+    } <= named
     assert len(rows) == 2 * len(named)
     assert all(row["solver"] in table for row in rows)
     for row in rows:
         for run in row["runs"]:
             assert run["error"] <= 1e-2
-            assert run["rounds"] <= 8
+            assert run["rounds"] <= (12 if row["solver"] == "parareal" else 8)  # its rounds come block by block
             assert run["evaluations"] >= 8
             errors = [error for _, error in run["curve"]]
             first = run["rounds_to"][0]  # the row must say what the curve says

@@ -10,6 +10,7 @@ from .iterate import iterate
 from .late import BoardCalls, Late
 from .nested import Ascent, PartialSolver, ladder
 from .paradigms import Paradigms
+from .parareal import Parareal
 from .picard import Picard
 from .quasi_newton import QuasiNewton
 from .task import Evaluate
@@ -23,6 +24,7 @@ NAMED: dict[str, Callable[[], Solver]] = {
     "deq-ddim": Anderson.deq_ddim,
     "paradigms": Paradigms,
     "parataa": Anderson.parataa,
+    "parareal": Parareal,
     "quasi-newton": QuasiNewton,
 }
 
@@ -35,15 +37,14 @@ def resolve(solver: str | Solver) -> Solver:
                 f"solver: expected one of {', '.join(map(repr, NAMED))} or a solver object, got {solver!r}"
             )
         return NAMED[solver]()
-    missing = [
-        name for name in ("plan", "start", "step", "settle", "enter") if not callable(getattr(solver, name, None))
-    ]
+    own = ("drive",) if hasattr(solver, "drive") else ("step", "settle", "enter")
+    missing = [name for name in ("plan", "start", *own) if not callable(getattr(solver, name, None))]
     if missing:
         raise TypeError(f"solver: {type(solver).__name__} is not a solver, it has no {', '.join(missing)}")
     return solver
 
 
 __all__ = [
-    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "Paradigms", "PartialSolver", "Picard",
-    "QuasiNewton", "Solver", "Window", "iterate", "ladder", "resolve",
+    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "Paradigms", "Parareal", "PartialSolver",
+    "Picard", "QuasiNewton", "Solver", "Window", "iterate", "ladder", "resolve",
 ]  # fmt: skip

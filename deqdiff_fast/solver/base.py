@@ -51,6 +51,7 @@ class Chain:
     model_coef: Tensor
     slope: Tensor  # (T, 1) or (T, D): the diagonal part of d prediction / d state
     spread: Tensor  # (T, 1) > 0: variance per element of the noise of each step, were the chain stochastic
+    clean: Tensor  # (T, 2) [p, q]: p X + q E changes little from one step to the next
     drift: Tensor | None
     lo: Tensor
     hi: Tensor
@@ -124,12 +125,10 @@ def forget_rows(filled: Tensor, old: Bounds, new: Bounds) -> None:
 
 
 class Solver(Protocol):
-    """One way to turn predictions into the next iterate. Solvers hold settings only; their memory is in the lease.
+    """One way to solve a chain. Solvers hold settings only; their memory is in the lease.
 
-    A solver may have an int attribute `period`: `step`, `settle` and `enter` are then the same device work in rounds k
-    and k + period, and may be recorded once and replayed. `settle` and `enter` must not read bounds that are tensors:
-    `move_rows` and `forget_rows` take both kinds. With an attribute `by_step` that is True, rows are judged by the
-    length of their last step alone, not by what they have left to go at the rate at which their steps get shorter.
+    What is said here every solver has; beyond that it is a `Stepper`, or a `Driver` that makes its rounds itself. A
+    method `check(steps, lags, window)`, if there is one, raises ValueError for chains that it cannot solve.
     """
 
     @property
@@ -158,8 +157,18 @@ class Solver(Protocol):
         ...
 
     def start(self, lease: Lease) -> Any:
-        """Forget everything; the returned memory is handed to the methods below."""
+        """Forget everything; the returned memory is handed to the methods of a round."""
         ...
+
+
+class Stepper(Solver, Protocol):
+    """A way to turn the predictions of all active rows into the next iterate: the solvers of `iterate`'s own loop.
+
+    A solver may have an int attribute `period`: `step`, `settle` and `enter` are then the same device work in rounds k
+    and k + period, and may be recorded once and replayed. `settle` and `enter` must not read bounds that are tensors:
+    `move_rows` and `forget_rows` take both kinds. With an attribute `by_step` that is True, rows are judged by the
+    length of their last step alone, not by what they have left to go at the rate at which their steps get shorter.
+    """
 
     def step(self, chain: Chain, memory: Any, round: int) -> None:
         """Predictions -> next states of rows [lo, hi), with sq_diff and sq_norm of the plain step against the old."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from .base import Chain, Solver
+from .base import Chain, Solver, Stepper
 from .contraction import TINY, Vigil, forget, judge
 from .late import Board, Late, iterate_late
-from .task import Evaluate, Play, Progress, Rebuild, Task, at_once, take_up
+from .task import Driver, Evaluate, Play, Progress, Rebuild, Task, at_once, take_up
 from .window import Window
 
 
@@ -36,6 +36,7 @@ def iterate(
     pad: Callable[[int], int] = int,
     play: Play = at_once,
     board: Board | None = None,
+    warm: bool = False,
 ) -> Progress:
     """Solve `chain` in place until every row is final, the rounds run out, or `report` returns True.
 
@@ -46,11 +47,14 @@ def iterate(
     max_rounds have been made. late: how far the host may run ahead of what it knows of a device (None: it looks at
     every round before the next one). pad: rows of a model call -> rows that it is made with; play: how a piece of
     device work that repeats is run; board: the memory that it needs on the device. These are for `late` only.
+    warm: the states hold a trajectory that the caller gave. A solver that is a `Driver` makes the rounds itself.
     """
     task = Task(
-        chain, solver, memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, floor, start,
-        made, pad, play, board,
+        chain, cast(Stepper, solver), memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, floor,
+        start, made, pad, play, board, warm,
     )  # fmt: skip
+    if callable(getattr(solver, "drive", None)):
+        return cast(Driver, solver).drive(task)
     return _iterate_host(task) if late is None else iterate_late(task, late)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from .._types import Rows
 from ..errors import NonFiniteError
-from .base import Bounds, Chain, Solver
+from .base import Bounds, Chain, Solver, Stepper
 from .window import Window
 
 Evaluate = Callable[[Rows, int], None]
@@ -28,7 +28,7 @@ class Task:
     """A system to solve; see `iterate` for the fields."""
 
     chain: Chain
-    solver: Solver
+    solver: Stepper
     memory: Any
     evaluate: Evaluate
     rebuild: Rebuild
@@ -45,6 +45,7 @@ class Task:
     play: Play = at_once
     board: Any = None
     """The `late.Board` of a loop whose work is recorded."""
+    warm: bool = False
 
 
 @dataclass
@@ -58,6 +59,14 @@ class Progress:
     stopped: bool = False
     padding: int = 0
     """Rows that the model was called on without need: the host did not know yet that they were final."""
+
+
+class Driver(Solver, Protocol):
+    """A solver that makes its rounds itself, because they are not one model call on all active rows."""
+
+    def drive(self, task: Task) -> Progress:
+        """Solve `task.chain` in place: `iterate`, which says what the task holds."""
+        ...
 
 
 def take_up(task: Task, window: Window, sample: int) -> None:
