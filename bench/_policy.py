@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._problems import ABAR, TRAIN_STEPS
+import deqdiff_fast as dq
+
+from ._problems import ABAR, TRAIN_STEPS, Problem
 
 HORIZON, ACTIONS = 16, 7
 
@@ -58,3 +60,13 @@ def fitted(steps: int = 1000, batch: int = 256, seed: int = 0) -> Policy:
         optimizer.step()
         decay.step()
     return policy.eval().requires_grad_(False)
+
+
+def problem(device: str, fit: int = 1000) -> Problem:
+    """The policy after that many training steps, with DDIM on the linear noise schedule; eta 1 is DDPM."""
+
+    def schedule(steps: int, eta: float) -> dq.Schedule:
+        timesteps = torch.arange(steps).flip(0) * (TRAIN_STEPS // steps)
+        return dq.Schedule.ddim(ABAR, timesteps, eta=eta, prediction_type="v_prediction")
+
+    return Problem("policy", fitted(fit).to(device), schedule, (HORIZON, ACTIONS), device)

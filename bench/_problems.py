@@ -18,6 +18,7 @@ from ._common import positive_int
 
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 TRAIN_STEPS = len(ABAR)
+FULL_ROUNDS = "quasi-newton, full rounds"
 
 
 class Mixture:
@@ -94,9 +95,13 @@ def load(args: argparse.Namespace) -> Problem:
 
 
 def solvers(names: list[str] | None) -> dict[str, Solver]:
-    """The named solvers and the trajectory scope, each once; the one that "auto" stands for says so."""
+    """The named solvers, the trajectory scope, and quasi-Newton without coarse rounds, which has the fewest rounds.
+
+    Each once; the one that "auto" stands for says so.
+    """
     known: dict[str, Solver] = {name: resolve(name) for name in NAMED if name != "auto"}
     known["trajectory"] = dq.Anderson(scope="trajectory")
+    known[FULL_ROUNDS] = dq.QuasiNewton(coarse=())
     automatic = resolve("auto")
     twins = [name for name, solver in known.items() if solver == automatic]
     if not twins:

@@ -11,9 +11,9 @@ import torch
 
 import deqdiff_fast as dq
 
+from . import _policy
 from ._common import environment, markdown, note, positive_float, positive_int, spread, summary, write_json
-from ._policy import ACTIONS, HORIZON, fitted
-from ._problems import ABAR, TRAIN_STEPS, Problem, load
+from ._problems import Problem, load
 from ._timing import Side, interleave, ratios
 
 FLOOR = 0.95  # serial / sample() must not be below this anywhere
@@ -36,15 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def problem_of(name: str, args: argparse.Namespace) -> Problem:
-    if name != "policy":
-        return load(argparse.Namespace(model=name, size=args.size, device=args.device))
-    policy = fitted(args.fit).to(args.device)
-
-    def schedule(steps: int, eta: float) -> dq.Schedule:
-        timesteps = torch.arange(steps).flip(0) * (TRAIN_STEPS // steps)
-        return dq.Schedule.ddim(ABAR, timesteps, eta=eta, prediction_type="v_prediction")
-
-    return Problem("policy", policy, schedule, (HORIZON, ACTIONS), args.device)
+    if name == "policy":
+        return _policy.problem(args.device, args.fit)
+    return load(argparse.Namespace(model=name, size=args.size, device=args.device))
 
 
 def run(args: argparse.Namespace) -> int:

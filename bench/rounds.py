@@ -2,7 +2,8 @@
 
 Two solves for each noise. One at the default tolerance: where the solver stops by itself, what that costs and how far
 the sample then is from the serial chain's. One at tolerance 1e-5, watched round by round: the round from which on the
-running sample stays within 1e-2 and 1e-4 of the serial chain's (relative L2).
+running sample stays within the targets, 1e-2 and 1e-4 of the serial chain's (relative L2), until it is within the
+smallest. `--once` makes do with the first one, and watches that: for long chains.
 """
 
 from __future__ import annotations
@@ -19,24 +20,35 @@ from torch import Tensor
 import deqdiff_fast as dq
 from deqdiff_fast.solver import Solver
 
-from ._common import environment, markdown, note, positive_int, summary, write_json
+from ._chains import CHAINS
+from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
 from ._problems import Problem, add_model_arguments, load, relative_error, solvers, warm_up
 
-TARGETS = (1e-2, 1e-4)
+TARGETS = [1e-2, 1e-4]
+STEPS, ETA = [20, 50, 100], [0.0]
 TIGHT = 1e-5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--steps", type=positive_int, nargs="+", default=[20, 50, 100], help="T (default 20 50 100)")
-    parser.add_argument("--eta", type=float, nargs="+", default=[0.0], help="default 0")
+    described = "; ".join(f"{name}: {chain.what}, T = {chain.steps}" for name, chain in CHAINS.items())
+    parser.add_argument(
+        "--problem", choices=tuple(CHAINS), help=f"a chain of another kind, in --model's place. {described}"
+    )
+    parser.add_argument("--steps", type=positive_int, nargs="+", help="T (default 20 50 100, or the problem's own)")
+    parser.add_argument("--eta", type=float, nargs="+", help="default 0, or the problem's own")
+    parser.add_argument("--targets", type=positive_float, nargs="+", default=TARGETS, help="errors (default 1e-2 1e-4)")
+    parser.add_argument("--once", action="store_true", help="one solve for each noise, at the default tolerance")
     parser.add_argument("--noises", type=positive_int, default=3, help="noises, seeded one after the other (default 3)")
     parser.add_argument("--solvers", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of error against rounds and evaluations")
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen, problem = solvers(args.solvers), load(args)
+    chosen, chain = solvers(args.solvers), CHAINS.get(args.problem)
+    problem = load(args) if chain is None else chain.build(args)
+    args.steps = args.steps or (STEPS if chain is None else [chain.steps])
+    args.eta = args.eta or (ETA if chain is None else [chain.eta])
     if args.plot is not None:
         from . import _plot  # refuse before the work, not after it
     facts = environment(args.device)
@@ -48,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
             write_json(args, facts, rows)
     print(f"{summary(facts)}\n{problem.name}, B = 1, medians over {args.noises} noises from seed {args.seed}\n")
     header = (
-        "T", "eta", "solver", "rounds to 1e-2", "rounds to 1e-4", "evaluations / T to 1e-2", "rounds at stop",
-        "evaluations / T", "error at stop", "seconds", "serial steps",
+        "T", "eta", "solver", *(f"rounds to {_short(target)}" for target in args.targets),
+        f"evaluations / T to {_short(args.targets[0])}", "rounds at stop", "evaluations / T", "error at stop",
+        "seconds", "serial steps",
     )  # fmt: skip
     print(markdown(header, [_cells(row) for row in rows]))
     if args.plot is not None:
@@ -58,25 +71,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _short(target: float) -> str:
+    """1e-2 and the like."""
+    return f"{target:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
 def _cell(
     args: argparse.Namespace, problem: Problem, chosen: dict[str, Solver], steps: int, eta: float
 ) -> list[dict[str, Any]]:
     """The rows of one T and eta: the serial chain and every solver."""
     schedule = problem.schedule(steps, eta)
+    chosen = {name: solver for name, solver in chosen.items() if _suits(name, solver, schedule)}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in ("serial", *chosen)}
     for seed in range(args.seed, args.seed + args.noises):
         seeds = range(seed, seed + 1)
-        noise = problem.noise(seeds)
+        noise = problem.noise(seeds) * schedule.init_noise_sigma
         chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch, spectrum=problem.spectrum)
         serial = chain.serial(noise, generator=problem.generators(seeds))
         records["serial"].append(
-            {"rounds_to": [steps] * len(TARGETS), "rounds": steps, "evaluations": steps, "error": 0.0,
+            {"rounds_to": [steps] * len(args.targets), "rounds": steps, "evaluations": steps, "error": 0.0,
              "seconds": serial.stats.wall_seconds, "finished_serially": 0, "curve": []}
         )  # fmt: skip
         for name, solver in chosen.items():
             note(f"T = {steps}, eta = {eta:g}, seed {seed}: {name} ...")
             records[name].append(_solve(args, problem, schedule, solver, seeds, noise, serial.sample))
     return [{"steps": steps, "eta": eta, "solver": name, "runs": runs} for name, runs in records.items()]
+
+
+def _suits(name: str, solver: Solver, schedule: dq.Schedule) -> bool:
+    """Whether the solver takes such a chain; says so if not."""
+    try:
+        if hasattr(solver, "check"):
+            solver.check(schedule.num_steps, schedule.lags, "auto")
+    except ValueError as error:
+        note(f"T = {schedule.num_steps}: {name} is left out: {error}")
+        return False
+    return True
 
 
 def _solve(
@@ -96,20 +126,24 @@ def _solve(
             model, schedule, solver=solver, max_batch=args.max_batch, spectrum=problem.spectrum, **settings
         )
 
-    own = sampler().sample(noise, generator=problem.generators(seeds))
     curve: list[tuple[int, float]] = []
 
     def watch(info: dq.RoundInfo) -> bool:
         error = float(relative_error(info.sample(), reference)[0])
         curve.append((spent, error))
-        return error <= min(TARGETS)
+        return error <= min(args.targets) and not args.once
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dq.ConvergenceWarning)  # a solver out of rounds shows as a missing figure
-        tight = sampler(counted, tol=TIGHT, on_failure="warn", window=schedule.num_steps)
-        tight.sample(noise, generator=problem.generators(seeds), callback=watch)
+    draws = problem.generators
+    if args.once:
+        own = sampler(counted).sample(noise, generator=draws(seeds), callback=watch)
+    else:
+        own = sampler().sample(noise, generator=draws(seeds))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dq.ConvergenceWarning)  # a solver out of rounds shows as a missing figure
+            tight = sampler(counted, tol=TIGHT, on_failure="warn", window=schedule.num_steps)
+            tight.sample(noise, generator=draws(seeds), callback=watch)
     return {
-        "rounds_to": [_reached([error for _, error in curve], target) for target in TARGETS],
+        "rounds_to": [_reached([error for _, error in curve], target) for target in args.targets],
         "rounds": own.stats.rounds,
         "evaluations": own.stats.model_evals,
         "error": float(relative_error(own.sample, reference)[0]),
@@ -139,7 +173,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         return float(median(run[key] for run in runs))
 
     reached = []
-    for k in range(len(TARGETS)):
+    for k in range(len(runs[0]["rounds_to"])):
         value = median(run["rounds_to"][k] for run in runs)
         reached.append(f"{value:g}" if math.isfinite(value) else f"> {median(len(run['curve']) for run in runs):g}")
     left = max(run["finished_serially"] for run in runs)
