@@ -52,7 +52,7 @@ def test_rounds(figures, tmp_path):
     plot = tmp_path / "rounds.png"
     report, table = figures("rounds", *MIXTURE, "--eta", "0", "0.5", "--noises", "2", "--plot", plot)
     rows = report["rows"]
-    named = {row["solver"].split(" ")[0] for row in rows}
+    named = {row["solver"].removesuffix(" = auto") for row in rows}
     assert {
         "serial",
         "picard",
@@ -63,7 +63,9 @@ def test_rounds(figures, tmp_path):
         "paradigms",
         "parataa",
         "parareal",
-    } <= named
+        "quasi-newton",
+        "quasi-newton, full rounds",
+    } == named
     assert len(rows) == 2 * len(named)
     assert all(row["solver"] in table for row in rows)
     for row in rows:
@@ -79,6 +81,54 @@ def test_rounds(figures, tmp_path):
                 assert errors[-1] <= 1e-4
                 assert run["curve"][-1][0] >= 8
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("problem", "steps", "solvers"),
+    [("policy", 12, ["parareal"]), ("latent", 6, ["picard"]), ("flow", 3, ["picard"]), ("ddpm", 4, ["picard"]),
+     ("dpmpp", 4, ["picard"])],
+)  # fmt: skip
+def test_rounds_of_other_chains(figures, problem, steps, solvers):
+    """Once: the solve at the default tolerance is the one that is watched. What cannot be solved is left out."""
+    words = ("--steps", steps, "--noises", "1", "--targets", "1e-1", "5e-3", "--once")
+    report, table = figures("rounds", "--problem", problem, *words, "--solvers", *solvers, "parareal")
+    rows = {row["solver"]: row for row in report["rows"]}
+    assert set(rows) == {"serial", *solvers, *(() if problem == "dpmpp" else ("parareal",))}
+    assert "rounds to 1e-1 | rounds to 5e-3 | evaluations / T to 1e-1" in " ".join(table.split())
+    for name, row in rows.items():
+        assert (row["steps"], row["eta"]) == (steps, 1.0 if problem == "policy" else 0.0)
+        (run,) = row["runs"]
+        assert run["error"] <= 1e-2
+        if name != "serial":
+            assert len(run["curve"]) == run["rounds"]
+            assert run["curve"][-1] == [run["evaluations"], run["error"]]
+            assert run["rounds_to"][0] <= run["rounds_to"][1] <= run["rounds"]
+
+
+def test_a_flow_is_the_model_it_is_made_of(baseline):
+    """At a trained timestep, with the prediction known: a v-model that knows its x0 and eps gives eps - x0."""
+    from bench._chains import Flow
+    from bench._problems import ABAR
+
+    draw = torch.Generator().manual_seed(0)
+    clean, eps = torch.randn(2, 6, 3, 4, 4, generator=draw, dtype=torch.float64)
+    steps = torch.tensor([1, 40, 200, 500, 800, 999])
+    alpha, sigma = ABAR[steps].sqrt().view(-1, 1, 1, 1), (1 - ABAR[steps]).sqrt().view(-1, 1, 1, 1)
+    asked = []
+
+    def model(x, t):
+        asked.append((x, t))
+        return alpha * eps - sigma * clean
+
+    s = sigma / (alpha + sigma)
+    out = Flow(model)((1 - s) * clean + s * eps, 1000 * s.flatten())
+    ((x, t),) = asked
+    torch.testing.assert_close(t, steps.double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(x, alpha * clean + sigma * eps)
+    torch.testing.assert_close(out, eps - clean)
+    halfway = Flow(model).timestep((s.flatten()[2:3] + s.flatten()[3:4]) / 2)
+    assert 200 < float(halfway) < 500
+    assert Flow(model).timestep(torch.tensor([1.0, 1e-6])).tolist() == [999.0, 0.0]
 
 
 def test_accuracy(figures):
@@ -276,6 +326,7 @@ def test_refusals(baseline, tmp_path, capsys):
     for words, said in {
         ("rounds", *MIXTURE, "--solvers", "newton?"): "expected some of picard",
         ("rounds", *MIXTURE, "--json", str(tmp_path / "missing" / "x.json")): "create it first",
+        ("rounds", "--problem", "dpmpp", "--eta", "0.5"): "--eta: expected 0 for --problem dpmpp",
         ("kernels", "--shape", "1,2,3"): "four whole numbers",
         ("inversion", *MIXTURE, "--methods", "newton"): "invalid choice",
         ("inversion", *MIXTURE, "--data", str(tmp_path / "missing.npz")): "missing.npz",
