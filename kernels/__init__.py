@@ -11,19 +11,22 @@ package needs neither Triton, nor a GPU, nor the compiled extension.
 if __name__ != "kernels":
     from ._dispatch import BACKENDS, available_backends
     from .advance_window import advance_window
-    from .anderson_mix import anderson_step
+    from .anderson_mix import anderson_step, anderson_step_bytes
     from .copy_rows import copy_rows
-    from .ddim_update import ddim_update
+    from .ddim_update import ddim_update, ddim_update_bytes
     from .inverse_scan import inverse_scan
-    from .newton_scan import newton_scan
+    from .newton_scan import newton_scan, newton_scan_bytes
 
 __all__ = [
     "BACKENDS",
     "advance_window",
     "anderson_step",
+    "anderson_step_bytes",
     "available_backends",
     "copy_rows",
     "ddim_update",
+    "ddim_update_bytes",
     "inverse_scan",
     "newton_scan",
+    "newton_scan_bytes",
 ]

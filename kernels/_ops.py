@@ -15,10 +15,10 @@ _SCAN = (
     "Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor lo, Tensor hi, "
     "Tensor(b!) sq_diff, Tensor(c!) sq_norm"
 )
-_DDIM_SCHEMA = f"({_SCAN}, Tensor? drift=None) -> ()"
+_DDIM_SCHEMA = f"({_SCAN}, Tensor? drift=None, Tensor(h!)? workspace=None) -> ()"
 _ANDERSON_SCHEMA = (
     f"({_SCAN}, Tensor(d!) f, Tensor(e!) g, Tensor(f!) gram, Tensor(g!) filled, int column, str scope, float ridge, "
-    "bool relative_ridge, float damping, float stale, Tensor? drift=None) -> ()"
+    "bool relative_ridge, float damping, float stale, Tensor? drift=None, Tensor(h!)? workspace=None) -> ()"
 )
 
 
@@ -80,7 +80,7 @@ def _anderson_cpp(
 
 def _ddim_triton(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
-    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None,
+    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None, workspace: Tensor | None = None,
 ) -> None:  # fmt: skip
     from .ddim_update import _triton
 
@@ -88,7 +88,7 @@ def _ddim_triton(
     used = _packed(out)
     inputs = _packed((predictions, state_coef, model_coef, lo, hi))
     with torch.cuda.device_of(states):  # Triton launches on the current device
-        _triton.launch(used[0], *inputs, *used[1:], None if drift is None else drift.contiguous())
+        _triton.launch(used[0], *inputs, *used[1:], None if drift is None else drift.contiguous(), workspace)
     _write_back(out, used)
 
 
@@ -96,6 +96,7 @@ def _anderson_triton(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, f: Tensor, g: Tensor, gram: Tensor, filled: Tensor, column: int, scope: str,
     ridge: float, relative_ridge: bool, damping: float, stale: float, drift: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:  # fmt: skip
     from .anderson_mix import _triton
 
@@ -104,7 +105,9 @@ def _anderson_triton(
     inputs = _packed((predictions, state_coef, model_coef, lo, hi))
     noise = None if drift is None else drift.contiguous()
     with torch.cuda.device_of(states):  # Triton launches on the current device
-        _triton.launch(used[0], *inputs, *used[1:], column, scope, ridge, relative_ridge, damping, stale, noise)
+        _triton.launch(
+            used[0], *inputs, *used[1:], column, scope, ridge, relative_ridge, damping, stale, noise, workspace
+        )  # fmt: skip
     _write_back(out, used)
 
 
@@ -118,7 +121,7 @@ ANDERSON: dict[str, Callable[..., None]] = {
 
 def run_ddim(
     backend: str, states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
-    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None,
+    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None, workspace: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The op on one backend."""
     storage = (states, predictions) if drift is None else (states, predictions, drift)
@@ -126,48 +129,54 @@ def run_ddim(
     if states.device.type == "cpu":
         _dispatch.check_windows(lo, hi, predictions.shape[0])
     if states.shape[1]:
-        DDIM[name](states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
+        scratch = (workspace,) if name == "triton" else ()
+        DDIM[name](states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, *scratch)
 
 
 def run_anderson(
     backend: str, states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, f: Tensor, *rest: Tensor | float | str | None,
 ) -> None:  # fmt: skip
-    """The op on one backend; rest: g, gram, ..., drift in the order of the schema."""
-    drift = rest[-1]
+    """The op on one backend; rest: g, gram, ..., drift, workspace in the order of the schema."""
+    drift = rest[-2]
     storage = (states, predictions, f, *(t for t in (rest[0], drift) if isinstance(t, Tensor)))
     name = _dispatch.resolve(backend, storage, state_coef.shape[1])
     if states.device.type == "cpu":
         _dispatch.check_windows(lo, hi, predictions.shape[0], f.shape[1])
     if states.shape[1]:
-        ANDERSON[name](states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, f, *rest)
+        given = rest if name == "triton" else rest[:-1]
+        ANDERSON[name](states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, f, *given)
 
 
 def _ddim_auto(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
-    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None,
+    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None, workspace: Tensor | None = None,
 ) -> None:  # fmt: skip
-    run_ddim("auto", states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
+    run_ddim("auto", states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
 
 
 def _anderson_auto(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, f: Tensor, g: Tensor, gram: Tensor, filled: Tensor, column: int, scope: str,
     ridge: float, relative_ridge: bool, damping: float, stale: float, drift: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:  # fmt: skip
     run_anderson(
         "auto", states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, f, g, gram, filled, column,
-        scope, ridge, relative_ridge, damping, stale, drift,
+        scope, ridge, relative_ridge, damping, stale, drift, workspace,
     )  # fmt: skip
 
 
 ddim_op = torch.library.custom_op(
-    "deqdiff_fast::ddim_update", _ddim_reference, mutates_args=("states", "sq_diff", "sq_norm"), schema=_DDIM_SCHEMA
+    "deqdiff_fast::ddim_update",
+    _ddim_auto,
+    mutates_args=("states", "sq_diff", "sq_norm", "workspace"),
+    schema=_DDIM_SCHEMA,
 )
 anderson_op = torch.library.custom_op(
     "deqdiff_fast::anderson_step",
-    _anderson_reference,
-    mutates_args=("states", "sq_diff", "sq_norm", "f", "g", "gram", "filled"),
+    _anderson_auto,
+    mutates_args=("states", "sq_diff", "sq_norm", "f", "g", "gram", "filled", "workspace"),
     schema=_ANDERSON_SCHEMA,
 )
 for _device in ("cpu", "cuda"):  # the backend is chosen inside: it depends on what is installed

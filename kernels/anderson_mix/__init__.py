@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _dispatch, _ops
+from .. import _dispatch, _ops, _workspace
+from ._layout import anderson_step_bytes
 
-__all__ = ["anderson_step"]
+__all__ = ["anderson_step", "anderson_step_bytes"]
 
 
 def anderson_step(
@@ -30,6 +31,7 @@ def anderson_step(
     damping: float,
     stale: float,
     drift: Tensor | None = None,
+    workspace: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One Anderson round without the model call, in place: states[i+1] <- sum_j alpha_j (F_j - (1 - damping) G_j).
@@ -51,6 +53,8 @@ def anderson_step(
         ridge: >= 0, in units of the Gram (state squared), or relative to its diagonal if `relative_ridge`.
         damping: weight of the new iterate; 1 is undamped.
         stale: a column whose squared residual exceeds `stale` times the newest one's is left out; inf keeps all.
+        workspace: (N,) uint8 scratch with which a call on a GPU allocates nothing: at least as many bytes as
+            `anderson_step_bytes` says, not shared with calls on other streams. Other backends leave it alone.
 
     When the newest residual is zero or the system has no finite solution, the row takes the plain step.
 
@@ -59,10 +63,11 @@ def anderson_step(
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
     _dispatch.check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
+    _workspace.check(workspace, states.device)
     _dispatch.check_anderson(states, f, g, gram, filled, column, scope, ridge, damping, stale)
     args = (
         states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, f, g, gram, filled, column, scope,
-        ridge, relative_ridge, damping, stale, drift,
+        ridge, relative_ridge, damping, stale, drift, workspace,
     )  # fmt: skip
     if backend == "auto" and _dispatch.dispatched(states):
         _ops.anderson_op(*args)

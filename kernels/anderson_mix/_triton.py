@@ -12,13 +12,14 @@ lo[b] takes the plain step in pass 1. Sums are taken in a fixed order: the same 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _config
+from .._workspace import Size, cut
 from ..ddim_update._triton import chunk_of, scan_row, scan_start, window
+from ._layout import layout
 from ._triton_solve import solve_kernel
 
 
@@ -122,7 +123,8 @@ def anderson_mix_kernel(
 def launch(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, f: Tensor, g: Tensor, gram: Tensor, filled: Tensor, column: int, scope: str,
-    ridge: float, relative_ridge: bool, damping: float, stale: float, drift: Tensor | None, chunks: int | None = None,
+    ridge: float, relative_ridge: bool, damping: float, stale: float, drift: Tensor | None,
+    workspace: Tensor | None = None, chunks: int | None = None,
 ) -> None:  # fmt: skip
     """The op on contiguous tensors: three launches. chunks overrides how many parts the window is cut into."""
     (steps, batch, size), (history, width), device = predictions.shape, f.shape[:2], states.device
@@ -130,12 +132,10 @@ def launch(
     scan, solve, mix = (_config.config(op, device) for op in ("anderson_scan", "solve", "mix"))
     narrow = min(f.element_size(), g.element_size())  # 16-byte accesses for this one, more of them for the others
     block = scan.block(narrow)
-    blocks = triton.cdiv(size, block)
+    plan = layout(Size(steps, batch, size, state_coef.shape[1], states.dtype, device), history, narrow)
+    partials, alpha = cut(plan, workspace, device).values()
+    blocks, entries = partials.shape[2:]
     chunks = chunks or _config.scan_chunks(blocks * batch, rows, device)
-    wide = torch.float64 if states.dtype == torch.float64 else torch.float32
-    entries = triton.next_power_of_2(history + 2)
-    partials = torch.empty((steps, batch, blocks, entries), dtype=wide, device=device)
-    alpha = torch.empty((steps, batch, history), dtype=wide, device=device)
     mixed = f.dtype != states.dtype
     anderson_scan_kernel[(blocks * batch * chunks,)](
         states, predictions, drift, state_coef, model_coef, lo, hi, f, g, filled, partials, steps, batch, size, width,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _dispatch, _ops
+from .. import _dispatch, _ops, _workspace
+from ._layout import ddim_update_bytes
 
-__all__ = ["ddim_update"]
+__all__ = ["ddim_update", "ddim_update_bytes"]
 
 
 def ddim_update(
@@ -20,6 +21,7 @@ def ddim_update(
     sq_norm: Tensor,
     drift: Tensor | None = None,
     *,
+    workspace: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Advance every active timestep of the chain at once, in place: one Picard round without the model call.
@@ -36,6 +38,8 @@ def ddim_update(
         sq_diff, sq_norm: (T, B) float32 or float64; row i receives |F[i+1] - states[i+1]|^2 and |F[i+1]|^2 in the
             window, in units of the state squared, summed over D; other rows are left alone.
         drift: (T, B, D), frozen noise already multiplied by its coefficient, or None.
+        workspace: (N,) uint8 scratch with which a call on a GPU allocates nothing: at least as many bytes as
+            `ddim_update_bytes` says, not shared with calls on other streams. Other backends leave it alone.
         backend: "auto", "reference", "cpp" or "triton".
 
     Raises:
@@ -43,7 +47,8 @@ def ddim_update(
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
     _dispatch.check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
-    args = (states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
+    _workspace.check(workspace, states.device)
+    args = (states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
     if backend == "auto" and _dispatch.dispatched(states):
         _ops.ddim_op(*args)
     else:

@@ -13,12 +13,13 @@ Arithmetic is float32, or float64 if the states are; offsets are int64; the tail
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _config
+from .._workspace import Size, cut
+from ._layout import layout
 
 
 @triton.jit
@@ -173,16 +174,17 @@ def launch_norms(
 
 def launch(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
-    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None, chunks: int | None = None,
+    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None, workspace: Tensor | None = None,
+    chunks: int | None = None,
 ) -> None:  # fmt: skip
     """The op on contiguous tensors: two launches. chunks overrides how many parts the window is cut into."""
     steps, batch, size = predictions.shape
     config = _config.config("scan", states.device)
     block = config.block(states.element_size())
-    blocks = triton.cdiv(size, block)
+    plan = layout(Size(steps, batch, size, state_coef.shape[1], states.dtype, states.device))
+    partials = cut(plan, workspace, states.device)["partials"]
+    blocks = partials.shape[2]
     chunks = chunks or _config.scan_chunks(blocks * batch, steps, states.device)
-    wide = torch.float64 if states.dtype == torch.float64 else torch.float32
-    partials = torch.empty((steps, batch, blocks, 2), dtype=wide, device=states.device)
     ddim_update_kernel[(blocks * batch * chunks,)](
         states, predictions, drift, state_coef, model_coef, lo, hi, partials, steps, batch, size, chunks,
         L=state_coef.shape[1], DRIFT=drift is not None, BLOCK=block, num_warps=config.num_warps,

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dispatch, _workspace
 from . import _ops
+from ._layout import newton_scan_bytes
 
-__all__ = ["newton_scan"]
+__all__ = ["newton_scan", "newton_scan_bytes"]
 
 
 def newton_scan(
@@ -31,6 +32,7 @@ def newton_scan(
     floor: float = 1e-5,
     drift: Tensor | None = None,
     *,
+    workspace: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One quasi-Newton round without the model call, in place, for the rows lo[b] <= i < hi[b] of every sample b.
@@ -52,11 +54,14 @@ def newton_scan(
         filled: (W, B) int32, how many of a row's most recent columns are valid; counted up here.
         ridge: relative to normalised columns, > 0. floor: a step shorter than this, relative to the state, is rounding
             and is left out.
+        workspace: (N,) uint8 scratch with which a call on a GPU allocates nothing: at least as many bytes as
+            `newton_scan_bytes` says, not shared with calls on other streams. Other backends leave it alone.
 
     Raises:
         ValueError, BackendUnavailableError: as for `ddim_update`.
     """
     _dispatch.check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
+    _workspace.check(workspace, states.device)
     (rows, batch, size), device = states.shape, states.device
     if slope.shape not in ((rows - 1, 1), (rows - 1, size)) or not slope.is_floating_point() or slope.device != device:
         raise ValueError(
@@ -81,7 +86,7 @@ def newton_scan(
     if not (ridge > 0 and math.isfinite(ridge)) or not (floor >= 0 and math.isfinite(floor)):
         raise ValueError(f"ridge, floor: expected finite numbers, ridge > 0 and floor >= 0, got {ridge}, {floor}")
     args = (states, predictions, state_coef, model_coef, slope, lo, hi, sq_diff, sq_norm, z, e, filled, column, ridge,
-            floor, drift)  # fmt: skip
+            floor, drift, workspace)  # fmt: skip
     if backend == "auto" and _dispatch.dispatched(states):
         _ops.newton_op(*args)
     else:

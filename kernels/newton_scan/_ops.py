@@ -14,7 +14,8 @@ from .reference import newton_scan as _reference
 _SCHEMA = (
     "(Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor slope, Tensor lo, Tensor hi, "
     "Tensor(b!) sq_diff, Tensor(c!) sq_norm, Tensor(d!)? z=None, Tensor(e!)? e=None, Tensor(f!)? filled=None, "
-    "int column=0, float ridge=1e-6, float floor=1e-5, Tensor? drift=None) -> ()"
+    "int column=0, float ridge=1e-6, float floor=1e-5, Tensor? drift=None, "
+    "Tensor(g!)? workspace=None) -> ()"
 )
 
 
@@ -48,6 +49,7 @@ def _triton(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, z: Tensor | None = None, e: Tensor | None = None, filled: Tensor | None = None,
     column: int = 0, ridge: float = 1e-6, floor: float = 1e-5, drift: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:  # fmt: skip
     from . import _triton as kernels
 
@@ -58,7 +60,7 @@ def _triton(
     held = used[3:] or (None, None, None)
     noise = None if drift is None else drift.contiguous()
     with torch.cuda.device_of(states):  # Triton launches on the current device
-        kernels.launch(used[0], *inputs, *used[1:3], *held, column, ridge, floor, noise)
+        kernels.launch(used[0], *inputs, *used[1:3], *held, column, ridge, floor, noise, workspace)
     _write_back(out, used)
 
 
@@ -67,7 +69,7 @@ BACKENDS: dict[str, Callable[..., None]] = {"reference": _reference, "cpp": _cpp
 
 def run(backend: str, states: Tensor, predictions: Tensor, *args: Tensor | float | None) -> None:
     """args: those of the schema, in its order."""
-    coef, lo, hi, z, drift = args[0], args[3], args[4], args[7], args[-1]
+    coef, lo, hi, z, drift = args[0], args[3], args[4], args[7], args[-2]
     assert isinstance(coef, Tensor)
     assert isinstance(lo, Tensor)
     assert isinstance(hi, Tensor)
@@ -76,24 +78,25 @@ def run(backend: str, states: Tensor, predictions: Tensor, *args: Tensor | float
     if states.device.type == "cpu":
         _dispatch.check_windows(lo, hi, states.shape[0] - 1, z.shape[1] if isinstance(z, Tensor) else None)
     if states.shape[1]:
-        BACKENDS[name](states, predictions, *args)
+        BACKENDS[name](states, predictions, *(args if name == "triton" else args[:-1]))
 
 
 def _auto(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, z: Tensor | None = None, e: Tensor | None = None, filled: Tensor | None = None,
     column: int = 0, ridge: float = 1e-6, floor: float = 1e-5, drift: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:  # fmt: skip
     run(
         "auto", states, predictions, state_coef, model_coef, slope, lo, hi, sq_diff, sq_norm, z, e, filled, column,
-        ridge, floor, drift,
+        ridge, floor, drift, workspace,
     )  # fmt: skip
 
 
 newton_op = torch.library.custom_op(
     "deqdiff_fast::newton_scan",
-    _reference,
-    mutates_args=("states", "sq_diff", "sq_norm", "z", "e", "filled"),
+    _auto,
+    mutates_args=("states", "sq_diff", "sq_norm", "z", "e", "filled", "workspace"),
     schema=_SCHEMA,
 )
 for _device in ("cpu", "cuda"):

@@ -16,7 +16,6 @@ sequential form passes over D on one multiprocessor. Bytes: 2 H + 5 elements per
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -168,21 +167,19 @@ def corrected_scan_kernel(
         x, now = old, new
 
 
-def by_products(
+def launch_products(
     states: Tensor, predictions: Tensor, drift: Tensor | None, tables: tuple[Tensor, ...], z: Tensor, e: Tensor,
-    weights: Tensor, sq_diff: Tensor, column: int, block: int, warps: int,
-) -> Tensor:  # fmt: skip
-    """From the weights of a round to its states, four launches. tables: slope, state_coef, model_coef, lo, hi. Returns
-    the partial sums for `newton_norms_kernel`."""
+    sq_diff: Tensor, column: int, block: int, warps: int, scratch: dict[str, Tensor],
+) -> None:  # fmt: skip
+    """From the weights of a round to its states, four launches. tables: slope, state_coef, model_coef, lo, hi.
+    scratch: see `_layout.secant_layout`; receives the partial sums for `newton_norms_kernel` as "norms"."""
     (steps, batch, size), ring, width = predictions.shape, z.shape[0], z.shape[1]
-    slope, device = tables[0], states.device
-    spectral, pairs, entries = slope.shape[1] > 1, weights.shape[-1], triton.next_power_of_2(ring)
-    blocks = triton.cdiv(size, block)
+    weights, gains, products, gamma, partials = (
+        scratch[name] for name in ("weights", "gains", "products", "gamma", "norms")
+    )
+    spectral, pairs, entries = tables[0].shape[1] > 1, weights.shape[-1], gamma.shape[-1]
+    blocks = partials.shape[2]
     shape = {"SPECTRAL": spectral, "enable_fp_fusion": True}
-    gains = torch.empty((steps + 1, size), dtype=torch.float32, device=device)
-    products = torch.empty((batch, steps, pairs, steps, entries), dtype=torch.float32, device=device)
-    gamma = torch.empty((batch, steps, entries), dtype=torch.float32, device=device)
-    partials = torch.empty((steps, batch, blocks, 3), dtype=torch.float32, device=device)
     gains_kernel[(triton.cdiv(size, 128),)](*tables[:3], gains, steps, size, BLOCK=128, num_warps=1, **shape)
     products_kernel[(triton.cdiv(width, TILE // entries) ** 2 * batch,)](
         states, predictions, drift, *tables, z, e, weights, gains, products, steps, batch, size, width, column,
@@ -197,4 +194,3 @@ def by_products(
         states, predictions, drift, *tables, z, e, weights, gamma, sq_diff, partials, steps, batch, size, width,
         column, DRIFT=drift is not None, RING=ring, P=pairs, Q=entries, BLOCK=block, num_warps=warps, **shape,
     )  # fmt: skip
-    return partials
