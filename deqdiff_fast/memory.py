@@ -103,6 +103,10 @@ class Lease:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return slab[start : start + size].view(dtype).view(shape)
 
+    def get(self, name: str) -> Tensor | None:
+        """The tensor `name`, or None where the plan has none of that name. Raises StaleLeaseError after release."""
+        return self[name] if name in self._entries else None
+
     def release(self) -> None:
         """Give the slab back. Idempotent."""
         with self._lock:

@@ -134,7 +134,7 @@ class Planner:
         """Bytes of the solver's memory for that window."""
         if window not in site.slabs:
             system = self.options.system(noise, model_kwargs)
-            site.slabs[window] = Workspace.layout(system, self.options.solver, window).layout()[1]
+            site.slabs[window] = Workspace.layout(system, self.options.solver, window, self.options.backend).layout()[1]
         return site.slabs[window]
 
     def forced(self, site: Site, noise: Tensor, model_kwargs: dict[str, Any] | None, window: int) -> Plan:

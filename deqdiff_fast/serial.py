@@ -39,7 +39,7 @@ def finish(
             chain.hi.copy_(torch.tensor([i + (front == i) for front in fronts], dtype=torch.int32))
         ddim_update(
             chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
-            chain.sq_diff, chain.sq_norm, chain.drift, backend=chain.backend,
+            chain.sq_diff, chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
         norms = chain.sq_norm[i] if together else chain.sq_norm[i, who]
         if not math.isfinite(float(norms.sum())) and not bool(norms.isfinite().all()):

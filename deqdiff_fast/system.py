@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,13 @@ from torch.utils._pytree import tree_map
 
 from ._types import Model, Rows
 from .errors import ModelOutputError
-from .kernels import copy_rows, newton_scan
+from .kernels import ddim_update_bytes, newton_scan_bytes
 from .memory import Lease, MemoryPlan
+from .outputs import output_fault
 from .padding import is_compiled, out_of_memory, padded_sizes
 from .schedule import Schedule
 from .schedule_tables import step_variance
 from .spectral import SpectralSlope
-
-if TYPE_CHECKING:
-    from .solver.base import Bounds, Chain
 
 _log = logging.getLogger("deqdiff_fast")
 SANE_RMS = 1e4  # an input beyond this is the solver's doing, not the chain's: not the model's fault if it overflows
@@ -184,35 +182,12 @@ class System:
             clean = clean.clamp(-self.schedule.clip.range, self.schedule.clip.range)
         return clean.view(self.batch, *self.shape).to(self.model_dtype)
 
-    def gaussian_guess(self, chain: Chain) -> None:
-        """Fill states 1..T with the chain of Gaussian data, whose best model is linear: no model call."""
-        chain.predictions.zero_()
-        self._linear_scan(chain, self.bounds(0), self.bounds(self.num_steps))
-
-    def extrapolate(self, chain: Chain, old: Bounds, new: Bounds) -> None:
-        """Fill states old[b] < i <= new[b], which enter a window: the nonlinear part of a prediction stays as it is."""
-        if isinstance(old, Tensor) and isinstance(new, Tensor):
-            last, who = (old - 1).clamp_min(0).long(), torch.arange(self.batch, device=self.device)
-            linear = self.linear.index_select(0, last) * chain.states[last, who]
-            rest = (chain.predictions[last, who] - linear).masked_fill_((old == 0)[:, None], 0.0)
-            copy_rows(chain.predictions, rest[None], old, new, backend=chain.backend)
-            self._linear_scan(chain, old, new)
-            return
-        assert isinstance(old, list)
-        assert isinstance(new, list)
-        for b, (start, stop) in enumerate(zip(old, new)):
-            if start < stop:
-                known = max(start - 1, 0)
-                row = chain.predictions[known, b] - self.linear[known] * chain.states[known, b]
-                chain.predictions[start:stop, b] = row if start > 0 else 0
-        lo = torch.tensor(old, dtype=torch.int32, device=self.device)
-        self._linear_scan(chain, lo, torch.tensor(new, dtype=torch.int32, device=self.device))
-
-    def _linear_scan(self, chain: Chain, lo: Tensor, hi: Tensor) -> None:
-        newton_scan(
-            chain.states, chain.predictions, chain.state_coef, chain.model_coef, self.linear, lo, hi,
-            chain.sq_diff, chain.sq_norm, drift=chain.drift, backend=chain.backend,
-        )  # fmt: skip
+    def scratch(self, backend: str) -> int:
+        """Bytes of `chain.scratch` for the guesses and for serial steps."""
+        size = (self.num_steps, self.batch, self.numel)
+        linear: int = newton_scan_bytes(*size, 0, 1, self.dtype, self.dtype, self.device, backend)
+        serial: int = ddim_update_bytes(*size, self.dtype, self.device, backend)
+        return max(linear, serial)
 
     def bounds(self, value: int) -> Tensor:
         """(B,) int32, the same bound for every sample."""
@@ -252,30 +227,12 @@ class System:
         value: Any = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
         if isinstance(value, (tuple, list)) and value:
             value = value[0]
-        fault = self._fault(value, len(step))
+        fault = output_fault(value, (len(step), *self.shape), self.device)
         if fault:  # only here is the clock read: it may lie on a device that must not be waited for
             first, last = (self.clock[step[k]].item() for k in (0, -1))
             raise ModelOutputError(f"the model returned {fault} (round {round}, timesteps {first:g} to {last:g})")
         prediction: Tensor = value
         return prediction.reshape(len(step), self.numel)
-
-    def _fault(self, value: Any, count: int) -> str:
-        """What is wrong with a prediction for `count` rows, and what was expected; empty if nothing is."""
-        expected = (count, *self.shape)
-        if not isinstance(value, Tensor):
-            return f"{type(value).__name__}; expected a tensor or an object with .sample"
-        if tuple(value.shape) != expected:
-            hint = ""
-            if value.dim() >= 2 and value.shape[0] == count and value.shape[1] == 2 * self.shape[0]:
-                hint = (
-                    "; a model that also predicts a variance must be wrapped to return its first half of the channels"
-                )
-            return f"shape {tuple(value.shape)}; expected {expected}{hint}"
-        if not value.is_floating_point():
-            return f"dtype {value.dtype}; expected a floating-point dtype"
-        if value.device != self.device:
-            return f"device {value.device}; the noise is on {self.device}"
-        return ""
 
     def _clip(self, output: Tensor, states: Tensor, step: Tensor) -> Tensor:
         """output + gain (clamp(x0) - x0): clipping the predicted sample, as a pointwise map of the prediction."""

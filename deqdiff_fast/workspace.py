@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._types import Generators, Rows
+from .guesses import extrapolate, gaussian_guess
 from .memory import Lease, MemoryPlan, SolverMemory
 from .noise import fill_drift
 from .solver import Chain, Solver, ladder
@@ -28,7 +30,7 @@ class Workspace:
 
     @classmethod
     def open(cls, system: System, solver: Solver, window: int, memory: SolverMemory, backend: str) -> Workspace:
-        lease = memory.lease(cls.layout(system, solver, window), system.device)
+        lease = memory.lease(cls.layout(system, solver, window, backend), system.device)
         chain = Chain(
             states=lease["states"],
             predictions=lease["predictions"][:-1].view(system.num_steps, system.batch, system.numel),
@@ -44,6 +46,8 @@ class Workspace:
             sq_norm=lease["sq_norm"],
             window=window,
             backend=backend,
+            scratch=lease.get("scratch"),
+            edge=lease.get("edge"),
         )
         return cls(lease, chain, solver.start(lease), system, solver)
 
@@ -52,7 +56,7 @@ class Workspace:
         self.memory = self.solver.start(self.lease)
 
     @staticmethod
-    def layout(system: System, solver: Solver, window: int) -> MemoryPlan:
+    def layout(system: System, solver: Solver, window: int, backend: str) -> MemoryPlan:
         """The tensors of a solve; `.layout()[1]` of it is their size in bytes."""
         steps, batch, numel = system.num_steps, system.batch, system.numel
         plan = MemoryPlan()
@@ -66,7 +70,15 @@ class Workspace:
         grids = ladder(solver, steps, window, system.schedule.stochastic)
         if grids:
             plan.add("coarse", (1 + max(grids), batch, numel), system.dtype)
-        solver.plan(plan, Size(steps, window, batch, numel, system.dtype, system.accumulator))
+        if window < steps:
+            plan.add("edge", (3, batch, numel), system.dtype)
+        lags = system.state_coef.shape[1]
+        size = Size(steps, window, batch, numel, system.dtype, system.accumulator, lags, system.device, backend)
+        solver.plan(plan, size)
+        # one for all ops: they run one after the other, on one stream
+        scratch = max(system.scratch(backend), getattr(solver, "scratch", lambda size: 0)(size))
+        if scratch:
+            plan.add("scratch", (scratch,), torch.uint8)
         return plan
 
     def begin(self, noise: Tensor, generator: Generators) -> None:
@@ -89,7 +101,7 @@ class Workspace:
         elif kind == "copy":
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
         else:
-            self.system.gaussian_guess(chain)
+            gaussian_guess(chain, self.system.linear)
 
     def resume(self, other: Workspace, front: int) -> None:
         """Take over a chain of the same system whose first `front` steps are made; later states are extrapolated."""
@@ -99,7 +111,7 @@ class Workspace:
         chain.sq_diff.zero_(), chain.sq_norm.zero_()
         if chain.drift is not None and done.drift is not None:
             chain.drift.copy_(done.drift)
-        self.system.extrapolate(chain, [front] * chain.batch, [chain.num_steps] * chain.batch)
+        extrapolate(chain, self.system.linear, [front] * chain.batch, [chain.num_steps] * chain.batch)
 
     def evaluate(self, rows: Rows, round: int) -> None:
         self.system.evaluate(self.chain.states, self.lease["predictions"], rows, self.lease, round)
@@ -110,4 +122,4 @@ class Workspace:
         if self.solver.guess == "copy" and not broken:
             repeat_rows(self.chain, old, new)
         else:
-            self.system.extrapolate(self.chain, old, new)
+            extrapolate(self.chain, self.system.linear, old, new)

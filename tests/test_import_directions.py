@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "_types", "_C"},
     {"schedule_tables", "schedule", "solution", "noise", "_arena", "spectral", "guidance"},
-    {"kernels", "memory", "padding", "graphs", "arguments"},
-    {"system"},
+    {"kernels", "memory", "padding", "graphs", "arguments", "outputs"},
+    {"guesses", "system"},
     {"solver"},
     {"workspace", "progress", "serial", "gradient"},
     {"resident", "options", "conclude", "guard", "solve"},

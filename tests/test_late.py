@@ -202,7 +202,8 @@ HOT = {
     "deqdiff_fast/solver/anderson.py": ("step", "settle", "enter"),
     "deqdiff_fast/solver/quasi_newton.py": ("step", "settle", "enter"),
     "deqdiff_fast/workspace.py": ("evaluate", "rebuild"),
-    "deqdiff_fast/system.py": ("evaluate", "_evaluate", "_clip", "_linear_scan", "expand_kwargs", "pad"),
+    "deqdiff_fast/system.py": ("evaluate", "_evaluate", "_clip", "expand_kwargs", "pad"),
+    "deqdiff_fast/guesses.py": ("_nonlinear_part", "linear_scan"),
     "kernels/advance_window/reference.py": ("advance_window",),
     "kernels/advance_window/_triton.py": ("launch",),
     "kernels/copy_rows/reference.py": ("copy_rows",),
@@ -210,6 +211,9 @@ HOT = {
     "kernels/ddim_update/_triton.py": ("launch", "launch_norms"),
     "kernels/anderson_mix/_triton.py": ("launch",),
     "kernels/newton_scan/_triton.py": ("launch",),
+    "kernels/newton_scan/_triton_linear.py": ("launch_linear", "launch_norms"),
+    "kernels/newton_scan/_triton_products.py": ("launch_products",),
+    "kernels/_workspace.py": ("cut",),
 }
 LOOKS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize"}
 

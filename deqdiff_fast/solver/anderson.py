@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import anderson_step
+from ..kernels import anderson_step, anderson_step_bytes
 from .base import (
     Bounds,
     Chain,
@@ -114,6 +114,13 @@ class Anderson:
         plan.add("anderson.gram", (w, b, m, m), size.accumulator)
         plan.add("anderson.filled", (w, b), torch.int32)
 
+    def scratch(self, size: Size) -> int:
+        found: int = anderson_step_bytes(
+            size.num_steps, size.batch, size.numel, self.history, size.dtype, history_dtype(self.history_dtype, size),
+            size.device, size.backend,
+        )  # fmt: skip
+        return found
+
     def start(self, lease: Lease) -> AndersonMemory:
         memory = AndersonMemory(*(lease[f"anderson.{name}"] for name in AndersonMemory._fields))
         memory.filled.zero_()
@@ -124,7 +131,8 @@ class Anderson:
             chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
             chain.sq_diff, chain.sq_norm, memory.f, memory.g, memory.gram, memory.filled, round % self.history,
             scope=self.scope, ridge=self.ridge, relative_ridge=self.relative_ridge, damping=self.damping,
-            stale=self.stale, drift=chain.drift, backend=chain.backend,
+            stale=self.stale, drift=chain.drift, workspace=chain.scratch,
+            backend=chain.backend,
         )  # fmt: skip
 
     def settle(self, chain: Chain, memory: AndersonMemory, round: int, old: Bounds, new: Bounds) -> None:

@@ -36,6 +36,9 @@ class Size(NamedTuple):
     numel: int
     dtype: torch.dtype
     accumulator: torch.dtype
+    lags: int = 1
+    device: torch.device = torch.device("cpu")
+    backend: str = "auto"
 
 
 @dataclass
@@ -59,6 +62,8 @@ class Chain:
     sq_norm: Tensor
     window: int
     backend: str
+    scratch: Tensor | None = None  # (N,) uint8 for the ops, at least as much as `Solver.scratch` asks for
+    edge: Tensor | None = None  # (3, B, D) for what enters a sliding window
 
     @property
     def num_steps(self) -> int:
@@ -100,10 +105,16 @@ def move_rows(target: Tensor, ring: Tensor, old: Bounds, new: Bounds, backend: s
         target[rows, b].copy_(ring[slots, b])
 
 
+def row_numbers(row: Tensor, batch: int) -> Tensor:
+    """row[b] * B + b: where row[b] of sample b is found in a time-major tensor flattened to (rows * B, D)."""
+    return row.long() * batch + torch.arange(batch, device=row.device)
+
+
 def repeat_rows(chain: Chain, old: Bounds, new: Bounds) -> None:
     """States old[b] < i <= new[b] become copies of state old[b]."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
-        last = chain.states[old.long(), torch.arange(chain.batch, device=old.device)]
+        out = None if chain.edge is None else chain.edge[0]
+        last = torch.index_select(chain.states.flatten(0, 1), 0, row_numbers(old, chain.batch), out=out)
         copy_rows(chain.states[1:], last[None], old, new, backend=chain.backend)
         return
     assert isinstance(old, list)
@@ -167,7 +178,8 @@ class Stepper(Solver, Protocol):
     A solver may have an int attribute `period`: `step`, `settle` and `enter` are then the same device work in rounds k
     and k + period, and may be recorded once and replayed. `settle` and `enter` must not read bounds that are tensors:
     `move_rows` and `forget_rows` take both kinds. With an attribute `by_step` that is True, rows are judged by the
-    length of their last step alone, not by what they have left to go at the rate at which their steps get shorter.
+    length of their last step alone, not by what they have left to go at the rate at which their steps get shorter. With
+    a method `scratch(size: Size) -> int`, `chain.scratch` has at least so many bytes for the `workspace` of its ops.
     """
 
     def step(self, chain: Chain, memory: Any, round: int) -> None:

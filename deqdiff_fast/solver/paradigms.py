@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import ddim_update
+from ..kernels import ddim_update, ddim_update_bytes
 from .base import Bounds, Chain, Lease, Plan, Size
+
+
+class ParadigmsMemory(NamedTuple):
+    increments: Tensor  # (T, B, D) of the single steps, the model's part left out
+    coef: Tensor  # (T, L) state_coef, less the state that an increment starts from
+    carry: Tensor  # (T, L) what a sum of increments is as a chain: the state before, as it is
+    bound: Tensor  # (T, 1) D var
 
 
 @dataclass(frozen=True)
@@ -57,25 +64,35 @@ class Paradigms:
 
     def plan(self, plan: Plan, size: Size) -> None:
         plan.add("paradigms.increments", (size.num_steps, size.batch, size.numel), size.dtype)
+        plan.add("paradigms.coef", (size.num_steps, size.lags), size.dtype)
+        plan.add("paradigms.carry", (size.num_steps, size.lags), size.accumulator)
+        plan.add("paradigms.bound", (size.num_steps, 1), size.accumulator)
 
-    def start(self, lease: Lease) -> Tensor:
-        return lease["paradigms.increments"]
+    def scratch(self, size: Size) -> int:
+        found: int = ddim_update_bytes(size.num_steps, size.batch, size.numel, size.dtype, size.device, size.backend)
+        return found
 
-    def step(self, chain: Chain, memory: Tensor, round: int) -> None:
+    def start(self, lease: Lease) -> ParadigmsMemory:
+        memory = ParadigmsMemory(*(lease[f"paradigms.{name}"] for name in ParadigmsMemory._fields))
+        memory.carry.zero_()
+        memory.carry[:, 0] = 1
+        return memory
+
+    def step(self, chain: Chain, memory: ParadigmsMemory, round: int) -> None:
         """X[i+1] <- X[i] + (F(X_old)[i+1] - X_old[i]), the model's part of the bracket added by the kernel."""
-        coef = chain.state_coef.to(memory.dtype)[..., None, None]
-        torch.mul(chain.states[:-1], coef[:, 0] - 1, out=memory)
+        increments, coef = memory.increments, memory.coef.copy_(chain.state_coef)[..., None, None]
+        coef[:, 0].sub_(1)
+        torch.mul(chain.states[:-1], coef[:, 0], out=increments)
         for lag in range(1, min(coef.shape[1], chain.num_steps)):
-            memory[lag:].addcmul_(chain.states[: -1 - lag], coef[lag:, lag])
+            increments[lag:].addcmul_(chain.states[: -1 - lag], coef[lag:, lag])
         if chain.drift is not None:
-            memory.add_(chain.drift)
-        carry = torch.zeros_like(chain.state_coef)
-        carry[:, 0] = 1
+            increments.add_(chain.drift)
         ddim_update(
-            chain.states, chain.predictions, carry, chain.model_coef, chain.lo, chain.hi, chain.sq_diff, chain.sq_norm,
-            memory, backend=chain.backend,
+            chain.states, chain.predictions, memory.carry, chain.model_coef, chain.lo, chain.hi, chain.sq_diff,
+            chain.sq_norm, increments, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
-        torch.minimum(chain.sq_norm, chain.spread * chain.states.shape[2], out=chain.sq_norm)
+        torch.mul(chain.spread, chain.states.shape[2], out=memory.bound)
+        torch.minimum(chain.sq_norm, memory.bound, out=chain.sq_norm)
 
     def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:
         """The states are the plain step already."""

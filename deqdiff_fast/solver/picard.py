@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..kernels import ddim_update
+from ..kernels import ddim_update, ddim_update_bytes
 from .base import Bounds, Chain, Lease, Plan, Size
 
 
@@ -26,13 +26,17 @@ class Picard:
     def plan(self, plan: Plan, size: Size) -> None:
         """Nothing to remember."""
 
+    def scratch(self, size: Size) -> int:
+        found: int = ddim_update_bytes(size.num_steps, size.batch, size.numel, size.dtype, size.device, size.backend)
+        return found
+
     def start(self, lease: Lease) -> None:
         return None
 
     def step(self, chain: Chain, memory: Any, round: int) -> None:
         ddim_update(
             chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
-            chain.sq_diff, chain.sq_norm, chain.drift, backend=chain.backend,
+            chain.sq_diff, chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
 
     def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:

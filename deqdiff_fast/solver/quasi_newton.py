@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import newton_scan
+from ..kernels import newton_scan, newton_scan_bytes
 from .base import Bounds, Chain, Lease, Plan, Size, check_history_dtype, forget_rows, history_dtype
 
 
@@ -16,6 +16,7 @@ class NewtonMemory(NamedTuple):
     z: Tensor  # (H + 1, W, B, D) states at which the model was called, a ring over rounds and over timesteps
     e: Tensor  # (H + 1, W, B, D) its predictions
     filled: Tensor  # (W, B) int32
+    before: Tensor  # (W, B) int32, scratch of `step_partly`
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ class QuasiNewton:
         plan.add("newton.z", ring, stored)
         plan.add("newton.e", ring, stored)
         plan.add("newton.filled", ring[1:3], torch.int32)
+        plan.add("newton.before", ring[1:3], torch.int32)
+
+    def scratch(self, size: Size) -> int:
+        found: int = newton_scan_bytes(
+            size.num_steps, size.batch, size.numel, self.history, size.lags, size.dtype,
+            history_dtype(self.history_dtype, size), size.device, size.backend,
+        )  # fmt: skip
+        return found
 
     def start(self, lease: Lease) -> NewtonMemory:
         memory = NewtonMemory(*(lease[f"newton.{name}"] for name in NewtonMemory._fields))
@@ -90,7 +99,7 @@ class QuasiNewton:
         newton_scan(
             chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.slope, chain.lo, chain.hi,
             chain.sq_diff, chain.sq_norm, memory.z, memory.e, memory.filled, round % (self.history + 1),
-            self.ridge, self.floor, chain.drift, backend=chain.backend,
+            self.ridge, self.floor, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
 
     def step_partly(self, chain: Chain, memory: NewtonMemory, round: int, evaluated: Tensor) -> None:
@@ -98,10 +107,10 @@ class QuasiNewton:
 
         An interpolated prediction is no end of a secant, but it may be the other end of a later one.
         """
-        before, missing = memory.filled.clone(), ~evaluated[:, None]
+        before, missing = memory.before.copy_(memory.filled), ~evaluated[:, None]
         memory.filled.masked_fill_(missing, 0)
         self.step(chain, memory, round)
-        memory.filled.copy_(torch.where(missing, (before + 1).clamp_max(self.history + 1), memory.filled))
+        torch.where(missing, before.add_(1).clamp_max_(self.history + 1), memory.filled, out=memory.filled)
 
     def settle(self, chain: Chain, memory: NewtonMemory, round: int, old: Bounds, new: Bounds) -> None:
         """The states come from the last evaluation already, plain step and linear correction together."""
