@@ -23,6 +23,8 @@ from .contraction import TINY
 from .task import Evaluate
 from .window import Window
 
+ROUGH = 8  # the fewest intervals of a grid on a chain that adds noise
+
 
 class PartialSolver(Protocol):
     """A solver that can make a step from predictions of which some were never asked of the model."""
@@ -99,8 +101,13 @@ def interpolation(step: list[int], steps: int) -> Tensor:
 def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
     """The numbers of intervals of the grids, one round each, that a solver asks for on a chain of that many steps.
 
-    Those of `solver.coarse` that leave out at least half of the timesteps, or four fifths where noise is added on the
-    way: the remainder is rough then, and less is won. None where a window slides.
+    Those of `solver.coarse` that leave out at least half of the timesteps. Where noise is added on the way the
+    remainder is rough: there only the finest grid that leaves out three fifths is worth its round, for what coarser
+    ones find between their timesteps is wrong by more than what it replaces, and none is with fewer than `ROUGH`
+    intervals. None where a window slides.
     """
     wanted: tuple[int, ...] = getattr(solver, "coarse", ()) if window >= steps else ()
-    return tuple(count for count in wanted if (5 if stochastic else 2) * (count + 1) <= steps)
+    if not stochastic:
+        return tuple(count for count in wanted if 2 * (count + 1) <= steps)
+    usable = [count for count in wanted if count >= ROUGH and 5 * (count + 1) <= 2 * steps]
+    return (max(usable),) if usable else ()

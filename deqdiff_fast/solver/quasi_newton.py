@@ -30,10 +30,11 @@ class QuasiNewton:
     Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009.
 
     coarse: numbers of intervals of the grids of timesteps that the first rounds evaluate, one round a grid, of which
-    those count that leave out half of the timesteps or more (see `nested.py`); () for none. It saves model evaluations
-    and costs no rounds. ridge: of the secant fit, relative. floor: shortest step worth keeping, relative to the state.
-    safety, freeze: see `Solver`; strict: see `contraction.Vigil`. history_dtype: what the rings are stored in (None: as
-    the states); bfloat16 halves their memory and traffic and blunts the secants, but cannot move the fixed point.
+    those count that leave out half of the timesteps or more, and where noise is added on the way only the finest that
+    leaves out three fifths (see `nested.ladder`); () for none. It saves model evaluations and costs a round at times.
+    ridge: of the secant fit, relative. floor: shortest step worth keeping, relative to the state. safety, freeze: see
+    `Solver`; strict: see `contraction.Vigil`. history_dtype: what the rings are stored in (None: as the states);
+    bfloat16 halves their memory and traffic and blunts the secants, but cannot move the fixed point.
     """
 
     history: int = 3
