@@ -21,6 +21,7 @@ BENCHMARKS = {
     "planner": "sample() against the serial chain in paired timings, with what was planned",
     "overhead": "share of a solve's time that is spent outside the model",
     "pipelines": "diffusers pipelines: rounds and evaluations against steps, and what surrounds the model",
+    "compiled": "what the compiled kernels predict for a GPU: registers, occupancy, bytes, launches; no times measured",
     "gpu": "all that is asked of a CUDA device: kernel tests, ops against their byte floor, whole samples",
 }
 

@@ -289,6 +289,30 @@ def test_kernels(figures):
         assert len(row.get("ratio_copy", [0, 0])) == 2
 
 
+def test_compiled(figures, tmp_path):
+    """One kernel; the bytes of every op against what the operands say, the launches against the kernels' own."""
+    pytest.importorskip("triton", minversion="3.3")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted in this process, not compiled")
+    file = tmp_path / "compiled.md"
+    report, table = figures("compiled", "--select", "^copy_rows_kernel-fp32", "--results", file)
+    parts = {part: [row for row in report["rows"] if row["part"] == part] for part in ("kernel", "bytes", "launches")}
+    (kernel,) = parts["kernel"]
+    assert 0 < kernel["registers"] <= 64
+    assert kernel["spilled"] == 0
+    assert kernel["loads"] >= 1
+    assert kernel["warps"] <= kernel["resident"] <= 64
+    for row in parts["bytes"]:
+        assert row["floor_seconds"] == pytest.approx(row["bytes"] / 3.35e12)
+        assert row["elements"] == sum(count for _, count in row["kernels"])
+    rounds = {row["solver"]: row["triton"] for row in parts["launches"]}
+    assert rounds["picard"]["ddim_update"] == 2
+    assert rounds["triangular"]["anderson_step"] == 3
+    assert rounds["quasi-newton"]["newton_scan"] == 3
+    assert "nothing here was measured on a GPU" in table
+    assert file.read_text(encoding="utf-8").strip() == table.strip()
+
+
 def test_gpu(figures, tmp_path):
     """On the CPU with tiny shapes: the same code that a device runs, the graphs apart."""
     words = ("--shape", "2,6,40,3", "--passes", "1", "--models", "tiny", "--steps", "4", "6", "--repeats", "2")

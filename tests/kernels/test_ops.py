@@ -35,6 +35,16 @@ def test_opcheck_ddim_update(scan):
     torch.library.opcheck(torch.ops.deqdiff_fast.ddim_update.default, scan.scan())
 
 
+def test_opcheck_with_a_workspace(scan, round_):
+    workspace = torch.zeros(1 << 16, dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.deqdiff_fast.ddim_update.default, (*scan.scan(), scan.drift, workspace))
+    arguments = (*round_.scan(), *round_.history, 1, *KEYWORDS.values(), round_.drift, workspace)
+    torch.library.opcheck(torch.ops.deqdiff_fast.anderson_step.default, arguments)
+    a = round_.scan()
+    arguments = (*a[:4], torch.zeros(9, 1), *a[4:], None, None, None, 0, 1e-6, 1e-5, round_.drift, workspace)
+    torch.library.opcheck(torch.ops.deqdiff_fast.newton_scan.default, arguments)
+
+
 def test_opcheck_anderson_step(round_):
     arguments = (*round_.scan(), *round_.history, 1, *KEYWORDS.values(), round_.drift)
     torch.library.opcheck(torch.ops.deqdiff_fast.anderson_step.default, arguments)

@@ -1,0 +1,176 @@
+"""Every Triton kernel compiled ahead of time for GPUs that are not here, and what the compiled code says of itself.
+
+What the tests check and `bench compiled` prints: registers, shared and local memory, 16-byte accesses. Needs Triton and
+no GPU; not in a process where kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deqdiff_fast.kernels import _config
+from deqdiff_fast.kernels.advance_window import _triton as advance
+from deqdiff_fast.kernels.anderson_mix import _triton as anderson
+from deqdiff_fast.kernels.anderson_mix import _triton_solve as solve
+from deqdiff_fast.kernels.copy_rows import _triton as copies
+from deqdiff_fast.kernels.ddim_update import _triton as scan
+from deqdiff_fast.kernels.newton_scan import _triton as newton
+from deqdiff_fast.kernels.newton_scan import _triton_linear as linear
+from deqdiff_fast.kernels.newton_scan import _triton_prepare as prepare
+from deqdiff_fast.kernels.newton_scan import _triton_products as products
+
+NVIDIA = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)}
+AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
+STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest element, which sets the block
+HISTORY = 5
+TABLES = (
+    "state_coef",
+    "model_coef",
+    "partials",
+    "gram",
+    "alpha",
+    "sq_diff",
+    "sq_norm",
+    "slope",
+    "e_hat",
+    "gains",
+    "products",
+    "gamma",
+)
+STREAMS = ("exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source")
+HISTORIES = ("g", "z", "e")
+SINGLE = ("weights", "newton_norms", "bounds")  # one warp a program
+
+
+def cases():
+    """(kernel, storage, constants, operation in the launch table); L = 1 without and L = 2 with frozen noise."""
+    for storage in STORAGE:
+        for lags in (1, 2):
+            common = {"L": lags, "DRIFT": lags == 2}
+            yield scan.ddim_update_kernel, storage, common, "scan"
+            yield (
+                anderson.anderson_scan_kernel,
+                storage,
+                common | {"M": HISTORY, "K": 8, "MIXED": False},
+                "anderson_scan",
+            )
+            for ring in (4, 8) if storage == "fp32" else (4,):
+                secants = common | {"RING": ring, "P": ring, "MIXED": False}
+                yield prepare.newton_prepare_kernel, storage, secants, "newton_prepare"
+                yield newton.newton_advance_kernel, storage, secants | {"SPECTRAL": True}, "newton_advance"
+            if storage == "bf16":  # of the history what may be narrow in bf16, the states in fp32
+                mixed = common | {"M": HISTORY, "K": 8, "MIXED": False}
+                yield anderson.anderson_scan_kernel, "mixed", mixed, "anderson_scan"
+                secants = common | {"RING": 4, "P": 4, "MIXED": True}
+                yield prepare.newton_prepare_kernel, "mixed", secants, "newton_prepare"
+                yield newton.newton_advance_kernel, "mixed", secants | {"SPECTRAL": True}, "newton_advance"
+            yield linear.newton_linear_kernel, storage, common | {"RING": lags - 1, "SPECTRAL": True}, "newton_linear"
+        for damped in (False, True):
+            yield anderson.anderson_mix_kernel, storage, {"M": HISTORY, "DAMPED": damped, "MIXED": False}, "mix"
+        yield copies.copy_rows_kernel, storage, {}, "mix"
+    yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "mix"
+    yield products.gains_kernel, "fp32", {"SPECTRAL": True}, "newton_prepare"
+    for ring in (4, 8):
+        sizes = {"RING": ring, "P": ring, "Q": ring, "DRIFT": False, "SPECTRAL": True}
+        tile = {"ROWS": products.TILE // ring, "SPAN": products.SPAN}
+        yield products.products_kernel, "fp32", sizes | tile, "products"
+        yield products.recursion_kernel, "fp32", {"P": ring, "Q": ring, "SPAN": 512}, "recursion"
+        yield products.corrected_scan_kernel, "fp32", sizes, "newton_prepare"
+    yield advance.bounds_kernel, "fp32", {"SPAN": 128}, "bounds"
+    yield advance.rows_kernel, "fp32", {"SPAN": 1024}, "rows"
+    yield linear.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"
+    for ring in (2, 4, 8):
+        yield prepare.newton_weights_kernel, "fp32", {"RING": ring, "P": ring if ring > 2 else 1, "SPAN": 8}, "weights"
+    yield scan.norms_kernel, "fp32", {"K": 2, "AT": 0, "ROWS": 16, "SPAN": 64}, "norms"
+    for scope in ("timestep", "trajectory", "triangular"):
+        shape = _config.TABLE["sm_90"]["solve"]
+        sizes = {"M": HISTORY, "P": 8, "K": 8, "ROWS": shape.rows, "PRIOR": shape.prior}
+        yield solve.solve_kernel, "fp32", {"SCOPE": scope, "RELATIVE": True, **sizes}, "solve"
+    yield solve.solve_kernel, "fp64", {"SCOPE": scope, "RELATIVE": True, **sizes}, "solve"
+
+
+def label(case) -> str:
+    kernel, storage, constants, _ = case
+    detail = "-".join(f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING"))
+    return f"{kernel.fn.__name__}-{storage}-{detail}"
+
+
+CASES = {label(case): case for case in cases()}
+
+
+@functools.cache
+def compiled(name: str, target: GPUTarget, aligned: bool = True):
+    """The kernel as a launch with D divisible by 16 compiles it, or with `aligned` off as one with odd D does."""
+    kernel, storage, constants, op = CASES[name]
+    architecture = target.arch if target.backend == "hip" else f"sm_{target.arch}"
+    config = _config.TABLE[architecture].get(op, _config.Config(0, 1 if op in SINGLE else 4))
+    constants = dict(constants)
+    if "BLOCK" in kernel.arg_names:
+        constants["BLOCK"] = config.block(WIDTH[storage])
+    if constants.get("DRIFT") is False:
+        constants["drift"] = None
+    if constants.get("RING") == 0:
+        constants |= {"z": None, "e": None, "filled": None}
+    if constants.get("MIXED") is False and "exact" in kernel.arg_names:
+        constants["exact"] = None
+    if constants.get("L") == 1 and "e_hat" in kernel.arg_names:
+        constants["e_hat"] = None
+    types = dict.fromkeys(STREAMS, "*fp32" if storage == "mixed" else f"*{storage}") | dict.fromkeys(
+        TABLES, "*fp64" if storage == "fp64" else "*fp32"
+    )
+    if storage == "mixed":
+        types |= dict.fromkeys(HISTORIES, "*bf16")
+    types |= dict.fromkeys(("lo", "hi", "filled", "was", "first", "last"), "*i32") | {"weights": "*fp64"}
+    types |= {"verdict": "*fp32", "sq_norm": types["sq_diff"], "rows": "*i64"}
+    types |= dict.fromkeys(("ridge", "floor", "stale", "undamped", "freeze", "finish"), "fp64")
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    hints = [n for n, kind in signature.items() if kind.startswith("*") or (n == "D" and aligned)]
+    source = ASTSource(
+        kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in hints},
+    )
+    warps = config.num_warps * (2 if storage == "fp64" else 1)
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers, stack, shared and local bytes, as the linker would charge them."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def stream_accesses(ttgir: str, block: int, threads: int) -> tuple[int, int, int]:
+    """16-byte loads and stores that whole blocks of D make per thread, and loads of other numbers, in a program."""
+    found = {"load": 0, "store": 0, "other": 0}
+    for line in ttgir.splitlines():
+        if access := re.search(r"\btt\.(load|store)\b", line):
+            tensor = re.search(r"tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", line)
+            count = math.prod(map(int, tensor[1].split("x")[:-1])) if tensor else 1
+            if tensor and tensor[1].endswith(f"{block}x"):
+                found[access[1]] += count * int(tensor[2]) // 8 // 16 // threads
+            elif access[1] == "load":
+                found["other"] += count
+    return found["load"], found["store"], found["other"]
+
+
+def resident_warps(registers: int, shared: int, warps: int) -> int:
+    """How many warps of an H100-sized multiprocessor's 64 fit: 65,536 registers, dealt out to a warp in units of 256,
+    and 227 KiB of shared memory; blocks of `warps` warps, at most 32."""
+    by_registers = 65536 // (-(-max(registers, 1) * 32 // 256) * 256) // warps
+    by_memory = 227 * 1024 // max(shared, 1)
+    return min(64 // warps, 32, by_registers, by_memory) * warps
