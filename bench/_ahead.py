@@ -23,6 +23,7 @@ from deqdiff_fast.kernels.anderson_mix import _triton as anderson
 from deqdiff_fast.kernels.anderson_mix import _triton_solve as solve
 from deqdiff_fast.kernels.copy_rows import _triton as copies
 from deqdiff_fast.kernels.ddim_update import _triton as scan
+from deqdiff_fast.kernels.judge_steps import _triton as judging
 from deqdiff_fast.kernels.newton_scan import _triton as newton
 from deqdiff_fast.kernels.newton_scan import _triton_linear as linear
 from deqdiff_fast.kernels.newton_scan import _triton_prepare as prepare
@@ -46,10 +47,12 @@ TABLES = (
     "gains",
     "products",
     "gamma",
+    "previous",
+    "strict",
 )
 STREAMS = ("exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source")
 HISTORIES = ("g", "z", "e")
-SINGLE = ("weights", "newton_norms", "bounds")  # one warp a program
+SINGLE = ("weights", "newton_norms", "bounds", "judge")  # one warp a program
 
 
 def cases():
@@ -86,6 +89,8 @@ def cases():
         yield products.products_kernel, "fp32", sizes | tile, "products"
         yield products.recursion_kernel, "fp32", {"P": ring, "Q": ring, "SPAN": 512}, "recursion"
         yield products.corrected_scan_kernel, "fp32", sizes, "newton_prepare"
+    rates = {"FASTEST": judging.FASTEST, "SLOWEST": judging.SLOWEST, "FIRST": judging.FIRST, "SPAN": 128}
+    yield judging.judge_kernel, "fp32", rates, "judge"
     yield advance.bounds_kernel, "fp32", {"SPAN": 128}, "bounds"
     yield advance.rows_kernel, "fp32", {"SPAN": 1024}, "rows"
     yield linear.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"

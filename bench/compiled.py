@@ -1,4 +1,4 @@
-"""What the compiled kernels predict for GPUs that are not here: registers, occupancy, bytes, launches. No time is taken.
+"""What the compiled kernels predict for GPUs that are not here: registers, occupancy, bytes, launches; no times taken.
 
 Kernels are compiled ahead of time with the launch shapes of kernels/_config.py (see _ahead.py). Bytes are counted from
 the kernels' formulas, each tensor once for every pass over it, partial sums and tables left out: they are below one in
@@ -32,7 +32,14 @@ MULTIPROCESSORS = 132
 SHAPES = (Shape(1, 100, 3072, 5), Shape(8, 1000, 3072, 5))
 FLOOR = 1.25  # the goal: times the bytes that an op has to move
 SOLVERS = ("picard", "triangular", "deq-ddim", "paradigms", "quasi-newton")
-LAUNCHES = {"ddim_update": 2, "anderson_step": 3, "newton_scan": 3, "advance_window": 2, "copy_rows": 1}
+LAUNCHES = {
+    "ddim_update": 2,
+    "anderson_step": 3,
+    "newton_scan": 3,
+    "judge_steps": 1,
+    "advance_window": 2,
+    "copy_rows": 1,
+}
 """Triton launches of an op, as tests/kernels/test_launches.py counts them."""
 
 

@@ -1,8 +1,8 @@
 """The solver step as fused kernels: one folder per op, each with a plain-torch reference beside its compiled forms.
 
 `ddim_update` advances every timestep of the chain at once (an affine scan) and measures the residuals; `anderson_step`
-does the same and extrapolates from the last rounds; `newton_scan` linearises the model instead. `advance_window` and
-`copy_rows` keep the loop's decisions on the device. All work in place and none waits for the device. Importing this
+does the same and extrapolates from the last rounds; `newton_scan` linearises the model instead. `judge_steps`,
+`advance_window` and `copy_rows` keep the loop's decisions on the device. All work in place and none waits for the device. Importing this
 package needs neither Triton, nor a GPU, nor the compiled extension.
 """
 
@@ -15,6 +15,7 @@ if __name__ != "kernels":
     from .copy_rows import copy_rows
     from .ddim_update import ddim_update, ddim_update_bytes
     from .inverse_scan import inverse_scan
+    from .judge_steps import judge_steps
     from .newton_scan import newton_scan, newton_scan_bytes
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ddim_update",
     "ddim_update_bytes",
     "inverse_scan",
+    "judge_steps",
     "newton_scan",
     "newton_scan_bytes",
 ]

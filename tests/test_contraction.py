@@ -9,8 +9,9 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast import solve
+from deqdiff_fast.kernels.judge_steps import FASTEST, SLOWEST
 from deqdiff_fast.solver import Late
-from deqdiff_fast.solver.contraction import FASTEST, SLOWEST, Vigil, forget, judge
+from deqdiff_fast.solver.contraction import Vigil, forget, judge
 
 FREEZE, FLOOR = 1e-3, 1e-6
 

@@ -206,6 +206,8 @@ HOT = {
     "deqdiff_fast/guesses.py": ("_nonlinear_part", "linear_scan"),
     "kernels/advance_window/reference.py": ("advance_window",),
     "kernels/advance_window/_triton.py": ("launch",),
+    "kernels/judge_steps/reference.py": ("judge_steps",),
+    "kernels/judge_steps/_triton.py": ("launch",),
     "kernels/copy_rows/reference.py": ("copy_rows",),
     "kernels/copy_rows/_triton.py": ("launch",),
     "kernels/ddim_update/_triton.py": ("launch", "launch_norms"),

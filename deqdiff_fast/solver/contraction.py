@@ -14,8 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import judge_steps
+from ..kernels.judge_steps import SLOWEST
+
 TINY = 1e-30  # keeps 0 / 0 a zero residual; Inf / Inf and NaN stay NaN
-FASTEST, SLOWEST, FIRST = 0.1, 0.9, 0.5  # bounds of rho, and what a row's first step is worth
 
 
 def forget(previous: Tensor) -> None:
@@ -24,22 +26,13 @@ def forget(previous: Tensor) -> None:
 
 
 def judge(
-    sq_diff: Tensor, sq_norm: Tensor, previous: Tensor, freeze: float, floor: float, strict: Tensor | float = 1.0
-) -> None:
-    """Bring sq_diff / sq_norm to at most freeze^2 where a row is final, and above it where it is not, in place.
-
-    sq_diff, sq_norm: (T, B), squared step and size. A row is final when no more than `freeze * strict` is left to go,
-    relative to its size, or when it moved by no more than `floor`, the rounding. previous: (T, B), the squared relative
-    steps of the round before, replaced by this round's. strict: (B,). Where a row is not final and its step is above
-    2 `freeze`, and where a step is not finite, nothing changes.
-    """
-    step = sq_diff / sq_norm.clamp_min(TINY)
-    rho = (step / previous).nan_to_num_(FIRST**2, SLOWEST**2).clamp_(FASTEST**2, SLOWEST**2).sqrt_()
-    left = step * (rho / (1 - rho)).square_()
-    final = (left <= (freeze * strict) ** 2) | (step <= floor**2)
-    previous.copy_(step)
-    step = torch.where(final, step.clamp_max(freeze**2), step.clamp_min((2 * freeze) ** 2))
-    sq_diff.copy_(step * sq_norm.clamp_min(TINY))
+    sq_diff: Tensor, sq_norm: Tensor, previous: Tensor, freeze: float, floor: float, strict: Tensor | None = None,
+    backend: str = "auto",
+) -> None:  # fmt: skip
+    """Bring sq_diff / sq_norm to at most freeze^2 where a row is final, and above it where it is not, in place; see
+    `kernels.judge_steps`. strict: (B,), all 1 if None."""
+    strict = torch.ones_like(sq_diff[0]) if strict is None else strict
+    judge_steps(sq_diff, sq_norm, previous, strict, freeze, floor, backend=backend)
 
 
 class Vigil:

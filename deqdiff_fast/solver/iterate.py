@@ -75,7 +75,7 @@ def _iterate_host(task: Task) -> Progress:
         solver.step(chain, task.memory, progress.rounds)
         if by_step:
             forget(previous)
-        judge(chain.sq_diff, chain.sq_norm, previous, task.freeze, task.floor, strict)
+        judge(chain.sq_diff, chain.sq_norm, previous, task.freeze, task.floor, strict, chain.backend)
         residual = (chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_().cpu()
         broken = {} if math.isfinite(float(residual.sum())) else _first_broken(residual, lo, hi)
         for b, step in broken.items():

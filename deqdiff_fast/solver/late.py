@@ -149,7 +149,9 @@ class _Loop:
         task.solver.step(chain, task.memory, round)
         if self.by_step:
             forget(board.previous)
-        judge(chain.sq_diff, chain.sq_norm, board.previous, task.freeze, task.floor, board.strict)
+        judge(
+            chain.sq_diff, chain.sq_norm, board.previous, task.freeze, task.floor, board.strict, chain.backend
+        )  # fmt: skip
         advance_window(
             chain.sq_diff, chain.sq_norm, chain.lo, chain.hi, board.was, board.verdict, board.rows, task.freeze,
             task.finish, chain.window,

@@ -14,6 +14,7 @@ from deqdiff_fast.kernels import (
     available_backends,
     copy_rows,
     ddim_update,
+    judge_steps,
     newton_scan,
 )
 
@@ -40,6 +41,7 @@ def launches(monkeypatch):
     return seen
 
 
+ON = {"backend": "triton"}
 SCOPES = ("timestep", "trajectory", "triangular")
 
 
@@ -94,3 +96,6 @@ def test_triton_others_are_one_or_two(launches, problem):
         torch.zeros(10, dtype=torch.int64, device=device), 1e-3, 1e-2, 5, backend="triton",
     )  # fmt: skip
     assert launches == ["bounds_kernel", "rows_kernel"]
+    launches.clear()
+    judge_steps(*(torch.ones(5, 2, device=device) for _ in range(3)), torch.ones(2, device=device), 1e-3, 1e-6, **ON)
+    assert launches == ["judge_kernel"]

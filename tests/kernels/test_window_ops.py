@@ -1,4 +1,4 @@
-"""`advance_window` and `copy_rows`: the Triton kernels against their plain-torch references; arguments, opcheck."""
+"""The ops of the loop itself: the Triton kernels against their plain-torch references; arguments, opcheck."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from deqdiff_fast.kernels import advance_window, copy_rows
+from deqdiff_fast.kernels import advance_window, copy_rows, judge_steps
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,3 +90,37 @@ def test_bad_arguments():
         copy_rows(torch.zeros(3, 2, 8), torch.zeros(2, 8), lo, hi)
     with pytest.raises(ValueError, match="first: expected shape"):
         copy_rows(torch.zeros(3, 2, 8), torch.zeros(2, 2, 8), lo, hi)
+
+
+def steps_to_judge(steps, batch, dtype=torch.float64):
+    """Steps of all lengths after others of all lengths, with zeros, NaN and Inf among both."""
+    draw = torch.Generator().manual_seed(steps)
+    diff, previous = (10 ** (9 * torch.rand(steps, batch, generator=draw, dtype=torch.float64) - 9) for _ in range(2))
+    norm = torch.rand(steps, batch, generator=draw, dtype=torch.float64) + 0.5
+    odd = [0.0, float("nan"), float("inf")]
+    for k, tensor in enumerate((diff, previous, norm)):
+        for at, value in enumerate(odd):
+            tensor.view(-1)[(7 * at + 3 * k) % tensor.numel()] = value
+    return [t.to(dtype) for t in (diff, norm, previous)], torch.tensor([1.0, 0.01, 0.3][:batch], dtype=dtype)
+
+
+@runs_triton
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (2, 3), (63, 2), (100, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_triton_judges_as_the_reference(steps, batch, dtype):
+    given, strict = steps_to_judge(steps, batch, dtype)
+    expected = [t.double() for t in given]
+    actual = [t.clone().to(DEVICE) for t in given]
+    judge_steps(*expected, strict.double(), 1e-3, 1e-6, backend="reference")
+    judge_steps(*actual, strict.to(DEVICE), 1e-3, 1e-6, backend="triton")
+    for a, b in zip(actual, expected):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def test_judge_steps_is_known_to_torch():
+    given, strict = steps_to_judge(9, 2)
+    torch.library.opcheck(torch.ops.deqdiff_fast.judge_steps.default, (*given, strict, 1e-3, 1e-6))
+    with pytest.raises(ValueError, match=r"previous: expected shape \(9, 2\), got \(8, 2\)"):
+        judge_steps(*given[:2], given[2][1:], strict, 1e-3, 1e-6)
+    with pytest.raises(ValueError, match="strict: expected dtype float64, got float32"):
+        judge_steps(*given, strict.float(), 1e-3, 1e-6)

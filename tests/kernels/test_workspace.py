@@ -172,10 +172,11 @@ WIDTH = 64
 
 @pytest.mark.parametrize("window", ["auto", 3])
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s if isinstance(s, str) else "linear")
-def test_triton_rounds_allocate_nothing_of_a_sample(counter, monkeypatch, ddim, solver, window):
-    """The loop that runs on a GPU, from the second round on: no scratch, no rows. Small vectors over rows remain."""
+def test_triton_rounds_allocate_nothing(counter, monkeypatch, ddim, solver, window):
+    """The loop that runs on a GPU, from the second round on: nothing at all, or where a window slides no rows; bounds
+    and the numbers of what enters, a few for each sample, are new tensors then."""
     monkeypatch.setattr(solve, "late_policy", lambda system, request: Late(near=0.0))
-    mode, rounds, step = counter(WIDTH), [], _Loop.step
+    mode, rounds, step = counter(1 if window == "auto" else WIDTH), [], _Loop.step
 
     def watched(self, round):
         mode.found.clear()
