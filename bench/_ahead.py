@@ -173,9 +173,9 @@ def stream_accesses(ttgir: str, block: int, threads: int) -> tuple[int, int, int
     return found["load"], found["store"], found["other"]
 
 
-def resident_warps(registers: int, shared: int, warps: int) -> int:
-    """How many warps of an H100-sized multiprocessor's 64 fit: 65,536 registers, dealt out to a warp in units of 256,
-    and 227 KiB of shared memory; blocks of `warps` warps, at most 32."""
+def resident_warps(registers: int, shared: int, warps: int, architecture: str = "sm_90") -> int:
+    """How many warps of a multiprocessor's 64 fit: 65,536 registers, dealt out to a warp in units of 256, and 227 KiB
+    of shared memory (163 on an A100), of which the device keeps 1 KiB a block; blocks of `warps` warps, at most 32."""
+    room = 1024 * (164 if architecture == "sm_80" else 228)
     by_registers = 65536 // (-(-max(registers, 1) * 32 // 256) * 256) // warps
-    by_memory = 227 * 1024 // max(shared, 1)
-    return min(64 // warps, 32, by_registers, by_memory) * warps
+    return min(64 // warps, 32, by_registers, room // (shared + 1024)) * warps

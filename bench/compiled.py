@@ -78,7 +78,7 @@ def compiled_rows(architectures: list[str], select: str) -> list[dict[str, Any]]
             rows.append(
                 {"part": "kernel", "architecture": architecture, "kernel": name, "registers": used["REG"],
                  "shared": shared, "spilled": used["LOCAL"] + used["STACK"], "warps": warps,
-                 "resident": _ahead.resident_warps(used["REG"], shared, warps), "loads": wide[0], "stores": wide[1]}
+                 "resident": _ahead.resident_warps(used["REG"], shared, warps, architecture), "loads": wide[0], "stores": wide[1]}
             )  # fmt: skip
     return rows
 
@@ -169,7 +169,7 @@ def report(
     paper: int,
 ) -> list[str]:  # fmt: skip
     kernels = markdown(
-        ("target", "kernel", "registers", "shared bytes", "spilled", "warps", "resident (of 64)", "16-byte ld / st"),
+        ("target", "kernel", "registers", "shared bytes", "spilled", "warps", "resident of 64", "16-byte ld / st"),
         [(r["architecture"], r["kernel"], r["registers"], r["shared"], r["spilled"], r["warps"], r["resident"],
           f"{r['loads']} / {r['stores']}") for r in rows],
     )  # fmt: skip

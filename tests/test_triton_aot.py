@@ -33,8 +33,8 @@ from deqdiff_fast.kernels import _config  # noqa: E402
 BUDGET = {"ddim_update_kernel": 128, "anderson_scan_kernel": 128, "anderson_mix_kernel": 128, "solve_kernel": 255,
           "norms_kernel": 128, "newton_linear_kernel": 128, "newton_prepare_kernel": 168, "newton_weights_kernel": 128,
           "newton_norms_kernel": 128, "newton_advance_kernel": 255, "bounds_kernel": 128, "rows_kernel": 64,
-          "judge_kernel": 64, "copy_rows_kernel": 64, "gains_kernel": 64, "products_kernel": 255, "recursion_kernel": 128,
-          "corrected_scan_kernel": 128}  # fmt: skip
+          "judge_kernel": 64, "copy_rows_kernel": 64, "gains_kernel": 64, "products_kernel": 255,
+          "recursion_kernel": 128, "corrected_scan_kernel": 128}  # fmt: skip
 
 
 SOLVES = [name for name in CASES if name.startswith("solve")]
@@ -59,7 +59,7 @@ def test_nvidia(architecture, name, table, tmp_path):
     ptx, used = kernel.asm["ptx"], resources(kernel.asm["cubin"], tmp_path)
     wide = {op: len(re.findall(rf"\b{op}\.global\S*\.v4\.b32", ptx)) for op in ("ld", "st")}
     used["SHARED"] = max(used["SHARED"], kernel.metadata.shared)
-    warps = resident_warps(used["REG"], used["SHARED"], kernel.metadata.num_warps)
+    warps = resident_warps(used["REG"], used["SHARED"], kernel.metadata.num_warps, architecture)
     table.append(
         f"{architecture:8} {name:44} {used['REG']:5} {used['SHARED']:7} {used['LOCAL']:7} {warps:5}  "
         f"{wide['ld']}/{wide['st']}"
