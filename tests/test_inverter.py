@@ -240,7 +240,7 @@ def test_bad_images(mixture, ddim, image, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "newton"}, ValueError, "method: expected one of 'ddim', 'equilibrium'"),
+        ({"method": "newton"}, ValueError, "method: expected one of 'auto', 'ddim', 'equilibrium'"),
         ({"method": 3}, TypeError, "a name or a method object"),
         ({"iterations": 3}, TypeError, "iterations: method 'equilibrium' has no such option"),
         ({"method": FixedPoint(), "iterations": 3}, TypeError, "options go to the method object"),

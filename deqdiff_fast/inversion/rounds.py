@@ -34,9 +34,8 @@ class Rounds:
     ) -> None:
         self.method, self.task, self.stats = method, task, stats
         self.steps, self.batch = system.num_steps, system.batch
-        self.one_step = task.schedule.lags == 1
         self.tail = stiff_rows(task)
-        self.width = self.steps if task.window == "auto" or not self.one_step else min(int(task.window), self.steps)
+        self.width = self.steps if task.window == "auto" else min(int(task.window), self.steps)
         self.sweep = Sweep(method, task, system, spectrum, self.width, self.tail)
         self.limit = task.max_rounds or self.steps + TAIL_ROUNDS
         self.window = Window(self.steps, self.batch, self.width)
@@ -50,7 +49,7 @@ class Rounds:
         self._begin(list(range(self.batch)), self.width)
         self._loop(self.limit)
         failed = [b for b in range(self.batch) if not self.done[b]]
-        if failed and not self.stopped and self.task.on_failure == "serial" and self.one_step:
+        if failed and not self.stopped and self.task.on_failure == "serial":
             self.stats.finished_serially = self.steps
             self.stats.notes.append(f"{len(failed)} of {self.batch} samples finished row by row")
             self.warm = True
@@ -102,11 +101,11 @@ class Rounds:
             front = hi
             if lo == 0 and self.expected[b] <= FINISH * self.bound:
                 front = 0
-            elif self.one_step:
+            else:
                 while front > lo and missed[front - 1, b] <= self._freeze(b, front - 1):
                     front -= 1
-            if front == hi and self._stuck(b, float(missed[hi - 1, b]) if self.one_step else self.expected[b]):
-                front = hi - 1 if self.one_step else 0
+            if front == hi and self._stuck(b, float(missed[hi - 1, b])):
+                front = hi - 1
             if front < hi:
                 self.sweep.keep(b, front, hi)
                 self.best[b], self.since[b] = INF, self.stats.rounds
@@ -119,7 +118,7 @@ class Rounds:
             self.sweep.enter(b, self.window.lo[b], min(lo, front), self.warm)
             return
         self.done[b] = self.expected[b] <= self.bound
-        if not self.done[b] and self.one_step and self.current > 1 and self.passes[b] < PASSES:
+        if not self.done[b] and self.current > 1 and self.passes[b] < PASSES:
             self.passes[b] += 1
             self.window.hi[b], self.window.lo[b] = self.steps, self._low(self.steps)
 

@@ -155,8 +155,6 @@ def careful_slope(system: System) -> Tensor:
 def stiff_rows(task: Task) -> int:
     """Rows counted from the image end up to the last one that contracts directions without data by more than STIFF."""
     schedule = task.schedule
-    if schedule.lags > 1:
-        return 0
     factor = schedule.state_coef[:, 0] + schedule.model_coef[:, 0] * schedule.slope(FLAT_VARIANCE)
     stiff = (factor.abs() < STIFF).nonzero().flatten().tolist()
     return schedule.num_steps - stiff[0] if stiff else 0
