@@ -78,7 +78,8 @@ def compiled_rows(architectures: list[str], select: str) -> list[dict[str, Any]]
             rows.append(
                 {"part": "kernel", "architecture": architecture, "kernel": name, "registers": used["REG"],
                  "shared": shared, "spilled": used["LOCAL"] + used["STACK"], "warps": warps,
-                 "resident": _ahead.resident_warps(used["REG"], shared, warps, architecture), "loads": wide[0], "stores": wide[1]}
+                 "resident": _ahead.resident_warps(used["REG"], shared, warps, architecture),
+                 "loads": wide[0], "stores": wide[1]}
             )  # fmt: skip
     return rows
 

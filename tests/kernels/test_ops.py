@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deqdiff_fast.errors import BackendUnavailableError
-from deqdiff_fast.kernels import _dispatch, anderson_step, available_backends, ddim_update
+from deqdiff_fast.kernels import _dispatch, anderson_step, available_backends, ddim_update, judge_steps, newton_scan
 
 KEYWORDS = {"scope": "triangular", "ridge": 1e-3, "relative_ridge": True, "damping": 0.9, "stale": math.inf}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,6 +68,24 @@ def test_torch_compile(scan, round_):
         for a, b in zip((*one.scan(), *one.history), (*two.scan(), *two.history), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(compiled[1].states.nan_to_num(), round_.states.nan_to_num())  # it did work in place
+
+
+def test_torch_compile_of_a_quasi_newton_round(scan):
+    """With a workspace, which only a GPU writes to, and the verdict: one graph, the same states and judgement."""
+    workspace, slope, scan.drift = torch.zeros(4096, dtype=torch.uint8), torch.full((9, 1), 0.1), None
+
+    def step(a, previous, strict):
+        newton_scan(*a[:4], slope, *a[4:], workspace=workspace)
+        judge_steps(a[6], a[7], previous, strict, 1e-3, 1e-6)
+        return a[0].nan_to_num().sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        run, previous = scan.clone(), torch.full((9, 2), math.nan, dtype=scan.sq_diff.dtype)
+        results.append((function(run.scan(), previous, torch.ones_like(previous[0])), previous, *run.scan()))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(results[1][2].nan_to_num(), scan.states.nan_to_num())
 
 
 def test_auto_logs_its_choice_once(scan, caplog):
