@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.inverse_scan import MAX_COLUMNS
 from ..solver.base import Lease, Plan, Size
 from ..spectral import SpectralSlope
+from . import multistep
 from .base import InversionStats, Outcome, Task, read_out
 
 
@@ -44,7 +45,7 @@ class Equilibrium:
     or None: then this is Anderson's method in each row, and with both histories 0 a damped Picard iteration.
     damping: part of the step along the slope that is taken. patience: rounds without progress before a row is left as
     it is; stiff rows have four times that. ridge, stale, floor, reach: see `kernels.inverse_scan`; ridge and floor are
-    by default what rounding asks for.
+    by default what rounding asks for. passes: most passes over a multistep schedule, see `multistep.solve`.
     """
 
     history: int = 5
@@ -56,6 +57,7 @@ class Equilibrium:
     stale: float = 8.0
     floor: float | None = None
     reach: float = 1.0
+    passes: int = 20
 
     name = "equilibrium"
     exact = True
@@ -70,6 +72,8 @@ class Equilibrium:
             raise ValueError(f"slope: expected 'auto', 'scalar', a SpectralSlope or None, got {self.slope!r}")
         if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
             raise ValueError(f"patience: expected an int >= 1, got {self.patience!r}")
+        if isinstance(self.passes, bool) or not isinstance(self.passes, int) or self.passes < 1:
+            raise ValueError(f"passes: expected an int >= 1, got {self.passes!r}")
         for field in ("damping", "ridge", "stale", "reach"):
             value = getattr(self, field)
             if not (value is None and field == "ridge") and not 0 < value < float("inf"):
@@ -80,6 +84,8 @@ class Equilibrium:
     def solve(self, task: Task) -> Outcome:
         from .rounds import Rounds
 
+        if task.schedule.lags > 1:
+            return multistep.solve(self, task, self.passes)
         clock = time.perf_counter()
         spectrum = self._spectrum(task)
         system = task.system(spectrum if spectrum is not None else self.slope)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._types import Rows
 from ..workspace import Workspace
-from . import guess
+from . import multistep
 from .base import InversionInfo, InversionStats, Outcome, Task, check_finite, read_out
 
 WIDE = 1e8  # a variance at which all of the data is signal
@@ -24,7 +24,7 @@ class FixedPoint:
     eps: the noise prediction, whatever the model predicts.
     iterations: most model calls in one step; a step ends sooner once it misses x_{i+1} by less than 0.03 `tol`,
     relative. AIDI, Pan et al. 2023, arXiv 2309.04907, equation 8; ReNoise, Garibi et al. 2024, arXiv 2403.14602.
-    sweeps: passes over the chain for multistep schedules, whose lagged terms come from the last pass. The iteration
+    sweeps: most passes over a multistep schedule, see `multistep.solve`. The iteration
     diverges where |b_i d eps/dx| > |a_i|; the best state of such a step is kept.
     """
 
@@ -41,6 +41,8 @@ class FixedPoint:
                 raise ValueError(f"{field}: expected an int >= 1, got {value!r}")
 
     def solve(self, task: Task) -> Outcome:
+        if task.schedule.lags > 1:
+            return multistep.solve(self, task, self.sweeps)
         clock = time.perf_counter()
         system = task.system()
         work = task.open(system)
@@ -64,39 +66,26 @@ class _Walk:
         # d x_{i+1} / d x_i with the noise prediction held fixed: the limit of wide data
         factor = self.schedule.state_coef[:, 0] + self.schedule.model_coef[:, 0] * self.schedule.slope(WIDE)
         self.factor = torch.where(factor.abs() > 1e-6, factor, 1.0).tolist()
-        self.limit = task.max_rounds or task.schedule.num_steps * method.iterations * self.sweeps
+        self.limit = task.max_rounds or task.schedule.num_steps * method.iterations
         self.stopped = self.asked = False  # whether it ends here, and whether the user asked for that
 
-    @property
-    def sweeps(self) -> int:
-        return 1 if self.schedule.lags == 1 else self.method.sweeps
-
     def run(self) -> Tensor:
-        """(B,) whether every step of the last pass held to tolerance."""
+        """(B,) whether every step held to tolerance."""
         chain, steps = self.chain, self.schedule.num_steps
         bound = SAFETY * self.task.tol
-        if self.schedule.lags > 1:
-            guess.fill(self.work, None, self.task.init)
-        for _ in range(self.sweeps):
-            before = chain.states[0].clone()
-            worst = torch.zeros(chain.batch, dtype=torch.float64)
-            for i in reversed(range(steps)):
-                worst = torch.maximum(worst, self.step(i, bound))
-                if self._report(steps - i, worst):
-                    break
-            moved = (chain.states[0] - before).norm(dim=1) / chain.states[0].norm(dim=1)
-            held = worst <= bound
-            if self.schedule.lags > 1:
-                held &= (moved <= self.task.tol).cpu()
-            if bool(held.all()) or self.stopped:
+        worst = torch.zeros(chain.batch, dtype=torch.float64)
+        for i in reversed(range(steps)):
+            worst = torch.maximum(worst, self.step(i, bound))
+            if self._report(steps - i, worst):
                 break
+        held = worst <= bound
         return held & (not self.stopped)
 
     def step(self, i: int, bound: float) -> Tensor:
         """Solve for state i given state i + 1. Returns (B,) the relative residual of the best state, on the CPU."""
         chain, schedule = self.chain, self.schedule
         a, b = float(schedule.state_coef[i, 0]), float(schedule.model_coef[i, 0])
-        known = chain.states[i + 1] - self._given(i)
+        known = chain.states[i + 1] - (0.0 if chain.drift is None else chain.drift[i])
         scale = known.norm(dim=1).clamp_min(torch.finfo(known.dtype).tiny)
         x = best = chain.states[i + 1].clone()
         least = torch.full_like(scale, float("inf"))
@@ -115,15 +104,6 @@ class _Walk:
             x = torch.where(((missed <= bound) | ~missed.isfinite())[:, None], x, new)
         chain.states[i].copy_(best)
         return least.double().cpu()
-
-    def _given(self, i: int) -> Tensor:
-        """What step i adds besides a_i x_i + b_i e_i: the frozen noise and the terms of earlier states."""
-        chain = self.chain
-        total = torch.zeros_like(chain.states[0]) if chain.drift is None else chain.drift[i].clone()
-        for lag in range(1, min(self.schedule.lags, i + 1)):
-            total += float(self.schedule.state_coef[i, lag]) * chain.states[i - lag]
-            total += float(self.schedule.model_coef[i, lag]) * chain.predictions[i - lag]
-        return total
 
     def _report(self, done: int, residual: Tensor) -> bool:
         if self.task.report is not None:
