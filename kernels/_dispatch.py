@@ -18,6 +18,7 @@ logger = logging.getLogger("deqdiff_fast")
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 SCOPES = ("timestep", "trajectory", "triangular")  # the position is the extension's code for the scope
+SYMBOLS = ("ddim_update", "anderson_step", "newton_scan", "inverse_scan")  # what the ops call in the extension
 MAX_HISTORY = 8
 MAX_LAGS = 16  # PNDM with its Runge-Kutta start needs 11
 TRITON_LAGS = 4  # the Triton kernels keep the lagged rows in registers
@@ -35,6 +36,9 @@ def extension() -> tuple[ModuleType | None, str]:
         from .. import _C  # type: ignore[attr-defined, unused-ignore]
     except ImportError as error:
         return None, f"deqdiff_fast._C cannot be imported ({error}); build it with: pip install -e ."
+    missing = [name for name in SYMBOLS if not hasattr(_C, name)]
+    if missing:  # built from an older checkout: an editable installation does not notice
+        return None, f"deqdiff_fast._C is out of date (it lacks {', '.join(missing)}); rebuild it with: pip install ."
     return _C, "available"
 
 

@@ -1,4 +1,4 @@
-"""Inversion of chains whose steps look several states back, by deferred correction."""
+"""Inversion of chains whose steps look several states back, by passes over a one-step chain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast.inversion.deferred import one_step
+from deqdiff_fast.inversion.multistep import one_step
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -66,7 +66,7 @@ def test_round_trip(mixture, image, relative_error, rule):
     assert relative_error(again, target).max() <= tol
     assert inv.converged.all()
     assert torch.equal(inv.trajectory[0], inv.noise)
-    assert "deferred correction" in inv.stats.notes[0]
+    assert "passes over the one-step chain" in " ".join(inv.stats.notes)
     plain = dq.DEQInverter(model, schedule, "ddim").invert(target, generator=generator(schedule))
     assert (20 * inv.error < plain.error).all()
 

@@ -57,7 +57,7 @@ class Equilibrium:
     stale: float = 8.0
     floor: float | None = None
     reach: float = 1.0
-    passes: int = 20
+    passes: int = 30
 
     name = "equilibrium"
     exact = True

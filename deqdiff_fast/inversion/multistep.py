@@ -13,11 +13,11 @@ from ..schedule import Schedule
 from ..system import System
 from .base import InversionInfo, InversionStats, Method, Outcome, Task
 
-INNER = 0.1  # of the last change: how well a pass has to solve its chain; secants of sloppier passes lead astray
+INNER = 0.01  # of the last change: how well a pass has to solve its chain; secants of sloppier passes lead astray
 HOLDS = 0.3  # of the tolerance: the change of the corrections, as an error of the image, that counts as none
-COARSE = 0.1  # the tolerance of the first pass
-SECANTS, RIDGE = 5, 1e-8
-PATIENCE = 5  # passes without progress
+COARSE = 0.03  # the tolerance of the first pass
+SECANTS, RIDGE = 10, 1e-8
+PATIENCE = 8  # passes without progress
 
 
 def one_step(schedule: Schedule) -> Schedule:
@@ -46,8 +46,8 @@ def solve(method: Method, task: Task, passes: int) -> Outcome:
 
     Earlier states are unknown where a chain is run backwards, so the system is not triangular. A pass inverts
     x_{i+1} = G_i(x_i) + c_i, with the step G_i of `one_step` and the corrections c fixed: frozen noise and what the
-    multistep rule adds, at the states of the pass before. Corrections differ from zero by a power of the step size only,
-    so passes contract; Anderson's method (multisecant, as in Fang and Saad 2009, doi 10.1002/nla.617) speeds them up.
+    multistep rule adds, at the states of the pass before. Corrections are of second order in the step size, so passes
+    contract; Anderson's method (multisecant, as in Fang and Saad 2009, doi 10.1002/nla.617) speeds them up.
     passes: the most of them. One pass leaves the lagged terms out.
     """
     return _Passes(method, task, passes).run()
@@ -77,7 +77,7 @@ class _Passes:
         change = torch.full((task.batch,), float("inf") if trajectory is None else 0.0)  # a given start is not coarse
         best, kept, since, traces = torch.full_like(change, float("inf")), None, 0, []
         outcome: Outcome | None = None
-        for number in range(self.passes):
+        for _ in range(self.passes):
             outcome = self._pass(correction, trajectory, float(change.max()))
             traces.append(outcome.stats.residual_trace)
             trajectory = outcome.trajectory
@@ -103,11 +103,11 @@ class _Passes:
         stats.residual_trace = torch.cat(traces) if all(len(trace) for trace in traces) else traces[-1]
         stats.model_evals += self.system.model_evals
         stats.model_calls += self.system.model_calls
-        stats.notes.append(f"{number + 1} passes over the one-step chain of a multistep schedule")
+        stats.notes.append(f"{len(traces)} passes over the one-step chain of a multistep schedule")
         return Outcome(kept[0].clone(), kept, held, stats)
 
     def _pass(self, correction: Tensor, init: Tensor | None, change: float) -> Outcome:
-        tol = max(HOLDS * self.task.tol, min(COARSE, INNER * change))
+        tol = max(0.1 * HOLDS * self.task.tol, min(COARSE, INNER * change))
         tol = self.task.tol if self.passes == 1 else tol
         before, report = self.stats.rounds, self.task.report
 
@@ -174,7 +174,10 @@ class _Passes:
     def _size(self, miss: Tensor) -> Tensor:
         """(B,) on the CPU: what the misses of all rows make together, as a relative error of the image."""
         total = (self.weight * miss).sum(0).flatten(1).norm(dim=1)
-        return (total / self.task.image.flatten(1).norm(dim=1).clamp_min(1e-30)).cpu()
+        size: Tensor = self.task.image.flatten(1).norm(dim=1).clamp_min(1e-30)
+        apart: Tensor = (total / size).cpu()
+        return apart
 
     def _column(self, values: Tensor) -> Tensor:
-        return values.to(self.task.image.device, self.system.dtype).view(-1, *[1] * self.task.image.dim())
+        column: Tensor = values.to(self.task.image.device, self.system.dtype).view(-1, *[1] * self.task.image.dim())
+        return column
