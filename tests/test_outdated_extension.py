@@ -23,7 +23,7 @@ def test_an_outdated_extension_is_named_or_done_without(outdated, mixture, ddim,
     assert "inverse_scan" in _dispatch.available_backends()["cpp"]
     model, schedule = mixture(), ddim(10)
     image = dq.DEQSampler(model, schedule).serial(noise(1)).sample
-    with pytest.raises(dq.BackendUnavailableError, match="out of date .*inverse_scan.*pip install ."):
+    with pytest.raises(dq.BackendUnavailableError, match=r"out of date .*inverse_scan.*pip install \."):
         dq.DEQInverter(model, schedule, backend="cpp").invert(image)
     assert dq.DEQInverter(model, schedule).invert(image).converged.all()
     assert _dispatch.resolve("auto", (torch.zeros(1),)) == "reference"
