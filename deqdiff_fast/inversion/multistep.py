@@ -118,7 +118,8 @@ class _Passes:
         outcome = self.method.solve(
             replace(
                 self.task, schedule=self.chain, generator=FrozenNoise(correction), init=init, tol=tol,
-                max_rounds=self._left(), report=None if report is None else shifted,
+                max_rounds=self._left() or (None if self.task.max_rounds is None else 1),
+                report=None if report is None else shifted,
             )
         )  # fmt: skip
         for name in ("rounds", "model_evals", "model_calls", "repairs", "finished_serially"):
@@ -129,9 +130,9 @@ class _Passes:
         return outcome
 
     def _left(self) -> int | None:
-        """Rounds that are left, at least one for a pass that has begun."""
+        """Rounds that are left, or None without a limit."""
         limit = self.task.max_rounds
-        return None if limit is None else max(limit - self.stats.rounds, 0 if self.stats.rounds else 1)
+        return None if limit is None else max(limit - self.stats.rounds, 0)
 
     def _corrections(self, trajectory: Tensor) -> Tensor:
         """(T, B, *shape): the schedule's steps from these states, less those of the one-step chain."""
