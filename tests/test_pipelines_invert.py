@@ -89,7 +89,7 @@ def test_beyond_float32_an_image_inverts_in_float64(make, images, relative_error
     pipe, noise = make("sdxl", "EulerDiscreteScheduler"), found.noise.float()
     starts = (noise, noise.nextafter(torch.full_like(noise, torch.inf)))
     single = [pipe(latents=start, output_type="latent", **full).images for start in starts]
-    assert relative_error(single[1], single[0]).max() > 5e-4
+    assert relative_error(single[1], single[0]).max() > 1e-4, "a thousand times what was changed"
 
 
 @pytest.mark.parametrize("rule", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
