@@ -177,7 +177,7 @@ def test_inversion(figures, tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "inversion.png"
     small = ("--model", "mixture", "--size", "4", "--steps", "6", "12", "--images", "2", "--epochs", "8")
-    direct = ("ddim", "fixed_point", "equilibrium")
+    direct = ("ddim", "fixed_point", "equilibrium", "auto")
     methods = ("bptt", "phantom", "implicit", *direct)
     report, table = figures("inversion", *small, "--plot", plot)
     rows = report["rows"]
@@ -202,6 +202,14 @@ def test_inversion(figures, tmp_path):
         assert phantom["backpropagations"] == 0
         assert by["round trip", steps, "ddim"]["evaluations"] == 2 * steps
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inversion_in_float64(figures):
+    small = ("--model", "mixture", "--size", "4", "--steps", "8", "--images", "2", "--methods", "equilibrium")
+    report, _ = figures("inversion", *small, "--dtype", "float64", "--tol", "1e-7", "--ends-only")
+    for row in report["rows"]:
+        assert max(row["errors"]) <= 1e-7, "beyond float32"
+        assert len(row["curve"]) == 1
 
 
 def test_gradients(figures):

@@ -68,7 +68,7 @@ class Automatic:
     def solve(self, task: Task) -> Outcome:
         if task.init is not None or task.schedule.lags > 1:  # a start, or coupled steps: for all steps at once
             return self.equilibrium.solve(task)
-        seconds, record, calls = self._predict(task)
+        seconds, record, calls, probes = self._predict(task)
         chosen = min(seconds, key=lambda name: seconds[name])
         other = next(name for name in seconds if name != chosen)
         began = time.perf_counter()
@@ -78,6 +78,7 @@ class Automatic:
         if stats.stop_reason != "callback":
             seen = Effort(stats.rounds, stats.model_evals / task.batch)
             record.learn(chosen, seen, taken / max(in_calls(seen, task.batch, calls, task.max_batch), 1e-9))
+        stats.model_evals += probes
         stats.notes.insert(
             0, f"{chosen}: {seconds[chosen]:.3g} s predicted, {other} {seconds[other]:.3g} s; it took {taken:.3g} s"
         )
@@ -86,16 +87,17 @@ class Automatic:
     def _walk(self, task: Task) -> Outcome:
         """One step after the other, and the equilibrium for the samples that this does not bring to the tolerance."""
         outcome = self.fixed_point.solve(task)
-        stats, missed = outcome.stats, (~outcome.converged).nonzero().flatten()
-        if len(missed) == 0 or stats.stop_reason == "callback":
+        stats, missed, steps = outcome.stats, (~outcome.converged).nonzero().flatten(), task.schedule.num_steps
+        left = None if task.max_rounds is None else task.max_rounds - stats.rounds - steps
+        if len(missed) == 0 or stats.stop_reason == "callback" or (left is not None and left < 1):
             return outcome
         part = select(frozen(task), missed)  # a step that did not hold may still not matter to the image
         _, error, count = reconstruct(part, outcome.noise[missed.to(outcome.noise.device)])
-        stats.verify_evals += count
+        stats.model_evals, stats.model_calls = stats.model_evals + count, stats.model_calls + steps
+        stats.rounds += steps
         outcome.converged[missed] = error <= task.tol
         missed = missed[error > task.tol]
-        left = None if task.max_rounds is None else task.max_rounds - stats.rounds
-        if len(missed) == 0 or (left is not None and left < 1):
+        if len(missed) == 0:
             return outcome
         again = self.equilibrium.solve(replace(select(frozen(task), missed), max_rounds=left))
         at = missed.to(outcome.noise.device)
@@ -108,8 +110,8 @@ class Automatic:
         stats.notes += [f"{len(missed)} of {task.batch} samples went on to the equilibrium", *again.stats.notes]
         return outcome
 
-    def _predict(self, task: Task) -> tuple[dict[str, float], Record, Curve]:
-        """Seconds of each method, what they were predicted from, and what calls cost."""
+    def _predict(self, task: Task) -> tuple[dict[str, float], Record, Curve, int]:
+        """Seconds of each method, what they were predicted from, what calls cost, and evaluations to measure that."""
         kept, signature = cost.kept_beside(task.model), cost.signature_of(task.image, task.model_kwargs)
         kind = (task.batch, task.schedule.num_steps, task.schedule.name, task.schedule.stochastic, task.tol)
         with _LOCK:
@@ -117,12 +119,12 @@ class Automatic:
             costs: cost.Costs = kept.setdefault(("costs", (type(task.model), *signature)), cost.Costs())
         efforts = {name: record.effort.get(name, prior) for name, prior in expected(task).items()}
         wide = efforts["equilibrium"].evaluations * task.batch / efforts["equilibrium"].rounds
-        calls = measured(task, costs, max(round(wide), task.batch + 1))
+        calls, probes = measured(task, costs, max(round(wide), task.batch + 1))
         seconds = {
             name: in_calls(effort, task.batch, calls, task.max_batch) * record.correction.get(name, 1.0)
             for name, effort in efforts.items()
         }
-        return seconds, record, calls
+        return seconds, record, calls, probes
 
 
 def expected(task: Task) -> dict[str, Effort]:
@@ -143,18 +145,20 @@ def in_calls(effort: Effort, batch: int, calls: Curve, limit: int | None) -> flo
     return effort.rounds * calls.in_pieces(rows, calls.best_piece(math.ceil(rows), limit))
 
 
-def measured(task: Task, costs: cost.Costs, rows: int) -> Curve:
-    """What calls cost, by calls of one row per image and of `rows` rows, where such were not measured yet."""
-    known = costs.curve()
+def measured(task: Task, costs: cost.Costs, rows: int) -> tuple[Curve, int]:
+    """What calls cost, by calls of one row per image and of `rows` rows, where such were not measured yet; and the
+    evaluations that this took."""
+    known, probes = costs.curve(), 0
     limit = min(rows, task.max_batch or rows)
     wanted = [n for n in {min(task.batch, limit), limit} if known is None or not near(n, known.sizes)]
     if wanted:
         system = task.system()
         for n in sorted(wanted):
             costs.set_call(n, cost.measure(system, task.image.detach(), n, repeats=1, budget=0.1))
+        probes = system.model_evals
     found = costs.curve()
     assert found is not None
-    return found
+    return found, probes
 
 
 def near(rows: int, sizes: list[int]) -> bool:
