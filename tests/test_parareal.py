@@ -173,8 +173,9 @@ def test_samples_end_one_by_one(mixture, ddim, noise, relative_error):
 
 def test_rounds_that_run_out(mixture, ddim, noise, relative_error):
     start, reference = noise(2), None
+    memory = dq.SolverMemory(poison=True)  # what was not asked of the model must not be used
     for limit in (1, 3, 5, 7, 12, 14):  # in the first sweep, inside blocks, in a later sweep
-        sampler = dq.DEQSampler(mixture(), ddim(25), solver="parareal", max_rounds=limit, tol=1e-6)
+        sampler = dq.DEQSampler(mixture(), ddim(25), solver="parareal", max_rounds=limit, tol=1e-6, memory=memory)
         reference = sampler.serial(start).sample if reference is None else reference
         out = sampler.sample(start)
         assert out.converged.all()

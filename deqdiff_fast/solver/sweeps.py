@@ -53,15 +53,12 @@ class Sweeps:
         return not self.live or self.progress.stopped or self.progress.rounds >= self.task.max_rounds
 
     def run(self) -> Progress:
-        if self.task.warm:
-            self._begin()
-        else:
-            self._sweep(first=True)
-        while self.live and not self.progress.stopped:
+        whole = self._begin() if self.task.warm else self._sweep(first=True)
+        while whole and self.live and not self.progress.stopped:
             self._fine()
             if self.over:
                 break
-            self._sweep(first=False)
+            whole = self._sweep(first=False)
         return self.progress
 
     def _call(self, steps: list[int], exact: int) -> Tensor:
@@ -99,13 +96,14 @@ class Sweeps:
         for b in set(range(self.chain.batch)).difference(self.live):
             self.residual[b] = 0.0
 
-    def _begin(self) -> None:
-        """G from a given trajectory: one round."""
+    def _begin(self) -> bool:
+        """G from a given trajectory: one round. Returns that it went through, as `_sweep` does."""
         self._call(self.edges[:-1], 0)
         who = torch.tensor(self.live, device=self.chain.states.device)
         for j in range(len(self.edges) - 1):
             self.memory.coarse[j, who] = self._long_step(j, who)
         self._report()
+        return True
 
     def _fine(self) -> None:
         """The real steps inside all blocks that are not final, then the front block's end is exact."""
@@ -145,13 +143,16 @@ class Sweeps:
             self.residual[self.live] = self.moved
             self.live = []
 
-    def _sweep(self, first: bool) -> None:
-        """The long steps over all blocks from the front on, corrected by what is known of them; first: nothing is."""
+    def _sweep(self, first: bool) -> bool:
+        """The long steps over all blocks from the front on, corrected by what is known of them; first: nothing is.
+
+        Returns whether it got to the end: where the rounds ran out before, nothing was asked about the later blocks.
+        """
         worst = torch.full((len(self.live),), math.inf, dtype=torch.float64) if first else self.moved
         who = torch.tensor(self.live, device=self.chain.states.device)
         for j in range(self.front, len(self.edges) - 1):
             if self.over:
-                return
+                return False
             self._call([self.edges[j]], self.edges[self.front])
             new = self._long_step(j, who)
             correction = torch.zeros_like(new) if first else self.memory.fine[j, who] - self.memory.coarse[j, who]
@@ -160,6 +161,7 @@ class Sweeps:
             if j == len(self.edges) - 2:
                 self._judge(worst)
             self._report()
+        return True
 
     def _judge(self, worst: Tensor) -> None:
         """Which samples are final after a sweep in which their block ends moved by that much."""
