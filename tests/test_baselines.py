@@ -88,7 +88,7 @@ def test_baselines_on_a_multistep_chain(mixture, karras, noise, relative_error, 
     assert relative_error(out.sample, sampler.serial(start).sample).max() <= 1e-4
 
 
-@pytest.mark.parametrize(("name", "tol"), [("paradigms", 0.02), ("parataa", 1.0)])
+@pytest.mark.parametrize(("name", "tol"), [("paradigms", 0.2), ("parataa", 1.0)])
 def test_baselines_start_from_copies_and_so_does_what_enters_the_window(mixture, ddim, noise, name, tol):
     model, inputs, fronts = mixture(), [], []
 
@@ -104,6 +104,19 @@ def test_baselines_start_from_copies_and_so_does_what_enters_the_window(mixture,
     assert 2 <= front <= 9
     assert torch.equal(second[-front:], second[-1:].expand_as(second[-front:]))
     assert not torch.equal(second[-front - 1], second[-1])
+
+
+def test_what_paradigms_calls_converged_is_within_the_tolerance(relative_error):
+    """On the bundled model: judged by the rule at the tolerance itself, samples were off by 4 times that."""
+    loading = pytest.importorskip("deqdiff_fast.integrations.diffusers")
+    loaded = loading.load_model("bundled")
+    schedule = loading.ddim_schedule(loaded.scheduler, 20)
+    start = torch.stack([torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (2, 3)])
+    sampler = dq.DEQSampler(loaded.model, schedule, solver="paradigms")
+    out = sampler.sample(start)
+    assert out.converged.all()
+    assert out.stats.finished_serially == 0
+    assert relative_error(out.sample, sampler.serial(start).sample).max() <= 1e-2
 
 
 def test_settings():
