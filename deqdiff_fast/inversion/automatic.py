@@ -104,10 +104,9 @@ class Automatic:
         outcome.noise[at], outcome.converged[missed] = again.noise, again.converged
         if outcome.trajectory is not None and again.trajectory is not None:
             outcome.trajectory[:, at] = again.trajectory
-        for name in ("rounds", "model_evals", "model_calls", "repairs", "finished_serially"):
-            setattr(stats, name, getattr(stats, name) + getattr(again.stats, name))
+        stats.notes.append(f"{len(missed)} of {task.batch} samples went on to the equilibrium")
+        stats.add(again.stats)
         stats.stop_reason = again.stats.stop_reason
-        stats.notes += [f"{len(missed)} of {task.batch} samples went on to the equilibrium", *again.stats.notes]
         return outcome
 
     def _predict(self, task: Task) -> tuple[dict[str, float], Record, Curve, int]:

@@ -33,6 +33,12 @@ class InversionStats(Stats):
     notes: list[str] = field(default_factory=list)
     """What was done besides the ordinary iteration, in words: rows finished one after the other, damping, restarts."""
 
+    def add(self, more: InversionStats) -> None:
+        """Count another solve of the same task too, and keep its notes."""
+        for name in ("rounds", "model_evals", "model_calls", "repairs", "finished_serially"):
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+        self.notes += more.notes
+
 
 @dataclass
 class InversionInfo(RoundInfo):

@@ -66,7 +66,9 @@ def settle(task: Task, method: Method, outcome: Outcome) -> tuple[Tensor, Tensor
         part = replace(select(frozen(replace(task, init=outcome.trajectory)), wrong), tol=tol)
         again = method.solve(part)
         found, apart, count = reconstruct(part, again.noise)
-        _count(outcome, again, count, len(wrong))
+        outcome.stats.verify_evals += count
+        outcome.stats.notes.append(f"{len(wrong)} samples taken further: their measured error was above the tolerance")
+        outcome.stats.add(again.stats)
         better = (apart < error[wrong]).nonzero().flatten()
         at, here = wrong[better].to(sample.device), better.to(sample.device)
         sample[at], outcome.noise[at] = found[here], again.noise[here]
@@ -74,15 +76,6 @@ def settle(task: Task, method: Method, outcome: Outcome) -> tuple[Tensor, Tensor
         if again.trajectory is not None:
             outcome.trajectory[:, at] = again.trajectory[:, here]
     return sample, error
-
-
-def _count(outcome: Outcome, again: Outcome, verify: int, samples: int) -> None:
-    """Add what another attempt cost."""
-    stats, more = outcome.stats, again.stats
-    for name in ("rounds", "model_evals", "model_calls", "repairs", "finished_serially"):
-        setattr(stats, name, getattr(stats, name) + getattr(more, name))
-    stats.verify_evals += verify
-    stats.notes += [f"{samples} samples taken further: their measured error was above the tolerance", *more.notes]
 
 
 def relative_error(sample: Tensor, reference: Tensor) -> Tensor:

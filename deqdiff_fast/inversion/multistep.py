@@ -122,9 +122,7 @@ class _Passes:
                 report=None if report is None else shifted,
             )
         )  # fmt: skip
-        for name in ("rounds", "model_evals", "model_calls", "repairs", "finished_serially"):
-            setattr(self.stats, name, getattr(self.stats, name) + getattr(outcome.stats, name))
-        self.stats.notes += outcome.stats.notes
+        self.stats.add(outcome.stats)
         self.stats.window = outcome.stats.window
         self.stats.stop_reason = outcome.stats.stop_reason
         return outcome
