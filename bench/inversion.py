@@ -24,6 +24,7 @@ from deqdiff_fast.presets import inversion_preset
 from deqdiff_fast.solver import NAMED as SOLVERS
 
 from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
+from ._float64 import quicken
 from ._images import images
 from ._inversion_tables import comparison, descents, round_trips
 from ._problems import Problem, add_model_arguments, load, warm_up
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     warm_up(problem)
     if isinstance(problem.model, torch.nn.Module):
         problem.model.to(dtype)
+        quicken(problem.model)
     rows: list[dict[str, Any]] = []
     for steps in args.steps:
         for table, count in (("round trip", args.images), ("descent", args.descent_images)):
