@@ -32,7 +32,7 @@ class ShiftedConv2d(nn.Conv2d):
 
 
 def quicken(model: object) -> None:
-    """Let the convolutions of a model that fit use `ShiftedConv2d`; they stay the same modules with the same weights."""
+    """Let the convolutions of a model that fit use `ShiftedConv2d`; they stay the same modules."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if type(module) is nn.Conv2d and _fits(module):
             module.__class__ = ShiftedConv2d

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from .draft import ConvDraft
 from .errors import (
     BackendUnavailableError,
     ConvergenceWarning,
@@ -22,7 +23,7 @@ from .memory import SolverMemory
 from .sampler import DEQSampler
 from .schedule import Schedule
 from .solution import RoundInfo, Solution, Stats
-from .solver import Anderson, Picard, QuasiNewton
+from .solver import Anderson, Drafted, Picard, QuasiNewton
 from .spectral import SpectralSlope
 
 __version__ = "0.1.0"
@@ -30,10 +31,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Anderson",
     "BackendUnavailableError",
+    "ConvDraft",
     "ConvergenceWarning",
     "DEQInverter",
     "DEQSampler",
     "DeqDiffError",
+    "Drafted",
     "Implicit",
     "Inversion",
     "ModelOutputError",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -41,4 +41,16 @@ class Rows:
     count: int
 
 
-__all__ = ["Backend", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows"]
+class DraftRows(Protocol):
+    """A cheap stand-in for the model, on rows of a chain, in the coordinates of its solver."""
+
+    def row(self, step: int, states: Tensor) -> Tensor:
+        """(B, D) states of timestep `step` -> (B, D) predictions."""
+        ...
+
+    def rows(self, states: Tensor) -> Tensor:
+        """(T, B, D) states -> (T, B, D) predictions."""
+        ...
+
+
+__all__ = ["Backend", "DraftRows", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows"]

@@ -11,9 +11,9 @@ from torch import Tensor
 from .schedule import Schedule
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, name: str = "model") -> None:
     if not callable(model):
-        raise TypeError(f"model: expected a callable model(x, t, **model_kwargs), got {type(model).__name__}")
+        raise TypeError(f"{name}: expected a callable model(x, t, **model_kwargs), got {type(model).__name__}")
 
 
 def check_schedule(schedule: object) -> None:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from . import arguments
 from ._types import Backend, Generators, Model, OnFailure
+from .drafting import DraftCalls
 from .gradient import Gradient
 from .gradient import resolve as resolve_gradient
 from .memory import SolverMemory, default_memory
 from .noise import check_generator
 from .resident import Residents
 from .schedule import Schedule
-from .solver import Solver, resolve
+from .solver import Drafted, Solver, resolve
 from .spectral import SpectralSlope
 from .system import System
 
@@ -46,6 +47,7 @@ class Options:
     residents: Residents
     planned: bool
     """solver="auto" with window="auto": each solve is made as is predicted to be the fastest."""
+    draft: Model | None = None
     learned: dict[str, int] = field(default_factory=dict)
     """max_batch, where the model has run out of memory on more rows."""
 
@@ -56,7 +58,12 @@ class Options:
         """Raises ValueError or TypeError, naming the argument, what was expected and what came."""
         arguments.check_model(model)
         arguments.check_schedule(schedule)
-        resolved, spectrum = resolve(solver), given["spectrum"]
+        resolved, spectrum, draft = resolve(solver), given["spectrum"], given["draft"]
+        if draft is not None:
+            arguments.check_model(draft, "draft")
+            resolved = Drafted() if isinstance(solver, str) and solver == "auto" else resolved
+        elif isinstance(resolved, Drafted):
+            raise ValueError("solver: 'draft' needs DEQSampler(draft=...), a cheap stand-in for the model; got None")
         if spectrum is not None and not isinstance(spectrum, SpectralSlope):
             raise TypeError(f"spectrum: expected a SpectralSlope or None, got {type(spectrum).__name__}")
         if spectrum is None and getattr(resolved, "slope", None) == "spectral":
@@ -82,6 +89,7 @@ class Options:
             deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
             spectrum=spectrum,
             memory=memory if memory is not None else default_memory(),
+            draft=draft,
             planned=isinstance(solver, str) and solver == "auto" and given["window"] == "auto",
         )
 
@@ -137,6 +145,8 @@ class Options:
         slope = "scalar" if serial else self.slope(noise)
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
         system.on_shrink = lambda rows: self.learned.update(max_batch=rows)
+        if isinstance(self.solver, Drafted) and self.draft is not None and not serial:
+            system.draft = DraftCalls(System(self.draft, self.schedule, noise, model_kwargs, system.max_batch))
         if self.planned and not serial:  # windows come and go: a compiled model is to see the same sizes in all of them
             system.largest = self.most_rows(noise)
         return system

@@ -22,7 +22,7 @@ from .progress import Reporter
 from .serial import Report, finish
 from .solution import Solution, Stats
 from .solve import Request, nothing, solve_rounds, solve_serially
-from .solver import Picard, QuasiNewton
+from .solver import Picard, without_coarse
 from .solver.expectation import Effort
 from .solver.planner import Plan, coarse_pays
 from .system import System
@@ -86,7 +86,7 @@ def _in_rounds(
     """By rounds; lead: a workspace in which the first `front` steps were made already."""
     options, request, start = planner.options, job.request, planner.clock()
     if not coarse_pays(plan):
-        options = replace(options, solver=QuasiNewton(coarse=()))
+        options = replace(options, solver=without_coarse(options.solver))
     made, system.max_batch = system.model_evals, plan.chosen.piece
     stats = Stats(solver=options.solver.name, window=plan.chosen.window, plan=plan)
     guard = Guard(plan, job.site.costs.step(job.site.batch) or 0.0, front, planner.clock)

@@ -72,7 +72,15 @@ class Planner:
         self._lock = _LOCK
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
-        self._kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)
+        self._kind = (
+            *chain,
+            tol,
+            options.max_rounds,
+            options.max_batch,
+            options.backend,
+            options.spectrum is None,
+            options.draft is None,
+        )
         with self._lock:
             self._expectation: Expectation = self._kept.setdefault(
                 ("rounds", *self._kind), Expectation(schedule.num_steps, tol)

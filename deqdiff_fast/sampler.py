@@ -18,7 +18,7 @@ from .planning import Planner
 from .schedule import Schedule
 from .solution import Callback, Solution
 from .solve import Request, solve_parallel, solve_serially
-from .solver import Solver
+from .solver import Drafted, Solver
 from .solver.planner import Plan
 from .spectral import SpectralSlope
 
@@ -32,9 +32,9 @@ class DEQSampler:
     any batch size. It must treat the rows of a batch independently and be deterministic (no dropout, no batch norm in
     training mode). schedule: see `Schedule`.
     solver: "auto", "quasi-newton", "picard", "anderson", "triangular", or published methods for comparison,
-    "deq-ddim", "paradigms", "parataa", "parareal"; or a solver object. "auto" with window="auto" plans: `sample` does
-    what is predicted to be the fastest, quasi-Newton rounds over all timesteps or over a window, or the serial chain;
-    see `plan` and `warmup`. With another window "auto" is "quasi-newton".
+    "deq-ddim", "paradigms", "parataa", "parareal"; or a solver object. "auto" is "quasi-newton", or "draft" where there
+    is one. With window="auto" it plans: `sample` does what is predicted to be the fastest, rounds over all timesteps or
+    over a window, or the serial chain; see `plan` and `warmup`.
     tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim":
     the paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety` times that.
     max_rounds: batched model calls before giving up (None: the solver's own limit, else T). The serial chain, where it
@@ -43,8 +43,9 @@ class DEQSampler:
     on_failure: what to do when the rounds run out: finish the chain one step after the other ("serial"), raise
     NotConvergedError ("raise"), or warn and return the best iterate ("warn").
     spectrum: the data's power spectrum (`SpectralSlope`), a better slope for "auto" and
-    `QuasiNewton(slope="spectral")`. max_batch: most rows in one model call (None: all of them on a GPU; on a CPU 2^18
-    elements and at least 64 rows, since more only push the activations out of the cache). backend: "auto",
+    `QuasiNewton(slope="spectral")`. draft: a cheap stand-in for the model, called like it, for fewer rounds (see
+    `Drafted`; `ConvDraft` is one to train). max_batch: most rows in one model call (None: all of them on a GPU; on a
+    CPU 2^18 elements and at least 64 rows, since more only push the activations out of the cache). backend: "auto",
     "reference", "cpp" or "triton". gradient: "implicit", the adjoint system solved like the chain itself; "phantom",
     "unrolled", "reversible", or an object (`Implicit`, `Phantom`, `Unrolled`, `Reversible`). memory: a
     `SolverMemory` of one's own; by default all samplers share one pool. deterministic: sums are added in a fixed order
@@ -72,12 +73,13 @@ class DEQSampler:
         cuda_graph: bool | str = "auto",
         deterministic: bool = True,
         spectrum: SpectralSlope | None = None,
+        draft: Model | None = None,
         memory: SolverMemory | None = None,
     ) -> None:
         self.options = Options.check(
             model, schedule, solver, memory, tol=tol, max_rounds=max_rounds, window=window, backend=backend,
             gradient=gradient, on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
-            deterministic=deterministic, spectrum=spectrum,
+            deterministic=deterministic, spectrum=spectrum, draft=draft,
         )  # fmt: skip
         self.planner = Planner(self.options)
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
@@ -147,7 +149,9 @@ class DEQSampler:
         options = self.options
         tol = tol or min(ADJOINT_TOL, options.tol or ADJOINT_TOL)
         plain = getattr(self.solver, "slope", None) in ("auto", "scalar", None)  # a spectrum has the shape of an image
-        plain = plain and not hasattr(self.solver, "drive")  # which may want more of a chain than an adjoint one has
+        plain = (
+            plain and not isinstance(self.solver, Drafted) and not hasattr(self.solver, "drive")
+        )  # which may want more of a chain than an adjoint one has
         solver = self.solver if plain and self.solver.max_rounds is None else "quasi-newton"
         sampler = DEQSampler(
             model, schedule, solver=solver, tol=tol, max_batch=options.max_batch, backend=options.backend

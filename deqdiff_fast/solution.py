@@ -27,6 +27,8 @@ class Stats:
     """Model evaluations (NFE): samples x timesteps evaluated, summed over rounds, serial steps included."""
     model_calls: int = 0
     """Calls of the model; more than `rounds` where `max_batch` cuts a round into chunks."""
+    draft_evals: int = 0
+    """Rows that a draft of the model was called on, if there is one; not among `model_evals`."""
     residual_trace: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
     """(rounds, B): the largest relative residual among the timesteps that were not final before that round."""
     wall_seconds: float = 0.0

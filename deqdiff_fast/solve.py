@@ -71,10 +71,11 @@ def solve_rounds(
     def open_(system: System) -> Workspace:
         return Workspace.open(system, solver, stats.window, options.memory, options.backend)
 
-    given = (solver, stats.window, tolerance, freeze, warm)
+    given = (solver, stats.window, tolerance, freeze, warm, options.draft)
+    recorded = late is not None and not getattr(system.draft, "conditional", False)
     with (
         torch.no_grad(),
-        options.residents.borrow(system, given, open_, late is not None) as (work, play, board),
+        options.residents.borrow(system, given, open_, recorded) as (work, play, board),
         Reporter(work, tolerance, limit, request.callback, request.progress) as report,
     ):
         if lead is None:

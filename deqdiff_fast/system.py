@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ._types import Model, Rows
+from ._types import DraftRows, Model, Rows
 from .errors import ModelOutputError
 from .kernels import ddim_update_bytes, newton_scan_bytes
 from .memory import Lease, MemoryPlan
@@ -77,6 +77,8 @@ class System:
         step = (row // max(self.batch, 1)).clamp_max(self.num_steps - 1)
         self.row_tables = (step, row % max(self.batch, 1), self.clock[step])
         self.model_evals = self.model_calls = 0
+        self.draft: DraftRows | None = None
+        """What stands in for the model between rounds, where the solver wants it."""
         self._expanded: tuple[Any, dict[str, Any]] | None = None
 
     def plan(self, plan: MemoryPlan, rows: int) -> None:

@@ -12,7 +12,7 @@ from ._types import Generators, Rows
 from .guesses import extrapolate, gaussian_guess
 from .memory import Lease, MemoryPlan, SolverMemory
 from .noise import fill_drift
-from .solver import Chain, Solver, ladder
+from .solver import Chain, Solver, draft_chain, ladder
 from .solver.base import Bounds, Size, repeat_rows
 from .system import System
 
@@ -48,6 +48,7 @@ class Workspace:
             backend=backend,
             scratch=lease.get("scratch"),
             edge=lease.get("edge"),
+            draft=system.draft,
         )
         return cls(lease, chain, solver.start(lease), system, solver)
 
@@ -92,7 +93,7 @@ class Workspace:
                 self.system.basis.forward(self.chain.drift.flatten(0, 1))
 
     def guess(self, kind: str, init: Tensor | None) -> None:
-        """States 1..T: a given trajectory, copies of the noise, or the chain of unit Gaussian data."""
+        """States 1..T: a given trajectory, copies of the noise, the chain of the draft, or that of Gaussian data."""
         chain = self.chain
         self.warm = init is not None
         if init is not None:
@@ -100,6 +101,8 @@ class Workspace:
             chain.states[1:].copy_(self.system.to_basis(rows).view_as(chain.states[1:]))
         elif kind == "copy":
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
+        elif kind == "draft":
+            draft_chain(chain, [0] * chain.batch, [chain.num_steps] * chain.batch)
         else:
             gaussian_guess(chain, self.system.linear)
 
@@ -111,7 +114,7 @@ class Workspace:
         chain.sq_diff.zero_(), chain.sq_norm.zero_()
         if chain.drift is not None and done.drift is not None:
             chain.drift.copy_(done.drift)
-        extrapolate(chain, self.system.linear, [front] * chain.batch, [chain.num_steps] * chain.batch)
+        self.rebuild([front] * chain.batch, [chain.num_steps] * chain.batch, True)
 
     def evaluate(self, rows: Rows, round: int) -> None:
         self.system.evaluate(self.chain.states, self.lease["predictions"], rows, self.lease, round)
@@ -121,5 +124,7 @@ class Workspace:
             return  # a given trajectory is the better guess
         if self.solver.guess == "copy" and not broken:
             repeat_rows(self.chain, old, new)
+        elif self.solver.guess == "draft":
+            draft_chain(self.chain, old, new)
         else:
             extrapolate(self.chain, self.system.linear, old, new)

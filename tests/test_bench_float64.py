@@ -26,7 +26,8 @@ def test_gradients_and_float32_are_torchs_own() -> None:
     quicken(conv)
     x = torch.randn(1, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     conv(x).sum().backward()
-    assert x.grad is not None and conv.weight.grad is not None
+    assert x.grad is not None
+    assert conv.weight.grad is not None
     with torch.no_grad():
         assert conv.float()(x.float()).dtype == torch.float32
 

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "_types", "_C"},
     {"schedule_tables", "schedule", "solution", "noise", "_arena", "spectral", "guidance"},
-    {"kernels", "memory", "padding", "graphs", "arguments", "outputs"},
+    {"kernels", "memory", "padding", "graphs", "arguments", "outputs", "draft"},
     {"guesses", "system"},
     {"solver"},
-    {"workspace", "progress", "serial", "gradient"},
+    {"workspace", "progress", "serial", "gradient", "drafting"},
     {"resident", "options", "conclude", "guard", "solve"},
     {"capacity", "cost", "planning", "probing", "planned"},
     {"sampler"},

@@ -85,7 +85,7 @@ def load_problem(
             "unconditional models: use DEQSampler with model_kwargs in Python"
         )
     schedule = ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing, clip=clip)
-    options = {"max_batch": max_batch, "spectrum": loaded.spectrum}
+    options = {"max_batch": max_batch, "spectrum": loaded.spectrum, "draft": loaded.draft}
     return Problem(loaded.model, schedule, loaded.info, seed, where, precision, options)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..draft import ConvDraft
 from ..schedule import Schedule, timesteps
 from ..spectral import SpectralSlope
 from .pipelines import invert as invert
@@ -35,12 +36,14 @@ class ModelInfo:
 
 class LoadedModel(NamedTuple):
     """`model(x, t)`, in eval mode and without gradients for its weights; its diffusers scheduler; what it is; and the
-    power spectrum of its samples, where the folder holds one (spectrum.safetensors, see `SpectralSlope.save`)."""
+    power spectrum of its samples and its draft, where the folder holds them (spectrum.safetensors, see
+    `SpectralSlope.save`; draft.safetensors, see `ConvDraft.save`)."""
 
     model: torch.nn.Module
     scheduler: Any
     info: ModelInfo
     spectrum: SpectralSlope | None
+    draft: ConvDraft | None
 
 
 def bundled_model() -> Path:
@@ -81,8 +84,11 @@ def load_model(
         parameters=sum(p.numel() for p in model.parameters()),
         conditional="" if free else _CONDITIONS.get(name, "class_labels or other conditioning"),
     )
-    stored = Path(source) / "spectrum.safetensors"
-    return LoadedModel(model, scheduler, info, SpectralSlope.load(stored) if stored.is_file() else None)
+    spectrum, draft = (Path(source) / f"{name}.safetensors" for name in ("spectrum", "draft"))
+    return LoadedModel(
+        model, scheduler, info, SpectralSlope.load(spectrum) if spectrum.is_file() else None,
+        ConvDraft.load(draft, device=device) if draft.is_file() else None,
+    )  # fmt: skip
 
 
 def ddim_schedule(

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from .anderson import Anderson
 from .base import Chain, Solver
+from .drafted import Drafted, draft_chain
 from .iterate import iterate
 from .late import BoardCalls, Late
-from .nested import Ascent, PartialSolver, ladder
+from .nested import Ascent, PartialSolver, ladder, without_coarse
 from .paradigms import Paradigms
 from .parareal import Parareal
 from .picard import Picard
@@ -26,6 +27,7 @@ NAMED: dict[str, Callable[[], Solver]] = {
     "parataa": Anderson.parataa,
     "parareal": Parareal,
     "quasi-newton": QuasiNewton,
+    "draft": Drafted,
 }
 
 
@@ -45,6 +47,7 @@ def resolve(solver: str | Solver) -> Solver:
 
 
 __all__ = [
-    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Evaluate", "Late", "Paradigms", "Parareal", "PartialSolver",
-    "Picard", "QuasiNewton", "Solver", "Window", "iterate", "ladder", "resolve",
+    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Drafted", "Evaluate", "Late", "Paradigms", "Parareal",
+    "PartialSolver", "Picard", "QuasiNewton", "Solver", "Window", "draft_chain", "iterate", "ladder", "resolve",
+    "without_coarse",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .._types import DraftRows
 from ..kernels import copy_rows
 
 Bounds = list[int] | Tensor
@@ -64,6 +65,7 @@ class Chain:
     backend: str
     scratch: Tensor | None = None  # (N,) uint8 for the ops, at least as much as `Solver.scratch` asks for
     edge: Tensor | None = None  # (3, B, D) for what enters a sliding window
+    draft: DraftRows | None = None
 
     @property
     def num_steps(self) -> int:
@@ -147,7 +149,7 @@ class Solver(Protocol):
 
     @property
     def guess(self) -> str:
-        """The starting trajectory that the solver wants: "gaussian" or "copy"."""
+        """The starting trajectory that the solver wants: "gaussian", "copy" or, of a solver that has one, "draft"."""
         ...
 
     @property

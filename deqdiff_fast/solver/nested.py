@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,10 @@ ROUGH = 8  # the fewest intervals of a grid on a chain that adds noise
 
 
 class PartialSolver(Protocol):
-    """A solver that can make a step from predictions of which some were never asked of the model."""
+    """A solver that can make a step from predictions of which some were never asked of the model.
+
+    With a method `foretold(chain, memory) -> (T, B, D)`, that is what R is the remainder of, in place of c X.
+    """
 
     def step_partly(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None: ...
 
@@ -75,13 +79,26 @@ class Ascent:
     def _fill(self, step: list[int]) -> None:
         """Predictions of every row from those at the timesteps `step`."""
         chain, rest = self.chain, self.rest[: len(step)]
+        foretold = getattr(self.solver, "foretold", None)
+        known = None if foretold is None else foretold(chain, self.memory)
         for k, i in enumerate(step):
-            torch.addcmul(chain.predictions[i], chain.slope[i], chain.states[i], value=-1, out=rest[k])
+            if known is None:
+                torch.addcmul(chain.predictions[i], chain.slope[i], chain.states[i], value=-1, out=rest[k])
+            else:
+                torch.sub(chain.predictions[i], known[i], out=rest[k])
         rest.nan_to_num_(0.0, 0.0, 0.0)  # what the model has failed on is for the full rounds to find and to report
         share = interpolation(step, chain.num_steps).to(rest)
         share = share * torch.stack([self.weight[i] for i in step]) / self.weight[:, None]
         torch.mm(share, rest.flatten(1), out=chain.predictions.flatten(1))
-        chain.predictions.addcmul_(chain.slope[:, None], chain.states[:-1])
+        if known is None:
+            chain.predictions.addcmul_(chain.slope[:, None], chain.states[:-1])
+        else:
+            chain.predictions.add_(known)
+
+
+def without_coarse(solver: Any) -> Any:
+    """The same solver, all of whose rounds are full."""
+    return replace(solver, coarse=())
 
 
 def grid(steps: int, intervals: int) -> list[int]:

@@ -1,0 +1,50 @@
+"""Calls of a draft, in the coordinates of the solver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ModelOutputError
+from .system import System
+
+
+class DraftCalls:
+    """What `Chain.draft` is: a draft called on rows of the chain, as the model is (input scale, clipping, conditions).
+
+    system: the chain with the draft as its model, in the model's own basis.
+    """
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self._step = torch.arange(system.num_steps, device=system.device)
+        self._sample = torch.arange(system.batch, device=system.device)
+
+    @property
+    def evals(self) -> int:
+        """Rows that it was called on so far."""
+        return self.system.model_evals
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it is called with conditions, which a recording would keep."""
+        return bool(self.system.model_kwargs)
+
+    def row(self, step: int, states: Tensor) -> Tensor:
+        """(B, D) states at that timestep -> (B, D) predictions."""
+        return self._ask(states, self._step[step : step + 1].expand(len(states)), self._sample, "row")
+
+    def rows(self, states: Tensor) -> Tensor:
+        """(T, B, D) states at all timesteps -> (T, B, D) predictions."""
+        step, sample = self._step.repeat_interleave(self.system.batch), self._sample.repeat(self.system.num_steps)
+        flat = states.flatten(0, 1)
+        made = [self._ask(flat[a:b], step[a:b], sample[a:b], None) for a, b in self.system.chunks(len(flat))]
+        return torch.cat(made).view_as(states)
+
+    def _ask(self, states: Tensor, step: Tensor, sample: Tensor, key: Any) -> Tensor:
+        try:
+            return self.system.predict(states, step, self.system.expand_kwargs(sample, key))
+        except ModelOutputError as error:
+            raise ModelOutputError(str(error).replace("the model", "the draft", 1)) from None

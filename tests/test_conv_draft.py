@@ -1,0 +1,90 @@
+"""The draft to train: linear before it is trained, the same in every prediction type, and on disk what it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import deqdiff_fast as dq
+
+SHAPE = (3, 8, 8)
+
+
+def spectrum() -> dq.SpectralSlope:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(30, *SHAPE, generator=draw)
+    return dq.SpectralSlope.fit(x + 3 * x.mean((2, 3), keepdim=True))
+
+
+def trained(abar, prediction: str = "epsilon", **sizes) -> dq.ConvDraft:
+    """Weights that are not zero."""
+    torch.manual_seed(1)
+    draft = dq.ConvDraft(abar, prediction, spectrum(), **({"width": 8, "depth": 2} | sizes)).requires_grad_(False)
+    for parameter in draft.parameters():
+        parameter.copy_(0.1 * torch.randn_like(parameter))
+    return draft
+
+
+@pytest.fixture
+def abar(ddim) -> torch.Tensor:
+    return (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_untrained_it_is_the_linear_prediction(abar, ddim, noise, prediction):
+    schedule, slope = ddim(10, prediction_type=prediction), spectrum()
+    draft, x = dq.ConvDraft(abar, prediction, slope, 8, 1), noise(2)
+    basis, table = slope.basis(), slope.slope(schedule)
+    for i, t in enumerate(schedule.timesteps.tolist()):
+        expected = basis.inverse(table[i] * basis.forward(x.double().flatten(1))).view_as(x)
+        found = draft(x, torch.full((2,), t)).detach()
+        assert torch.allclose(found.double(), expected, atol=2e-5 * float(expected.abs().max()) + 1e-5)
+
+
+def test_prediction_types_say_the_same(abar, noise):
+    x, t = noise(3), torch.tensor([3, 500, 999])
+    clean = {}
+    alpha, sigma = (root[t].float()[:, None, None, None] for root in (abar.sqrt(), (1 - abar).sqrt()))
+    for kind in ("epsilon", "v_prediction", "sample"):
+        said = trained(abar, kind)(x, t)
+        clean[kind] = {
+            "epsilon": lambda e: (x - sigma * e) / alpha, "v_prediction": lambda v: alpha * x - sigma * v,
+            "sample": lambda c: c,
+        }[kind](said) * alpha  # fmt: skip
+    assert torch.allclose(clean["epsilon"], clean["sample"], atol=1e-4)
+    assert torch.allclose(clean["v_prediction"], clean["sample"], atol=1e-4)
+
+
+def test_it_is_on_disk_what_it_was(abar, noise, tmp_path):
+    draft = trained(abar, "v_prediction", width=6, depth=1)
+    draft.save(tmp_path / "draft.safetensors")
+    again = dq.ConvDraft.load(tmp_path / "draft.safetensors")
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+    x, t = noise(2), torch.tensor([10, 900])
+    assert torch.allclose(again(x, t), draft(x, t), atol=1e-2)  # half precision
+    assert (again.width, again.depth, again.prediction_type) == (6, 1, "v_prediction")
+    spectrum().save(tmp_path / "spectrum.safetensors")
+    with pytest.raises(ValueError, match=r"ConvDraft\.save"):
+        dq.ConvDraft.load(tmp_path / "spectrum.safetensors")
+
+
+def test_rows_times_and_dtypes(abar, noise):
+    draft, x = trained(abar), noise(4)
+    t = torch.tensor([0, 1, 500, 999])
+    alone = torch.cat([draft(x[k : k + 1], t[k : k + 1]) for k in range(4)])
+    assert torch.allclose(draft(x, t), alone, atol=1e-5)
+    assert torch.allclose(draft(x, t.float()), alone, atol=1e-4)
+    between = draft(x[:1], torch.tensor([500.5]))
+    assert not torch.allclose(between, draft(x[:1], torch.tensor([500])), atol=1e-7)
+    assert draft(x.bfloat16(), t).dtype == torch.bfloat16
+    assert torch.allclose(draft(x, t, torch.ones(4, 5), labels=torch.ones(4)), draft(x, t))
+
+
+def test_what_is_refused(abar):
+    with pytest.raises(ValueError, match="prediction_type: expected"):
+        dq.ConvDraft(abar, "flow", spectrum())
+    with pytest.raises(ValueError, match="even H and W"):
+        dq.ConvDraft(abar, "epsilon", dq.SpectralSlope.fit(torch.randn(5, 3, 7, 8)))
+    with pytest.raises(ValueError, match="alphas_cumprod: expected"):
+        dq.ConvDraft(torch.cat([abar, abar.new_zeros(1)]), "epsilon", spectrum())
