@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ._types import Model
+from ._types import DraftRows, Model
 from .padding import out_of_memory
 from .solver.planner import Curve
 from .system import System
@@ -136,6 +136,18 @@ def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf
     if noise.device.type == "cuda":
         torch.cuda.empty_cache()
     return math.inf
+
+
+def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter) -> float:
+    """Seconds of one step of the draft's chain, the second one of two."""
+    states = noise.detach().flatten(1).to(torch.float64 if noise.dtype == torch.float64 else torch.float32)
+    with torch.no_grad():
+        draft.row(0, states)
+        _synchronize(noise.device)
+        start = clock()
+        draft.row(0, states)
+        _synchronize(noise.device)
+    return clock() - start
 
 
 def measure(

@@ -58,6 +58,8 @@ class Site:
     """The last solve by rounds took quite another time than those before."""
     unchecked: int = 0
     """Solves by rounds since the serial chain was timed."""
+    draft: float = 0.0
+    """Seconds of one step of a draft's chain, if there is one."""
     exhausted: bool = False
     """No further measurement could change the plan."""
 
@@ -72,15 +74,8 @@ class Planner:
         self._lock = _LOCK
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
-        self._kind = (
-            *chain,
-            tol,
-            options.max_rounds,
-            options.max_batch,
-            options.backend,
-            options.spectrum is None,
-            options.draft is None,
-        )
+        kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)
+        self._kind = (*kind, None if options.draft is None else id(options.draft))
         with self._lock:
             self._expectation: Expectation = self._kept.setdefault(
                 ("rounds", *self._kind), Expectation(schedule.num_steps, tol)
@@ -130,7 +125,9 @@ class Planner:
             step=step,
             calls=calls,
             expect=lambda window: site.expectation(window, site.batch, site.warm),
-            overhead=lambda rows: 1.5 * outside + rows * site.numel * TRAFFIC / BANDWIDTH,
+            overhead=lambda rows: (
+                1.5 * outside + rows * site.numel * TRAFFIC / BANDWIDTH + rows / site.batch * site.draft
+            ),
             correction=lambda window: site.corrections.get(window, general),
             fits=enough_memory,
             limit=limit,
@@ -160,6 +157,8 @@ class Planner:
         """The first steps of an unmeasured chain took so long each; measures one call beside them."""
         rows = min(site.batch, self.options.row_limit(noise) or site.batch)
         call = cost.time_call(system, noise, rows, self.clock)
+        if system.draft is not None:
+            site.draft = cost.time_draft(system.draft, noise, self.clock)
         with self._lock:
             site.costs.set_step(site.batch, step)
             site.costs.learn_call(rows, min(call, step))
