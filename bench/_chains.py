@@ -86,9 +86,9 @@ def _bundled(name: str, args: argparse.Namespace) -> Problem:
         ),
         "flow": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     }[name]()
-    model = Flow(loaded.model) if name == "flow" else loaded.model
+    model, draft = (net if net is None or name != "flow" else Flow(net) for net in (loaded.model, loaded.draft))
     schedule = _fixed(lambda steps: dq.Schedule.from_diffusers(scheduler, steps), name)
-    return Problem(name, model, schedule, loaded.info.sample_shape, args.device, loaded.spectrum)
+    return Problem(name, model, schedule, loaded.info.sample_shape, args.device, loaded.spectrum, draft)
 
 
 def _latent(args: argparse.Namespace) -> Problem:

@@ -43,21 +43,25 @@ class Plain(nn.Module):
         return out
 
 
-def load(name: str, device: str) -> tuple[nn.Module, tuple[int, ...], str, dq.SpectralSlope | None]:
-    """The model, the shape of a sample, what it predicts, and its spectrum. All but "bundled" have random weights."""
+def load(name: str, device: str) -> tuple[nn.Module, tuple[int, ...], str, dict[str, Any]]:
+    """The model, the shape of a sample, what it predicts, and what a sampler is given beside it.
+
+    All but "bundled" have random weights, and neither spectrum nor draft.
+    """
     if name == "bundled":
         from deqdiff_fast.integrations.diffusers import load_model
 
         found = load_model("bundled", device=device)
         kind = str(found.scheduler.config.prediction_type)
-        return Plain(found.model).eval().requires_grad_(False), found.info.sample_shape, kind, found.spectrum
+        aids = {"spectrum": found.spectrum, "draft": found.draft}
+        return Plain(found.model).eval().requires_grad_(False), found.info.sample_shape, kind, aids
     from diffusers import UNet2DModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = UNet2DModel(**ARCHITECTURES[name])
     size = ARCHITECTURES[name]["sample_size"]
-    return Plain(net).eval().requires_grad_(False).to(device), (3, size, size), "epsilon", None
+    return Plain(net).eval().requires_grad_(False).to(device), (3, size, size), "epsilon", {}
 
 
 def schedule(steps: int, prediction_type: str) -> dq.Schedule:

@@ -51,7 +51,7 @@ def measure_samples(args: argparse.Namespace, left: Callable[[], float]) -> list
     """A row for each network, T and way."""
     rows: list[dict[str, Any]] = []
     for name in args.models:
-        model, shape, kind, spectrum = _gpu_models.load(name, args.device)
+        model, shape, kind, aids = _gpu_models.load(name, args.device)
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(args.device)
         compiled = None if args.compiler == "none" else torch.compile(model, backend=args.compiler, dynamic=False)
         for steps in args.steps:
@@ -59,19 +59,19 @@ def measure_samples(args: argparse.Namespace, left: Callable[[], float]) -> list
                 note(f"{name}, T = {steps}: left out, the time is up")
                 continue
             schedule = _gpu_models.schedule(steps, kind)
-            rows += _ways(args, name, model, compiled, schedule, noise, spectrum, left)
+            rows += _ways(args, name, model, compiled, schedule, noise, aids, left)
     return rows
 
 
 def _ways(
     args: argparse.Namespace, name: str, model: Any, compiled: Any, schedule: dq.Schedule, noise: Tensor,
-    spectrum: dq.SpectralSlope | None, left: Callable[[], float],
+    aids: dict[str, Any], left: Callable[[], float],
 ) -> list[dict[str, Any]]:  # fmt: skip
     cuda, steps = noise.is_cuda, schedule.num_steps
     stats: dict[str, Any] = {}
 
     def parallel(way: str, network: Any, graph: bool | str, solver: str = "quasi-newton") -> Way:
-        sampler = dq.DEQSampler(network, schedule, solver=solver, spectrum=spectrum, cuda_graph=graph)
+        sampler = dq.DEQSampler(network, schedule, solver=solver, cuda_graph=graph, **aids)
 
         def run() -> Tensor:
             out = sampler.sample(noise)
@@ -86,6 +86,10 @@ def _ways(
         "sample, eager": lambda: parallel("sample, eager", model, False),
     }
     makers["sample, planned"] = lambda: parallel("sample, planned", model, "auto", "auto")
+    if aids.get("draft") is not None:
+        makers["draft, eager"] = lambda: parallel("draft, eager", model, False, "draft")
+    if cuda and aids.get("draft") is not None:
+        makers["draft, graph"] = lambda: parallel("draft, graph", model, True, "draft")
     if cuda:
         makers["serial, graph"] = lambda: _gpu_models.Chain(model, schedule, noise, graph=True).run
         makers["sample, graph"] = lambda: parallel("sample, graph", model, True)
@@ -106,7 +110,7 @@ def _ways(
             watch, syncs = Syncs(model, args.device), None
             if way == "sample, eager":
                 syncs = watch.count(
-                    lambda m: dq.DEQSampler(m, schedule, solver="quasi-newton", spectrum=spectrum).sample(noise)
+                    lambda m: dq.DEQSampler(m, schedule, solver="quasi-newton", **aids).sample(noise)
                 )
         found = stats.get(way)
         rows.append({

@@ -18,7 +18,7 @@ from ._common import positive_int
 
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 TRAIN_STEPS = len(ABAR)
-FULL_ROUNDS = "quasi-newton, full rounds"
+FULL_ROUNDS, FULL_DRAFTED = "quasi-newton, full rounds", "draft, full rounds"
 
 
 class Mixture:
@@ -48,6 +48,12 @@ class Problem:
     shape: tuple[int, ...]
     device: str
     spectrum: dq.SpectralSlope | None = None
+    draft: Callable[..., Any] | None = None
+
+    @property
+    def aids(self) -> dict[str, Any]:
+        """What a sampler of the model is given beside it."""
+        return {"spectrum": self.spectrum, "draft": self.draft}
 
     def noise(self, seeds: range) -> Tensor:
         """(len(seeds), *shape): one noise for each seed, whatever the other seeds are."""
@@ -90,19 +96,24 @@ def load(args: argparse.Namespace) -> Problem:
         return ddim_schedule(loaded.scheduler, steps, eta=eta)
 
     return Problem(
-        Path(args.model).name, loaded.model, schedule, loaded.info.sample_shape, args.device, loaded.spectrum
-    )
+        Path(args.model).name, loaded.model, schedule, loaded.info.sample_shape, args.device, loaded.spectrum,
+        loaded.draft,
+    )  # fmt: skip
 
 
-def solvers(names: list[str] | None) -> dict[str, Solver]:
-    """The named solvers, the trajectory scope, and quasi-Newton without coarse rounds, which has the fewest rounds.
+def solvers(names: list[str] | None, drafted: bool = False) -> dict[str, Solver]:
+    """The named solvers, the trajectory scope, and quasi-Newton and draft without coarse rounds, for fewest rounds.
 
-    Each once; the one that "auto" stands for says so.
+    drafted: there is a draft of the model. Each once; the one that "auto" stands for says so.
     """
-    known: dict[str, Solver] = {name: resolve(name) for name in NAMED if name != "auto"}
+    known: dict[str, Solver] = {
+        name: resolve(name) for name in NAMED if name != "auto" and (drafted or name != "draft")
+    }
     known["trajectory"] = dq.Anderson(scope="trajectory")
     known[FULL_ROUNDS] = dq.QuasiNewton(coarse=())
-    automatic = resolve("auto")
+    if drafted:
+        known[FULL_DRAFTED] = dq.Drafted(coarse=())
+    automatic = resolve("draft" if drafted else "auto")
     twins = [name for name, solver in known.items() if solver == automatic]
     if not twins:
         known["auto"] = automatic

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen, problem = solvers(args.solvers), load(args)
+    problem = load(args)
+    chosen = solvers(args.solvers, problem.draft is not None)
     facts = environment(args.device)
     rows: list[dict[str, Any]] = []
     for steps in args.steps:
@@ -54,7 +55,7 @@ def _cell(
     schedule, seeds = problem.schedule(steps, eta), range(args.seed, args.seed + args.noises)
     noise = problem.noise(seeds)
     note(f"T = {steps}, eta = {eta:g}: serial ...")
-    chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch, spectrum=problem.spectrum)
+    chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch, **problem.aids)
     reference = chain.serial(noise, generator=problem.generators(seeds)).sample
     rows = []
     for name, solver in chosen.items():
@@ -62,7 +63,7 @@ def _cell(
             note(f"T = {steps}, eta = {eta:g}: {name}, tol {label} ...")
             tol, promised = PROMISED[label]
             sampler = dq.DEQSampler(
-                problem.model, schedule, solver=solver, tol=tol, max_batch=args.max_batch, spectrum=problem.spectrum
+                problem.model, schedule, solver=solver, tol=tol, max_batch=args.max_batch, **problem.aids
             )
             out = sampler.sample(noise, generator=problem.generators(seeds))
             errors = relative_error(out.sample, reference)

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    (solver,) = solvers([args.solver]).values()
     problem, facts, rows = load(args), environment(args.device), []
+    (solver,) = solvers([args.solver], problem.draft is not None).values()
     for steps in args.steps:
         for eta in args.eta:
             for tol in args.tol:
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
                 note(f"T = {steps}, eta = {eta:g}, tol {tol:g}: largest error {max(rows[-1]['errors']):.1e}")
                 write_json(args, facts, rows)
     if args.random:
-        rows += [_random_problems(args, solver, tol) for tol in args.tol]
+        (plain,) = solvers([args.solver]).values()  # there are no drafts of those
+        rows += [_random_problems(args, plain, tol) for tol in args.tol]
         write_json(args, facts, rows)
     print(f"{summary(facts)}\n{problem.name}, {args.solver}, noises from seed {args.seed}\n")
     header = (
@@ -74,9 +75,7 @@ def _cell(
 ) -> dict[str, Any]:
     """One model, schedule and tolerance over all noises."""
     schedule, errors, converged = problem.schedule(steps, eta), [], []
-    sampler = dq.DEQSampler(
-        problem.model, schedule, solver=solver, tol=tol, max_batch=args.max_batch, spectrum=problem.spectrum
-    )
+    sampler = dq.DEQSampler(problem.model, schedule, solver=solver, tol=tol, max_batch=args.max_batch, **problem.aids)
     for first in range(args.seed, args.seed + args.noises, args.batch):
         seeds = range(first, min(first + args.batch, args.seed + args.noises))
         _judge(sampler, problem.noise(seeds), problem.generators(seeds), errors, converged)

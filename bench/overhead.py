@@ -48,7 +48,8 @@ class Stopwatch:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen, problem = solvers(args.solvers), load(args)
+    problem = load(args)
+    chosen = solvers(args.solvers, problem.draft is not None)
     facts = environment(args.device)
     rows = []
     for steps in args.steps:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
                 problem.schedule(steps, args.eta),
                 solver=solver,
                 max_batch=args.max_batch,
-                spectrum=problem.spectrum,
+                **problem.aids,
             )
             runs = [_solve(args, problem, sampler, watch) for _ in range(1 + args.repeats)]
             rows.append({"steps": steps, "solver": name, "first": runs[0], "runs": runs[1:]})

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(args: argparse.Namespace, name: str, problem: Problem, steps: int, batch: int) -> dict[str, Any]:
-    sampler = dq.DEQSampler(problem.model, problem.schedule(steps, 0.0), spectrum=problem.spectrum)
+    sampler = dq.DEQSampler(problem.model, problem.schedule(steps, 0.0), **problem.aids)
     noise = problem.noise(range(batch))
     with torch.no_grad():
         started = time.perf_counter()

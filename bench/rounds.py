@@ -45,8 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen, chain = solvers(args.solvers), CHAINS.get(args.problem)
+    chain = CHAINS.get(args.problem)
     problem = load(args) if chain is None else chain.build(args)
+    chosen = solvers(args.solvers, problem.draft is not None)
     args.steps = args.steps or (STEPS if chain is None else [chain.steps])
     args.eta = args.eta or (ETA if chain is None else [chain.eta])
     if args.plot is not None:
@@ -86,7 +87,7 @@ def _cell(
     for seed in range(args.seed, args.seed + args.noises):
         seeds = range(seed, seed + 1)
         noise = problem.noise(seeds) * schedule.init_noise_sigma
-        chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch, spectrum=problem.spectrum)
+        chain = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch, **problem.aids)
         serial = chain.serial(noise, generator=problem.generators(seeds))
         records["serial"].append(
             {"rounds_to": [steps] * len(args.targets), "rounds": steps, "evaluations": steps, "error": 0.0,
@@ -122,9 +123,7 @@ def _solve(
         return problem.model(x, t)
 
     def sampler(model: Any = problem.model, **settings: Any) -> dq.DEQSampler:
-        return dq.DEQSampler(
-            model, schedule, solver=solver, max_batch=args.max_batch, spectrum=problem.spectrum, **settings
-        )
+        return dq.DEQSampler(model, schedule, solver=solver, max_batch=args.max_batch, **problem.aids, **settings)
 
     curve: list[tuple[int, float]] = []
 

@@ -49,6 +49,7 @@ class ConvDraft(nn.Module):
         alphas = alphas_cumprod.detach().double().cpu()
         self.register_buffer("alphas_cumprod", alphas.float())
         self.register_buffer("log_snr", (alphas / (1 - alphas)).log().float(), persistent=False)
+        self.register_buffer("waves", torch.tensor(WAVES), persistent=False)
         self.register_buffer("variance", spectrum.variance.float(), persistent=False)
         basis = spectrum.basis()
         for name, matrix in zip(BASIS, basis.matrices):
@@ -90,10 +91,9 @@ class ConvDraft(nn.Module):
         below = t.floor().long().clamp(0, len(table) - 2)
         return torch.lerp(table[below], table[below + 1], (t - below).to(table.dtype))
 
-    @staticmethod
-    def _waves(log_snr: Tensor) -> Tensor:
+    def _waves(self, log_snr: Tensor) -> Tensor:
         level = log_snr[:, None] / 4
-        angles = level * level.new_tensor(WAVES)
+        angles = level * self.get_buffer("waves")
         return torch.cat([level, angles.sin(), angles.cos()], 1)
 
     def _linear(self, x: Tensor, signal: Tensor, noise: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     rows.append(main_row)
     _images.save(_images.panels(serial.sample, sample), paths["pictures"])
     print(f"wrote {paths['pictures']}")
-    rows += [_measure(problem, serial.sample, args.curve_images, solver, args.tol)[0] for solver in CURVES]
+    curves = [name for name in CURVES if name != "draft" or problem.kwargs.get("draft") is not None]
+    rows += [_measure(problem, serial.sample, args.curve_images, solver, args.tol)[0] for solver in curves]
     where = str(problem.device)
     if problem.device.type == "cpu":
         where += f", {torch.get_num_threads()} threads"
@@ -147,7 +148,7 @@ def _notes(args: argparse.Namespace, rows: list[Row], where: str) -> list[str]:
     ]
     if args.curve_images < args.images:
         notes.append(
-            f"To save time, the plot and the last {len(CURVES)} rows use the first {args.curve_images} of the "
+            f"To save time, the plot and the last {len(rows) - 2} rows use the first {args.curve_images} of the "
             f"{args.images} images."
         )
     serial, parallel = rows[0], rows[1]
