@@ -109,9 +109,7 @@ def _ways(
             truth = sample if truth is None else truth
             watch, syncs = Syncs(model, args.device), None
             if way == "sample, eager":
-                syncs = watch.count(
-                    lambda m: dq.DEQSampler(m, schedule, solver="quasi-newton", **aids).sample(noise)
-                )
+                syncs = watch.count(lambda m: dq.DEQSampler(m, schedule, solver="quasi-newton", **aids).sample(noise))
         found = stats.get(way)
         rows.append({
             "part": "samples", "model": name, "steps": steps, "way": way, "runs": runs, "syncs": syncs,

@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Stopwatch:
-    """A model that adds up the time of its calls."""
+    """A model, or a draft of it, that adds up the time of its calls."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.model, self.cuda, self.seconds = problem.model, torch.device(problem.device).type == "cuda", 0.0
+    def __init__(self, model: Any, device: str) -> None:
+        self.model, self.cuda, self.seconds = model, torch.device(device).type == "cuda", 0.0
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> Any:
         start = self.now()
@@ -55,15 +55,16 @@ def run(args: argparse.Namespace) -> int:
     for steps in args.steps:
         for name, solver in chosen.items():
             note(f"T = {steps}: {name} ...")
-            watch = Stopwatch(problem)
+            model = Stopwatch(problem.model, args.device)
+            draft = None if problem.draft is None else Stopwatch(problem.draft, args.device)
             sampler = dq.DEQSampler(
-                watch,
+                model,
                 problem.schedule(steps, args.eta),
                 solver=solver,
                 max_batch=args.max_batch,
-                **problem.aids,
+                **problem.aids | {"draft": draft},
             )
-            runs = [_solve(args, problem, sampler, watch) for _ in range(1 + args.repeats)]
+            runs = [_solve(args, problem, sampler, model, draft) for _ in range(1 + args.repeats)]
             rows.append({"steps": steps, "solver": name, "first": runs[0], "runs": runs[1:]})
     print(f"{summary(facts)}\n{problem.name}, B = 1, eta {args.eta:g}, {args.repeats} solves after a first one\n")
     header = (
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         "solver",
         "rounds",
         "model, ms / round",
+        "draft, ms / round",
         "outside, ms / round",
         "outside / whole",
         "first solve",
@@ -82,16 +84,23 @@ def run(args: argparse.Namespace) -> int:
     return 1 if args.check and not all(_holds(row) for row in rows) else 0
 
 
-def _solve(args: argparse.Namespace, problem: Problem, sampler: dq.DEQSampler, watch: Stopwatch) -> dict[str, float]:
-    """One solve. seconds: the whole call; model: inside the model; share: the rest, relative to the whole."""
+def _solve(
+    args: argparse.Namespace, problem: Problem, sampler: dq.DEQSampler, watch: Stopwatch, second: Stopwatch | None
+) -> dict[str, float]:
+    """One solve. seconds: the whole call; model, draft: inside of them; share: the rest, relative to the whole."""
     seeds = range(args.seed, args.seed + 1)
     noise, generators = problem.noise(seeds), problem.generators(seeds)
-    watch.seconds = 0.0
+    watch.seconds, draft = 0.0, second or Stopwatch(None, args.device)
+    draft.seconds = 0.0
     start = watch.now()
     stats = sampler.sample(noise, generator=generators).stats
     whole = watch.now() - start
     rounds = stats.rounds + stats.finished_serially
-    return {"seconds": whole, "model": watch.seconds, "rounds": rounds, "share": 1 - watch.seconds / whole}
+    outside = whole - watch.seconds - draft.seconds
+    return {
+        "seconds": whole, "model": watch.seconds, "draft": draft.seconds, "rounds": rounds, "outside": outside,
+        "share": outside / whole,
+    }  # fmt: skip
 
 
 def _holds(row: dict[str, Any]) -> bool:
@@ -101,9 +110,10 @@ def _holds(row: dict[str, Any]) -> bool:
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     runs = row["runs"]
     model = [1e3 * run["model"] / run["rounds"] for run in runs]
-    outside = [1e3 * (run["seconds"] - run["model"]) / run["rounds"] for run in runs]
+    draft, outside = ([1e3 * run[key] / run["rounds"] for run in runs] for key in ("draft", "outside"))
     return (
-        str(row["steps"]), row["solver"], str(runs[0]["rounds"]), spread(model, ".1f"), spread(outside, ".2f"),
+        str(row["steps"]), row["solver"], str(runs[0]["rounds"]), spread(model, ".1f"), spread(draft, ".2f"),
+        spread(outside, ".2f"),
         spread([100 * run["share"] for run in runs], ".2f", " %"), f"{100 * row['first']['share']:.2f} %",
         "PASS" if _holds(row) else "FAIL",
     )  # fmt: skip

@@ -78,7 +78,7 @@ class Planner:
         self._kind = (*kind, None if options.draft is None else id(options.draft))
         with self._lock:
             self._expectation: Expectation = self._kept.setdefault(
-                ("rounds", *self._kind), Expectation(schedule.num_steps, tol)
+                ("rounds", *self._kind), Expectation(schedule.num_steps, tol, options.draft is not None)
             )
 
     def site(self, noise: Tensor, model_kwargs: dict[str, Any] | None, warm: bool = False) -> Site:

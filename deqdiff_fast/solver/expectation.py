@@ -13,6 +13,7 @@ SHARES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
 EVALUATIONS = (1.2, 1.45, 1.6, 1.85, 2.15, 2.6, 3.25, 3.8)
 ACTIVE = (1.0, 1.0, 1.0, 0.98, 0.95, 0.83, 0.68, 0.58)
 WHOLE = 2.7, 0.42  # the same of all timesteps at once, which begins on coarse grids
+DRAFTED = 2.3, 0.51  # and with a draft: the bundled model and its own
 PER_DECADE = 1.3  # evaluations beyond the first, for one more digit of the sample
 PER_DOUBLING = 1.05  # rounds for twice the samples: the slowest of a batch decides
 FORGET = 0.3  # weight of the newest solve in the running averages
@@ -29,12 +30,12 @@ class Effort(NamedTuple):
 class Expectation:
     """Rounds and evaluations of a solve with a given window, for one schedule and tolerance.
 
-    num_steps: T. tol: relative error allowed in the sample. A solve that was seen corrects the table for its own window
+    num_steps: T. tol: relative error allowed in the sample. drafted: there is a draft. A solve that was seen corrects the table for its own window
     fully, and for windows never tried by the mean of all corrections so far.
     """
 
-    def __init__(self, num_steps: int, tol: float = TRUSTED_TOL) -> None:
-        self.num_steps = num_steps
+    def __init__(self, num_steps: int, tol: float = TRUSTED_TOL, drafted: bool = False) -> None:
+        self.num_steps, self.whole = num_steps, DRAFTED if drafted else WHOLE
         self.strictness = PER_DECADE ** math.log10(TRUSTED_TOL / min(max(tol, 1e-8), 1.0))
         self._seen: dict[tuple[int, int, bool], Effort] = {}  # corrections: factors on the table
         self._general = Effort(1.0, 1.0)
@@ -47,7 +48,7 @@ class Expectation:
         share = width / steps
         evaluations, active = _between(share, EVALUATIONS), _between(share, ACTIVE)
         if width == steps:
-            evaluations, active = WHOLE
+            evaluations, active = self.whole
         evaluations = 1 + (evaluations - 1) * self.strictness
         evaluations = min(max(evaluations, 1.0), width)
         rounds = max(evaluations / (share * active), steps / width, 2.0)
