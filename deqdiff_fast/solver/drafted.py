@@ -23,7 +23,6 @@ class DraftedMemory:
     now: Tensor  # (T, B, D) predictions along the new chain
     plain: Tensor  # (T + 1, B, D) the plain step
     sq_diff: Tensor  # (T, B) of the new chain against the old
-    before: Tensor  # (T, B) int32, scratch of `step_partly`
     known: bool = False
     rounds: int = 0
 
@@ -52,7 +51,7 @@ class Drafted:
     safety: float = 0.7
     freeze: float = 0.01
     strict: float | None = 0.01
-    coarse: tuple[int, ...] = (8, 16)
+    coarse: tuple[int, ...] = (8, 16, 64, 256)
     guess: str = "draft"
 
     def __post_init__(self) -> None:
@@ -81,8 +80,7 @@ class Drafted:
             plan.add(f"drafted.{name}", rows, size.dtype)
         plan.add("drafted.plain", (rows[0] + 1, *rows[1:]), size.dtype)
         plan.add("drafted.sq_diff", rows[:2], size.accumulator)
-        for name in ("filled", "before"):
-            plan.add(f"drafted.{name}", rows[:2], torch.int32)
+        plan.add("drafted.filled", rows[:2], torch.int32)
 
     def scratch(self, size: Size) -> int:
         found: int = ddim_update_bytes(
@@ -91,7 +89,7 @@ class Drafted:
         return found
 
     def start(self, lease: Lease) -> DraftedMemory:
-        names = ("z", "rest", "filled", "made", "now", "plain", "sq_diff", "before")
+        names = ("z", "rest", "filled", "made", "now", "plain", "sq_diff")
         memory = DraftedMemory(**{name: lease[f"drafted.{name}"] for name in names})  # type: ignore[arg-type]
         memory.filled.zero_(), memory.sq_diff.zero_()
         return memory
@@ -141,11 +139,14 @@ class Drafted:
         advance(chain, memory.now, i, active, memory.sq_diff)
 
     def step_partly(self, chain: Chain, memory: DraftedMemory, round: int, evaluated: Tensor) -> None:
-        """`step`, where only rows evaluated: (T,) bool hold what the model said; see `QuasiNewton.step_partly`."""
-        before, missing = memory.before.copy_(memory.filled), ~evaluated[:, None]
-        memory.filled.masked_fill_(missing, 0)
+        """`step`, where only rows evaluated: (T,) bool hold what the model said.
+
+        What was interpolated is no end of a secant: iterates are soon so close to each other that what is wrong with it
+        would be most of the difference.
+        """
+        memory.filled.masked_fill_(~evaluated[:, None], 0)
         self.step(chain, memory, round)
-        torch.where(missing, before.add_(1).clamp_max_(self.history + 1), memory.filled, out=memory.filled)
+        memory.filled.masked_fill_(~evaluated[:, None], 0)
 
     def settle(self, chain: Chain, memory: DraftedMemory, round: int, old: Bounds, new: Bounds) -> None:
         """The states come from the last evaluation already."""

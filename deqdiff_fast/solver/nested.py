@@ -24,6 +24,7 @@ from .contraction import TINY
 from .task import Evaluate
 from .window import Window
 
+LONG = 256  # timesteps of a long chain
 ROUGH = 8  # the fewest intervals of a grid on a chain that adds noise
 
 
@@ -121,10 +122,11 @@ def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int,
     Those of `solver.coarse` that leave out at least half of the timesteps. Where noise is added on the way the
     remainder is rough: there only the finest grid that leaves out three fifths is worth its round, for what coarser
     ones find between their timesteps is wrong by more than what it replaces, and none is with fewer than `ROUGH`
-    intervals. None where a window slides.
+    intervals. What a draft leaves of a prediction follows the noise less: with one a long chain takes all its grids.
+    None where a window slides.
     """
     wanted: tuple[int, ...] = getattr(solver, "coarse", ()) if window >= steps else ()
-    if not stochastic:
+    if not stochastic or (steps >= LONG and hasattr(solver, "foretold")):
         return tuple(count for count in wanted if 2 * (count + 1) <= steps)
     usable = [count for count in wanted if count >= ROUGH and 5 * (count + 1) <= 2 * steps]
     return (max(usable),) if usable else ()
