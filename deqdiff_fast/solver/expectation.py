@@ -30,8 +30,8 @@ class Effort(NamedTuple):
 class Expectation:
     """Rounds and evaluations of a solve with a given window, for one schedule and tolerance.
 
-    num_steps: T. tol: relative error allowed in the sample. drafted: there is a draft. A solve that was seen corrects the table for its own window
-    fully, and for windows never tried by the mean of all corrections so far.
+    num_steps: T. tol: relative error allowed in the sample. drafted: there is a draft. A solve that was seen corrects
+    the table for its own window fully, and for windows never tried by the mean of all corrections so far.
     """
 
     def __init__(self, num_steps: int, tol: float = TRUSTED_TOL, drafted: bool = False) -> None:
