@@ -117,7 +117,8 @@ def summary(solution: Any, steps: int, batch: int) -> str:
         made = f"{'serial chain' if stats.solver == 'serial' else made}, since {stats.plan.reason}"
     text = (
         f"{batch} image{'s' * (batch != 1)}, {steps} timesteps, {made}: "
-        f"{stats.rounds} rounds, {stats.model_evals} model evaluations, {stats.wall_seconds:.2f} s"
+        f"{stats.rounds} rounds, {stats.model_evals} model evaluations"
+        f"{f' and {stats.draft_evals} of its draft' if stats.draft_evals else ''}, {stats.wall_seconds:.2f} s"
     )
     if stats.stop_reason == "replanned":
         text += f"; {stats.finished_serially} steps were finished serially, which had become the faster way"
