@@ -11,9 +11,14 @@ from torch import Tensor
 from .schedule import Schedule
 
 
-def check_model(model: object, name: str = "model") -> None:
+def check_model(model: object) -> None:
     if not callable(model):
-        raise TypeError(f"{name}: expected a callable model(x, t, **model_kwargs), got {type(model).__name__}")
+        raise TypeError(f"model: expected a callable model(x, t, **model_kwargs), got {type(model).__name__}")
+
+
+def check_draft(draft: object) -> None:
+    if not callable(draft):
+        raise TypeError(f"draft: expected a callable like the model, draft(x, t), or None, got {type(draft).__name__}")
 
 
 def check_schedule(schedule: object) -> None:

@@ -60,7 +60,7 @@ class Options:
         arguments.check_schedule(schedule)
         resolved, spectrum, draft = resolve(solver), given["spectrum"], given["draft"]
         if draft is not None:
-            arguments.check_model(draft, "draft")
+            arguments.check_draft(draft)
             resolved = Drafted() if isinstance(solver, str) and solver == "auto" else resolved
         elif isinstance(resolved, Drafted):
             raise ValueError("solver: 'draft' needs DEQSampler(draft=...), a cheap stand-in for the model; got None")
