@@ -113,7 +113,7 @@ class Drafted:
             memory.plain, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi, chain.sq_diff,
             chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
-        usable = min(self.history, memory.rounds)
+        usable = min(self.history, memory.rounds) if chain.lo.device.type == "cpu" else self.history
         older = [(column - k) % (self.history + 1) for k in range(1, usable + 1)]
         secants = Secants(memory.z, memory.rest, memory.filled, column, older, first, last, self.ridge, self.floor)
         lags = chain.state_coef.shape[1]
