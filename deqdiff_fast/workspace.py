@@ -103,6 +103,7 @@ class Workspace:
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
         elif kind == "draft":
             draft_chain(chain, [0] * chain.batch, [chain.num_steps] * chain.batch)
+            getattr(self.solver, "guessed", lambda chain, memory: None)(chain, self.memory)
         else:
             gaussian_guess(chain, self.system.linear)
 

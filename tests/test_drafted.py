@@ -44,7 +44,7 @@ def test_a_perfect_draft_leaves_one_round(mixture, ddim, noise):
     assert found.converged.all()
     assert off < 1e-5
     assert found.stats.model_evals == 20 * 2
-    assert found.stats.draft_evals >= 2 * 20 * 2
+    assert found.stats.draft_evals == 2 * 20 * 2  # the guess, and the chain after the round
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

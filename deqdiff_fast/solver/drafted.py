@@ -94,6 +94,11 @@ class Drafted:
         memory.filled.zero_(), memory.sq_diff.zero_()
         return memory
 
+    def guessed(self, chain: Chain, memory: DraftedMemory) -> None:
+        """The states and predictions are those of the draft's chain."""
+        memory.made.copy_(chain.predictions)
+        memory.known = True
+
     def foretold(self, chain: Chain, memory: DraftedMemory) -> Tensor:
         """(T, B, D): what the draft says at the states as they are."""
         assert chain.draft is not None
