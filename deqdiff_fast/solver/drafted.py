@@ -97,7 +97,7 @@ class Drafted:
     def guessed(self, chain: Chain, memory: DraftedMemory) -> None:
         """The states and predictions are those of the draft's chain."""
         memory.made.copy_(chain.predictions)
-        memory.known = True
+        memory.known = on_host(chain)
 
     def foretold(self, chain: Chain, memory: DraftedMemory) -> Tensor:
         """(T, B, D): what the draft says at the states as they are."""
@@ -105,7 +105,7 @@ class Drafted:
         if not memory.known:
             states = chain.states[:-1]
             memory.made.copy_(heard(chain.draft.rows(states), chain.slope[:, None], states))
-        memory.known = chain.states.device.type == "cpu"  # elsewhere every round is to be the same device work
+        memory.known = on_host(chain)
         return memory.made
 
     def step(self, chain: Chain, memory: DraftedMemory, round: int) -> None:
@@ -118,7 +118,7 @@ class Drafted:
             memory.plain, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi, chain.sq_diff,
             chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
-        usable = min(self.history, memory.rounds) if chain.lo.device.type == "cpu" else self.history
+        usable = min(self.history, memory.rounds) if on_host(chain) else self.history
         older = [(column - k) % (self.history + 1) for k in range(1, usable + 1)]
         secants = Secants(memory.z, memory.rest, memory.filled, column, older, first, last, self.ridge, self.floor)
         lags = chain.state_coef.shape[1]
@@ -166,9 +166,14 @@ def heard(said: Tensor, slope: Tensor, states: Tensor) -> Tensor:
     return torch.where(said.abs() < WILD, said, slope * states)
 
 
+def on_host(chain: Chain) -> bool:
+    """Whether work may depend on what is known; on a device every round is to be the same work, to be recorded."""
+    return chain.states.device.type == "cpu"
+
+
 def span(chain: Chain) -> tuple[int, int]:
     """The timesteps that are being solved, as far as the host may know them without waiting."""
-    if chain.lo.device.type != "cpu":
+    if not on_host(chain):
         return 0, chain.num_steps
     bounds = [(a, b) for a, b in zip(chain.lo.tolist(), chain.hi.tolist()) if a < b]
     return (min(a for a, _ in bounds), max(b for _, b in bounds)) if bounds else (0, 0)
