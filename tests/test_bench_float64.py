@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from bench._float64 import ShiftedConv2d, quicken
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are in the checkout only
+
+from bench._float64 import ShiftedConv2d, quicken  # noqa: E402
 
 
 @pytest.mark.parametrize("bias", [True, False])
