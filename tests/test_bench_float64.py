@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+_path = list(sys.path)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are in the checkout only
-
 from bench._float64 import ShiftedConv2d, quicken  # noqa: E402
+
+sys.path[:] = _path
 
 
 @pytest.mark.parametrize("bias", [True, False])
