@@ -149,9 +149,8 @@ class DEQSampler:
         options = self.options
         tol = tol or min(ADJOINT_TOL, options.tol or ADJOINT_TOL)
         plain = getattr(self.solver, "slope", None) in ("auto", "scalar", None)  # a spectrum has the shape of an image
-        plain = (
-            plain and not isinstance(self.solver, Drafted) and not hasattr(self.solver, "drive")
-        )  # which may want more of a chain than an adjoint one has
+        # neither a draft nor a solver that makes its own rounds, which may want more of a chain than an adjoint one has
+        plain = plain and not isinstance(self.solver, Drafted) and not hasattr(self.solver, "drive")
         solver = self.solver if plain and self.solver.max_rounds is None else "quasi-newton"
         sampler = DEQSampler(
             model, schedule, solver=solver, tol=tol, max_batch=options.max_batch, backend=options.backend

@@ -71,7 +71,7 @@ def solve_rounds(
     def open_(system: System) -> Workspace:
         return Workspace.open(system, solver, stats.window, options.memory, options.backend)
 
-    given = (solver, stats.window, tolerance, freeze, warm, options.draft)
+    given = (solver, stats.window, tolerance, freeze, warm, id(options.draft))
     recorded = late is not None and not getattr(system.draft, "conditional", False)
     with (
         torch.no_grad(),

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     rows.append(main_row)
     _images.save(_images.panels(serial.sample, sample), paths["pictures"])
     print(f"wrote {paths['pictures']}")
-    curves = [name for name in CURVES if name != "draft" or problem.kwargs.get("draft") is not None]
+    curves = [name for name in CURVES if name != "draft" or problem.draft is not None]
     rows += [_measure(problem, serial.sample, args.curve_images, solver, args.tol)[0] for solver in curves]
     where = str(problem.device)
     if problem.device.type == "cpu":

@@ -99,7 +99,7 @@ def invert(problem: Any, image: Any, method: str, args: argparse.Namespace) -> A
 
         inverter = DEQInverter(
             problem.model, problem.schedule, method, tol=args.tol, max_rounds=args.max_rounds, window=args.window,
-            **{name: value for name, value in problem.kwargs.items() if name != "draft"},  # of samplers only
+            **problem.kwargs,
         )  # fmt: skip
         return inverter.invert(image, generator=problem.streams(len(image)), callback=watch)
 

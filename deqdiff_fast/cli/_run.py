@@ -36,6 +36,9 @@ class Problem:
     device: torch.device
     dtype: torch.dtype
     kwargs: dict[str, Any] = field(default_factory=dict)
+    """Of samplers and inverters."""
+    draft: Any = None
+    """Of samplers."""
 
     def streams(self, batch: int) -> list[torch.Generator]:
         """A fresh generator for each image."""
@@ -49,7 +52,7 @@ class Problem:
         return noise.to(self.device, self.dtype), streams
 
     def sampler(self, **settings: Any) -> DEQSampler:
-        return DEQSampler(self.model, self.schedule, **{**self.kwargs, **settings})
+        return DEQSampler(self.model, self.schedule, **{**self.kwargs, "draft": self.draft, **settings})
 
 
 def pick_device(name: str) -> torch.device:
@@ -85,8 +88,8 @@ def load_problem(
             "unconditional models: use DEQSampler with model_kwargs in Python"
         )
     schedule = ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing, clip=clip)
-    options = {"max_batch": max_batch, "spectrum": loaded.spectrum, "draft": loaded.draft}
-    return Problem(loaded.model, schedule, loaded.info, seed, where, precision, options)
+    options = {"max_batch": max_batch, "spectrum": loaded.spectrum}
+    return Problem(loaded.model, schedule, loaded.info, seed, where, precision, options, loaded.draft)
 
 
 def solve(
