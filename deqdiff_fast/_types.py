@@ -44,6 +44,9 @@ class Rows:
 class DraftRows(Protocol):
     """A cheap stand-in for the model, on rows of a chain, in the coordinates of its solver."""
 
+    evals: int
+    """Rows that it was called on so far."""
+
     def row(self, step: int, states: Tensor) -> Tensor:
         """(B, D) states of timestep `step` -> (B, D) predictions."""
         ...

@@ -42,7 +42,7 @@ def conclude(
         stats.stop_reason = "callback"
     done = torch.tensor([front == system.num_steps for front in fronts])
     stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
-    stats.draft_evals = getattr(system.draft, "evals", 0)
+    stats.draft_evals = 0 if system.draft is None else system.draft.evals
     shape = (system.batch, *system.shape)
     trajectory = None
     if keep:

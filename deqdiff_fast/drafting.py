@@ -18,14 +18,9 @@ class DraftCalls:
     """
 
     def __init__(self, system: System) -> None:
-        self.system = system
+        self.system, self.evals = system, 0
         self._step = torch.arange(system.num_steps, device=system.device)
         self._sample = torch.arange(system.batch, device=system.device)
-
-    @property
-    def evals(self) -> int:
-        """Rows that it was called on so far."""
-        return self.system.model_evals
 
     @property
     def conditional(self) -> bool:
@@ -44,6 +39,7 @@ class DraftCalls:
         return torch.cat(made).view_as(states)
 
     def _ask(self, states: Tensor, step: Tensor, sample: Tensor, key: Any) -> Tensor:
+        self.evals += len(states)
         try:
             return self.system.predict(states, step, self.system.expand_kwargs(sample, key))
         except ModelOutputError as error:

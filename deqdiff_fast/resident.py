@@ -116,5 +116,7 @@ class Residents:
                 target.copy_(value)
         old = resident.work.system
         old.model_evals = old.model_calls = 0
+        if old.draft is not None:
+            old.draft.evals = 0
         resident.work.restart()
         return resident
