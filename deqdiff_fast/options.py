@@ -102,7 +102,15 @@ class Options:
 
     def freeze(self, dtype: torch.dtype) -> float:
         """What a timestep may have left to go, relative to its size, to be final while later ones are not."""
-        return self.solver.freeze / self.solver.safety * self.tolerance(dtype)
+        return self.solver.freeze * self.left(dtype)
+
+    def reach(self, dtype: torch.dtype) -> float:
+        """The relative residual at which a sample may end where its residuals fall fast enough."""
+        return getattr(self.solver, "reach", 0.0) * self.left(dtype)
+
+    def left(self, dtype: torch.dtype) -> float:
+        """The relative error allowed in a sample."""
+        return self.tolerance(dtype) / self.solver.safety
 
     @staticmethod
     def floor(dtype: torch.dtype) -> float:

@@ -9,6 +9,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast import solve
+from deqdiff_fast.kernels.advance_window import limit
 from deqdiff_fast.kernels.judge_steps import FASTEST, SLOWEST
 from deqdiff_fast.solver import Late
 from deqdiff_fast.solver.contraction import Vigil, forget, judge
@@ -24,6 +25,24 @@ def judged(*steps):
         diff, norm = torch.tensor([[step**2 * 4.0]], dtype=torch.float64), torch.full((1, 1), 4.0, dtype=torch.float64)
         judge(diff, norm, previous, FREEZE, FLOOR)
     return float((diff / norm).sqrt())
+
+
+def ends(before, reach=3.0, left=1.0):
+    """The longest step at which a sample may end that moved by `before` in the round before."""
+    return float(limit(torch.tensor([before], dtype=torch.float64), 0.7, reach, left))
+
+
+def test_a_sample_ends_where_what_its_steps_leave_is_allowed():
+    for before in (2.0, 5.0, 10.0, 11.9):
+        longest = ends(before)
+        rho = longest / before
+        assert longest * rho / (1 - rho) == pytest.approx(1.0)
+        assert longest < 3.0
+    assert ends(1e6) == 3.0  # however fast the steps get shorter
+    assert ends(0.5) == 0.7  # a short step does as it is
+    for unknown in (0.0, math.inf, math.nan):
+        assert ends(unknown) == 0.7
+    assert ends(1e6, reach=0.0, left=0.0) == 0.7
 
 
 def test_a_first_step_counts_as_it_is():

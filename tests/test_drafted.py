@@ -92,7 +92,7 @@ def test_a_linear_draft_is_quasi_newton(mixture, ddim, noise):
     def linear(x: Tensor, t: Tensor) -> Tensor:
         return x * torch.stack([slope[int(k)] for k in t])[:, None, None, None]
 
-    found, _ = solved(model, schedule, noise(), linear, solver=dq.Drafted(coarse=()))
+    found, _ = solved(model, schedule, noise(), linear, solver=dq.Drafted(coarse=(), reach=0.0))
     newton, _ = solved(model, schedule, noise(), None, solver=dq.QuasiNewton(slope="scalar", coarse=()))
     assert found.stats.rounds == newton.stats.rounds
     # the first rounds: later ones divide by what rounding left

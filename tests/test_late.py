@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deqdiff_fast as dq
 from deqdiff_fast import solve
 from deqdiff_fast.kernels import advance_window, copy_rows
+from deqdiff_fast.kernels.advance_window import limit
 from deqdiff_fast.solver import Late
 from deqdiff_fast.solver.base import forget_rows
 from deqdiff_fast.solver.late import _Loop
@@ -60,6 +61,7 @@ def test_advance_window_decides_as_the_host_does(seed):
     hi = torch.full((batch,), width, dtype=torch.int32)
     was, verdict = torch.zeros(2, batch, dtype=torch.int32), torch.zeros(4, batch, dtype=torch.float64)
     rows = torch.empty(steps * batch + 5, dtype=torch.int64)
+    ends, worst = ((1e-2, 0.0, 0.0), (1e-2, 1.0, 0.3))[seed // 3], [0.0] * batch
     for _ in range(60):
         residual = 10 ** (4 * torch.rand(steps, batch, generator=draw, dtype=torch.float64) - 4.5)
         first = {}
@@ -70,10 +72,11 @@ def test_advance_window_decides_as_the_host_does(seed):
                 first[b] = live[len(live) // 2]
                 residual[first[b], b] = (float("nan"), float("inf"))[seed % 2]
         old_lo, old_hi = list(window.lo), list(window.hi)
-        advance_window(residual.square(), torch.ones_like(residual), lo, hi, was, verdict, rows, 1e-3, 1e-2, width)
+        advance_window(residual.square(), torch.ones_like(residual), lo, hi, was, verdict, rows, 1e-3, ends[0], width, *ends[1:])
         for b, step in first.items():
             residual[step : old_hi[b], b] = float("inf")
-        worst = window.advance(residual.t().tolist(), 1e-3, 1e-2)
+        limits = limit(torch.tensor(worst, dtype=torch.float64), *ends).tolist()
+        worst = window.advance(residual.t().tolist(), 1e-3, limits)
         assert lo.tolist() == window.lo == verdict[0].int().tolist()
         assert hi.tolist() == window.hi == verdict[1].int().tolist()
         assert was[0].tolist() == old_lo

@@ -43,6 +43,19 @@ def test_grids_that_are_worth_their_round():
     assert ladder(dq.Picard(), 100, 100, False) == ()
 
 
+def test_grids_beside_a_draft_are_made_to_fit():
+    solver = dq.Drafted(coarse=(8, 32))
+    assert ladder(solver, 9, 9, False) == ()
+    assert ladder(solver, 20, 20, False) == (8,)
+    assert ladder(solver, 28, 28, False) == (8, 13)
+    assert ladder(solver, 50, 50, False) == (8, 24)
+    assert ladder(solver, 1000, 1000, False) == (8, 32)
+    assert ladder(solver, 50, 50, True) == (19,)
+    assert ladder(solver, 1000, 1000, True) == (8, 32)
+    assert ladder(dq.Drafted(coarse=(4,)), 50, 50, False) == (4,)
+    assert ladder(dq.Drafted(coarse=()), 50, 50, False) == ()
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_same_sample_for_fewer_evaluations(mixture, ddim, noise, relative_error, eta):
     model, schedule, start = mixture(), ddim(100, eta=eta), noise(3)

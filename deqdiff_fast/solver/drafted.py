@@ -39,7 +39,9 @@ class Drafted:
     cheap propagator is a coarser step of the same model, and draft models in speculative decoding (Leviathan et al.
     2023, arXiv 2211.17192).
 
-    coarse, ridge, floor, safety, freeze, strict: as for `QuasiNewton`. The draft is called T times one after the other
+    coarse, ridge, floor, safety, freeze, strict: as for `QuasiNewton`. reach: a solve may also end at steps of up to
+    `reach` times the tolerance, where they shrink so fast from round to round that what is left to go is below the
+    tolerance (Aitken); 0 for never. The draft is called T times one after the other
     in every round, on the rows that are not final, which counts in `Stats.draft_evals` and not as rounds.
     """
 
@@ -49,9 +51,10 @@ class Drafted:
     max_rounds: int | None = None
     tol: float | None = None
     safety: float = 0.7
+    reach: float = 3.0
     freeze: float = 0.01
     strict: float | None = 0.01
-    coarse: tuple[int, ...] = (8, 16, 64, 256)
+    coarse: tuple[int, ...] = (8, 32)
     guess: str = "draft"
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..kernels.advance_window import limit
 from .base import Chain, Solver, Stepper
 from .contraction import TINY, Vigil, forget, judge
 from .late import Board, Late, iterate_late
@@ -30,6 +31,9 @@ def iterate(
     max_rounds: int,
     report: Callable[[int, Window, Tensor], object],
     floor: float = 0.0,
+    reach: float = 0.0,
+    left: float = 0.0,
+    before: Tensor | None = None,
     start: int = 0,
     made: int = 0,
     late: Late | None = None,
@@ -43,7 +47,9 @@ def iterate(
     evaluate(rows, round) fills predictions; rebuild(old, new, broken) guesses the states of rows old[b] <= i < new[b],
     which enter the window or were lost to an overflow; diagnose(step, sample, round) says whether a non-finite row is
     the model's fault, and then returns the error. freeze, floor: see `contraction.judge`; finish: the relative step
-    below which all rows must be for the solve to end. start: how many rows are final already; made: how many of
+    below which all rows must be for the solve to end. reach, left: a sample whose window is the whole chain may also
+    end at steps up to `reach`, where they shrink so fast that less than `left` is left to go; before: (B,), the longest
+    steps of the round before, if there was one. start: how many rows are final already; made: how many of
     max_rounds have been made. late: how far the host may run ahead of what it knows of a device (None: it looks at
     every round before the next one). pad: rows of a model call -> rows that it is made with; play: how a piece of
     device work that repeats is run; board: the memory that it needs on the device. These are for `late` only.
@@ -51,7 +57,7 @@ def iterate(
     """
     task = Task(
         chain, cast(Stepper, solver), memory, evaluate, rebuild, diagnose, freeze, finish, max_rounds, report, floor,
-        start, made, pad, play, board, warm,
+        start, made, pad, play, board, warm, reach, left, before,
     )  # fmt: skip
     if callable(getattr(solver, "drive", None)):
         return cast(Driver, solver).drive(task)
@@ -66,6 +72,9 @@ def _iterate_host(task: Task) -> Progress:
     forget(previous)
     by_step = bool(getattr(solver, "by_step", False))
     strict, vigil = torch.ones_like(previous[0]), Vigil(chain.batch, solver, task.finish)
+    ends, longest = task.ends(), torch.zeros(chain.batch, dtype=torch.float64)
+    if task.before is not None:
+        longest.copy_(task.before)
     while not window.done and progress.rounds < task.max_rounds and not progress.stopped:
         progress.rounds += 1
         lo, hi = list(window.lo), list(window.hi)
@@ -83,7 +92,8 @@ def _iterate_host(task: Task) -> Progress:
             if error is not None:
                 raise error
             residual[step : hi[b], b] = float("inf")
-        worst = window.advance(residual.t().tolist(), task.freeze, task.finish)
+        worst = window.advance(residual.t().tolist(), task.freeze, limit(longest, *ends).tolist())
+        longest = torch.tensor(worst, dtype=torch.float64)
         solver.settle(chain, task.memory, progress.rounds, lo, list(window.lo))
         if broken:
             progress.repairs += 1
@@ -97,6 +107,7 @@ def _iterate_host(task: Task) -> Progress:
         for b in vigil.look(worst):
             strict[b : b + 1].fill_(vigil.strict)
             take_up(task, window, b)
+            longest[b] = 0
         progress.trace.append(torch.tensor(worst, dtype=residual.dtype))
         progress.stopped = task.report(progress.rounds, window, progress.trace[-1]) is True
     return progress

@@ -86,8 +86,11 @@ class Board(NamedTuple):
             torch.ones_like(chain.sq_diff[0]),
         )
 
-    def start(self, chain: Chain, window: Window) -> None:
-        """The bounds and rows of the first window, which is the same for all samples."""
+    def start(self, chain: Chain, window: Window, before: Tensor | None) -> None:
+        """The bounds and rows of the first window, which is the same for all samples; before: see `iterate`."""
+        self.verdict.zero_()
+        if before is not None:
+            self.verdict[3].copy_(before)
         lo, hi = window.lo[0], window.hi[0]
         chain.lo.fill_(lo), chain.hi.fill_(hi)
         forget(self.previous)
@@ -120,9 +123,10 @@ class _Loop:
         self.task, self.policy, self.chain = task, policy, chain
         self.window = Window(chain.num_steps, chain.batch, chain.window, task.start)
         self.progress = Progress(self.window, task.made)
+        self.finish, self.reach, self.left = task.ends()
         self.sliding = chain.window < chain.num_steps
         self.board = task.board or Board.make(chain, task.pad(self.window.count))
-        self.board.start(chain, self.window)
+        self.board.start(chain, self.window, task.before)
         self.active = self.window.count  # when the round that was read last began
         self.mail = Mailbox(self.board.verdict)
         self.period = int(getattr(task.solver, "period", 0))
@@ -154,8 +158,7 @@ class _Loop:
         )  # fmt: skip
         advance_window(
             chain.sq_diff, chain.sq_norm, chain.lo, chain.hi, board.was, board.verdict, board.rows, task.freeze,
-            task.finish, chain.window,
-            backend=chain.backend,
+            self.finish, chain.window, self.reach, self.left, backend=chain.backend,
         )  # fmt: skip
         task.solver.settle(chain, task.memory, round, self.board.was[0], chain.lo)
         if self.sliding:
@@ -181,6 +184,7 @@ class _Loop:
         window, chain, listed = self.window, self.chain, self.board.rows
         for b in self.hanging:
             self.board.strict[b : b + 1].fill_(self.vigil.strict)
+            self.board.verdict[3, b : b + 1].fill_(0)
             take_up(self.task, window, b)
         self.hanging.clear()
         self.active = window.count

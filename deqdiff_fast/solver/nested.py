@@ -122,11 +122,16 @@ def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int,
     Those of `solver.coarse` that leave out at least half of the timesteps. Where noise is added on the way the
     remainder is rough: there only the finest grid that leaves out three fifths is worth its round, for what coarser
     ones find between their timesteps is wrong by more than what it replaces, and none is with fewer than `ROUGH`
-    intervals. What a draft leaves of a prediction follows the noise less: with one a long chain takes all its grids.
-    None where a window slides.
+    intervals. None where a window slides.
+
+    With a draft, the first grid that is too fine is made to fit, if it is then finer than the one before by half; and
+    what a draft leaves of a prediction follows the noise less, so a long chain takes all its grids.
     """
     wanted: tuple[int, ...] = getattr(solver, "coarse", ()) if window >= steps else ()
-    if not stochastic or (steps >= LONG and hasattr(solver, "foretold")):
-        return tuple(count for count in wanted if 2 * (count + 1) <= steps)
-    usable = [count for count in wanted if count >= ROUGH and 5 * (count + 1) <= 2 * steps]
-    return (max(usable),) if usable else ()
+    drafted = hasattr(solver, "foretold")
+    smooth = not stochastic or (drafted and steps >= LONG)
+    finest = steps // 2 - 1 if smooth else 2 * steps // 5 - 1
+    usable = [count for count in wanted if count <= finest and (smooth or count >= ROUGH)]
+    if drafted and len(usable) < len(wanted) and 2 * finest >= 3 * max(usable, default=ROUGH):
+        usable.append(finest)
+    return tuple(usable) if smooth or not usable else (max(usable),)

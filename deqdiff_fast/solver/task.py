@@ -46,6 +46,14 @@ class Task:
     board: Any = None
     """The `late.Board` of a loop whose work is recorded."""
     warm: bool = False
+    reach: float = 0.0
+    left: float = 0.0
+    before: Tensor | None = None
+
+    def ends(self) -> tuple[float, float, float]:
+        """finish, reach, left; rows that enter a window say nothing about how fast the others settle."""
+        whole = self.chain.window >= self.chain.num_steps
+        return self.finish, self.reach if whole else 0.0, self.left if whole else 0.0
 
 
 @dataclass

@@ -37,13 +37,13 @@ class Window:
         flat = (picked[:, 0] + int(step[0])) * len(self.lo) + picked[:, 1]
         return Rows(flat, int(step[0]), int(step[-1]) + 1, len(flat))
 
-    def advance(self, residual: list[list[float]], freeze: float, finish: float) -> list[float]:
+    def advance(self, residual: list[list[float]], freeze: float, finish: list[float]) -> list[float]:
         """Slide past what has converged; residual[b][i], Inf from a broken row on. Returns the largest of each sample.
 
         Row lo[b] was evaluated at a final state, so it is final now whatever its residual. After it, a row is final
         when its residual is at most `freeze` and all rows before it are final: an error that is frozen early is carried
-        along and may grow, so `freeze` is strict. All rows up to the sample are final when none is above `finish`: what
-        is left in them shrinks in the last step once more. The same decisions on a device: `kernels.advance_window`.
+        along and may grow, so `freeze` is strict. All rows up to the sample are final when none is above `finish[b]`:
+        what is left in them shrinks in the last step once more. The same decisions on a device: `kernels.advance_window`.
         """
         worst = [0.0] * len(self.lo)
         for b, (lo, hi) in enumerate(zip(self.lo, self.hi)):
@@ -54,7 +54,7 @@ class Window:
                 front += 1
             rest = max(found[front:hi], default=0.0)
             worst[b] = max(rest, *found[lo:front])
-            if hi == self.num_steps and rest <= finish:
+            if hi == self.num_steps and rest <= finish[b]:
                 front = self.num_steps
             self.lo[b], self.hi[b] = front, min(self.num_steps, front + self.width)
         return worst

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from .. import _dispatch
 from .reference import advance_window as _reference
+from .reference import limit
 
-__all__ = ["advance_window"]
+__all__ = ["advance_window", "limit"]
 
 _SCHEMA = (
     "(Tensor sq_diff, Tensor sq_norm, Tensor(a!) lo, Tensor(b!) hi, Tensor(c!) was, Tensor(d!) verdict, "
-    "Tensor(e!) rows, float freeze, float finish, int width) -> ()"
+    "Tensor(e!) rows, float freeze, float finish, int width, float reach=0.0, float left=0.0) -> ()"
 )
 
 
@@ -27,6 +28,8 @@ def advance_window(
     freeze: float,
     finish: float,
     width: int,
+    reach: float = 0.0,
+    left: float = 0.0,
     *,
     backend: str = "auto",
 ) -> None:
@@ -34,7 +37,8 @@ def advance_window(
 
     Row lo[b] was evaluated at a final state, so it is final now. After it, a row is final when its relative residual
     r[i] = sqrt(sq_diff[i] / sq_norm[i]) is at most `freeze` and all rows before it are; all rows up to T are final when
-    hi[b] = T and none is above `finish`. From the first row on whose residual is not finite, residuals count as Inf.
+    hi[b] = T and none is above `finish`, or none above `reach` and, at the rate at which the sample's largest residual
+    fell since the round before, at most `left` is left to go (`reference.limit`). From the first row on whose residual is not finite, residuals count as Inf.
 
     Args:
         sq_diff, sq_norm: (T, B) float32 or float64, as the solver step leaves them.
@@ -42,9 +46,10 @@ def advance_window(
         was: (2, B) int32, receives the old lo, and max(old hi, new lo): rows [was[0], lo) have become final, rows
             [was[1], hi) enter the window.
         verdict: (4, B) float32 or float64, receives lo, hi, the first row that is not finite (T: none), and the largest
-            residual of the old window (0 where it was empty).
+            residual of the old window (0 where it was empty); its last row is that of the round before, 0 if unknown.
         rows: (N,) int64, receives the active rows i * B + b in ascending order (the first N of them), then T * B.
         width: rows of a window.
+        reach, left: 0 for samples that end by `finish` alone.
         backend: as for `ddim_update`; there is no C++ form, "cpp" means the reference.
 
     Raises:
@@ -60,7 +65,7 @@ def advance_window(
         ("rows", rows, (rows.numel(),), (torch.int64,)),
     ):
         _dispatch._expect(name, tensor, shape, dtypes, sq_diff.device)
-    args = (sq_diff, sq_norm, lo, hi, was, verdict, rows, freeze, finish, width)
+    args = (sq_diff, sq_norm, lo, hi, was, verdict, rows, freeze, finish, width, reach, left)
     if backend == "auto" and _dispatch.dispatched(sq_diff):
         _op(*args)
     else:
@@ -79,9 +84,9 @@ def _run(backend: str, sq_diff: Tensor, *args: Tensor | float) -> None:
 
 def _auto(
     sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, was: Tensor, verdict: Tensor, rows: Tensor,
-    freeze: float, finish: float, width: int,
+    freeze: float, finish: float, width: int, reach: float = 0.0, left: float = 0.0,
 ) -> None:  # fmt: skip
-    _run("auto", sq_diff, sq_norm, lo, hi, was, verdict, rows, freeze, finish, width)
+    _run("auto", sq_diff, sq_norm, lo, hi, was, verdict, rows, freeze, finish, width, reach, left)
 
 
 _op = torch.library.custom_op(

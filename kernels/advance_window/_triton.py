@@ -22,13 +22,18 @@ def residuals(sq_diff, sq_norm, i, b, B, inside):
 
 @triton.jit(do_not_specialize=["T", "width"])
 def bounds_kernel(
-    sq_diff, sq_norm, lo, hi, was, verdict, T, B, width, freeze: tl.float64, finish: tl.float64, SPAN: tl.constexpr
+    sq_diff, sq_norm, lo, hi, was, verdict, T, B, width, freeze: tl.float64, finish: tl.float64, reach: tl.float64,
+    left: tl.float64, SPAN: tl.constexpr,
 ):  # fmt: skip
     """One sample. was (2, B), verdict (4, B): see reference.py."""
     b = tl.program_id(0)
     first, last = tl.maximum(tl.load(lo + b), 0), tl.minimum(tl.load(hi + b), T)
     span = tl.arange(0, SPAN)
     least, limit = tl.full((), freeze, sq_diff.dtype.element_ty), tl.full((), finish, sq_diff.dtype.element_ty)
+    most, rest = tl.full((), reach, sq_diff.dtype.element_ty), tl.full((), left, sq_diff.dtype.element_ty)
+    previous = tl.load(verdict + 3 * B + b).to(sq_diff.dtype.element_ty)
+    previous = tl.where((previous > 0) & (previous < float("inf")), previous, 0.0)  # not so for NaN either
+    limit = tl.maximum(limit, tl.minimum(most, (tl.sqrt(rest * rest + 4.0 * rest * previous) - rest) / 2.0))
     broken, front, worst = T, last, tl.zeros((), sq_diff.dtype.element_ty)
     for start in tl.range(first, last, SPAN):
         i = start + span
@@ -80,11 +85,12 @@ def rows_kernel(lo, hi, rows, T, B, N, SPAN: tl.constexpr):
 
 def launch(
     sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, was: Tensor, verdict: Tensor, rows: Tensor,
-    freeze: float, finish: float, width: int,
+    freeze: float, finish: float, width: int, reach: float = 0.0, left: float = 0.0,
 ) -> None:  # fmt: skip
     """The op on contiguous tensors: two launches."""
     steps, batch = sq_diff.shape
     bounds_kernel[(batch,)](
-        sq_diff, sq_norm, lo, hi, was, verdict, steps, batch, width, freeze, finish, SPAN=128, num_warps=1
-    )
+        sq_diff, sq_norm, lo, hi, was, verdict, steps, batch, width, freeze, finish, reach, left, SPAN=128,
+        num_warps=1,
+    )  # fmt: skip
     rows_kernel[(1,)](lo, hi, rows, steps, batch, len(rows), SPAN=1024, num_warps=4)

@@ -10,11 +10,22 @@ from torch import Tensor
 TINY = 1e-30  # keeps 0 / 0 a zero residual; Inf / Inf and NaN stay NaN
 
 
+def limit(previous: Tensor, finish: float, reach: float, left: float) -> Tensor:
+    """(B,) the largest residual r at which a sample may end, given that of the round before, p.
+
+    r <= finish, or r <= reach and r rho / (1 - rho) <= left with rho = r / p (Aitken): r^2 + left r <= left p. A p that
+    is 0 or not finite says nothing.
+    """
+    known = previous.isfinite() & (previous > 0)
+    root = ((left**2 + 4 * left * torch.where(known, previous, 0)).sqrt() - left) / 2
+    return root.clamp_max(reach).clamp_min(finish)
+
+
 def advance_window(
     sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, was: Tensor, verdict: Tensor, rows: Tensor,
-    freeze: float, finish: float, width: int,
+    freeze: float, finish: float, width: int, reach: float = 0.0, left: float = 0.0,
 ) -> None:  # fmt: skip
-    """Row lo is final; after it the rows of residual <= freeze; all up to T where none is above finish. No host sync.
+    """Row lo is final; after it the rows of residual <= freeze; all up to T where none is above `limit`. No host sync.
 
     lo, hi <- the next window. was (2, B): the old lo; the first row that enters. verdict (4, B): lo, hi, the first row
     whose residual is not finite (T: none), the largest residual. rows (N,): the active rows i * B + b, then T * B.
@@ -28,7 +39,8 @@ def advance_window(
     # the first row where `flags` holds, or T
     first = lambda flags: torch.where(flags, step, steps).amin(0)  # noqa: E731
     front = torch.minimum(first(active & (step > lo) & ~(residual <= freeze)), hi)
-    coarse = first(active & (step >= front) & ~(residual <= finish))
+    end = limit(verdict[3].to(residual.dtype), finish, reach, left)
+    coarse = first(active & (step >= front) & ~(residual <= end))
     front = torch.where((hi == steps) & (coarse == steps), steps, front).to(lo.dtype)
     was[0].copy_(lo)
     torch.maximum(hi, front, out=was[1])
