@@ -51,8 +51,8 @@ class DraftRows(Protocol):
         """(B, D) states of timestep `step` -> (B, D) predictions."""
         ...
 
-    def rows(self, states: Tensor) -> Tensor:
-        """(T, B, D) states -> (T, B, D) predictions."""
+    def rows(self, states: Tensor, steps: Tensor) -> Tensor:
+        """(n, B, D) states of timesteps steps: (n,) -> (n, B, D) predictions."""
         ...
 
 

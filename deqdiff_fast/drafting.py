@@ -31,9 +31,9 @@ class DraftCalls:
         """(B, D) states at that timestep -> (B, D) predictions."""
         return self._ask(states, self._step[step : step + 1].expand(len(states)), self._sample, "row")
 
-    def rows(self, states: Tensor) -> Tensor:
-        """(T, B, D) states at all timesteps -> (T, B, D) predictions."""
-        step, sample = self._step.repeat_interleave(self.system.batch), self._sample.repeat(self.system.num_steps)
+    def rows(self, states: Tensor, steps: Tensor) -> Tensor:
+        """(n, B, D) states at timesteps steps: (n,) -> (n, B, D) predictions."""
+        step, sample = steps.repeat_interleave(self.system.batch), self._sample.repeat(len(steps))
         flat = states.flatten(0, 1)
         made = [self._ask(flat[a:b], step[a:b], sample[a:b], None) for a, b in self.system.chunks(len(flat))]
         return torch.cat(made).view_as(states)

@@ -59,7 +59,7 @@ class Site:
     unchecked: int = 0
     """Solves by rounds since the serial chain was timed."""
     draft: float = 0.0
-    """Seconds of one step of a draft's chain, if there is one."""
+    """Seconds that a draft takes for a timestep of a round, if there is one, on the mean."""
     exhausted: bool = False
     """No further measurement could change the plan."""
 
@@ -158,7 +158,10 @@ class Planner:
         rows = min(site.batch, self.options.row_limit(noise) or site.batch)
         call = cost.time_call(system, noise, rows, self.clock)
         if system.draft is not None:
-            site.draft = cost.time_draft(system.draft, noise, self.clock)
+            count = system.num_steps
+            asked = getattr(self.options.solver, "anchors", lambda steps: None)(count)
+            share = 1.0 if asked is None else asked.count / count
+            site.draft = share * cost.time_draft(system.draft, noise, self.clock)
         with self._lock:
             site.costs.set_step(site.batch, step)
             site.costs.learn_call(rows, min(call, step))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ._types import Generators, Rows
 from .guesses import extrapolate, gaussian_guess
 from .memory import Lease, MemoryPlan, SolverMemory
 from .noise import fill_drift
-from .solver import Chain, Solver, draft_chain, ladder
+from .solver import Chain, Drafted, Solver, ladder
 from .solver.base import Bounds, Size, repeat_rows
 from .system import System
 
@@ -102,8 +102,7 @@ class Workspace:
         elif kind == "copy":
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
         elif kind == "draft":
-            draft_chain(chain, [0] * chain.batch, [chain.num_steps] * chain.batch)
-            getattr(self.solver, "guessed", lambda chain, memory: None)(chain, self.memory)
+            self._chart([0] * chain.batch, [chain.num_steps] * chain.batch)
         else:
             gaussian_guess(chain, self.system.linear)
 
@@ -117,6 +116,10 @@ class Workspace:
             chain.drift.copy_(done.drift)
         self.rebuild([front] * chain.batch, [chain.num_steps] * chain.batch, True)
 
+    def _chart(self, old: Bounds, new: Bounds) -> None:
+        """States old[b] < i <= new[b] <- the draft's chain, by the solver that has one."""
+        cast(Drafted, self.solver).chart(self.chain, self.memory, old, new)
+
     def evaluate(self, rows: Rows, round: int) -> None:
         self.system.evaluate(self.chain.states, self.lease["predictions"], rows, self.lease, round)
 
@@ -126,6 +129,6 @@ class Workspace:
         if self.solver.guess == "copy" and not broken:
             repeat_rows(self.chain, old, new)
         elif self.solver.guess == "draft":
-            draft_chain(self.chain, old, new)
+            self._chart(old, new)
         else:
             extrapolate(self.chain, self.system.linear, old, new)

@@ -9,6 +9,7 @@ from torch import Tensor
 import deqdiff_fast as dq
 from deqdiff_fast import solve
 from deqdiff_fast.solver import Late
+from deqdiff_fast.solver.anchors import Anchors
 
 TIGHT = {"tol": 1e-4, "max_batch": 512}
 
@@ -104,12 +105,43 @@ def test_better_drafts_take_fewer_rounds(mixture, ddim, noise, coarse):
     model = mixture()
     rounds = []
     for size in (0.0, 0.01, 0.1, 3.0):
-        found, off = solved(model, ddim(50), noise(), Shifted(model, size), solver=dq.Drafted(coarse=coarse))
+        solver = dq.Drafted(coarse=coarse, stride=1)
+        found, off = solved(model, ddim(50), noise(), Shifted(model, size), solver=solver)
         assert found.converged.all()
         assert off < 1e-4
         rounds.append(found.stats.rounds)
     assert rounds == sorted(rounds)
     assert rounds[0] < rounds[1] < rounds[-1]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5, 7, 60])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_draft_asked_at_some_timesteps_only(mixture, ddim, noise, stride, eta):
+    model = mixture()
+    draft = Shifted(model, 0.02)
+    found, off = solved(model, ddim(60, eta), noise(3), draft, solver=dq.Drafted(stride=stride))
+    assert found.converged.all()
+    assert found.stats.finished_serially == 0
+    assert off < 1e-4
+    most = Anchors(60, stride).count * 3 * (found.stats.rounds + 1)
+    assert draft.rows == found.stats.draft_evals <= most
+    assert found.stats.draft_evals > most / 2
+
+
+def test_strides_of_multistep_chains_and_windows(mixture, noise, karras):
+    schedule = dq.Schedule.from_sigmas(karras(40), method="dpmpp_2m")
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.tanh(2 * x / (1 + sigma[:, None, None, None] ** 2))
+
+    start, rounds = noise(3) * schedule.init_noise_sigma, []
+    for window in ("auto", 16):
+        solver = dq.Drafted(stride=3)
+        found, off = solved(denoiser, schedule, start, Shifted(denoiser, 0.01), solver=solver, window=window)
+        assert found.converged.all()
+        assert off < 1e-4
+        rounds.append(found.stats.rounds)
+    assert rounds[0] < rounds[1] < 40
 
 
 @pytest.mark.parametrize("window", [1, 6, 20])
@@ -200,6 +232,6 @@ def test_what_is_refused(mixture, ddim, noise):
         dq.DEQSampler(model, schedule, draft=3)
     with pytest.raises(dq.ModelOutputError, match="the draft returned"):
         solved(model, schedule, noise(), lambda x, t: x[:, :1])
-    for wrong in ({"history": 8}, {"ridge": 0.0}, {"coarse": (0,)}, {"max_rounds": 0}):
+    for wrong in ({"history": 8}, {"ridge": 0.0}, {"coarse": (0,)}, {"max_rounds": 0}, {"stride": 0}, {"reach": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             dq.Drafted(**wrong)

@@ -72,7 +72,9 @@ def test_advance_window_decides_as_the_host_does(seed):
                 first[b] = live[len(live) // 2]
                 residual[first[b], b] = (float("nan"), float("inf"))[seed % 2]
         old_lo, old_hi = list(window.lo), list(window.hi)
-        advance_window(residual.square(), torch.ones_like(residual), lo, hi, was, verdict, rows, 1e-3, ends[0], width, *ends[1:])
+        advance_window(
+            residual.square(), torch.ones_like(residual), lo, hi, was, verdict, rows, 1e-3, ends[0], width, *ends[1:]
+        )
         for b, step in first.items():
             residual[step : old_hi[b], b] = float("inf")
         limits = limit(torch.tensor(worst, dtype=torch.float64), *ends).tolist()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .anderson import Anderson
 from .base import Chain, Solver
-from .drafted import Drafted, draft_chain
+from .drafted import Drafted
 from .iterate import iterate
 from .late import BoardCalls, Late
 from .nested import Ascent, PartialSolver, ladder, without_coarse
@@ -48,6 +48,6 @@ def resolve(solver: str | Solver) -> Solver:
 
 __all__ = [
     "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Drafted", "Evaluate", "Late", "Paradigms", "Parareal",
-    "PartialSolver", "Picard", "QuasiNewton", "Solver", "Window", "draft_chain", "iterate", "ladder", "resolve",
+    "PartialSolver", "Picard", "QuasiNewton", "Solver", "Window", "iterate", "ladder", "resolve",
     "without_coarse",
 ]  # fmt: skip

@@ -7,23 +7,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import ddim_update, ddim_update_bytes
-from .base import Bounds, Chain, Lease, Plan, Size, forget_rows
+from ..kernels import ddim_update, ddim_update_bytes, newton_scan
+from .anchors import Anchors, Piece
+from .base import Bounds, Chain, Lease, Plan, Size
+from .nested import interpolation
 from .secants import Secants
+from .settings import check_settings
 
+SWEEP, LEAP = 25, 16  # timesteps at which a draft is asked in a round, if that leaves out at most so many of them
 WILD = 1e6  # what a draft says beyond this, or NaN, is not believed
 
 
 @dataclass
 class DraftedMemory:
-    z: Tensor  # (H + 1, T, B, D) states at which the model was called, a ring over rounds
-    rest: Tensor  # (H + 1, T, B, D) what it said there beyond the draft
-    filled: Tensor  # (T, B) int32: how many of the last rounds can be used
-    made: Tensor  # (T, B, D) what the draft says at the states, if `known`
-    now: Tensor  # (T, B, D) predictions along the new chain
-    plain: Tensor  # (T + 1, B, D) the plain step
-    sq_diff: Tensor  # (T, B) of the new chain against the old
+    """A: the number of anchors."""
+
+    z: Tensor  # (H + 1, A, B, D) states at which the model was called, a ring over rounds
+    rest: Tensor  # (H + 1, A, B, D) what it said there beyond the draft
+    filled: Tensor  # (A, B) int32: how many of the last rounds can be used
+    made: Tensor  # (A, B, D) what the draft says at the states, if `known`
+    turn: Tensor  # (A, B, D) how much further the predictions are along the new chain, beyond the slope
+    shares: Tensor  # (T, A) what every timestep takes from that, if `shared`
+    now: Tensor  # (T, B, D) predictions along the new chain, without the slope where they are still to be found
+    plain: Tensor  # (T + 1, B, D) the plain step; then the old states
+    sq_diff: Tensor  # (T, B) of no use
     known: bool = False
+    shared: bool = False
     rounds: int = 0
 
 
@@ -41,8 +50,11 @@ class Drafted:
 
     coarse, ridge, floor, safety, freeze, strict: as for `QuasiNewton`. reach: a solve may also end at steps of up to
     `reach` times the tolerance, where they shrink so fast from round to round that what is left to go is below the
-    tolerance (Aitken); 0 for never. The draft is called T times one after the other
-    in every round, on the rows that are not final, which counts in `Stats.draft_evals` and not as rounds.
+    tolerance (Aitken); 0 for never.
+
+    stride: the draft is asked at every `stride`-th timestep and at the last ones (see `anchors`), one after the other
+    in every round, as far as they are not final; None: about 25 times in a round, or at every 16th timestep of a longer
+    chain. That counts in `Stats.draft_evals` and not as rounds. Secants are kept for these timesteps.
     """
 
     history: int = 3
@@ -55,17 +67,15 @@ class Drafted:
     freeze: float = 0.01
     strict: float | None = 0.01
     coarse: tuple[int, ...] = (8, 32)
+    stride: int | None = None
     guess: str = "draft"
 
     def __post_init__(self) -> None:
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or not 0 <= self.history <= 7:
-            raise ValueError(f"history: expected an int from 0 to 7, got {self.history!r}")
-        if not (self.ridge > 0 and self.floor >= 0):
-            raise ValueError(f"ridge, floor: expected ridge > 0 and floor >= 0, got {self.ridge!r}, {self.floor!r}")
-        if not isinstance(self.coarse, tuple) or not all(type(n) is int and n >= 1 for n in self.coarse):
-            raise ValueError(f"coarse: expected a tuple of ints >= 1, got {self.coarse!r}")
-        if self.max_rounds is not None and not self.max_rounds >= 1:
-            raise ValueError(f"max_rounds: expected an int >= 1 or None, got {self.max_rounds!r}")
+        check_settings(self.history, self.ridge, self.floor, self.coarse, self.max_rounds)
+        if self.stride is not None and (type(self.stride) is not int or self.stride < 1):
+            raise ValueError(f"stride: expected an int >= 1 or None, got {self.stride!r}")
+        if not self.reach >= 0:
+            raise ValueError(f"reach: expected a number >= 0, got {self.reach!r}")
 
     @property
     def name(self) -> str:
@@ -75,15 +85,21 @@ class Drafted:
     def period(self) -> int:
         return self.history + 1
 
+    def anchors(self, steps: int) -> Anchors:
+        """The timesteps at which the draft is asked."""
+        return Anchors(steps, self.stride or min(max(steps // SWEEP, 1), LEAP))
+
     def plan(self, plan: Plan, size: Size) -> None:
-        rows = (size.num_steps, size.batch, size.numel)
+        rows, count = (size.num_steps, size.batch, size.numel), self.anchors(size.num_steps).count
         for name in ("z", "rest"):
-            plan.add(f"drafted.{name}", (self.history + 1, *rows), size.dtype)
-        for name in ("made", "now"):
-            plan.add(f"drafted.{name}", rows, size.dtype)
+            plan.add(f"drafted.{name}", (self.history + 1, count, *rows[1:]), size.dtype)
+        for name in ("made", "turn"):
+            plan.add(f"drafted.{name}", (count, *rows[1:]), size.dtype)
+        plan.add("drafted.shares", (rows[0], count), size.dtype)
+        plan.add("drafted.now", rows, size.dtype)
         plan.add("drafted.plain", (rows[0] + 1, *rows[1:]), size.dtype)
         plan.add("drafted.sq_diff", rows[:2], size.accumulator)
-        plan.add("drafted.filled", rows[:2], torch.int32)
+        plan.add("drafted.filled", (count, size.batch), torch.int32)
 
     def scratch(self, size: Size) -> int:
         found: int = ddim_update_bytes(
@@ -92,59 +108,122 @@ class Drafted:
         return found
 
     def start(self, lease: Lease) -> DraftedMemory:
-        names = ("z", "rest", "filled", "made", "now", "plain", "sq_diff")
+        names = ("z", "rest", "filled", "made", "turn", "shares", "now", "plain", "sq_diff")
         memory = DraftedMemory(**{name: lease[f"drafted.{name}"] for name in names})  # type: ignore[arg-type]
-        memory.filled.zero_(), memory.sq_diff.zero_()
+        memory.filled.zero_(), memory.turn.zero_()
         return memory
 
-    def guessed(self, chain: Chain, memory: DraftedMemory) -> None:
-        """The states and predictions are those of the draft's chain."""
-        memory.made.copy_(chain.predictions)
-        memory.known = on_host(chain)
+    def _share(self, chain: Chain, memory: DraftedMemory) -> None:
+        if not memory.shared:
+            memory.shares.copy_(self.anchors(chain.num_steps).shares(chain.clean[:, 1]))
+        memory.shared = on_host(chain)
 
     def foretold(self, chain: Chain, memory: DraftedMemory) -> Tensor:
-        """(T, B, D): what the draft says at the states as they are."""
+        """(T, B, D): what the draft says at the states as they are; interpolated between the anchors."""
+        at, states = self._ask(chain, memory), chain.states[:-1]
+        beyond = torch.addcmul(memory.made, chain.slope[at, None], states[at], value=-1)
+        known = self.anchors(chain.num_steps).known()
+        share = interpolation(known, chain.num_steps, chain.clean[:, 1]).to(beyond)
+        torch.mm(share, beyond.flatten(1), out=memory.now.flatten(1))
+        return memory.now.addcmul_(chain.slope[:, None], states)
+
+    def worth_asking(self, steps: int, wanted: list[int]) -> list[int]:
+        """The timesteps nearest to those wanted at which the draft is asked as well."""
+        known = self.anchors(steps).known()
+        return sorted({min(known, key=lambda at: abs(at - step)) for step in wanted})
+
+    def _ask(self, chain: Chain, memory: DraftedMemory) -> Tensor:
+        """`made` for the states as they are; returns the anchors, (A,)."""
         assert chain.draft is not None
+        at = self.anchors(chain.num_steps).at(chain.states.device)
         if not memory.known:
-            states = chain.states[:-1]
-            memory.made.copy_(heard(chain.draft.rows(states), chain.slope[:, None], states))
+            states = chain.states[at]
+            memory.made.copy_(heard(chain.draft.rows(states, at), chain.slope[at, None], states))
         memory.known = on_host(chain)
-        return memory.made
+        return at
+
+    def chart(self, chain: Chain, memory: DraftedMemory, old: Bounds, new: Bounds) -> None:
+        """States old[b] < i <= new[b] <- the chain of the draft alone, which goes on from what the model said last."""
+        assert chain.draft is not None
+        self._share(chain, memory)
+        lo, hi = (torch.as_tensor(bounds, dtype=torch.int32, device=chain.lo.device) for bounds in (old, new))
+        known = isinstance(old, list) and isinstance(new, list)
+        first, last = (min(old), max(new)) if known else (0, chain.num_steps)
+        tilt, anchors = tilted(chain, lo), self.anchors(chain.num_steps)
+        memory.now.copy_(torch.where((numbered(chain) < lo)[..., None], chain.predictions, 0))
+        for number, row, stop in anchors.pieces(max(first - anchors.stride, 0), last):
+            state, said = chain.states[row], chain.predictions[row]
+            if row >= first:
+                memory.made[number].copy_(heard(chain.draft.row(row, state), chain.slope[row], state))
+                active = (lo <= row) & (row < hi)
+                said = torch.where(active[:, None], memory.made[number], said)
+            torch.addcmul(said, chain.slope[row], state, value=-1, out=memory.turn[number])
+            self._advance(chain, memory, Piece(number, max(row, first), min(stop, last)), lo, hi, tilt)
+        memory.known = known and max(old) == 0 and min(new) == chain.num_steps
 
     def step(self, chain: Chain, memory: DraftedMemory, round: int) -> None:
         first, last = span(chain)
-        made, column = self.foretold(chain, memory), round % (self.history + 1)
-        memory.z[column, first:last].copy_(chain.states[first:last])
-        torch.sub(chain.predictions[first:last], made[first:last], out=memory.rest[column, first:last])
+        self._share(chain, memory)
+        at, column = self._ask(chain, memory), round % (self.history + 1)
+        pieces = self.anchors(chain.num_steps).pieces(first, last)
+        asked = [piece.number for piece in pieces if piece.start >= first]
+        rows = slice(asked[0], asked[-1] + 1) if asked else slice(0, 0)
+        memory.z[column, rows].copy_(chain.states[at[rows]])
+        torch.sub(chain.predictions[at[rows]], memory.made[rows], out=memory.rest[column, rows])
+        self._look(chain, memory)
+        tilt = tilted(chain, chain.lo)
+        torch.addcmul(chain.predictions, tilt, memory.plain[:-1], value=-1, out=memory.now)
+        usable = min(self.history, memory.rounds) if on_host(chain) else self.history
+        older = [(column - k) % (self.history + 1) for k in range(1, usable + 1)]
+        secants = Secants(memory.z, memory.rest, memory.filled, column, older, rows, self.ridge, self.floor)
+        active = (at[:, None] >= chain.lo) & (at[:, None] < chain.hi)
+        memory.turn.zero_()
+        for number, row, stop in pieces:
+            if row >= first:
+                self._turn(chain, memory, number, row, secants, active[number])
+            self._advance(chain, memory, Piece(number, max(row, first), min(stop, last)), chain.lo, chain.hi, tilt)
+        moved = memory.plain[first + 1 : last + 1].sub_(chain.states[first + 1 : last + 1])
+        moved_by = torch.linalg.vector_norm(moved, dim=-1, dtype=chain.sq_diff.dtype).square_()
+        torch.maximum(chain.sq_diff[first:last], moved_by, out=chain.sq_diff[first:last])
+        memory.filled.copy_(torch.where(active, memory.filled.clamp_max(self.history) + 1, memory.filled))
+        memory.rounds += 1
+
+    def _look(self, chain: Chain, memory: DraftedMemory) -> None:
+        """How far the plain step goes; the old states to `plain`."""
         memory.plain.copy_(chain.states)
         ddim_update(
             memory.plain, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi, chain.sq_diff,
             chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
-        usable = min(self.history, memory.rounds) if on_host(chain) else self.history
-        older = [(column - k) % (self.history + 1) for k in range(1, usable + 1)]
-        secants = Secants(memory.z, memory.rest, memory.filled, column, older, first, last, self.ridge, self.floor)
-        lags = chain.state_coef.shape[1]
-        memory.now[max(first - lags, 0) : first].copy_(chain.predictions[max(first - lags, 0) : first])
-        step = torch.arange(chain.num_steps, device=chain.lo.device)[:, None]
-        active = (step >= chain.lo) & (step < chain.hi)
-        for i in range(first, last):
-            self._advance(chain, memory, i, active[i], secants)
-        torch.maximum(chain.sq_diff, memory.sq_diff, out=chain.sq_diff)
-        memory.filled.copy_(torch.where(active, memory.filled.clamp_max(self.history) + 1, memory.filled))
-        memory.rounds += 1
+        memory.plain.copy_(chain.states)
 
-    def _advance(self, chain: Chain, memory: DraftedMemory, i: int, active: Tensor, secants: Secants) -> None:
-        """Step i of the new chain, of the samples that are active there."""
+    def _turn(
+        self, chain: Chain, memory: DraftedMemory, number: int, row: int, secants: Secants, active: Tensor
+    ) -> None:
+        """How much further the prediction is at the new state of an anchor, of the samples active: (B,) there."""
         assert chain.draft is not None
-        state = chain.states[i]
-        made = heard(chain.draft.row(i, state), chain.slope[i], state)
-        change = made - memory.made[i]
-        change += secants(i, state)
-        change.masked_fill_(~active[:, None], 0)
-        torch.add(chain.predictions[i], change, out=memory.now[i])
-        memory.made[i].copy_(made)
-        advance(chain, memory.now, i, active, memory.sq_diff)
+        state = chain.states[row]
+        said = heard(chain.draft.row(row, state), chain.slope[row], state)
+        dx = state - memory.plain[row]
+        change = secants.add(number, dx, said - memory.made[number]).addcmul_(chain.slope[row], dx, value=-1)
+        memory.turn[number].copy_(change.masked_fill_(~active[:, None], 0))
+        memory.made[number].copy_(said)
+
+    def _advance(self, chain: Chain, memory: DraftedMemory, piece: Piece, lo: Tensor, hi: Tensor, tilt: Tensor) -> None:
+        """The states that follow the rows of a piece, from what its anchor and the one before say."""
+        number, start, stop = piece
+        if start >= stop:
+            return
+        now = memory.now[start:stop]
+        for near in range(max(number - 1, 0), number + 1):
+            now.addcmul_(memory.shares[start:stop, near, None, None], memory.turn[near])
+        newton_scan(
+            chain.states, memory.now, chain.state_coef, chain.model_coef, chain.slope, lo.clamp(start, stop),
+            hi.clamp(start, stop), memory.sq_diff, chain.sq_norm, drift=chain.drift, workspace=chain.scratch,
+            backend=chain.backend,
+        )  # fmt: skip
+        if chain.state_coef.shape[1] > 1:  # later steps use these predictions again, as they are
+            now.addcmul_(tilt[start:stop], chain.states[start:stop])
 
     def step_partly(self, chain: Chain, memory: DraftedMemory, round: int, evaluated: Tensor) -> None:
         """`step`, where only rows evaluated: (T,) bool hold what the model said.
@@ -152,16 +231,29 @@ class Drafted:
         What was interpolated is no end of a secant: iterates are soon so close to each other that what is wrong with it
         would be most of the difference.
         """
-        memory.filled.masked_fill_(~evaluated[:, None], 0)
+        missing = ~evaluated[self.anchors(chain.num_steps).at(evaluated.device), None]
+        memory.filled.masked_fill_(missing, 0)
         self.step(chain, memory, round)
-        memory.filled.masked_fill_(~evaluated[:, None], 0)
+        memory.filled.masked_fill_(missing, 0)
 
     def settle(self, chain: Chain, memory: DraftedMemory, round: int, old: Bounds, new: Bounds) -> None:
         """The states come from the last evaluation already."""
 
     def enter(self, chain: Chain, memory: DraftedMemory, old: Bounds, new: Bounds) -> None:
-        forget_rows(memory.filled, old, new)
+        at = self.anchors(chain.num_steps).at(memory.filled.device)[:, None]
+        start, stop = (torch.as_tensor(bounds, device=at.device) for bounds in (old, new))
+        memory.filled.masked_fill_((at >= start) & (at < stop), 0)
         memory.known = False
+
+
+def numbered(chain: Chain) -> Tensor:
+    """(T, 1)."""
+    return torch.arange(chain.num_steps, device=chain.lo.device)[:, None]
+
+
+def tilted(chain: Chain, lo: Tensor) -> Tensor:
+    """(T, B, 1): the slope from row lo[b] on; predictions before it are what they are."""
+    return (chain.slope * (numbered(chain) >= lo))[..., None]
 
 
 def heard(said: Tensor, slope: Tensor, states: Tensor) -> Tensor:
@@ -180,27 +272,3 @@ def span(chain: Chain) -> tuple[int, int]:
         return 0, chain.num_steps
     bounds = [(a, b) for a, b in zip(chain.lo.tolist(), chain.hi.tolist()) if a < b]
     return (min(a for a, _ in bounds), max(b for _, b in bounds)) if bounds else (0, 0)
-
-
-def advance(chain: Chain, predictions: Tensor, i: int, active: Tensor, sq_diff: Tensor) -> None:
-    """State i + 1 of the samples active: (B,) bool there, from predictions: (T, B, D)."""
-    lo = torch.full_like(chain.lo, i)
-    ddim_update(
-        chain.states, predictions, chain.state_coef, chain.model_coef, lo, lo + active.to(lo.dtype), sq_diff,
-        chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
-    )  # fmt: skip
-
-
-def draft_chain(chain: Chain, old: Bounds, new: Bounds) -> None:
-    """States old[b] < i <= new[b] <- the chain of the draft alone."""
-    assert chain.draft is not None
-    device = chain.lo.device
-    lo, hi = (torch.as_tensor(bounds, device=device) for bounds in (old, new))
-    known = isinstance(old, list) and isinstance(new, list)
-    first, last = (min(old), max(new)) if known else (0, chain.num_steps)
-    step = torch.arange(chain.num_steps, device=device)[:, None]
-    active = (step >= lo) & (step < hi)
-    for i in range(first, last):
-        said = heard(chain.draft.row(i, chain.states[i]), chain.slope[i], chain.states[i])
-        torch.where(active[i][:, None], said, chain.predictions[i], out=chain.predictions[i])
-        advance(chain, chain.predictions, i, active[i], chain.sq_diff)

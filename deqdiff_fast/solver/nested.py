@@ -31,7 +31,8 @@ ROUGH = 8  # the fewest intervals of a grid on a chain that adds noise
 class PartialSolver(Protocol):
     """A solver that can make a step from predictions of which some were never asked of the model.
 
-    With a method `foretold(chain, memory) -> (T, B, D)`, that is what R is the remainder of, in place of c X.
+    With a method `foretold(chain, memory) -> (T, B, D)`, that is what R is the remainder of, in place of c X; with
+    `worth_asking(steps, wanted)`, that says which timesteps are asked in the place of those wanted.
     """
 
     def step_partly(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None: ...
@@ -51,7 +52,7 @@ class Ascent:
     ) -> None:
         """rest: (1 + the largest of intervals, B, D) scratch. weight: (T,) q_i, see above. intervals: see `ladder`."""
         self.chain, self.solver, self.memory, self.rest = chain, solver, memory, rest
-        self.weight = torch.where(weight == 0, 1, weight).to(chain.slope.dtype)
+        self.weight = weight
         self.intervals = intervals
         self.trace: list[Tensor] = []
 
@@ -61,7 +62,9 @@ class Ascent:
         chain.lo.fill_(0), chain.hi.fill_(chain.num_steps)
         window = Window(chain.num_steps, chain.batch, chain.window)
         for round, count in enumerate(self.intervals, 1):
-            step = grid(chain.num_steps, count)
+            step = getattr(self.solver, "worth_asking", lambda steps, wanted: wanted)(
+                chain.num_steps, grid(chain.num_steps, count)
+            )
             evaluate(self._rows(step), round)
             self._fill(step)
             known = set(step)
@@ -88,8 +91,7 @@ class Ascent:
             else:
                 torch.sub(chain.predictions[i], known[i], out=rest[k])
         rest.nan_to_num_(0.0, 0.0, 0.0)  # what the model has failed on is for the full rounds to find and to report
-        share = interpolation(step, chain.num_steps).to(rest)
-        share = share * torch.stack([self.weight[i] for i in step]) / self.weight[:, None]
+        share = interpolation(step, chain.num_steps, self.weight).to(rest)
         torch.mm(share, rest.flatten(1), out=chain.predictions.flatten(1))
         if known is None:
             chain.predictions.addcmul_(chain.slope[:, None], chain.states[:-1])
@@ -107,13 +109,15 @@ def grid(steps: int, intervals: int) -> list[int]:
     return sorted({round(k * (steps - 1) / intervals) for k in range(intervals + 1)})
 
 
-def interpolation(step: list[int], steps: int) -> Tensor:
-    """(steps, n) float64: the shares of n >= 2 timesteps in every timestep, linear between neighbours."""
+def interpolation(step: list[int], steps: int, weight: Tensor) -> Tensor:
+    """(steps, n) float64: the shares of n >= 2 timesteps in every timestep, linear between neighbours in what was
+    multiplied by weight: (steps,), where that is not 0."""
     share = torch.zeros(steps, len(step), dtype=torch.float64)
     for k, (left, right) in enumerate(itertools.pairwise(step)):
         part = torch.linspace(0, 1, right - left + 1, dtype=torch.float64)
         share[left : right + 1, k], share[left : right + 1, k + 1] = 1 - part, part
-    return share
+    safe = torch.where(weight == 0, 1, weight).to(share)
+    return share * safe[step] / safe[:, None]
 
 
 def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:

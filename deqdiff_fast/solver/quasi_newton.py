@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import newton_scan, newton_scan_bytes
 from .base import Bounds, Chain, Lease, Plan, Size, check_history_dtype, forget_rows, history_dtype
+from .settings import check_settings
 
 
 class NewtonMemory(NamedTuple):
@@ -51,19 +52,12 @@ class QuasiNewton:
     history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or not 0 <= self.history <= 7:
-            raise ValueError(f"history: expected an int from 0 to 7, got {self.history!r}")
+        check_settings(self.history, self.ridge, self.floor, self.coarse, self.max_rounds)
         if isinstance(self.slope, str) and self.slope not in ("auto", "scalar", "spectral"):
             raise ValueError(
                 f"slope: expected 'auto', 'scalar', 'spectral', a SpectralSlope or None, got {self.slope!r}"
             )
-        if not (self.ridge > 0 and self.floor >= 0):
-            raise ValueError(f"ridge, floor: expected ridge > 0 and floor >= 0, got {self.ridge!r}, {self.floor!r}")
         check_history_dtype(self.history_dtype)
-        if not isinstance(self.coarse, tuple) or not all(type(n) is int and n >= 1 for n in self.coarse):
-            raise ValueError(f"coarse: expected a tuple of ints >= 1, got {self.coarse!r}")
-        if self.max_rounds is not None and not self.max_rounds >= 1:
-            raise ValueError(f"max_rounds: expected an int >= 1 or None, got {self.max_rounds!r}")
 
     @property
     def name(self) -> str:

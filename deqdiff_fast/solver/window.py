@@ -43,7 +43,7 @@ class Window:
         Row lo[b] was evaluated at a final state, so it is final now whatever its residual. After it, a row is final
         when its residual is at most `freeze` and all rows before it are final: an error that is frozen early is carried
         along and may grow, so `freeze` is strict. All rows up to the sample are final when none is above `finish[b]`:
-        what is left in them shrinks in the last step once more. The same decisions on a device: `kernels.advance_window`.
+        what is left in them shrinks in the last step once more. On a device `kernels.advance_window` decides the same.
         """
         worst = [0.0] * len(self.lo)
         for b, (lo, hi) in enumerate(zip(self.lo, self.hi)):

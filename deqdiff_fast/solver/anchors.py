@@ -1,0 +1,62 @@
+"""The timesteps at which a draft is asked, and what is taken from them in between.
+
+What a draft says beyond the diagonal slope is smooth along the chain in units of the predicted clean sample (R_i q_i,
+as in `nested`). A chain goes forward, so between two such timesteps, the anchors, it is extrapolated from the last two.
+In the last twentieth of the chain q goes to zero, and what is extrapolated is divided by it: there every timestep is an
+anchor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+END = 20  # part of the chain in which every timestep is an anchor
+
+
+class Piece(NamedTuple):
+    """Rows start <= i < stop: anchor number `number`, and the rows that follow it."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class Anchors:
+    """Every `stride`-th of T timesteps, and each of the last ones."""
+
+    def __init__(self, steps: int, stride: int) -> None:
+        self.steps, self.stride = steps, stride
+        self.tail = max(steps - max(stride, -(-steps // END)), 0)
+        self.body = -(-self.tail // stride)
+        self.count = self.body + steps - self.tail
+
+    def at(self, device: torch.device) -> Tensor:
+        """(count,) int64, made on the device."""
+        number = torch.arange(self.count, device=device)
+        return torch.where(number < self.body, number * self.stride, number - self.body + self.tail)
+
+    def known(self) -> list[int]:
+        """The same, to the host."""
+        return [*range(0, self.tail, self.stride), *range(self.tail, self.steps)]
+
+    def pieces(self, first: int, last: int) -> list[Piece]:
+        """Those that have rows first <= i < last."""
+        starts = self.known()
+        stops = [*starts[1:], self.steps]
+        return [Piece(n, a, b) for n, (a, b) in enumerate(zip(starts, stops)) if b > first and a < last]
+
+    def shares(self, weight: Tensor) -> Tensor:
+        """(T, count): what every row takes from the anchors' remainders. weight: (T,) q_i; made on its device."""
+        step = torch.arange(self.steps, device=weight.device)
+        inside = step < self.tail
+        own = torch.where(inside, step // self.stride, self.body + step - self.tail)
+        before = torch.where(inside & (own > 0), own - 1, own)
+        at = self.at(weight.device)
+        further = torch.where(before < own, (step - at[own]) / self.stride, 0).to(weight.dtype)
+        safe = torch.where(weight == 0, 1, weight)
+        found = weight.new_zeros(self.steps, self.count)
+        found.scatter_(1, before[:, None], (-further * safe[at[before]] / safe)[:, None])
+        return found.scatter_(1, own[:, None], ((1 + further) * safe[at[own]] / safe)[:, None])

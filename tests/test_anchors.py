@@ -1,0 +1,52 @@
+"""The timesteps at which a draft is asked, and what the others take from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deqdiff_fast.solver.anchors import Anchors
+
+CASES = [(1, 1), (2, 5), (20, 1), (50, 2), (60, 7), (100, 4), (1000, 16), (30, 100)]
+
+
+@pytest.mark.parametrize(("steps", "stride"), CASES)
+def test_pieces_cover_the_chain(steps, stride):
+    anchors = Anchors(steps, stride)
+    assert anchors.at(torch.device("cpu")).tolist() == anchors.known()
+    assert anchors.count == len(anchors.known()) <= steps
+    pieces = anchors.pieces(0, steps)
+    assert [i for _, a, b in pieces for i in range(a, b)] == list(range(steps))
+    assert [(n, a) for n, a, _ in pieces] == list(enumerate(anchors.known()))
+    assert all(b - a <= stride for _, a, b in pieces)
+    some = anchors.pieces(steps // 3, steps // 2 + 1)
+    assert some == [p for p in pieces if p.stop > steps // 3 and p.start < steps // 2 + 1]
+
+
+@pytest.mark.parametrize(("steps", "stride"), CASES)
+def test_what_is_linear_in_units_of_the_clean_sample_is_exact(steps, stride):
+    anchors = Anchors(steps, stride)
+    weight = torch.linspace(-1, -0.01, steps, dtype=torch.float64)
+    at = anchors.at(weight.device)
+    shares = anchors.shares(weight)
+    step = torch.arange(steps, dtype=torch.float64)
+    assert torch.equal(shares[at], torch.eye(anchors.count, dtype=torch.float64))
+    values = (3 - 2 * step) / weight
+    rows = step >= min(stride, steps)  # the first piece has one anchor only, and holds what that one says
+    torch.testing.assert_close((shares @ values[at])[rows], values[rows])
+    held = 5 / weight
+    torch.testing.assert_close(shares @ held[at], held)
+
+
+@pytest.mark.parametrize(("steps", "stride"), CASES)
+def test_nothing_is_taken_from_later_anchors(steps, stride):
+    anchors = Anchors(steps, stride)
+    shares = anchors.shares(torch.ones(steps, dtype=torch.float64))
+    later = anchors.at(shares.device)[None, :] > torch.arange(steps)[:, None]
+    assert not shares[later].any()
+    assert (shares.count_nonzero(1) <= 2).all()
+
+
+def test_a_weight_of_zero_divides_nothing():
+    shares = Anchors(40, 4).shares(torch.zeros(40, dtype=torch.float64))
+    assert shares.isfinite().all()
