@@ -13,7 +13,7 @@ import deqdiff_fast as dq
 from deqdiff_fast import solve
 from deqdiff_fast.kernels import advance_window, copy_rows
 from deqdiff_fast.kernels.advance_window import limit
-from deqdiff_fast.solver import Late
+from deqdiff_fast.solver import Late, drafted
 from deqdiff_fast.solver.base import forget_rows
 from deqdiff_fast.solver.late import _Loop
 from deqdiff_fast.solver.window import Window
@@ -158,6 +158,36 @@ def test_no_look_at_the_device_in_a_round(late, monkeypatch, mixture, ddim, nois
         out = dq.DEQSampler(private, ddim(20), solver=solver, window=window).sample(noise(2))
     assert out.converged.all()
     assert guard.seen > 20 * out.stats.rounds
+
+
+@pytest.mark.parametrize("window", ["auto", 20])
+def test_no_look_at_the_device_with_a_draft(late, monkeypatch, mixture, ddim, noise, window):
+    late(ALWAYS)
+    monkeypatch.setattr(drafted, "on_host", lambda chain: False)
+    guard, model = NoLook(), mixture()
+    guard.looking = True
+    queue = _Loop.queue
+
+    def watched(self):
+        guard.looking = False
+        queue(self)
+        guard.looking = True
+
+    def private(x, t):
+        was, guard.looking = guard.looking, True
+        out = model(x, t)
+        guard.looking = was
+        return out
+
+    monkeypatch.setattr(_Loop, "queue", watched)
+    sampler = dq.DEQSampler(
+        private, ddim(60), solver="draft", draft=lambda x, t: private(x, t) + 0.05 * x.sin(), window=window, tol=1e-4
+    )
+    with guard:
+        out = sampler.sample(noise(2))
+    assert out.converged.all()
+    assert guard.seen > 20 * out.stats.rounds
+    assert (out.sample - sampler.serial(noise(2)).sample).norm() < 1e-4 * out.sample.norm()
 
 
 @pytest.mark.parametrize("policy", [EAGER, ALWAYS], ids=["eager", "always"])

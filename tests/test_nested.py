@@ -21,7 +21,7 @@ def test_doubled_grids_are_nested():
 def test_interpolation_is_exact_for_lines_and_at_its_own_timesteps():
     for steps, count in ((10, 4), (50, 16), (7, 20)):
         step = grid(steps, count)
-        share = interpolation(step, steps, torch.ones(steps))
+        share = interpolation(step, steps, torch.ones(steps, dtype=torch.float64))
         at = torch.arange(steps, dtype=torch.float64)
         torch.testing.assert_close(share @ (3 - 2 * at[step]), 3 - 2 * at)
         torch.testing.assert_close(share[step], torch.eye(len(step), dtype=torch.float64))

@@ -110,14 +110,14 @@ def grid(steps: int, intervals: int) -> list[int]:
 
 
 def interpolation(step: list[int], steps: int, weight: Tensor) -> Tensor:
-    """(steps, n) float64: the shares of n >= 2 timesteps in every timestep, linear between neighbours in what was
-    multiplied by weight: (steps,), where that is not 0."""
+    """(steps, n): the shares of n >= 2 timesteps in every timestep, linear between neighbours in what was multiplied by
+    weight: (steps,), where that is not 0; like the weight."""
     share = torch.zeros(steps, len(step), dtype=torch.float64)
     for k, (left, right) in enumerate(itertools.pairwise(step)):
         part = torch.linspace(0, 1, right - left + 1, dtype=torch.float64)
         share[left : right + 1, k], share[left : right + 1, k + 1] = 1 - part, part
-    safe = torch.where(weight == 0, 1, weight).to(share)
-    return share * safe[step] / safe[:, None]
+    safe = torch.where(weight == 0, 1, weight)
+    return share.to(safe) * torch.stack([safe[i] for i in step]) / safe[:, None]
 
 
 def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
