@@ -15,6 +15,7 @@ from . import cost
 from .capacity import usable_bytes
 from .options import DEFAULT_TOL, Options
 from .padding import is_compiled
+from .solver import Drafted
 from .solver.expectation import Effort, Expectation
 from .solver.planner import Plan, Situation, decide, predict
 from .system import System
@@ -158,10 +159,9 @@ class Planner:
         rows = min(site.batch, self.options.row_limit(noise) or site.batch)
         call = cost.time_call(system, noise, rows, self.clock)
         if system.draft is not None:
-            count = system.num_steps
-            asked = getattr(self.options.solver, "anchors", lambda steps: None)(count)
-            share = 1.0 if asked is None else asked.count / count
-            site.draft = share * cost.time_draft(system.draft, noise, self.clock)
+            steps, solver = system.num_steps, self.options.solver
+            asked = solver.anchors(steps, system.schedule.stochastic).count if isinstance(solver, Drafted) else steps
+            site.draft = asked / steps * cost.time_draft(system.draft, noise, self.clock)
         with self._lock:
             site.costs.set_step(site.batch, step)
             site.costs.learn_call(rows, min(call, step))

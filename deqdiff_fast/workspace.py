@@ -74,7 +74,18 @@ class Workspace:
         if window < steps:
             plan.add("edge", (3, batch, numel), system.dtype)
         lags = system.state_coef.shape[1]
-        size = Size(steps, window, batch, numel, system.dtype, system.accumulator, lags, system.device, backend)
+        size = Size(
+            steps,
+            window,
+            batch,
+            numel,
+            system.dtype,
+            system.accumulator,
+            lags,
+            system.device,
+            backend,
+            system.schedule.stochastic,
+        )
         solver.plan(plan, size)
         # one for all ops: they run one after the other, on one stream
         scratch = max(system.scratch(backend), getattr(solver, "scratch", lambda size: 0)(size))

@@ -232,6 +232,14 @@ def test_what_is_refused(mixture, ddim, noise):
         dq.DEQSampler(model, schedule, draft=3)
     with pytest.raises(dq.ModelOutputError, match="the draft returned"):
         solved(model, schedule, noise(), lambda x, t: x[:, :1])
-    for wrong in ({"history": 8}, {"ridge": 0.0}, {"coarse": (0,)}, {"max_rounds": 0}, {"stride": 0}, {"reach": -1.0}):
+    for wrong in (
+        {"history": 8},
+        {"ridge": 0.0},
+        {"coarse": (0,)},
+        {"coarse_noisy": 3},
+        {"max_rounds": 0},
+        {"stride": 0},
+        {"reach": -1.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             dq.Drafted(**wrong)

@@ -40,6 +40,7 @@ class Size(NamedTuple):
     lags: int = 1
     device: torch.device = torch.device("cpu")
     backend: str = "auto"
+    noisy: bool = False
 
 
 @dataclass

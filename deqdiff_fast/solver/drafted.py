@@ -12,9 +12,10 @@ from .anchors import Anchors, Piece
 from .base import Bounds, Chain, Lease, Plan, Size
 from .nested import interpolation
 from .secants import Secants
-from .settings import check_settings
+from .settings import check_coarse, check_settings
 
-SWEEP, LEAP = 25, 16  # timesteps at which a draft is asked in a round, if that leaves out at most so many of them
+SWEEP = 25  # timesteps at which a draft is asked in a round ...
+LEAP, NOISY_LEAP = 16, 4  # ... if those are at most so far apart, on a chain that adds noise in the second case
 WILD = 1e6  # what a draft says beyond this, or NaN, is not believed
 
 
@@ -48,13 +49,14 @@ class Drafted:
     cheap propagator is a coarser step of the same model, and draft models in speculative decoding (Leviathan et al.
     2023, arXiv 2211.17192).
 
-    coarse, ridge, floor, safety, freeze, strict: as for `QuasiNewton`. reach: a solve may also end at steps of up to
+    coarse, ridge, floor, safety, freeze, strict: as for `QuasiNewton`. coarse_noisy: the grids of chains of 256 timesteps
+    and more that add noise. reach: a solve may also end at steps of up to
     `reach` times the tolerance, where they shrink so fast from round to round that what is left to go is below the
     tolerance (Aitken); 0 for never.
 
     stride: the draft is asked at every `stride`-th timestep and at the last ones (see `anchors`), one after the other
     in every round, as far as they are not final; None: about 25 times in a round, or at every 16th timestep of a longer
-    chain. That counts in `Stats.draft_evals` and not as rounds. Secants are kept for these timesteps.
+    chain, every fourth if it adds noise. That counts in `Stats.draft_evals` and not as rounds. Secants are kept for these timesteps.
     """
 
     history: int = 3
@@ -67,11 +69,13 @@ class Drafted:
     freeze: float = 0.01
     strict: float | None = 0.01
     coarse: tuple[int, ...] = (8, 32)
+    coarse_noisy: tuple[int, ...] = (16, 64, 256, 256)
     stride: int | None = None
     guess: str = "draft"
 
     def __post_init__(self) -> None:
         check_settings(self.history, self.ridge, self.floor, self.coarse, self.max_rounds)
+        check_coarse("coarse_noisy", self.coarse_noisy)
         if self.stride is not None and (type(self.stride) is not int or self.stride < 1):
             raise ValueError(f"stride: expected an int >= 1 or None, got {self.stride!r}")
         if not self.reach >= 0:
@@ -85,12 +89,15 @@ class Drafted:
     def period(self) -> int:
         return self.history + 1
 
-    def anchors(self, steps: int) -> Anchors:
-        """The timesteps at which the draft is asked."""
-        return Anchors(steps, self.stride or min(max(steps // SWEEP, 1), LEAP))
+    def anchors(self, steps: int, noisy: bool) -> Anchors:
+        """The timesteps at which the draft is asked; noisy: the chain adds noise."""
+        return Anchors(steps, self.stride or min(max(steps // SWEEP, 1), NOISY_LEAP if noisy else LEAP))
+
+    def _anchors(self, chain: Chain) -> Anchors:
+        return self.anchors(chain.num_steps, chain.drift is not None)
 
     def plan(self, plan: Plan, size: Size) -> None:
-        rows, count = (size.num_steps, size.batch, size.numel), self.anchors(size.num_steps).count
+        rows, count = (size.num_steps, size.batch, size.numel), self.anchors(size.num_steps, size.noisy).count
         for name in ("z", "rest"):
             plan.add(f"drafted.{name}", (self.history + 1, count, *rows[1:]), size.dtype)
         for name in ("made", "turn"):
@@ -115,27 +122,27 @@ class Drafted:
 
     def _share(self, chain: Chain, memory: DraftedMemory) -> None:
         if not memory.shared:
-            memory.shares.copy_(self.anchors(chain.num_steps).shares(chain.clean[:, 1]))
+            memory.shares.copy_(self._anchors(chain).shares(chain.clean[:, 1]))
         memory.shared = on_host(chain)
 
     def foretold(self, chain: Chain, memory: DraftedMemory) -> Tensor:
         """(T, B, D): what the draft says at the states as they are; interpolated between the anchors."""
         at, states = self._ask(chain, memory), chain.states[:-1]
         beyond = torch.addcmul(memory.made, chain.slope[at, None], states[at], value=-1)
-        known = self.anchors(chain.num_steps).known()
+        known = self._anchors(chain).known()
         share = interpolation(known, chain.num_steps, chain.clean[:, 1]).to(beyond)
         torch.mm(share, beyond.flatten(1), out=memory.now.flatten(1))
         return memory.now.addcmul_(chain.slope[:, None], states)
 
-    def worth_asking(self, steps: int, wanted: list[int]) -> list[int]:
+    def worth_asking(self, chain: Chain, wanted: list[int]) -> list[int]:
         """The timesteps nearest to those wanted at which the draft is asked as well."""
-        known = self.anchors(steps).known()
+        known = self._anchors(chain).known()
         return sorted({min(known, key=lambda at: abs(at - step)) for step in wanted})
 
     def _ask(self, chain: Chain, memory: DraftedMemory) -> Tensor:
         """`made` for the states as they are; returns the anchors, (A,)."""
         assert chain.draft is not None
-        at = self.anchors(chain.num_steps).at(chain.states.device)
+        at = self._anchors(chain).at(chain.states.device)
         if not memory.known:
             states = chain.states[at]
             memory.made.copy_(heard(chain.draft.rows(states, at), chain.slope[at, None], states))
@@ -149,7 +156,7 @@ class Drafted:
         lo, hi = (torch.as_tensor(bounds, dtype=torch.int32, device=chain.lo.device) for bounds in (old, new))
         known = isinstance(old, list) and isinstance(new, list)
         first, last = (min(old), max(new)) if known else (0, chain.num_steps)
-        tilt, anchors = tilted(chain, lo), self.anchors(chain.num_steps)
+        tilt, anchors = tilted(chain, lo), self._anchors(chain)
         memory.now.copy_(torch.where((numbered(chain) < lo)[..., None], chain.predictions, 0))
         for number, row, stop in anchors.pieces(max(first - anchors.stride, 0), last):
             state, said = chain.states[row], chain.predictions[row]
@@ -165,7 +172,7 @@ class Drafted:
         first, last = span(chain)
         self._share(chain, memory)
         at, column = self._ask(chain, memory), round % (self.history + 1)
-        pieces = self.anchors(chain.num_steps).pieces(first, last)
+        pieces = self._anchors(chain).pieces(first, last)
         asked = [piece.number for piece in pieces if piece.start >= first]
         rows = slice(asked[0], asked[-1] + 1) if asked else slice(0, 0)
         memory.z[column, rows].copy_(chain.states[at[rows]])
@@ -231,7 +238,7 @@ class Drafted:
         What was interpolated is no end of a secant: iterates are soon so close to each other that what is wrong with it
         would be most of the difference.
         """
-        missing = ~evaluated[self.anchors(chain.num_steps).at(evaluated.device), None]
+        missing = ~evaluated[self._anchors(chain).at(evaluated.device), None]
         memory.filled.masked_fill_(missing, 0)
         self.step(chain, memory, round)
         memory.filled.masked_fill_(missing, 0)
@@ -240,7 +247,7 @@ class Drafted:
         """The states come from the last evaluation already."""
 
     def enter(self, chain: Chain, memory: DraftedMemory, old: Bounds, new: Bounds) -> None:
-        at = self.anchors(chain.num_steps).at(memory.filled.device)[:, None]
+        at = self._anchors(chain).at(memory.filled.device)[:, None]
         start, stop = (torch.as_tensor(bounds, device=at.device) for bounds in (old, new))
         memory.filled.masked_fill_((at >= start) & (at < stop), 0)
         memory.known = False

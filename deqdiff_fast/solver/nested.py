@@ -32,7 +32,7 @@ class PartialSolver(Protocol):
     """A solver that can make a step from predictions of which some were never asked of the model.
 
     With a method `foretold(chain, memory) -> (T, B, D)`, that is what R is the remainder of, in place of c X; with
-    `worth_asking(steps, wanted)`, that says which timesteps are asked in the place of those wanted.
+    `worth_asking(chain, wanted)`, that says which timesteps are asked in the place of those wanted.
     """
 
     def step_partly(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None: ...
@@ -62,8 +62,8 @@ class Ascent:
         chain.lo.fill_(0), chain.hi.fill_(chain.num_steps)
         window = Window(chain.num_steps, chain.batch, chain.window)
         for round, count in enumerate(self.intervals, 1):
-            step = getattr(self.solver, "worth_asking", lambda steps, wanted: wanted)(
-                chain.num_steps, grid(chain.num_steps, count)
+            step = getattr(self.solver, "worth_asking", lambda chain, wanted: wanted)(
+                chain, grid(chain.num_steps, count)
             )
             evaluate(self._rows(step), round)
             self._fill(step)
@@ -129,11 +129,12 @@ def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int,
     intervals. None where a window slides.
 
     With a draft, the first grid that is too fine is made to fit, if it is then finer than the one before by half; and
-    what a draft leaves of a prediction follows the noise less, so a long chain takes all its grids.
+    what a draft leaves of a prediction follows the noise less, so a long noisy chain has grids of its own.
     """
-    wanted: tuple[int, ...] = getattr(solver, "coarse", ()) if window >= steps else ()
-    drafted = hasattr(solver, "foretold")
-    smooth = not stochastic or (drafted and steps >= LONG)
+    drafted, long = hasattr(solver, "foretold"), steps >= LONG
+    smooth = not stochastic or (drafted and long)
+    asked = getattr(solver, "coarse_noisy" if smooth and stochastic else "coarse", ())
+    wanted: tuple[int, ...] = asked if window >= steps else ()
     finest = steps // 2 - 1 if smooth else 2 * steps // 5 - 1
     usable = [count for count in wanted if count <= finest and (smooth or count >= ROUGH)]
     if drafted and len(usable) < len(wanted) and 2 * finest >= 3 * max(usable, default=ROUGH):
