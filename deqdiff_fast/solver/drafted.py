@@ -7,34 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import ddim_update, ddim_update_bytes, newton_scan
-from .anchors import Anchors, Piece
+from ..kernels import ddim_update, ddim_update_bytes
+from .anchors import Anchors
 from .base import Bounds, Chain, Lease, Plan, Size
+from .draft_sweep import DraftedMemory, Sweep, heard
 from .nested import interpolation
 from .secants import Secants
 from .settings import check_coarse, check_settings
 
 SWEEP = 25  # timesteps at which a draft is asked in a round ...
 LEAP, NOISY_LEAP = 16, 4  # ... if those are at most so far apart, on a chain that adds noise in the second case
-WILD = 1e6  # what a draft says beyond this, or NaN, is not believed
-
-
-@dataclass
-class DraftedMemory:
-    """A: the number of anchors."""
-
-    z: Tensor  # (H + 1, A, B, D) states at which the model was called, a ring over rounds
-    rest: Tensor  # (H + 1, A, B, D) what it said there beyond the draft
-    filled: Tensor  # (A, B) int32: how many of the last rounds can be used
-    made: Tensor  # (A, B, D) what the draft says at the states, if `known`
-    turn: Tensor  # (A, B, D) how much further the predictions are along the new chain, beyond the slope
-    shares: Tensor  # (T, A) what every timestep takes from that, if `shared`
-    now: Tensor  # (T, B, D) predictions along the new chain, without the slope where they are still to be found
-    plain: Tensor  # (T + 1, B, D) the plain step; then the old states
-    sq_diff: Tensor  # (T, B) of no use
-    known: bool = False
-    shared: bool = False
-    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,14 +31,14 @@ class Drafted:
     cheap propagator is a coarser step of the same model, and draft models in speculative decoding (Leviathan et al.
     2023, arXiv 2211.17192).
 
-    coarse, ridge, floor, safety, freeze, strict: as for `QuasiNewton`. coarse_noisy: the grids of chains of 256 timesteps
-    and more that add noise. reach: a solve may also end at steps of up to
-    `reach` times the tolerance, where they shrink so fast from round to round that what is left to go is below the
-    tolerance (Aitken); 0 for never.
+    coarse, ridge, floor, safety, freeze, strict: as for `QuasiNewton`. coarse_noisy: the grids of chains of 256
+    timesteps and more that add noise. reach: a solve may also end at steps of up to `reach` times the tolerance, where
+    they shrink so fast from round to round that what is left to go is below the tolerance (Aitken); 0 for never.
 
     stride: the draft is asked at every `stride`-th timestep and at the last ones (see `anchors`), one after the other
     in every round, as far as they are not final; None: about 25 times in a round, or at every 16th timestep of a longer
-    chain, every fourth if it adds noise. That counts in `Stats.draft_evals` and not as rounds. Secants are kept for these timesteps.
+    chain, every fourth if it adds noise. That counts in `Stats.draft_evals` and not as rounds. Secants are kept for
+    these timesteps.
     """
 
     history: int = 3
@@ -151,21 +133,15 @@ class Drafted:
 
     def chart(self, chain: Chain, memory: DraftedMemory, old: Bounds, new: Bounds) -> None:
         """States old[b] < i <= new[b] <- the chain of the draft alone, which goes on from what the model said last."""
-        assert chain.draft is not None
         self._share(chain, memory)
         lo, hi = (torch.as_tensor(bounds, dtype=torch.int32, device=chain.lo.device) for bounds in (old, new))
         known = isinstance(old, list) and isinstance(new, list)
         first, last = (min(old), max(new)) if known else (0, chain.num_steps)
-        tilt, anchors = tilted(chain, lo), self._anchors(chain)
-        memory.now.copy_(torch.where((numbered(chain) < lo)[..., None], chain.predictions, 0))
-        for number, row, stop in anchors.pieces(max(first - anchors.stride, 0), last):
-            state, said = chain.states[row], chain.predictions[row]
-            if row >= first:
-                memory.made[number].copy_(heard(chain.draft.row(row, state), chain.slope[row], state))
-                active = (lo <= row) & (row < hi)
-                said = torch.where(active[:, None], memory.made[number], said)
-            torch.addcmul(said, chain.slope[row], state, value=-1, out=memory.turn[number])
-            self._advance(chain, memory, Piece(number, max(row, first), min(stop, last)), lo, hi, tilt)
+        sweep, anchors = Sweep(chain, memory, lo, hi, first, last), self._anchors(chain)
+        memory.now.copy_(torch.where(sweep.open, 0, chain.predictions))
+        for piece in anchors.pieces(max(first - anchors.stride, 0), last):
+            sweep.chart(piece.number, piece.start)
+            sweep.advance(piece)
         memory.known = known and max(old) == 0 and min(new) == chain.num_steps
 
     def step(self, chain: Chain, memory: DraftedMemory, round: int) -> None:
@@ -178,17 +154,17 @@ class Drafted:
         memory.z[column, rows].copy_(chain.states[at[rows]])
         torch.sub(chain.predictions[at[rows]], memory.made[rows], out=memory.rest[column, rows])
         self._look(chain, memory)
-        tilt = tilted(chain, chain.lo)
-        torch.addcmul(chain.predictions, tilt, memory.plain[:-1], value=-1, out=memory.now)
+        sweep = Sweep(chain, memory, chain.lo, chain.hi, first, last)
+        torch.addcmul(chain.predictions, sweep.tilt, memory.plain[:-1], value=-1, out=memory.now)
         usable = min(self.history, memory.rounds) if on_host(chain) else self.history
         older = [(column - k) % (self.history + 1) for k in range(1, usable + 1)]
         secants = Secants(memory.z, memory.rest, memory.filled, column, older, rows, self.ridge, self.floor)
         active = (at[:, None] >= chain.lo) & (at[:, None] < chain.hi)
         memory.turn.zero_()
-        for number, row, stop in pieces:
-            if row >= first:
-                self._turn(chain, memory, number, row, secants, active[number])
-            self._advance(chain, memory, Piece(number, max(row, first), min(stop, last)), chain.lo, chain.hi, tilt)
+        for piece in pieces:
+            if piece.start >= first:
+                sweep.turn(piece.number, piece.start, secants, active[piece.number])
+            sweep.advance(piece)
         moved = memory.plain[first + 1 : last + 1].sub_(chain.states[first + 1 : last + 1])
         moved_by = torch.linalg.vector_norm(moved, dim=-1, dtype=chain.sq_diff.dtype).square_()
         torch.maximum(chain.sq_diff[first:last], moved_by, out=chain.sq_diff[first:last])
@@ -203,34 +179,6 @@ class Drafted:
             chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
         memory.plain.copy_(chain.states)
-
-    def _turn(
-        self, chain: Chain, memory: DraftedMemory, number: int, row: int, secants: Secants, active: Tensor
-    ) -> None:
-        """How much further the prediction is at the new state of an anchor, of the samples active: (B,) there."""
-        assert chain.draft is not None
-        state = chain.states[row]
-        said = heard(chain.draft.row(row, state), chain.slope[row], state)
-        dx = state - memory.plain[row]
-        change = secants.add(number, dx, said - memory.made[number]).addcmul_(chain.slope[row], dx, value=-1)
-        memory.turn[number].copy_(change.masked_fill_(~active[:, None], 0))
-        memory.made[number].copy_(said)
-
-    def _advance(self, chain: Chain, memory: DraftedMemory, piece: Piece, lo: Tensor, hi: Tensor, tilt: Tensor) -> None:
-        """The states that follow the rows of a piece, from what its anchor and the one before say."""
-        number, start, stop = piece
-        if start >= stop:
-            return
-        now = memory.now[start:stop]
-        for near in range(max(number - 1, 0), number + 1):
-            now.addcmul_(memory.shares[start:stop, near, None, None], memory.turn[near])
-        newton_scan(
-            chain.states, memory.now, chain.state_coef, chain.model_coef, chain.slope, lo.clamp(start, stop),
-            hi.clamp(start, stop), memory.sq_diff, chain.sq_norm, drift=chain.drift, workspace=chain.scratch,
-            backend=chain.backend,
-        )  # fmt: skip
-        if chain.state_coef.shape[1] > 1:  # later steps use these predictions again, as they are
-            now.addcmul_(tilt[start:stop], chain.states[start:stop])
 
     def step_partly(self, chain: Chain, memory: DraftedMemory, round: int, evaluated: Tensor) -> None:
         """`step`, where only rows evaluated: (T,) bool hold what the model said.
@@ -251,21 +199,6 @@ class Drafted:
         start, stop = (torch.as_tensor(bounds, device=at.device) for bounds in (old, new))
         memory.filled.masked_fill_((at >= start) & (at < stop), 0)
         memory.known = False
-
-
-def numbered(chain: Chain) -> Tensor:
-    """(T, 1)."""
-    return torch.arange(chain.num_steps, device=chain.lo.device)[:, None]
-
-
-def tilted(chain: Chain, lo: Tensor) -> Tensor:
-    """(T, B, 1): the slope from row lo[b] on; predictions before it are what they are."""
-    return (chain.slope * (numbered(chain) >= lo))[..., None]
-
-
-def heard(said: Tensor, slope: Tensor, states: Tensor) -> Tensor:
-    """What a draft says, and where that cannot be used what is right for unit Gaussian data."""
-    return torch.where(said.abs() < WILD, said, slope * states)
 
 
 def on_host(chain: Chain) -> bool:
