@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 4, 16], help="B (default 1 4 16)")
     parser.add_argument("--size", type=positive_int, default=32, help="image size of the mixture (default 32)")
     parser.add_argument("--fit", type=positive_int, default=1000, help="training steps of the policy (default 1000)")
-    parser.add_argument("--passes", type=positive_int, default=9, help="pairs of timings (default 9)")
+    parser.add_argument("--passes", type=positive_int, default=25, help="pairs of timings (default 25)")
     parser.add_argument(
         "--budget", type=positive_float, default=10.0, help="seconds for a side, after which 3 pairs do (default 10)"
     )
