@@ -67,7 +67,7 @@ class RoundInfo:
     residual: Tensor
     """(B,) largest relative residual among the timesteps that were not final; 0 when done."""
     tolerance: float
-    """The residual at which the solve ends."""
+    """The residual at which the solve ends; with a draft it may end earlier, see `Drafted`."""
     _preview: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
     _sample: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
     _state: Callable[[int], Tensor] = field(repr=False, default=lambda step: torch.empty(0))
