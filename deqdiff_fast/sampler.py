@@ -36,7 +36,8 @@ class DEQSampler:
     is one. With window="auto" it plans: `sample` does what is predicted to be the fastest, rounds over all timesteps or
     over a window, or the serial chain; see `plan` and `warmup`.
     tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim":
-    the paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety` times that.
+    the paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety` times that,
+    or, with a draft, where they fall so fast that less than that is left.
     max_rounds: batched model calls before giving up (None: the solver's own limit, else T). The serial chain, where it
     is planned, does not count as giving up.
     window: number of timesteps solved at a time, or "auto": planned if the solver is "auto" too, else all of them.
