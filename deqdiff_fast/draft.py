@@ -130,4 +130,5 @@ class ConvDraft(nn.Module):
         draft = cls(stored.pop("alphas_cumprod"), spectrum=spectrum, **facts)
         own = {name.removeprefix("network."): value.float() for name, value in stored.items()}
         draft.load_state_dict({"alphas_cumprod": draft.alphas_cumprod, **own})
-        return draft.to(device).eval().requires_grad_(False)
+        # channels last: a tenth faster on a CPU
+        return draft.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
