@@ -131,4 +131,5 @@ class ConvDraft(nn.Module):
         own = {name.removeprefix("network."): value.float() for name, value in stored.items()}
         draft.load_state_dict({"alphas_cumprod": draft.alphas_cumprod, **own})
         # channels last: a tenth faster on a CPU
-        return draft.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        draft.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return draft.eval().requires_grad_(False)
