@@ -13,7 +13,7 @@ from .base import Bounds, Chain, Lease, Plan, Size
 from .draft_sweep import DraftedMemory, Sweep, heard
 from .nested import interpolation
 from .secants import Secants
-from .settings import check_coarse, check_settings
+from .settings import are_intervals, check_settings
 
 SWEEP = 25  # timesteps at which a draft is asked in a round ...
 LEAP, NOISY_LEAP = 16, 4  # ... if those are at most so far apart, on a chain that adds noise in the second case
@@ -57,7 +57,8 @@ class Drafted:
 
     def __post_init__(self) -> None:
         check_settings(self.history, self.ridge, self.floor, self.coarse, self.max_rounds)
-        check_coarse("coarse_noisy", self.coarse_noisy)
+        if not are_intervals(self.coarse_noisy):
+            raise ValueError(f"coarse_noisy: expected a tuple of ints >= 1, got {self.coarse_noisy!r}")
         if self.stride is not None and (type(self.stride) is not int or self.stride < 1):
             raise ValueError(f"stride: expected an int >= 1 or None, got {self.stride!r}")
         if not self.reach >= 0:
