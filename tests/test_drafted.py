@@ -237,6 +237,7 @@ def test_what_is_refused(mixture, ddim, noise):
         {"ridge": 0.0},
         {"coarse": (0,)},
         {"coarse_noisy": 3},
+        {"coarse_long": [4]},
         {"max_rounds": 0},
         {"stride": 0},
         {"reach": -1.0},

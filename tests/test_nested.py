@@ -49,12 +49,14 @@ def test_grids_beside_a_draft_are_made_to_fit():
     assert ladder(solver, 20, 20, False) == (8,)
     assert ladder(solver, 28, 28, False) == (8, 13)
     assert ladder(solver, 50, 50, False) == (8, 24)
-    assert ladder(solver, 1000, 1000, False) == (8, 32)
+    assert ladder(solver, 255, 255, False) == (8, 32)
+    assert ladder(solver, 1000, 1000, False) == (8, 32, 64)
     assert ladder(solver, 50, 50, True) == (19,)
     assert ladder(solver, 1000, 1000, True) == (16, 64, 256, 256)
     assert ladder(solver, 256, 256, True) == (16, 64, 127)
     assert ladder(dq.Drafted(coarse=(4,)), 50, 50, False) == (4,)
     assert ladder(dq.Drafted(coarse=()), 50, 50, False) == ()
+    assert ladder(dq.Drafted(coarse=()), 1000, 1000, True) == ()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])

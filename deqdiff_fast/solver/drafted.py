@@ -31,9 +31,10 @@ class Drafted:
     cheap propagator is a coarser step of the same model, and draft models in speculative decoding (Leviathan et al.
     2023, arXiv 2211.17192).
 
-    coarse, ridge, floor, safety, freeze, strict: as for `QuasiNewton`. coarse_noisy: the grids of chains of 256
-    timesteps and more that add noise. reach: a solve may also end at steps of up to `reach` times the tolerance, where
-    they shrink so fast from round to round that what is left to go is below the tolerance (Aitken); 0 for never.
+    coarse, ridge, floor, safety, freeze, strict: as for `QuasiNewton`. coarse_long, coarse_noisy: the grids of chains
+    of 256 timesteps and more, that add noise in the second case; none if `coarse` is (). reach: a solve may also end at
+    steps of up to `reach` times the tolerance, where they shrink so fast from round to round that what is left to go is
+    below the tolerance (Aitken); 0 for never.
 
     stride: the draft is asked at every `stride`-th timestep and at the last ones (see `anchors`), one after the other
     in every round, as far as they are not final; None: about 25 times in a round, or at every 16th timestep of a longer
@@ -51,14 +52,16 @@ class Drafted:
     freeze: float = 0.01
     strict: float | None = 0.01
     coarse: tuple[int, ...] = (8, 32)
+    coarse_long: tuple[int, ...] = (8, 32, 64)
     coarse_noisy: tuple[int, ...] = (16, 64, 256, 256)
     stride: int | None = None
     guess: str = "draft"
 
     def __post_init__(self) -> None:
         check_settings(self.history, self.ridge, self.floor, self.coarse, self.max_rounds)
-        if not are_intervals(self.coarse_noisy):
-            raise ValueError(f"coarse_noisy: expected a tuple of ints >= 1, got {self.coarse_noisy!r}")
+        for name in ("coarse_long", "coarse_noisy"):
+            if not are_intervals(getattr(self, name)):
+                raise ValueError(f"{name}: expected a tuple of ints >= 1, got {getattr(self, name)!r}")
         if self.stride is not None and (type(self.stride) is not int or self.stride < 1):
             raise ValueError(f"stride: expected an int >= 1 or None, got {self.stride!r}")
         if not self.reach >= 0:

@@ -126,15 +126,17 @@ def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int,
     Those of `solver.coarse` that leave out at least half of the timesteps. Where noise is added on the way the
     remainder is rough: there only the finest grid that leaves out three fifths is worth its round, for what coarser
     ones find between their timesteps is wrong by more than what it replaces, and none is with fewer than `ROUGH`
-    intervals. None where a window slides.
+    intervals. None where a window slides, or where `solver.coarse` is empty.
 
     With a draft, the first grid that is too fine is made to fit, if it is then finer than the one before by half; and
-    what a draft leaves of a prediction follows the noise less, so a long noisy chain has grids of its own.
+    a long chain, for which further grids cost little, has grids of its own, several where it adds noise too: what a
+    draft leaves of a prediction follows the noise less.
     """
-    drafted, long = hasattr(solver, "foretold"), steps >= LONG
-    smooth = not stochastic or (drafted and long)
-    asked = getattr(solver, "coarse_noisy" if smooth and stochastic else "coarse", ())
-    wanted: tuple[int, ...] = asked if window >= steps else ()
+    drafted = hasattr(solver, "foretold")
+    long = drafted and steps >= LONG
+    smooth = long or not stochastic
+    asked = getattr(solver, ("coarse_noisy" if stochastic else "coarse_long") if long else "coarse", ())
+    wanted: tuple[int, ...] = asked if window >= steps and getattr(solver, "coarse", ()) else ()
     finest = steps // 2 - 1 if smooth else 2 * steps // 5 - 1
     usable = [count for count in wanted if count <= finest and (smooth or count >= ROUGH)]
     if drafted and len(usable) < len(wanted) and 2 * finest >= 3 * max(usable, default=ROUGH):
