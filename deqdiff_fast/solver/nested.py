@@ -132,11 +132,13 @@ def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int,
     a long chain, for which further grids cost little, has grids of its own, several where it adds noise too: what a
     draft leaves of a prediction follows the noise less.
     """
+    if window < steps or not getattr(solver, "coarse", ()):
+        return ()
     drafted = hasattr(solver, "foretold")
     long = drafted and steps >= LONG
     smooth = long or not stochastic
-    asked = getattr(solver, ("coarse_noisy" if stochastic else "coarse_long") if long else "coarse", ())
-    wanted: tuple[int, ...] = asked if window >= steps and getattr(solver, "coarse", ()) else ()
+    name = "coarse" if not long else "coarse_noisy" if stochastic else "coarse_long"
+    wanted: tuple[int, ...] = getattr(solver, name, ())
     finest = steps // 2 - 1 if smooth else 2 * steps // 5 - 1
     usable = [count for count in wanted if count <= finest and (smooth or count >= ROUGH)]
     if drafted and len(usable) < len(wanted) and 2 * finest >= 3 * max(usable, default=ROUGH):
