@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 4, 16], help="B (default 1 4 16)")
     parser.add_argument("--size", type=positive_int, default=32, help="image size of the mixture (default 32)")
     parser.add_argument("--fit", type=positive_int, default=1000, help="training steps of the policy (default 1000)")
+    parser.add_argument("--noises", type=positive_int, default=1, help="noises, --passes pairs with each (default 1)")
     parser.add_argument("--passes", type=positive_int, default=25, help="pairs of timings (default 25)")
     parser.add_argument(
         "--budget", type=positive_float, default=10.0, help="seconds for a side, after which 3 pairs do (default 10)"
@@ -75,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(args: argparse.Namespace, name: str, problem: Problem, steps: int, batch: int) -> dict[str, Any]:
     sampler = dq.DEQSampler(problem.model, problem.schedule(steps, 0.0), **problem.aids)
-    noise = problem.noise(range(batch))
     with torch.no_grad():
         started = time.perf_counter()
         if not args.cold:
@@ -84,19 +85,25 @@ def _row(args: argparse.Namespace, name: str, problem: Problem, steps: int, batc
         if args.plans:
             print(f"{name}: {sampler.plan(problem.shape, batch=batch, device=args.device)}\n", flush=True)
         runs: list[dq.Stats] = []
-        sides = [
-            Side("serial", lambda: sampler.serial(noise)),
-            Side("sample", lambda: runs.append(sampler.sample(noise).stats)),
-        ]
-        interleave(sides, args.device, passes=args.passes, budget=args.budget)
+        serial, sample, paired = [], [], []
+        for first in range(0, args.noises * batch, batch):
+            noise = problem.noise(range(first, first + batch))
+            sides = [
+                Side("serial", partial(sampler.serial, noise)),
+                Side("sample", lambda noise=noise: runs.append(sampler.sample(noise).stats)),
+            ]
+            interleave(sides, args.device, passes=args.passes, budget=args.budget)
+            serial += sides[0].seconds
+            sample += sides[1].seconds
+            paired += ratios(*sides)
         reference, out = sampler.serial(noise), sampler.sample(noise)
-    serial, sample = sides
     apart = (out.sample - reference.sample).flatten(1).norm(dim=1) / reference.sample.flatten(1).norm(dim=1)
     return {
-        "problem": name, "steps": steps, "batch": batch, "ratios": ratios(serial, sample), "warmup_seconds": warmup,
-        "serial_seconds": serial.seconds, "sample_seconds": sample.seconds, "error": float(apart.max()),
+        "problem": name, "steps": steps, "batch": batch, "ratios": paired, "warmup_seconds": warmup,
+        "serial_seconds": serial, "sample_seconds": sample, "error": float(apart.max()),
         "solver": out.stats.solver, "windows": [stats.window for stats in runs],
-        "rounds": out.stats.rounds, "evaluations": out.stats.model_evals / (steps * batch),
+        "rounds": median(stats.rounds for stats in runs),
+        "evaluations": median(stats.model_evals for stats in runs) / (steps * batch),
         "reasons": sorted({stats.stop_reason for stats in runs}), "plan": str(out.stats.plan),
     }  # fmt: skip
 
@@ -106,6 +113,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     named = ["serial" if w == 1 else "all" if w == row["steps"] else f"window {w}" for w in windows]
     return (
         row["problem"], str(row["steps"]), str(row["batch"]), f"{1e3 * median(row['serial_seconds']):.3g} ms",
-        f"{1e3 * median(row['sample_seconds']):.3g} ms", spread(row["ratios"]), ", ".join(named), str(row["rounds"]),
+        f"{1e3 * median(row['sample_seconds']):.3g} ms", spread(row["ratios"]), ", ".join(named), f"{row['rounds']:g}",
         f"{row['evaluations']:.2f}", f"{row['error']:.1e}",
     )  # fmt: skip

@@ -252,14 +252,14 @@ def test_images_of_cifar10(baseline, tmp_path):
 
 
 def test_planner(figures):
-    small = ("--steps", "8", "--batches", "1", "2", "--size", "8", "--fit", "5", "--passes", "3", "--budget", "0.01")
-    report, table = figures("planner", "--problems", "mixture", "policy", "--plans", *small)
+    small = ("--steps", "8", "--batches", "1", "2", "--size", "8", "--fit", "5", "--passes", "3", "--budget", "9")
+    report, table = figures("planner", "--problems", "mixture", "policy", "--plans", "--noises", "2", *small)
     assert {(row["problem"], row["batch"]) for row in report["rows"]} == {
         (problem, batch) for problem in ("mixture", "policy") for batch in (1, 2)
     }
     assert table.count("model evaluations") > 4 * 2
     for row in report["rows"]:
-        assert len(row["ratios"]) == len(row["serial_seconds"]) == len(row["sample_seconds"]) == 3
+        assert len(row["ratios"]) == len(row["serial_seconds"]) == len(row["sample_seconds"]) == 3 * 2
         pairs = zip(row["ratios"], row["serial_seconds"], row["sample_seconds"], strict=True)
         assert all(ratio == pytest.approx(serial / sample) for ratio, serial, sample in pairs)
         assert row["error"] <= 1e-2

@@ -52,6 +52,27 @@ class NoLook(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def unseen(monkeypatch, mixture):
+    """A guard that watches the rounds that the host queues, and a model that may look."""
+    guard, model, queue = NoLook(), mixture(), _Loop.queue
+    guard.looking = True
+
+    def watched(self):
+        guard.looking = False
+        queue(self)
+        guard.looking = True
+
+    def private(x, t):
+        was, guard.looking = guard.looking, True
+        out = model(x, t)
+        guard.looking = was
+        return out
+
+    monkeypatch.setattr(_Loop, "queue", watched)
+    return guard, private
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_advance_window_decides_as_the_host_does(seed):
     draw = torch.Generator().manual_seed(seed)
@@ -136,24 +157,9 @@ def test_the_same_sample_at_most_one_round_late(late, mixture, ddim, noise, solv
 @pytest.mark.parametrize("policy", [Late(), ALWAYS], ids=["near", "always"])
 @pytest.mark.parametrize("window", ["auto", 7])
 @pytest.mark.parametrize("solver", ["quasi-newton", "picard", "triangular"])
-def test_no_look_at_the_device_in_a_round(late, monkeypatch, mixture, ddim, noise, solver, window, policy):
+def test_no_look_at_the_device_in_a_round(late, unseen, ddim, noise, solver, window, policy):
     late(policy)
-    guard, model = NoLook(), mixture()
-    guard.looking = True
-    queue = _Loop.queue
-
-    def watched(self):
-        guard.looking = False
-        queue(self)
-        guard.looking = True
-
-    def private(x, t):
-        guard.looking = True
-        out = model(x, t)
-        guard.looking = False
-        return out
-
-    monkeypatch.setattr(_Loop, "queue", watched)
+    guard, private = unseen
     with guard:
         out = dq.DEQSampler(private, ddim(20), solver=solver, window=window).sample(noise(2))
     assert out.converged.all()
@@ -161,25 +167,10 @@ def test_no_look_at_the_device_in_a_round(late, monkeypatch, mixture, ddim, nois
 
 
 @pytest.mark.parametrize("window", ["auto", 20])
-def test_no_look_at_the_device_with_a_draft(late, monkeypatch, mixture, ddim, noise, window):
+def test_no_look_at_the_device_with_a_draft(late, unseen, monkeypatch, ddim, noise, window):
     late(ALWAYS)
     monkeypatch.setattr(drafted, "on_host", lambda chain: False)
-    guard, model = NoLook(), mixture()
-    guard.looking = True
-    queue = _Loop.queue
-
-    def watched(self):
-        guard.looking = False
-        queue(self)
-        guard.looking = True
-
-    def private(x, t):
-        was, guard.looking = guard.looking, True
-        out = model(x, t)
-        guard.looking = was
-        return out
-
-    monkeypatch.setattr(_Loop, "queue", watched)
+    guard, private = unseen
     sampler = dq.DEQSampler(
         private, ddim(60), solver="draft", draft=lambda x, t: private(x, t) + 0.05 * x.sin(), window=window, tol=1e-4
     )
