@@ -23,6 +23,8 @@ from deqdiff_fast.kernels.anderson_mix import _triton as anderson
 from deqdiff_fast.kernels.anderson_mix import _triton_solve as solve
 from deqdiff_fast.kernels.copy_rows import _triton as copies
 from deqdiff_fast.kernels.ddim_update import _triton as scan
+from deqdiff_fast.kernels.draft_scan import _triton as drafting
+from deqdiff_fast.kernels.draft_secants import _triton as remembering
 from deqdiff_fast.kernels.judge_steps import _triton as judging
 from deqdiff_fast.kernels.newton_scan import _triton as newton
 from deqdiff_fast.kernels.newton_scan import _triton_linear as linear
@@ -49,8 +51,26 @@ TABLES = (
     "gamma",
     "previous",
     "strict",
+    "shares",
+    "carry",
+    "dots",
 )
-STREAMS = ("exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source")
+STREAMS = (
+    "exact",
+    "states",
+    "predictions",
+    "drift",
+    "f",
+    "g",
+    "z",
+    "e",
+    "target",
+    "source",
+    "said",
+    "made",
+    "turn",
+    "rest",
+)
 HISTORIES = ("g", "z", "e")
 SINGLE = ("weights", "newton_norms", "bounds", "judge")  # one warp a program
 
@@ -77,10 +97,16 @@ def cases():
                 secants = common | {"RING": 4, "P": 4, "MIXED": True}
                 yield prepare.newton_prepare_kernel, "mixed", secants, "newton_prepare"
                 yield newton.newton_advance_kernel, "mixed", secants | {"SPECTRAL": True}, "newton_advance"
+            passes = common | {"SPECTRAL": True, "WILD": drafting.WILD, "SPAN": 32}
+            for ring in (4, 8) if storage == "fp32" else (4,):
+                for charting in (False, True) if ring == 4 else (False,):
+                    given = passes | {"RING": ring, "P": ring, "CHARTING": charting}
+                    yield drafting.draft_scan_kernel, storage, given, "draft_scan"
             yield linear.newton_linear_kernel, storage, common | {"RING": lags - 1, "SPECTRAL": True}, "newton_linear"
         for damped in (False, True):
             yield anderson.anderson_mix_kernel, storage, {"M": HISTORY, "DAMPED": damped, "MIXED": False}, "mix"
         yield copies.copy_rows_kernel, storage, {}, "mix"
+        yield remembering.draft_gram_kernel, storage, {"RING": 4, "P": 4}, "draft_secants"
     yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "mix"
     yield products.gains_kernel, "fp32", {"SPECTRAL": True}, "newton_prepare"
     for ring in (4, 8):
@@ -96,6 +122,8 @@ def cases():
     yield linear.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"
     for ring in (2, 4, 8):
         yield prepare.newton_weights_kernel, "fp32", {"RING": ring, "P": ring if ring > 2 else 1, "SPAN": 8}, "weights"
+    for ring in (4, 8):
+        yield remembering.draft_weights_kernel, "fp32", {"RING": ring, "P": ring, "SPAN": 8}, "weights"
     yield scan.norms_kernel, "fp32", {"K": 2, "AT": 0, "ROWS": 16, "SPAN": 64}, "norms"
     for scope in ("timestep", "trajectory", "triangular"):
         shape = _config.TABLE["sm_90"]["solve"]
@@ -106,7 +134,9 @@ def cases():
 
 def label(case) -> str:
     kernel, storage, constants, _ = case
-    detail = "-".join(f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING"))
+    detail = "-".join(
+        f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING", "CHARTING")
+    )
     return f"{kernel.fn.__name__}-{storage}-{detail}"
 
 
@@ -136,8 +166,8 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
     if storage == "mixed":
         types |= dict.fromkeys(HISTORIES, "*bf16")
     types |= dict.fromkeys(("lo", "hi", "filled", "was", "first", "last"), "*i32") | {"weights": "*fp64"}
-    types |= {"verdict": "*fp32", "sq_norm": types["sq_diff"], "rows": "*i64"}
-    types |= dict.fromkeys(("ridge", "floor", "stale", "undamped", "freeze", "finish"), "fp64")
+    types |= {"verdict": "*fp32", "sq_norm": types["sq_diff"], "rows": "*i64", "at": "*i64"}
+    types |= dict.fromkeys(("ridge", "floor", "stale", "undamped", "freeze", "finish", "reach", "left"), "fp64")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     hints = [n for n, kind in signature.items() if kind.startswith("*") or (n == "D" and aligned)]
     source = ASTSource(

@@ -10,6 +10,8 @@
 #include "affine_scan.h"
 #include "anderson.h"
 #include "arena.h"
+#include "draft_scan.h"
+#include "draft_secants.h"
 #include "inverse_scan.h"
 #include "newton_rows.h"
 #include "newton_scan.h"
@@ -196,6 +198,92 @@ void inverse_scan_py(int dtype, Address states, Address predictions, Address sta
   inverse_scan(problem);
 }
 
+void draft_secants_py(int dtype, Address states, Address predictions, Address made, Address at, Address lo, Address hi,
+                      Address z, Address rest, Address filled, Address weights, Index T, Index A, Index B, Index D,
+                      int ring, int column, double ridge, double floor, int threads) {
+  require_range("dtype (0 float32, 1 float64, 2 bfloat16)", dtype, 0, 2);
+  require_range("T", T, 0, Index{1} << 30);
+  require_range("A", A, 0, T);
+  require_range("B", B, 0, Index{1} << 30);
+  require_range("D", D, 0, Index{1} << 40);
+  require_range("ring", ring, 1, kMaxSecants + 1);
+  require_range("column", column, 0, ring - 1);
+  require_range("threads", threads, 1, 1 << 20);
+  require(std::isfinite(ridge) && ridge > 0, "ridge", "a finite number > 0, got " + std::to_string(ridge));
+  require(std::isfinite(floor) && floor >= 0, "floor", "a finite number >= 0, got " + std::to_string(floor));
+  const Index lines = (T + 1) * ring * std::max<Index>(B, 1);
+  require(lines <= (Index{1} << 59) && D <= std::numeric_limits<Index>::max() / 16 / lines, "T, ring, B, D",
+          "a size within the address space");
+  const bool rows = A > 0 && B > 0, data = rows && D > 0;
+  const std::size_t item = static_cast<std::size_t>(item_size(static_cast<Dtype>(dtype)));
+  DraftSecantsProblem problem;
+  problem.dtype = static_cast<Dtype>(dtype);
+  problem.states = storage("states_ptr", states, item, data);
+  problem.predictions = storage("predictions_ptr", predictions, item, data);
+  problem.made = storage("made_ptr", made, item, data);
+  problem.at = table<const std::int64_t>("at_ptr", at, A > 0);
+  problem.lo = table<const std::int32_t>("lo_ptr", lo, B > 0);
+  problem.hi = table<const std::int32_t>("hi_ptr", hi, B > 0);
+  problem.z = storage("z_ptr", z, item, data);
+  problem.rest = storage("rest_ptr", rest, item, data);
+  problem.filled = table<std::int32_t>("filled_ptr", filled, rows);
+  problem.weights = table<double>("weights_ptr", weights, rows && ring > 1);
+  problem.steps = T;
+  problem.anchors = A;
+  problem.batch = B;
+  problem.size = D;
+  problem.ring = ring;
+  problem.column = column;
+  problem.ridge = ridge;
+  problem.floor = floor;
+  problem.threads = threads;
+  py::gil_scoped_release unlocked;
+  draft_secants(problem);
+}
+
+void draft_scan_py(int dtype, Address states, Address predictions, Address said, Address made, Address turn,
+                   Address shares, Address state_coef, Address model_coef, Address drift, Address slope,
+                   bool slope_per_element, Address lo, Address hi, Address sq_diff, Address sq_norm, Address carry,
+                   Address z, Address rest, Address weights, Index T, Index A, Index B, Index D, int L, int ring,
+                   int column, Index number, Index previous, Index start, Index stop, bool charting, int threads) {
+  DraftProblem problem;
+  problem.scan = scan_problem(dtype, states, predictions, state_coef, model_coef, drift, lo, hi, sq_diff, sq_norm, T, B,
+                              D, L, threads);
+  require_range("ring", ring, 1, kMaxSecants + 1);
+  require_range("column", column, 0, ring - 1);
+  require_range("A", A, 1, std::max<Index>(T, 1));
+  require_range("number", number, 0, A - 1);
+  require_range("start", start, 0, std::max<Index>(T - 1, 0));
+  require_range("stop", stop, start, T);
+  require_range("previous", previous, -1, start);
+  const Index lines = ring * A * std::max<Index>(B, 1);
+  require(lines <= (Index{1} << 59) && D <= std::numeric_limits<Index>::max() / 16 / lines, "ring, A, B, D",
+          "a size within the address space");
+  const bool rows = T > 0 && B > 0, data = rows && D > 0;
+  const std::size_t item = static_cast<std::size_t>(item_size(problem.scan.dtype));
+  const std::size_t wide = problem.scan.dtype == Dtype::kFloat64 ? 8 : 4;
+  problem.said = storage("said_ptr", said, item, false);
+  problem.made = storage("made_ptr", made, item, data);
+  problem.turn = storage("turn_ptr", turn, item, data);
+  problem.shares = table<const double>("shares_ptr", shares, rows);
+  problem.slope = storage("slope_ptr", slope, wide, data);
+  problem.slope_per_element = slope_per_element;
+  problem.carry = storage("carry_ptr", carry, wide, data);
+  problem.z = storage("z_ptr", z, item, data);
+  problem.rest = storage("rest_ptr", rest, item, data);
+  problem.weights = table<const double>("weights_ptr", weights, rows && ring > 1);
+  problem.anchors = A;
+  problem.number = number;
+  problem.previous = previous;
+  problem.start = start;
+  problem.stop = stop;
+  problem.ring = ring;
+  problem.column = column;
+  problem.charting = charting;
+  py::gil_scoped_release unlocked;
+  draft_scan(problem);
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -261,6 +349,20 @@ PYBIND11_MODULE(_C, m) {
         arg("hi_ptr"), arg("sq_diff_ptr"), arg("sq_norm_ptr"), arg("z_ptr"), arg("e_ptr"), arg("filled_ptr"), arg("T"),
         arg("B"), arg("D"), arg("L"), arg("ring"), arg("W"), arg("column"), arg("ridge"), arg("floor"), arg("threads"),
         "Quasi-Newton scan in place; see deqdiff_fast.kernels.newton_scan. Releases the GIL.");
+
+  m.def("draft_secants", &draft_secants_py, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"), arg("made_ptr"),
+        arg("at_ptr"), arg("lo_ptr"), arg("hi_ptr"), arg("z_ptr"), arg("rest_ptr"), arg("filled_ptr"),
+        arg("weights_ptr"), arg("T"), arg("A"), arg("B"), arg("D"), arg("ring"), arg("column"), arg("ridge"),
+        arg("floor"), arg("threads"),
+        "What a round with a draft remembers; see deqdiff_fast.kernels.draft_secants. Releases the GIL.");
+
+  m.def("draft_scan", &draft_scan_py, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"), arg("said_ptr"),
+        arg("made_ptr"), arg("turn_ptr"), arg("shares_ptr"), arg("state_coef_ptr"), arg("model_coef_ptr"),
+        arg("drift_ptr"), arg("slope_ptr"), arg("slope_per_element"), arg("lo_ptr"), arg("hi_ptr"), arg("sq_diff_ptr"),
+        arg("sq_norm_ptr"), arg("carry_ptr"), arg("z_ptr"), arg("rest_ptr"), arg("weights_ptr"), arg("T"), arg("A"),
+        arg("B"), arg("D"), arg("L"), arg("ring"), arg("column"), arg("number"), arg("previous"), arg("start"),
+        arg("stop"), arg("charting"), arg("threads"),
+        "A piece of a draft's chain; see deqdiff_fast.kernels.draft_scan. Releases the GIL.");
 
   m.def("inverse_scan", &inverse_scan_py, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"),
         arg("state_coef_ptr"), arg("model_coef_ptr"), arg("drift_ptr"), arg("slope_ptr"), arg("slope_per_element"),

@@ -12,16 +12,6 @@
 namespace deqdiff {
 namespace {
 
-// The wide type as a storage type: scratch rows, slopes and weights are kept in it.
-template <class S>
-struct WideOf {
-  typedef Float32 Type;
-};
-template <>
-struct WideOf<Float64> {
-  typedef Float64 Type;
-};
-
 constexpr int64_t kSpan = 1024;  // sums run in the wide type within a span and in double across spans
 
 template <class S, int J>

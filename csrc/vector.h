@@ -1,6 +1,7 @@
 // Vectors of the width that the including file is compiled for, and the three storage types.
-// Included only by rows.cpp. Everything has internal linkage and no standard template is used: an inline function
-// compiled here with AVX-512 must never be the copy that the linker keeps for the rest of the library.
+// Included only by what is compiled once per instruction set. Everything has internal linkage and no standard template
+// is used: an inline function compiled here with AVX-512 must never be the copy that the linker keeps for the rest of
+// the library.
 #pragma once
 
 #include <stdint.h>
@@ -64,6 +65,16 @@ struct BFloat16 {
     const WordV is_nan = (WordV)((word & 0x7FFFFFFFu) > 0x7F800000u);
     return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0u), HalfV);
   }
+};
+
+// The wide type as a storage type: scratch rows and slopes are kept in it.
+template <class S>
+struct WideOf {
+  typedef Float32 Type;
+};
+template <>
+struct WideOf<Float64> {
+  typedef Float64 Type;
 };
 
 template <class S>

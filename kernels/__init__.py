@@ -1,7 +1,8 @@
 """The solver step as fused kernels: one folder per op, each with a plain-torch reference beside its compiled forms.
 
 `ddim_update` advances every timestep of the chain at once (an affine scan) and measures the residuals; `anderson_step`
-does the same and extrapolates from the last rounds; `newton_scan` linearises the model instead. `judge_steps`,
+does the same and extrapolates from the last rounds; `newton_scan` linearises the model instead; `draft_secants` and
+`draft_scan` put a draft of it in its place. `judge_steps`,
 `advance_window` and `copy_rows` keep the loop's decisions on the device. All work in place and none waits for the
 device. Importing this package needs neither Triton, nor a GPU, nor the compiled extension.
 """
@@ -14,12 +15,15 @@ if __name__ != "kernels":
     from .anderson_mix import anderson_step, anderson_step_bytes
     from .copy_rows import copy_rows
     from .ddim_update import ddim_update, ddim_update_bytes
+    from .draft_scan import WILD, draft_scan, draft_scan_bytes
+    from .draft_secants import draft_secants, draft_secants_bytes
     from .inverse_scan import inverse_scan
     from .judge_steps import judge_steps
     from .newton_scan import newton_scan, newton_scan_bytes
 
 __all__ = [
     "BACKENDS",
+    "WILD",
     "advance_window",
     "anderson_step",
     "anderson_step_bytes",
@@ -27,6 +31,10 @@ __all__ = [
     "copy_rows",
     "ddim_update",
     "ddim_update_bytes",
+    "draft_scan",
+    "draft_scan_bytes",
+    "draft_secants",
+    "draft_secants_bytes",
     "inverse_scan",
     "judge_steps",
     "newton_scan",

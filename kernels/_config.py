@@ -38,6 +38,7 @@ class Config:
 _DEFAULT = {
     "scan": Config(2), "anderson_scan": Config(1), "solve": Config(0, 4), "mix": Config(2, 4),
     "newton_linear": Config(1), "newton_prepare": Config(1), "newton_advance": Config(1, 8),
+    "draft_secants": Config(1), "draft_scan": Config(1),
 }  # fmt: skip
 TABLE: dict[str, dict[str, Config]] = {
     "sm_80": _DEFAULT,
@@ -45,7 +46,8 @@ TABLE: dict[str, dict[str, Config]] = {
     "sm_100": _DEFAULT,
     "gfx942": _DEFAULT  # 64 lanes share the block
     | {"anderson_scan": Config(2)}
-    | {"newton_linear": Config(2), "newton_prepare": Config(2), "newton_advance": Config(2, 8)},
+    | {"newton_linear": Config(2), "newton_prepare": Config(2), "newton_advance": Config(2, 8)}
+    | {"draft_secants": Config(2), "draft_scan": Config(2)},
     "cpu": _DEFAULT  # interpreted: small, so that small tests see many blocks
     | {"scan": Config(1), "mix": Config(1), "newton_advance": Config(1)},
 }

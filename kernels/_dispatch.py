@@ -18,7 +18,14 @@ logger = logging.getLogger("deqdiff_fast")
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 SCOPES = ("timestep", "trajectory", "triangular")  # the position is the extension's code for the scope
-SYMBOLS = ("ddim_update", "anderson_step", "newton_scan", "inverse_scan")  # what the ops call in the extension
+SYMBOLS = (
+    "ddim_update",
+    "anderson_step",
+    "newton_scan",
+    "inverse_scan",
+    "draft_secants",
+    "draft_scan",
+)  # what the ops call in the extension
 MAX_HISTORY = 8
 MAX_LAGS = 16  # PNDM with its Runge-Kutta start needs 11
 TRITON_LAGS = 4  # the Triton kernels keep the lagged rows in registers
@@ -139,23 +146,55 @@ def _expect(
         raise ValueError(f"{name}: expected it on {device} like states, got {tensor.device}")
 
 
+def check_states(states: Tensor, predictions: Tensor, lo: Tensor, hi: Tensor) -> None:
+    """What every op on a chain takes; raises ValueError."""
+    if states.dim() != 3 or states.shape[0] < 2 or states.shape[2] < 1:
+        raise ValueError(f"states: expected shape (T + 1, B, D) with T, D >= 1, got {tuple(states.shape)}")
+    (rows, batch, size), device = states.shape, states.device
+    _expect("states", states, (rows, batch, size), _STORAGE, device)
+    _expect("predictions", predictions, (rows - 1, batch, size), _STORAGE, device)
+    _expect("lo", lo, (batch,), _INDEX, device)
+    _expect("hi", hi, (batch,), _INDEX, device)
+
+
+def check_slope(slope: Tensor, steps: int, size: int, device: torch.device, name: str = "slope") -> None:
+    """One number a row, or one an element; raises ValueError."""
+    shapes = ((steps, 1), (steps, size))
+    if slope.shape not in shapes or not slope.is_floating_point() or slope.device != device:
+        raise ValueError(
+            f"{name}: expected a floating-point tensor {shapes[0]} or {shapes[1]} on {device}, got {slope.dtype} "
+            f"{tuple(slope.shape)} on {slope.device}"
+        )
+
+
+def check_anchors(states: Tensor, made: Tensor, z: Tensor, rest: Tensor, weights: Tensor, column: int) -> None:
+    """What a draft's rounds remember; raises ValueError."""
+    (rows, batch, size), device, kinds = states.shape, states.device, (states.dtype,)
+    if made.dim() != 3 or not 1 <= made.shape[0] < rows:
+        raise ValueError(f"made: expected shape (A, B, D) with 1 <= A <= {rows - 1}, got {tuple(made.shape)}")
+    if z.dim() != 4 or not 1 <= z.shape[0] <= MAX_HISTORY:
+        raise ValueError(f"z: expected shape (H + 1, A, B, D) with H < {MAX_HISTORY}, got {tuple(z.shape)}")
+    count, secants = made.shape[0], z.shape[0] - 1
+    _expect("made", made, (count, batch, size), kinds, device)
+    _expect("z", z, (secants + 1, count, batch, size), kinds, device)
+    _expect("rest", rest, (secants + 1, count, batch, size), kinds, device)
+    _expect("weights", weights, (count, batch, secants, secants), (torch.float64,), device)
+    if not 0 <= column <= secants:
+        raise ValueError(f"column: expected 0 <= column < {secants + 1} (the round modulo H + 1), got {column}")
+
+
 def check_scan(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None,
 ) -> None:  # fmt: skip
     """Shapes, dtypes and devices of the arguments that both ops share; raises ValueError."""
-    if states.dim() != 3 or states.shape[0] < 2 or states.shape[2] < 1:
-        raise ValueError(f"states: expected shape (T + 1, B, D) with T, D >= 1, got {tuple(states.shape)}")
+    check_states(states, predictions, lo, hi)
     if state_coef.dim() != 2 or not 1 <= state_coef.shape[1] <= MAX_LAGS:
         raise ValueError(f"state_coef: expected shape (T, L) with 1 <= L <= {MAX_LAGS}, got {tuple(state_coef.shape)}")
     (rows, batch, size), device, lags = states.shape, states.device, state_coef.shape[1]
     steps = rows - 1
-    _expect("states", states, (rows, batch, size), _STORAGE, device)
-    _expect("predictions", predictions, (steps, batch, size), _STORAGE, device)
     _expect("state_coef", state_coef, (steps, lags), _WIDE, device)
     _expect("model_coef", model_coef, (steps, lags), _WIDE, device)
-    _expect("lo", lo, (batch,), _INDEX, device)
-    _expect("hi", hi, (batch,), _INDEX, device)
     _expect("sq_diff", sq_diff, (steps, batch), _WIDE, device)
     _expect("sq_norm", sq_norm, (steps, batch), _WIDE, device)
     if drift is not None:

@@ -227,6 +227,8 @@ HOT = {
     "deqdiff_fast/solver/picard.py": ("step", "settle", "enter"),
     "deqdiff_fast/solver/anderson.py": ("step", "settle", "enter"),
     "deqdiff_fast/solver/quasi_newton.py": ("step", "settle", "enter"),
+    "deqdiff_fast/solver/draft_sweep.py": ("sweep", "heard"),
+    "deqdiff_fast/drafting.py": ("row", "rows", "_ask"),
     "deqdiff_fast/workspace.py": ("evaluate", "rebuild"),
     "deqdiff_fast/system.py": ("evaluate", "_evaluate", "_clip", "expand_kwargs", "pad"),
     "deqdiff_fast/guesses.py": ("_nonlinear_part", "linear_scan"),
@@ -241,6 +243,8 @@ HOT = {
     "kernels/newton_scan/_triton.py": ("launch",),
     "kernels/newton_scan/_triton_linear.py": ("launch_linear", "launch_norms"),
     "kernels/newton_scan/_triton_products.py": ("launch_products",),
+    "kernels/draft_scan/_triton.py": ("launch",),
+    "kernels/draft_secants/_triton.py": ("launch",),
     "kernels/_workspace.py": ("cut",),
 }
 LOOKS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize"}

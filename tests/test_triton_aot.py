@@ -34,7 +34,8 @@ BUDGET = {"ddim_update_kernel": 128, "anderson_scan_kernel": 128, "anderson_mix_
           "norms_kernel": 128, "newton_linear_kernel": 128, "newton_prepare_kernel": 168, "newton_weights_kernel": 128,
           "newton_norms_kernel": 128, "newton_advance_kernel": 255, "bounds_kernel": 128, "rows_kernel": 64,
           "judge_kernel": 64, "copy_rows_kernel": 64, "gains_kernel": 64, "products_kernel": 255,
-          "recursion_kernel": 128, "corrected_scan_kernel": 128}  # fmt: skip
+          "recursion_kernel": 128, "corrected_scan_kernel": 128, "draft_scan_kernel": 168,
+          "draft_gram_kernel": 128, "draft_weights_kernel": 128}  # fmt: skip
 
 
 SOLVES = [name for name in CASES if name.startswith("solve")]

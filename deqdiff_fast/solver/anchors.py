@@ -49,7 +49,8 @@ class Anchors:
         return [Piece(n, a, b) for n, (a, b) in enumerate(zip(starts, stops)) if b > first and a < last]
 
     def shares(self, weight: Tensor) -> Tensor:
-        """(T, count): what every row takes from the anchors' remainders. weight: (T,) q_i; made on its device."""
+        """(T, 2): what every row takes from the remainders of the anchor before its own, and of its own. weight: (T,)
+        q_i; made on its device."""
         step = torch.arange(self.steps, device=weight.device)
         inside = step < self.tail
         own = torch.where(inside, step // self.stride, self.body + step - self.tail)
@@ -57,6 +58,4 @@ class Anchors:
         at = self.at(weight.device)
         further = torch.where(before < own, (step - at[own]) / self.stride, 0).to(weight.dtype)
         safe = torch.where(weight == 0, 1, weight)
-        found = weight.new_zeros(self.steps, self.count)
-        found.scatter_(1, before[:, None], (-further * safe[at[before]] / safe)[:, None])
-        return found.scatter_(1, own[:, None], ((1 + further) * safe[at[own]] / safe)[:, None])
+        return torch.stack([-further * safe[at[before]] / safe, (1 + further) * safe[at[own]] / safe], 1)

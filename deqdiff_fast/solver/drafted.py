@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import ddim_update, ddim_update_bytes
+from ..kernels import draft_scan_bytes, draft_secants, draft_secants_bytes
 from .anchors import Anchors
 from .base import Bounds, Chain, Lease, Plan, Size
-from .draft_sweep import DraftedMemory, Sweep, heard
+from .draft_sweep import DraftedMemory, heard, sweep
 from .nested import interpolation
-from .secants import Secants
 from .settings import are_intervals, check_settings
 
 SWEEP = 25  # timesteps at which a draft is asked in a round ...
@@ -84,26 +83,27 @@ class Drafted:
 
     def plan(self, plan: Plan, size: Size) -> None:
         rows, count = (size.num_steps, size.batch, size.numel), self.anchors(size.num_steps, size.noisy).count
+        wide = torch.float64 if size.dtype == torch.float64 else torch.float32
         for name in ("z", "rest"):
             plan.add(f"drafted.{name}", (self.history + 1, count, *rows[1:]), size.dtype)
-        for name in ("made", "turn"):
-            plan.add(f"drafted.{name}", (count, *rows[1:]), size.dtype)
-        plan.add("drafted.shares", (rows[0], count), size.dtype)
-        plan.add("drafted.now", rows, size.dtype)
-        plan.add("drafted.plain", (rows[0] + 1, *rows[1:]), size.dtype)
-        plan.add("drafted.sq_diff", rows[:2], size.accumulator)
         plan.add("drafted.filled", (count, size.batch), torch.int32)
+        plan.add("drafted.weights", (count, size.batch, self.history, self.history), torch.float64)
+        plan.add("drafted.made", (count, *rows[1:]), size.dtype)
+        plan.add("drafted.turn", (2, *rows[1:]), size.dtype)
+        plan.add("drafted.shares", (rows[0], 2), size.accumulator)
+        plan.add("drafted.carry", (2, size.lags, *rows[1:]), wide)
+        plan.add("drafted.now", rows, size.dtype)
 
     def scratch(self, size: Size) -> int:
-        found: int = ddim_update_bytes(
-            size.num_steps, size.batch, size.numel, size.dtype, size.device, size.backend
-        )  # fmt: skip
+        count = self.anchors(size.num_steps, size.noisy).count
+        rest = (size.batch, size.numel, self.history, size.dtype, size.device, size.backend)
+        found: int = max(draft_scan_bytes(size.num_steps, *rest), draft_secants_bytes(count, *rest))
         return found
 
     def start(self, lease: Lease) -> DraftedMemory:
-        names = ("z", "rest", "filled", "made", "turn", "shares", "now", "plain", "sq_diff")
+        names = ("z", "rest", "filled", "weights", "made", "turn", "shares", "carry", "now")
         memory = DraftedMemory(**{name: lease[f"drafted.{name}"] for name in names})  # type: ignore[arg-type]
-        memory.filled.zero_(), memory.turn.zero_()
+        memory.filled.zero_()
         return memory
 
     def _share(self, chain: Chain, memory: DraftedMemory) -> None:
@@ -141,48 +141,22 @@ class Drafted:
         lo, hi = (torch.as_tensor(bounds, dtype=torch.int32, device=chain.lo.device) for bounds in (old, new))
         known = isinstance(old, list) and isinstance(new, list)
         first, last = (min(old), max(new)) if known else (0, chain.num_steps)
-        sweep, anchors = Sweep(chain, memory, lo, hi, first, last), self._anchors(chain)
-        memory.now.copy_(torch.where(sweep.open, 0, chain.predictions))
-        for piece in anchors.pieces(max(first - anchors.stride, 0), last):
-            sweep.chart(piece.number, piece.start)
-            sweep.advance(piece)
+        anchors = self._anchors(chain)
+        pieces = anchors.pieces(max(first - anchors.stride, 0), last)
+        sweep(chain, memory, pieces, lo, hi, first, 0, charting=True)
         memory.known = known and max(old) == 0 and min(new) == chain.num_steps
 
     def step(self, chain: Chain, memory: DraftedMemory, round: int) -> None:
-        first, last = span(chain)
         self._share(chain, memory)
         at, column = self._ask(chain, memory), round % (self.history + 1)
-        pieces = self._anchors(chain).pieces(first, last)
-        asked = [piece.number for piece in pieces if piece.start >= first]
-        rows = slice(asked[0], asked[-1] + 1) if asked else slice(0, 0)
-        memory.z[column, rows].copy_(chain.states[at[rows]])
-        torch.sub(chain.predictions[at[rows]], memory.made[rows], out=memory.rest[column, rows])
-        self._look(chain, memory)
-        sweep = Sweep(chain, memory, chain.lo, chain.hi, first, last)
-        torch.addcmul(chain.predictions, sweep.tilt, memory.plain[:-1], value=-1, out=memory.now)
-        usable = min(self.history, memory.rounds) if on_host(chain) else self.history
-        older = [(column - k) % (self.history + 1) for k in range(1, usable + 1)]
-        secants = Secants(memory.z, memory.rest, memory.filled, column, older, rows, self.ridge, self.floor)
-        active = (at[:, None] >= chain.lo) & (at[:, None] < chain.hi)
-        memory.turn.zero_()
-        for piece in pieces:
-            if piece.start >= first:
-                sweep.turn(piece.number, piece.start, secants, active[piece.number])
-            sweep.advance(piece)
-        moved = memory.plain[first + 1 : last + 1].sub_(chain.states[first + 1 : last + 1])
-        moved_by = torch.linalg.vector_norm(moved, dim=-1, dtype=chain.sq_diff.dtype).square_()
-        torch.maximum(chain.sq_diff[first:last], moved_by, out=chain.sq_diff[first:last])
-        memory.filled.copy_(torch.where(active, memory.filled.clamp_max(self.history) + 1, memory.filled))
-        memory.rounds += 1
-
-    def _look(self, chain: Chain, memory: DraftedMemory) -> None:
-        """How far the plain step goes; the old states to `plain`."""
-        memory.plain.copy_(chain.states)
-        ddim_update(
-            memory.plain, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi, chain.sq_diff,
-            chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
+        draft_secants(
+            chain.states, chain.predictions, memory.made, at, chain.lo, chain.hi, memory.z, memory.rest, memory.filled,
+            memory.weights, column, self.ridge, self.floor, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
-        memory.plain.copy_(chain.states)
+        first, last = span(chain)
+        sweep(
+            chain, memory, self._anchors(chain).pieces(first, last), chain.lo, chain.hi, first, column, charting=False
+        )
 
     def step_partly(self, chain: Chain, memory: DraftedMemory, round: int, evaluated: Tensor) -> None:
         """`step`, where only rows evaluated: (T,) bool hold what the model said.

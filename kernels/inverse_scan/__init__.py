@@ -68,13 +68,8 @@ def inverse_scan(
     """
     _dispatch.check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_miss, sq_miss, drift)
     (rows, batch, size), device = states.shape, states.device
-    shapes = ((rows - 1, 1), (rows - 1, size))
-    for name, table in (("slope", slope), ("weight", weight)):
-        if table.shape not in shapes or not table.is_floating_point() or table.device != device:
-            raise ValueError(
-                f"{name}: expected a floating-point tensor {shapes[0]} or {shapes[1]} on {device}, got "
-                f"{table.dtype} {tuple(table.shape)} on {table.device}"
-            )
+    _dispatch.check_slope(slope, rows - 1, size, device)
+    _dispatch.check_slope(weight, rows - 1, size, device, "weight")
     if z.dim() != 4 or not 1 <= z.shape[0] <= MAX_COLUMNS or z.shape[1] < 1 or z.shape[2:] != (batch, size):
         raise ValueError(f"z: expected shape (H + 1, W, {batch}, {size}) with H < {MAX_COLUMNS}, got {tuple(z.shape)}")
     if e.shape != z.shape or e.dtype != z.dtype or z.dtype != states.dtype or e.device != device:

@@ -63,11 +63,7 @@ def newton_scan(
     _dispatch.check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
     _workspace.check(workspace, states.device)
     (rows, batch, size), device = states.shape, states.device
-    if slope.shape not in ((rows - 1, 1), (rows - 1, size)) or not slope.is_floating_point() or slope.device != device:
-        raise ValueError(
-            f"slope: expected a floating-point tensor {(rows - 1, 1)} or {(rows - 1, size)} on {device}, got "
-            f"{slope.dtype} {tuple(slope.shape)} on {slope.device}"
-        )
+    _dispatch.check_slope(slope, rows - 1, size, device)
     if (z is None) != (e is None) or (z is None) != (filled is None):
         raise ValueError("z, e, filled: expected all three or none of them")
     if z is not None and e is not None and filled is not None:

@@ -107,6 +107,19 @@ def inverse(system, P: tl.constexpr):
     return tl.where((sound == 1) & (broken == 0), system, 0.0)
 
 
+@triton.jit
+def secant_weights(gram, norm, known, ridge, floor, P: tl.constexpr):
+    """S (P, P) from dZ^T dZ (P, P) in float64 and |X|^2; zero for columns not known: (P,), and for those too short."""
+    eye = tl.arange(0, P)[:, None] == tl.arange(0, P)[None, :]
+    length = tl.sqrt(tl.sum(tl.where(eye, gram, 0.0), axis=1))
+    keep = known & (length > tl.full((), floor, tl.float64) * tl.sqrt(norm))  # shorter steps are rounding
+    scale = tl.where(keep, 1.0 / tl.where(keep, length, 1.0), 0.0)
+    both = scale[:, None] * scale[None, :]
+    system = tl.where(both > 0, gram * both, 0.0)
+    system += tl.where(eye, tl.where(keep, tl.full((), ridge, tl.float64), 1.0)[:, None], 0.0)
+    return inverse(system, P) * both
+
+
 @triton.jit(do_not_specialize=["T", "W", "blocks"])
 def newton_weights_kernel(
     partials, lo, hi, filled, weights, sq_diff, T, B, W, blocks, ridge: tl.float64, floor: tl.float64,
@@ -120,7 +133,6 @@ def newton_weights_kernel(
         return
     K: tl.constexpr = P * P + 2
     row, slots, span = tl.cast(i, tl.int64) * B + b, tl.arange(0, P), tl.arange(0, SPAN)
-    eye = slots[:, None] == slots[None, :]
     valid = filled + (i % W) * B + b
     count = tl.minimum(tl.maximum(tl.load(valid), 0), RING - 1)
     known = slots < count
@@ -134,13 +146,7 @@ def newton_weights_kernel(
         gram += tl.sum(tl.load(tile, mask=wanted, other=0.0).to(tl.float64), axis=0)
         norm += tl.load(at + P * P, mask=here, other=0.0).to(tl.float64)
         residual += tl.load(at + P * P + 1, mask=here, other=0.0).to(tl.float64)
-    length = tl.sqrt(tl.sum(tl.where(eye, gram, 0.0), axis=1))
-    keep = known & (length > tl.full((), floor, tl.float64) * tl.sqrt(tl.sum(norm)))  # shorter steps are rounding
-    scale = tl.where(keep, 1.0 / tl.where(keep, length, 1.0), 0.0)
-    both = scale[:, None] * scale[None, :]
-    system = tl.where(both > 0, gram * both, 0.0)
-    system += tl.where(eye, tl.where(keep, tl.full((), ridge, tl.float64), 1.0)[:, None], 0.0)
-    solved = inverse(system, P) * both
+    solved = secant_weights(gram, tl.sum(norm), known, ridge, floor, P)
     tl.store(weights + row * (P * P) + slots[:, None] * P + slots[None, :], solved)
     tl.store(sq_diff + row, tl.sum(residual).to(sq_diff.dtype.element_ty))
     tl.store(valid, count + 1)

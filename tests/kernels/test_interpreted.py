@@ -22,7 +22,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.mark.skipif(INTERPRETED, reason="this run is interpreted already")
 def test_triton_kernels_interpreted():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    ops = ("ddim_update", "anderson_step", "newton_scan", "window_ops", "device_solve", "launches", "workspace")
+    ops = ("ddim_update", "anderson_step", "newton_scan", "draft_scan", "window_ops", "device_solve", "launches")
+    ops += ("workspace",)
     files = [str(HERE / f"test_{op}.py") for op in ops]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""}
     run = subprocess.run(

@@ -1,0 +1,166 @@
+"""The Triton kernel of a piece of a draft's chain: one launch between two calls of the draft.
+
+N[i+1] = sum_l a[i,l] N[i-l] + b[i,l] Ê[i-l] + drift[i], Ê[i] = E[i] + c[i] (N[i] - X[i]) + what the draft adds (see
+reference.py; deferred correction, Lions, Maday, Turinici 2001). Elementwise over D but for the dots of the secants with
+the step N - X at an anchor: a program takes those of the next anchor for its own block of D as soon as it has made that
+state, and every program of the next piece adds them up, in a fixed order. So a piece needs one launch, and no program
+waits for another.
+
+Bytes of a pass, per state element: E and X in, N out; per element of an anchor's state, with H secants: what was said,
+made and two turns in, 2 H + 2 columns of z and of the rest, and H of z for the next; made and a turn out.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _config
+from .._workspace import Size, cut
+from ..ddim_update._triton import known_row, window
+from ..newton_scan._triton_linear import combined, drift_row, launch_norms, slope_row
+from ..newton_scan._triton_prepare import older_columns, own_column
+from ._layout import layout
+from .reference import WILD
+
+
+@triton.jit
+def lagged(
+    states, predictions, carry, row, low, b, B, D, lanes, mask, L: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Of a row before the piece: N, F, Ê and E; before `low` all are what they were."""
+    n, e = known_row(states, row, b, B, D, lanes, mask, WIDE), known_row(predictions, row, b, B, D, lanes, mask, WIDE)
+    at, size = tl.maximum(row, 0) % L, tl.cast(B, tl.int64) * D
+    f = known_row(carry, at, b, B, D, lanes, lanes < tl.where(row > low, D, 0), WIDE)
+    h = known_row(carry + L * size, at, b, B, D, lanes, lanes < tl.where(row >= low, D, 0), WIDE)
+    return n, tl.where(row > low, f, n), tl.where(row >= low, h, e), e
+
+
+@triton.jit(do_not_specialize=["T", "A", "column", "number", "before", "start", "stop"])
+def draft_scan_kernel(
+    states, predictions, drift, said, made, turn, shares, slope, state_coef, model_coef, lo, hi, carry, z, rest,
+    weights, dots, partials, T, A, B, D, column, number, before, start, stop, L: tl.constexpr, DRIFT: tl.constexpr,
+    SPECTRAL: tl.constexpr, CHARTING: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, WILD: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of D, one sample. dots: (2, B, blocks, P), that of anchor n in n % 2. partials: (T, B, blocks, 3):
+    |N - X|^2, |F - X|^2, |N|^2. carry, and before for previous: see `draft_scan`."""
+    WIDE: tl.constexpr = tl.float64 if states.dtype.element_ty == tl.float64 else tl.float32
+    S: tl.constexpr = RING - 1
+    blocks = tl.cdiv(D, BLOCK)
+    block, b = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    low, high = window(lo, hi, b, T)
+    lanes, slots = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, P)
+    mask = lanes < D
+    inside = (start >= low) & (start < high)
+    asked, there = lanes < tl.where(inside, D, 0), lanes < tl.where(start < high, D, 0)
+    now = known_row(states, start, b, B, D, lanes, there, WIDE)
+    c = slope_row(slope, start, D, lanes, mask, SPECTRAL, WIDE)
+    heard = tl.load(said + tl.cast(b, tl.int64) * D + lanes, mask=asked, other=0.0).to(WIDE)
+    heard = tl.where(tl.abs(heard) < WILD, heard, c * now)
+    own = known_row(made, number, b, B, D, lanes, asked, WIDE)
+    kept = tl.load(own_column(z, number, b, B, D, A, column) + lanes, mask=asked, other=0.0).to(WIDE)
+    if CHARTING:
+        before_low = known_row(predictions, start, b, B, D, lanes, lanes < tl.where(start < low, D, 0), WIDE)
+        change = tl.where(inside, heard, before_low) - c * now
+    else:
+        change = heard - own - c * (now - kept)
+        if RING > 1:
+            pair = tl.cast(number, tl.int64) * B + b
+            use = slots < tl.where(inside, S, 0)
+            square = use[:, None] & use[None, :]
+            fit = tl.load(weights + pair * (S * S) + slots[:, None] * S + slots[None, :], mask=square, other=0.0)
+            bound = tl.where(tl.load(weights + pair * (S * S) + slots * (S + 1), mask=use, other=0.0) != 0, D, 0)
+            span, total = tl.arange(0, SPAN), tl.zeros((P,), tl.float64)
+            known = tl.where(start > low, bound, 0) > 0  # row low starts from its own state
+            for first_block in tl.range(0, blocks, SPAN):
+                here = first_block + span
+                part = dots + (((number % 2) * B + b).to(tl.int64) * blocks + here)[:, None] * P + slots[None, :]
+                wanted = (here < blocks)[:, None] & known[None, :]
+                total += tl.sum(tl.load(part, mask=wanted, other=0.0).to(tl.float64), axis=0)
+            gamma = tl.sum(fit * total[None, :], axis=1)
+            gamma = tl.where(tl.abs(gamma) < float("inf"), gamma, 0.0).to(WIDE)[:, None]
+            mine = tl.load(own_column(rest, number, b, B, D, A, column) + lanes, mask=asked, other=0.0).to(WIDE)
+            past = older_columns(rest, number, b, B, D, A, column, lanes, bound, RING, P, WIDE)
+            change += tl.sum(tl.where(lanes[None, :] < bound[:, None], gamma * (past - mine[None, :]), 0.0), axis=0)
+        change = tl.where(inside, change, 0.0)
+    tl.store(made + (tl.cast(number, tl.int64) * B + b) * D + lanes, heard.to(made.dtype.element_ty), mask=asked)
+    turned = change.to(turn.dtype.element_ty)
+    tl.store(turn + ((number % 2) * B + b).to(tl.int64) * D + lanes, turned, mask=there)
+    first, last = tl.maximum(start, low), tl.minimum(stop, high)
+    if first >= last:
+        return
+    change = turned.to(WIDE)
+    near = lanes < tl.where(before >= (0 if CHARTING else low), D, 0)
+    other = tl.load(turn + (((number + 1) % 2) * B + b).to(tl.int64) * D + lanes, mask=near, other=0.0).to(WIDE)
+    n0, p0, _, _ = lagged(states, predictions, carry, first, low, b, B, D, lanes, mask, L, WIDE)
+    n1, n2, n3, p1, p2, p3, h1, h2, h3, e1, e2, e3 = n0, n0, n0, n0, n0, n0, n0, n0, n0, n0, n0, n0
+    if L > 1:
+        n1, p1, h1, e1 = lagged(states, predictions, carry, first - 1, low, b, B, D, lanes, mask, L, WIDE)
+    if L > 2:
+        n2, p2, h2, e2 = lagged(states, predictions, carry, first - 2, low, b, B, D, lanes, mask, L, WIDE)
+    if L > 3:
+        n3, p3, h3, e3 = lagged(states, predictions, carry, first - 3, low, b, B, D, lanes, mask, L, WIDE)
+    x = tl.where(start > low, kept, n0)
+    for i in tl.range(first, last):
+        old = known_row(states, i + 1, b, B, D, lanes, mask, WIDE)
+        noise = drift_row(drift, i, b, B, D, lanes, mask, DRIFT, WIDE)
+        c = slope_row(slope, i, D, lanes, mask, SPECTRAL, WIDE)
+        extra = tl.load(shares + 2 * i).to(WIDE) * other + tl.load(shares + 2 * i + 1).to(WIDE) * change
+        e0 = n0
+        if CHARTING:
+            h0 = tl.fma(c, n0, extra)
+        else:
+            e0 = known_row(predictions, i, b, B, D, lanes, mask, WIDE)
+            h0 = tl.fma(c, n0 - x, e0) + extra
+        new = combined(i, n0, n1, n2, n3, h0, h1, h2, h3, noise, state_coef, model_coef, L, WIDE)
+        plain = combined(i, p0, p1, p2, p3, e0, e1, e2, e3, noise, state_coef, model_coef, L, WIDE)
+        stored = new.to(states.dtype.element_ty)
+        tl.store(states + (tl.cast(i + 1, tl.int64) * B + b) * D + lanes, stored, mask=mask)
+        tl.store(own_column(carry, i + 1, b, B, D, L, 0) + lanes, plain, mask=mask)
+        if L > 1:
+            tl.store(own_column(carry, i, b, B, D, L, 1) + lanes, h0, mask=mask)
+        if not CHARTING:
+            sums = partials + ((tl.cast(i, tl.int64) * B + b) * blocks + block) * 3
+            tl.store(sums, tl.sum((new - old) * (new - old)))
+            tl.store(sums + 1, tl.sum((plain - old) * (plain - old)))
+            tl.store(sums + 2, tl.sum(new * new))
+        if L > 3:
+            n3, p3, h3, e3 = n2, p2, h2, e2
+        if L > 2:
+            n2, p2, h2, e2 = n1, p1, h1, e1
+        if L > 1:
+            n1, p1, h1, e1 = n0, p0, h0, e0
+        n0, p0, x = stored.to(WIDE), plain, old
+    if RING > 1 and not CHARTING:  # noqa: SIM102 (one is known when the kernel is compiled, the other is not)
+        if (last == stop) & (number + 1 < A):
+            pair = tl.cast(number + 1, tl.int64) * B + b
+            use = slots < tl.where(stop < high, S, 0)
+            bound = tl.where(tl.load(weights + pair * (S * S) + slots * (S + 1), mask=use, other=0.0) != 0, D, 0)
+            past = older_columns(z, number + 1, b, B, D, A, column, lanes, bound, RING, P, WIDE)
+            dz = tl.where(lanes[None, :] < bound[:, None], past - x[None, :], 0.0)
+            part = dots + ((((number + 1) % 2) * B + b).to(tl.int64) * blocks + block) * P
+            tl.store(part + slots, tl.sum(dz * (n0 - x)[None, :], axis=1))
+
+
+def launch(
+    states: Tensor, made: Tensor, turn: Tensor, sq_diff: Tensor, sq_norm: Tensor, carry: Tensor, said: Tensor | None,
+    drift: Tensor | None, predictions: Tensor, shares: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor,
+    lo: Tensor, hi: Tensor, z: Tensor, rest: Tensor, weights: Tensor, column: int, number: int, previous: int,
+    start: int, stop: int, charting: bool, last: bool, workspace: Tensor,
+) -> None:  # fmt: skip
+    """The op on contiguous tensors: one launch, and after the last piece one that adds up the norms."""
+    (steps, batch, size), device, lags, ring = predictions.shape, states.device, state_coef.shape[1], z.shape[0]
+    config = _config.config("draft_scan", device)
+    scratch = cut(layout(Size(steps, batch, size, lags, states.dtype, device), ring), workspace, device)
+    dots, partials = scratch["dots"], scratch["partials"]
+    draft_scan_kernel[(dots.shape[2] * batch,)](
+        states, predictions, drift, made if said is None else said, made, turn, shares, slope, state_coef, model_coef,
+        lo, hi, carry, z, rest, weights, dots, partials, steps, made.shape[0], batch, size, column, number, previous,
+        start, stop, L=lags, DRIFT=drift is not None, SPECTRAL=slope.shape[1] > 1, CHARTING=charting, RING=ring,
+        P=dots.shape[3], WILD=WILD, SPAN=32, BLOCK=config.block(states.element_size()), num_warps=config.num_warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    if last and not charting:
+        launch_norms(partials, lo, hi, sq_diff, sq_norm, steps)
