@@ -35,7 +35,7 @@ class Rows:
     """The (timestep, sample) pairs of one batched model call, timestep-major."""
 
     flat: Tensor | None
-    """(n,) int64 indices i * B + b on the CPU, or None where the rows are all samples of timesteps [lo, hi)."""
+    """(n,) int64 indices i * B + b, or None where the rows are all samples of timesteps [lo, hi)."""
     lo: int
     hi: int
     count: int

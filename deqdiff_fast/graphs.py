@@ -8,7 +8,7 @@ position in the history, are all rounds of all solves of one shape.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -52,12 +52,12 @@ class Graphs:
 
     outputs: what a "model" piece writes. Its first replay must reproduce the plain call, for a model may do something
     that a recording does not see; if it does not, or cannot be recorded, it is called plainly, and the log says why.
-    counters: an object with `model_calls` and `model_evals`, which a replayed piece would otherwise leave behind.
+    counters: (object, name of an int attribute), ...: what a replayed piece would otherwise not count.
     """
 
-    def __init__(self, recorder: Recorder, outputs: Tensor, counters: Any) -> None:
+    def __init__(self, recorder: Recorder, outputs: Tensor, counters: Sequence[tuple[Any, str]]) -> None:
         self.recorder, self.outputs, self.counters = recorder, outputs, counters
-        self.replays: dict[Key, tuple[Work, int, int]] = {}
+        self.replays: dict[Key, tuple[Work, list[int]]] = {}
         self.seen: set[Key] = set()
         self.refused: dict[str, str] = {}
         """Kind of work -> why it is not recorded."""
@@ -65,10 +65,9 @@ class Graphs:
     def play(self, key: Key, work: Work) -> None:
         """Do `work`, which asks the same of the device whenever it comes under this key."""
         if key in self.replays:
-            replay, calls, evals = self.replays[key]
+            replay, counted = self.replays[key]
             replay()
-            self.counters.model_calls += calls
-            self.counters.model_evals += evals
+            self._count([before + more for before, more in zip(self._counts(), counted)])
         elif key not in self.seen or key[0] in self.refused:
             self.seen.add(key)  # the first call is plain: libraries and kernels set themselves up in it
             work()
@@ -76,20 +75,20 @@ class Graphs:
             self._first(key, work)
 
     def _first(self, key: Key, work: Work) -> None:
-        calls, evals = self.counters.model_calls, self.counters.model_evals
+        before = self._counts()
         try:
             replay = self.recorder.record(work)
         except Exception as error:
             self._refuse(key[0], f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
-            self.counters.model_calls, self.counters.model_evals = calls, evals
+            self._count(before)
             work()
             return
-        entry = (replay, self.counters.model_calls - calls, self.counters.model_evals - evals)
-        self.counters.model_calls, self.counters.model_evals = calls, evals
+        entry = (replay, [after - start for after, start in zip(self._counts(), before)])
         if key[0] != "model":
             self.replays[key] = entry
             replay()
             return
+        self._count(before)
         work()
         expected = self.outputs.nan_to_num()
         replay()
@@ -98,8 +97,15 @@ class Graphs:
             self.replays[key] = entry
         else:
             self._refuse(key[0], "a replay does not reproduce the call: the model depends on more than its inputs")
-            self.counters.model_calls, self.counters.model_evals = calls, evals
+            self._count(before)
             work()
+
+    def _counts(self) -> list[int]:
+        return [getattr(*counter) for counter in self.counters]
+
+    def _count(self, values: list[int]) -> None:
+        for (owner, name), value in zip(self.counters, values):
+            setattr(owner, name, value)
 
     def _refuse(self, kind: str, reason: str) -> None:
         self.refused[kind] = reason

@@ -107,7 +107,9 @@ class Residents:
         system.padded = True
         work = open_(system)
         board = Board.make(work.chain, system.pad_round(work.chain.window * system.batch))
-        return Resident(work, Graphs(recorder, work.lease["predictions"], system), board, kwargs)
+        counters: list[tuple[Any, str]] = [(system, "model_calls"), (system, "model_evals")]
+        counters += [(system.draft, "evals")] if system.draft is not None else []
+        return Resident(work, Graphs(recorder, work.lease["predictions"], counters), board, kwargs)
 
     def _renew(self, resident: Resident, system: System) -> Resident:
         """The same memory for another solve: new conditions in the old places, nothing remembered."""

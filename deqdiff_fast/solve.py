@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from .options import Options
 from .progress import Reporter
 from .serial import finish, non_finite
 from .solution import Callback, Solution, Stats
-from .solver import Ascent, BoardCalls, Evaluate, Late, PartialSolver, Picard, iterate, ladder
+from .solver import BoardCalls, Evaluate, Late, Picard, iterate
+from .solver.task import Play
 from .system import System
 from .workspace import Workspace
 
@@ -80,7 +80,7 @@ def solve_rounds(
     ):
         if lead is None:
             work.begin(noise, request.generator)
-            work.guess(solver.guess, request.init_trajectory)
+            work.guess(solver.guess, request.init_trajectory, play)
         else:
             work.resume(lead, front)
             lead.lease.release()
@@ -90,7 +90,7 @@ def solve_rounds(
         stopped = False
         if not (warm or front):
             calls = None if board is None else BoardCalls(board, work.chain, work.evaluate, pad, play)
-            coarse, stopped = climb(work, limit, calls or work.evaluate, report if late is None else None)
+            coarse, stopped = climb(work, limit, calls or work.evaluate, report if late is None else None, play)
             work.system.model_evals -= calls.padding if calls else 0
         outcome = iterate(
             work.chain,
@@ -128,15 +128,14 @@ def solve_rounds(
     return solution
 
 
-def climb(work: Workspace, limit: int, evaluate: Evaluate, report: Reporter | None) -> tuple[list[Tensor], bool]:
+def climb(
+    work: Workspace, limit: int, evaluate: Evaluate, report: Reporter | None, play: Play
+) -> tuple[list[Tensor], bool]:
     """The rounds on coarse grids that the solver wants first: their residuals, and whether `report` asked to stop."""
-    chain, solver = work.chain, work.solver
-    grids = ladder(solver, chain.num_steps, chain.window, chain.drift is not None)
-    if not grids or len(grids) >= limit:
+    ascent = work.ascent
+    if ascent is None or len(ascent.grids) >= limit:
         return [], False
-    weight = work.system.denoised_coef[:, 1]
-    ascent = Ascent(chain, cast(PartialSolver, solver), work.memory, work.lease["coarse"], weight, grids)
-    stopped = ascent.run(evaluate, report)
+    stopped = ascent.run(evaluate, report, play)
     return ascent.trace, stopped
 
 

@@ -12,8 +12,9 @@ from ._types import Generators, Rows
 from .guesses import extrapolate, gaussian_guess
 from .memory import Lease, MemoryPlan, SolverMemory
 from .noise import fill_drift
-from .solver import Chain, Drafted, Solver, ladder
+from .solver import Ascent, Chain, Drafted, PartialSolver, Solver, ladder
 from .solver.base import Bounds, Size, repeat_rows
+from .solver.task import Play, at_once
 from .system import System
 
 
@@ -26,6 +27,8 @@ class Workspace:
     memory: Any
     system: System
     solver: Solver
+    ascent: Ascent | None = None
+    """The rounds on coarse grids that the solver wants first."""
     warm: bool = False
 
     @classmethod
@@ -50,11 +53,21 @@ class Workspace:
             edge=lease.get("edge"),
             draft=system.draft,
         )
-        return cls(lease, chain, solver.start(lease), system, solver)
+        held = solver.start(lease)
+        if hasattr(solver, "furnish"):
+            solver.furnish(chain, held)
+        work = cls(lease, chain, held, system, solver)
+        grids = ladder(solver, chain.num_steps, window, system.schedule.stochastic)
+        if grids:
+            weight = system.denoised_coef[:, 1]
+            work.ascent = Ascent(chain, cast(PartialSolver, solver), held, lease["coarse"], weight, grids)
+        return work
 
     def restart(self) -> None:
         """Forget a solve; the memory stays where it is."""
         self.memory = self.solver.start(self.lease)
+        if self.ascent is not None:
+            self.ascent.memory = self.memory
 
     @staticmethod
     def layout(system: System, solver: Solver, window: int, backend: str) -> MemoryPlan:
@@ -103,7 +116,7 @@ class Workspace:
             if self.system.basis is not None:
                 self.system.basis.forward(self.chain.drift.flatten(0, 1))
 
-    def guess(self, kind: str, init: Tensor | None) -> None:
+    def guess(self, kind: str, init: Tensor | None, play: Play = at_once) -> None:
         """States 1..T: a given trajectory, copies of the noise, the chain of the draft, or that of Gaussian data."""
         chain = self.chain
         self.warm = init is not None
@@ -113,9 +126,9 @@ class Workspace:
         elif kind == "copy":
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
         elif kind == "draft":
-            self._chart([0] * chain.batch, [chain.num_steps] * chain.batch)
+            play(("guess", 0), lambda: self._chart([0] * chain.batch, [chain.num_steps] * chain.batch))
         else:
-            gaussian_guess(chain, self.system.linear)
+            play(("guess", 0), lambda: gaussian_guess(chain, self.system.linear))
 
     def resume(self, other: Workspace, front: int) -> None:
         """Take over a chain of the same system whose first `front` steps are made; later states are extrapolated."""

@@ -108,6 +108,15 @@ def move_rows(target: Tensor, ring: Tensor, old: Bounds, new: Bounds, backend: s
         target[rows, b].copy_(ring[slots, b])
 
 
+def bounds_tensor(bounds: Bounds, like: Tensor) -> Tensor:
+    """(B,) int32 on the device of `like`, without waiting for it where one bound serves all samples."""
+    if isinstance(bounds, Tensor):
+        return bounds
+    if len(set(bounds)) == 1:
+        return torch.full_like(like, bounds[0])
+    return torch.tensor(bounds, dtype=like.dtype, device=like.device)
+
+
 def row_numbers(row: Tensor, batch: int) -> Tensor:
     """row[b] * B + b: where row[b] of sample b is found in a time-major tensor flattened to (rows * B, D)."""
     return row.long() * batch + torch.arange(batch, device=row.device)
@@ -182,7 +191,8 @@ class Stepper(Solver, Protocol):
     and k + period, and may be recorded once and replayed. `settle` and `enter` must not read bounds that are tensors:
     `move_rows` and `forget_rows` take both kinds. With an attribute `by_step` that is True, rows are judged by the
     length of their last step alone, not by what they have left to go at the rate at which their steps get shorter. With
-    a method `scratch(size: Size) -> int`, `chain.scratch` has at least so many bytes for the `workspace` of its ops.
+    a method `scratch(size: Size) -> int`, `chain.scratch` has at least so many bytes for the `workspace` of its ops. A
+    method `furnish(chain, memory)` is called once for every slab: what it writes there stays, from solve to solve.
     """
 
     def step(self, chain: Chain, memory: Any, round: int) -> None:

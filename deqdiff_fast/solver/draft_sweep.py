@@ -22,11 +22,12 @@ class DraftedMemory:
     weights: Tensor  # (A, B, H, H)
     made: Tensor  # (A, B, D), if `known`
     turn: Tensor  # (2, B, D)
-    shares: Tensor  # (T, 2), if `shared`
+    at: Tensor  # (A,) int64
+    shares: Tensor  # (T, 2)
+    between: Tensor  # (T, A) what every timestep takes from the anchors on both sides of it
     carry: Tensor  # (2, L, B, D)
     now: Tensor  # (T, B, D) what the draft foretells
     known: bool = False
-    shared: bool = False
 
 
 def sweep(

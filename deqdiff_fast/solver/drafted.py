@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels import draft_scan_bytes, draft_secants, draft_secants_bytes
 from .anchors import Anchors
-from .base import Bounds, Chain, Lease, Plan, Size
+from .base import Bounds, Chain, Lease, Plan, Size, bounds_tensor
 from .draft_sweep import DraftedMemory, heard, sweep
 from .nested import interpolation
 from .settings import are_intervals, check_settings
@@ -90,7 +90,9 @@ class Drafted:
         plan.add("drafted.weights", (count, size.batch, self.history, self.history), torch.float64)
         plan.add("drafted.made", (count, *rows[1:]), size.dtype)
         plan.add("drafted.turn", (2, *rows[1:]), size.dtype)
+        plan.add("drafted.at", (count,), torch.int64)
         plan.add("drafted.shares", (rows[0], 2), size.accumulator)
+        plan.add("drafted.between", (rows[0], count), size.dtype)
         plan.add("drafted.carry", (2, size.lags, *rows[1:]), wide)
         plan.add("drafted.now", rows, size.dtype)
 
@@ -101,23 +103,24 @@ class Drafted:
         return found
 
     def start(self, lease: Lease) -> DraftedMemory:
-        names = ("z", "rest", "filled", "weights", "made", "turn", "shares", "carry", "now")
+        names = ("z", "rest", "filled", "weights", "made", "turn", "at", "shares", "between", "carry", "now")
         memory = DraftedMemory(**{name: lease[f"drafted.{name}"] for name in names})  # type: ignore[arg-type]
         memory.filled.zero_()
         return memory
 
-    def _share(self, chain: Chain, memory: DraftedMemory) -> None:
-        if not memory.shared:
-            memory.shares.copy_(self._anchors(chain).shares(chain.clean[:, 1]))
-        memory.shared = on_host(chain)
+    def furnish(self, chain: Chain, memory: DraftedMemory) -> None:
+        """Where the draft is asked, and what the other timesteps take from there."""
+        anchors, weight = self._anchors(chain), chain.clean[:, 1]
+        memory.at.copy_(anchors.at(weight.device))
+        memory.shares.copy_(anchors.shares(weight))
+        memory.between.copy_(interpolation(anchors.known(), anchors.steps, weight))
 
     def foretold(self, chain: Chain, memory: DraftedMemory) -> Tensor:
         """(T, B, D): what the draft says at the states as they are; interpolated between the anchors."""
-        at, states = self._ask(chain, memory), chain.states[:-1]
+        self._ask(chain, memory)
+        at, states = memory.at, chain.states[:-1]
         beyond = torch.addcmul(memory.made, chain.slope[at, None], states[at], value=-1)
-        known = self._anchors(chain).known()
-        share = interpolation(known, chain.num_steps, chain.clean[:, 1]).to(beyond)
-        torch.mm(share, beyond.flatten(1), out=memory.now.flatten(1))
+        torch.mm(memory.between, beyond.flatten(1), out=memory.now.flatten(1))
         return memory.now.addcmul_(chain.slope[:, None], states)
 
     def worth_asking(self, chain: Chain, wanted: list[int]) -> list[int]:
@@ -125,38 +128,36 @@ class Drafted:
         known = self._anchors(chain).known()
         return sorted({min(known, key=lambda at: abs(at - step)) for step in wanted})
 
-    def _ask(self, chain: Chain, memory: DraftedMemory) -> Tensor:
-        """`made` for the states as they are; returns the anchors, (A,)."""
+    def _ask(self, chain: Chain, memory: DraftedMemory) -> None:
+        """`made` for the states as they are."""
         assert chain.draft is not None
-        at = self._anchors(chain).at(chain.states.device)
         if not memory.known:
-            states = chain.states[at]
-            memory.made.copy_(heard(chain.draft.rows(states, at), chain.slope[at, None], states))
-        memory.known = on_host(chain)
-        return at
+            states = chain.states[memory.at]
+            memory.made.copy_(heard(chain.draft.rows(states, memory.at), chain.slope[memory.at, None], states))
+        memory.known = True
 
     def chart(self, chain: Chain, memory: DraftedMemory, old: Bounds, new: Bounds) -> None:
         """States old[b] < i <= new[b] <- the chain of the draft alone, which goes on from what the model said last."""
-        self._share(chain, memory)
-        lo, hi = (torch.as_tensor(bounds, dtype=torch.int32, device=chain.lo.device) for bounds in (old, new))
+        lo, hi = bounds_tensor(old, chain.lo), bounds_tensor(new, chain.lo)
         known = isinstance(old, list) and isinstance(new, list)
         first, last = (min(old), max(new)) if known else (0, chain.num_steps)
         anchors = self._anchors(chain)
         pieces = anchors.pieces(max(first - anchors.stride, 0), last)
         sweep(chain, memory, pieces, lo, hi, first, 0, charting=True)
-        memory.known = known and max(old) == 0 and min(new) == chain.num_steps
+        memory.known = on_host(chain) and known and max(old) == 0 and min(new) == chain.num_steps
 
     def step(self, chain: Chain, memory: DraftedMemory, round: int) -> None:
-        self._share(chain, memory)
-        at, column = self._ask(chain, memory), round % (self.history + 1)
+        self._ask(chain, memory)
+        column = round % (self.history + 1)
         draft_secants(
-            chain.states, chain.predictions, memory.made, at, chain.lo, chain.hi, memory.z, memory.rest, memory.filled,
-            memory.weights, column, self.ridge, self.floor, workspace=chain.scratch, backend=chain.backend,
+            chain.states, chain.predictions, memory.made, memory.at, chain.lo, chain.hi, memory.z, memory.rest,
+            memory.filled, memory.weights, column, self.ridge, self.floor, workspace=chain.scratch,
+            backend=chain.backend,
         )  # fmt: skip
         first, last = span(chain)
-        sweep(
-            chain, memory, self._anchors(chain).pieces(first, last), chain.lo, chain.hi, first, column, charting=False
-        )
+        pieces = self._anchors(chain).pieces(first, last)
+        sweep(chain, memory, pieces, chain.lo, chain.hi, first, column, charting=False)
+        memory.known = on_host(chain)
 
     def step_partly(self, chain: Chain, memory: DraftedMemory, round: int, evaluated: Tensor) -> None:
         """`step`, where only rows evaluated: (T,) bool hold what the model said.
@@ -164,7 +165,7 @@ class Drafted:
         What was interpolated is no end of a secant: iterates are soon so close to each other that what is wrong with it
         would be most of the difference.
         """
-        missing = ~evaluated[self._anchors(chain).at(evaluated.device), None]
+        missing = ~evaluated[memory.at, None]
         memory.filled.masked_fill_(missing, 0)
         self.step(chain, memory, round)
         memory.filled.masked_fill_(missing, 0)
@@ -173,8 +174,7 @@ class Drafted:
         """The states come from the last evaluation already."""
 
     def enter(self, chain: Chain, memory: DraftedMemory, old: Bounds, new: Bounds) -> None:
-        at = self._anchors(chain).at(memory.filled.device)[:, None]
-        start, stop = (torch.as_tensor(bounds, device=at.device) for bounds in (old, new))
+        at, start, stop = memory.at[:, None], bounds_tensor(old, chain.lo), bounds_tensor(new, chain.lo)
         memory.filled.masked_fill_((at >= start) & (at < stop), 0)
         memory.known = False
 

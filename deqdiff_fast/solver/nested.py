@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from .._types import Rows
 from .base import Chain
 from .contraction import TINY
-from .task import Evaluate
+from .task import Evaluate, Play, at_once
 from .window import Window
 
 LONG = 256  # timesteps of a long chain
@@ -38,6 +39,15 @@ class PartialSolver(Protocol):
     def step_partly(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None: ...
 
 
+class Grid(NamedTuple):
+    """What one coarse round evaluates; everything lies on the device already, so that no round waits for it."""
+
+    rows: Rows
+    at: Tensor  # (n,) int64, the timesteps
+    evaluated: Tensor  # (T,) bool, where they are
+    share: Tensor  # (T, n), see `interpolation`
+
+
 class Ascent:
     """The rounds on coarse grids that come before the loop; the window is the whole chain."""
 
@@ -52,47 +62,57 @@ class Ascent:
     ) -> None:
         """rest: (1 + the largest of intervals, B, D) scratch. weight: (T,) q_i, see above. intervals: see `ladder`."""
         self.chain, self.solver, self.memory, self.rest = chain, solver, memory, rest
-        self.weight = weight
-        self.intervals = intervals
+        made = {count: self._grid(count, weight) for count in intervals}
+        self.grids = [made[count] for count in intervals]
+        self.residuals = torch.empty(len(intervals), chain.batch, dtype=chain.sq_diff.dtype, device=chain.lo.device)
         self.trace: list[Tensor] = []
 
-    def run(self, evaluate: Evaluate, report: Callable[[int, Window, Tensor], object] | None) -> bool:
-        """Make the rounds; `report` as for `iterate`, or None where nobody watches. Returns whether it asks to stop."""
-        chain = self.chain
+    def _grid(self, intervals: int, weight: Tensor) -> Grid:
+        chain, steps, device = self.chain, self.chain.num_steps, self.chain.states.device
+        ask = getattr(self.solver, "worth_asking", lambda chain, wanted: wanted)
+        step: list[int] = ask(chain, grid(steps, intervals))
+        at = torch.tensor(step, device=device)
+        flat = (at[:, None] * chain.batch + torch.arange(chain.batch, device=device)).flatten()
+        rows = Rows(flat, step[0], step[-1] + 1, len(flat))
+        evaluated = torch.zeros(steps, dtype=torch.bool, device=device).index_fill_(0, at, True)
+        return Grid(rows, at, evaluated, interpolation(step, steps, weight).to(self.rest))
+
+    def run(
+        self, evaluate: Evaluate, report: Callable[[int, Window, Tensor], object] | None, play: Play = at_once
+    ) -> bool:
+        """Make the rounds; `report` as for `iterate`, or None where nobody watches. Returns whether it asks to stop.
+
+        The residuals, (B,) each, are in `trace` until the next run.
+        """
+        chain, self.trace = self.chain, []
         chain.lo.fill_(0), chain.hi.fill_(chain.num_steps)
         window = Window(chain.num_steps, chain.batch, chain.window)
-        for round, count in enumerate(self.intervals, 1):
-            step = getattr(self.solver, "worth_asking", lambda chain, wanted: wanted)(
-                chain, grid(chain.num_steps, count)
-            )
-            evaluate(self._rows(step), round)
-            self._fill(step)
-            known = set(step)
-            evaluated = torch.tensor([i in known for i in range(chain.num_steps)]).to(chain.states.device)
-            self.solver.step_partly(chain, self.memory, round, evaluated)
-            self.trace.append((chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_().amax(0))
+        for round, place in enumerate(self.grids, 1):
+            evaluate(place.rows, round)
+            play(("coarse", round), partial(self._advance, place, round))
+            self.trace.append(self.residuals[round - 1])
             if report is not None and report(round, window, self.trace[-1].cpu()) is True:
                 return True
         return False
 
-    def _rows(self, step: list[int]) -> Rows:
-        """The rows of all samples at those timesteps."""
-        flat = (torch.tensor(step)[:, None] * self.chain.batch + torch.arange(self.chain.batch)).flatten()
-        return Rows(flat, step[0], step[-1] + 1, len(flat))
+    def _advance(self, place: Grid, round: int) -> None:
+        chain = self.chain
+        self._fill(place)
+        self.solver.step_partly(chain, self.memory, round, place.evaluated)
+        torch.amax((chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_(), 0, out=self.residuals[round - 1])
 
-    def _fill(self, step: list[int]) -> None:
-        """Predictions of every row from those at the timesteps `step`."""
-        chain, rest = self.chain, self.rest[: len(step)]
+    def _fill(self, place: Grid) -> None:
+        """Predictions of every row from those of the grid."""
+        chain, rest = self.chain, self.rest[: len(place.at)]
         foretold = getattr(self.solver, "foretold", None)
         known = None if foretold is None else foretold(chain, self.memory)
-        for k, i in enumerate(step):
-            if known is None:
-                torch.addcmul(chain.predictions[i], chain.slope[i], chain.states[i], value=-1, out=rest[k])
-            else:
-                torch.sub(chain.predictions[i], known[i], out=rest[k])
+        torch.index_select(chain.predictions, 0, place.at, out=rest)
+        if known is None:
+            rest.addcmul_(chain.slope[place.at, None], chain.states[place.at], value=-1)
+        else:
+            rest.sub_(known[place.at])
         rest.nan_to_num_(0.0, 0.0, 0.0)  # what the model has failed on is for the full rounds to find and to report
-        share = interpolation(step, chain.num_steps, self.weight).to(rest)
-        torch.mm(share, rest.flatten(1), out=chain.predictions.flatten(1))
+        torch.mm(place.share, rest.flatten(1), out=chain.predictions.flatten(1))
         if known is None:
             chain.predictions.addcmul_(chain.slope[:, None], chain.states[:-1])
         else:
@@ -117,7 +137,7 @@ def interpolation(step: list[int], steps: int, weight: Tensor) -> Tensor:
         part = torch.linspace(0, 1, right - left + 1, dtype=torch.float64)
         share[left : right + 1, k], share[left : right + 1, k + 1] = 1 - part, part
     safe = torch.where(weight == 0, 1, weight)
-    return share.to(safe) * torch.stack([safe[i] for i in step]) / safe[:, None]
+    return share.to(safe) * safe[torch.tensor(step, device=safe.device)] / safe[:, None]
 
 
 def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
