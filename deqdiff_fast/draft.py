@@ -51,6 +51,8 @@ class ConvDraft(nn.Module):
         self.register_buffer("log_snr", (alphas / (1 - alphas)).log().float(), persistent=False)
         self.register_buffer("waves", torch.tensor(WAVES), persistent=False)
         self.register_buffer("variance", spectrum.variance.float(), persistent=False)
+        self.register_buffer("excess", 1 - spectrum.variance.float(), persistent=False)
+        self._table: tuple[Any, Tensor] | None = None
         basis = spectrum.basis()
         for name, matrix in zip(BASIS, basis.matrices):
             self.register_buffer(name, matrix.float(), persistent=False)
@@ -65,23 +67,44 @@ class ConvDraft(nn.Module):
     def forward(self, x: Tensor, t: Tensor, *conditions: Any, **more: Any) -> Tensor:
         """(n, C, H, W) -> the same, in the dtype of x."""
         given, x = x.dtype, x.to(self.last.weight.dtype)
-        log_snr = self._log_snr(t)
-        signal, noise = log_snr.sigmoid().sqrt()[:, None, None, None], (-log_snr).sigmoid().sqrt()[:, None, None, None]
-        velocity = self._linear(x, signal, noise)
-        clean = signal * x - noise * velocity
-        level: Tensor = self.level(self._waves(log_snr))
-        scales, shifts = level[:, :, None, None].chunk(2, 1)
-        scale, shift = (1 + scales).chunk(self.depth + 1, 1), shifts.chunk(self.depth + 1, 1)
+        level = self._level(t)
+        signal, noise, *spread = (level[:, k, None, None, None] for k in range(4))
+        scales, shifts = level[:, 4:, None, None].chunk(2, 1)
+        scale, shift = scales.chunk(self.depth + 1, 1), shifts.chunk(self.depth + 1, 1)
+        velocity = self._linear(x, *spread)
+        clean = torch.addcmul(signal * x, noise, velocity, value=-1)
         hidden = self.first(F.pixel_unshuffle(torch.cat([velocity, clean], 1), PATCH))
         hidden = F.silu(torch.addcmul(shift[0], hidden, scale[0]))
         for k, conv in enumerate(self.inner, 1):
             hidden = hidden + F.silu(torch.addcmul(shift[k], conv(hidden), scale[k]))
         velocity = velocity + F.pixel_shuffle(self.last(hidden), PATCH)
         if self.prediction_type == "epsilon":
-            velocity = noise * x + signal * velocity
+            velocity = torch.addcmul(noise * x, signal, velocity)
         elif self.prediction_type == "sample":
-            velocity = signal * x - noise * velocity
+            velocity = torch.addcmul(signal * x, noise, velocity, value=-1)
         return velocity.to(given)
+
+    def _level(self, t: Tensor) -> Tensor:
+        """(n, 4 + 2 width (depth + 1)): all that depends on the timestep alone, see `_of_level`.
+
+        A draft is called on one sample at a time, thousands of times, and half of its operations would go into these
+        few numbers: for the schedule's own timesteps they are looked up.
+        """
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.level.parameters())
+        if t.is_floating_point() or learning or torch.compiler.is_compiling():
+            return self._of_level(self._log_snr(t))
+        held = (*self.level.parameters(), self.get_buffer("log_snr"))
+        now = tuple((p.device, p.dtype, p.data_ptr(), 0 if p.is_inference() else p._version) for p in held)
+        if self._table is None or self._table[0] != now:
+            self._table = now, self._of_level(self.get_buffer("log_snr"))
+        return self._table[1][t.long()]
+
+    def _of_level(self, log_snr: Tensor) -> Tensor:
+        """(n,) -> signal, noise, noise / signal, signal / noise, and scales and shifts of the convolutions."""
+        signal, noise = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+        scales, shifts = self.level(self._waves(log_snr)).chunk(2, 1)
+        spread = [signal, noise, noise / signal, signal / noise]
+        return torch.cat([torch.stack(spread, 1), 1 + scales, shifts], 1)
 
     def _log_snr(self, t: Tensor) -> Tensor:
         """(n,) log(alpha / (1 - alpha)), linear between the schedule's own timesteps."""
@@ -96,10 +119,11 @@ class ConvDraft(nn.Module):
         angles = level * self.get_buffer("waves")
         return torch.cat([level, angles.sin(), angles.cos()], 1)
 
-    def _linear(self, x: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-        """signal z - noise clean as expected of x = signal clean + noise z, were the data Gaussian (Wiener)."""
+    def _linear(self, x: Tensor, noisy: Tensor, clear: Tensor) -> Tensor:
+        """signal z - noise clean as expected of x = signal clean + noise z, were the data Gaussian (Wiener): in the
+        basis of the spectrum, x times signal noise (1 - variance) / (signal^2 variance + noise^2)."""
         variance, matrices = self.get_buffer("variance"), [self.get_buffer(name) for name in BASIS]
-        gain = signal * noise * (1 - variance) / (signal.square() * variance + noise.square())
+        gain = self.get_buffer("excess") / torch.addcmul(noisy, clear, variance)
         return self._rotate(self._rotate(x, *matrices) * gain, *(matrix.T for matrix in matrices))
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deqdiff_fast as dq
 
@@ -88,3 +89,37 @@ def test_what_is_refused(abar):
         dq.ConvDraft(abar, "epsilon", dq.SpectralSlope.fit(torch.randn(5, 3, 7, 8)))
     with pytest.raises(ValueError, match="alphas_cumprod: expected"):
         dq.ConvDraft(torch.cat([abar, abar.new_zeros(1)]), "epsilon", spectrum())
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_depends_on_the_timestep_alone_is_looked_up(abar, noise):
+    """Until the weights change; a draft that learns is not looked up."""
+    draft, x, t = trained(abar), noise(2), torch.tensor([10, 900])
+    first = draft(x, t)
+    with Operations() as count:
+        assert torch.equal(draft(x, t), first)
+    assert not any("sigmoid" in name or "addmm" in name for name in count.seen)
+    exact = draft(x, t.double())
+    torch.testing.assert_close(first, exact, rtol=1e-4, atol=1e-4)
+    draft.level[2].bias.add_(0.1)
+    changed = draft(x, t)
+    assert not torch.allclose(changed, first, atol=1e-4)
+    torch.testing.assert_close(changed, draft(x, t.double()), rtol=1e-4, atol=1e-4)
+    draft.load_state_dict(trained(abar).state_dict())
+    torch.testing.assert_close(draft(x, t), first, rtol=0, atol=0)
+    draft.requires_grad_(True)
+    draft(x, t).square().sum().backward()
+    assert float(draft.level[0].weight.grad.abs().sum()) > 0
+    with torch.no_grad():
+        draft.double()
+        assert draft(x.double(), t).dtype == torch.float64
+        torch.testing.assert_close(draft(x.double(), t).float(), first, rtol=1e-3, atol=1e-3)
