@@ -6,6 +6,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,8 +109,9 @@ def _ways(
             sample, runs = _timed(run, args.repeats, left, cuda)
             truth = sample if truth is None else truth
             watch, syncs = Syncs(model, args.device), None
-            if way == "sample, eager":
-                syncs = watch.count(lambda m: dq.DEQSampler(m, schedule, solver="quasi-newton", **aids).sample(noise))
+            solver = {"sample, eager": "quasi-newton", "draft, eager": "draft"}.get(way)
+            if solver is not None:
+                syncs = watch.count(partial(_solve, schedule, solver, noise, aids))
         found = stats.get(way)
         rows.append({
             "part": "samples", "model": name, "steps": steps, "way": way, "runs": runs, "syncs": syncs,
@@ -118,6 +120,10 @@ def _ways(
             "error": float(relative_error(sample, truth).max()),
         })  # fmt: skip
     return rows
+
+
+def _solve(schedule: dq.Schedule, solver: str, noise: Tensor, aids: dict[str, Any], model: Any) -> Any:
+    return dq.DEQSampler(model, schedule, solver=solver, **aids).sample(noise)
 
 
 def _timed(run: Way, repeats: int, left: Callable[[], float], cuda: bool) -> tuple[Tensor, list[float]]:

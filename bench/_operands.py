@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
-from deqdiff_fast.kernels import anderson_step, ddim_update, newton_scan
+from deqdiff_fast.kernels import (
+    anderson_step,
+    ddim_update,
+    draft_scan,
+    draft_scan_bytes,
+    draft_secants,
+    draft_secants_bytes,
+    newton_scan,
+)
 
 from . import _paper
 from ._problems import ABAR, TRAIN_STEPS
@@ -38,16 +46,26 @@ class Shape:
         return f"({self.batch}, {self.steps}, {self.size}, {self.history})"
 
 
-OPS = ("ddim_update", "anderson_step", "newton_scan")
+OPS = ("ddim_update", "anderson_step", "newton_scan", "draft_pass")
 HISTORY_OPS, PAPER_OPS = OPS[1:], OPS[:2]
 
 
-def elements_moved(op: str, history: int) -> int:
-    """Elements read or written for each state element. ddim_update: predictions and old state in, new state out.
-    anderson_step: predictions and old state in, M columns of f and g in, new state and a column of f and g out.
-    newton_scan: predictions and old state in, M columns of z and e in, new state and a column of z and e out.
+def anchors(steps: int) -> int:
+    """The timesteps at which a draft is asked in a round."""
+    return dq.Drafted().anchors(steps, noisy=False).count
+
+
+def elements_moved(op: str, shape: Shape) -> float:
+    """Elements read or written for each state element, every tensor once. ddim_update: predictions and old state in,
+    new state out. anderson_step: predictions and old state in, M columns of f and g in, new state and a column of f and
+    g out. newton_scan: predictions and old state in, M columns of z and e in, new state and a column of z and e out.
+    draft_pass (a round's `draft_secants` and `draft_scan`, the draft's calls left out): predictions and old state in,
+    new state out, and at the anchors what was said and made and M columns of z and of the rest in, what was made and a
+    column of z and of the rest out.
     """
-    return 3 if op == "ddim_update" else 2 * history + 5
+    if op == "draft_pass":
+        return 3 + (2 * shape.history + 5) * anchors(shape.steps) / shape.steps
+    return 3 if op == "ddim_update" else 2 * shape.history + 5
 
 
 class Inputs:
@@ -73,13 +91,15 @@ class Inputs:
         # noise predictions: near the noise itself, with what one round after the other still changes
         self.bank = [(0.9 * start + 0.1 * normal(t, b, d)).to(device, dtype) for _ in range(min(shape.history + 2, 7))]
         self.states = torch.cat([start[None], start + 0.3 * normal(t, b, d)]).to(device, dtype)
+        self.weight = schedule.denoised_coef()[:, 1].to(device, self.accumulator)
+        self.said = (0.9 * start + 0.1 * normal(anchors(t), b, d)).to(device, dtype)
 
     def predictions(self, round: int) -> Tensor:
         return self.bank[round % len(self.bank)]
 
     def moved(self, op: str) -> int:
         """Bytes that the op has to read and write."""
-        return elements_moved(op, self.shape.history) * self.shape.elements * self.dtype.itemsize
+        return round(elements_moved(op, self.shape) * self.shape.elements) * self.dtype.itemsize
 
 
 class Fused:
@@ -97,7 +117,27 @@ class Fused:
         self.gram = torch.zeros(t, b, m, m, dtype=inputs.accumulator, device=device)
         self.filled = torch.zeros(t, b, dtype=torch.int32, device=device)
         self.z, self.e = (torch.zeros(m + 1, t, b, d, dtype=inputs.dtype, device=device) for _ in range(2))
+        self._draft(shape)
         self.round = 0
+
+    def _draft(self, shape: Shape) -> None:
+        """What a pass of a draft works on."""
+        kind, device = self.states.dtype, self.states.device
+        at = dq.Drafted().anchors(shape.steps, noisy=False)
+        self.pieces, count, row = at.pieces(0, shape.steps), at.count, (shape.batch, shape.size)
+        self.at, self.shares = at.at(device), at.shares(self.inputs.weight)
+        self.made, self.turn = (torch.zeros(n, *row, dtype=kind, device=device) for n in (count, 2))
+        self.rest = torch.zeros(shape.history + 1, count, *row, dtype=kind, device=device)
+        self.anchored = torch.zeros_like(self.rest)
+        self.remembered = torch.zeros(count, shape.batch, dtype=torch.int32, device=device)
+        self.weights = torch.zeros(
+            count, shape.batch, shape.history, shape.history, dtype=torch.float64, device=device
+        )  # fmt: skip
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        self.carry = torch.zeros(2, 1, *row, dtype=wide, device=device)
+        needed = (shape.batch, shape.size, shape.history, kind, device, self.backend)
+        needs = max(draft_scan_bytes(shape.steps, *needed), draft_secants_bytes(count, *needed))
+        self.workspace = torch.zeros(needs, dtype=torch.uint8, device=device) if needs else None
 
     def prepare(self) -> None:
         """What the model does between two rounds: new predictions."""
@@ -123,6 +163,22 @@ class Fused:
             self.hi, *self.sums, self.z, self.e, self.filled, self.round % (self.inputs.shape.history + 1),
             backend=backend or self.backend,
         )  # fmt: skip
+
+    def draft_pass(self, backend: str | None = None) -> None:
+        column, on = self.round % (self.inputs.shape.history + 1), backend or self.backend
+        draft_secants(
+            self.states, self.predictions, self.made, self.at, self.lo, self.hi, self.anchored, self.rest,
+            self.remembered, self.weights, column, workspace=self.workspace, backend=on,
+        )  # fmt: skip
+        before = -1
+        for number, start, stop in self.pieces:
+            draft_scan(
+                self.states, self.predictions, self.inputs.said[number], self.made, self.turn, self.shares,
+                self.inputs.state_coef, self.inputs.model_coef, self.inputs.slope, self.lo, self.hi, *self.sums,
+                self.carry, self.anchored, self.rest, self.weights, column, number, before, start, stop,
+                last=stop == self.inputs.shape.steps, workspace=self.workspace, backend=on,
+            )  # fmt: skip
+            before = start
 
     def fill(self, op: str) -> Fused:
         """Run as many rounds as there are history columns, with the quickest backend."""

@@ -24,6 +24,7 @@ from ._timing import Side, interleave
 KERNELS = {
     "scan": "ddim_update", "anderson_scan": "anderson_step", "solve": "anderson_step", "mix": "anderson_step",
     "newton_linear": "newton_scan", "newton_prepare": "newton_scan", "newton_advance": "newton_scan",
+    "draft_secants": "draft_pass", "draft_scan": "draft_pass",
 }  # fmt: skip
 """Kernel -> the op that launches it; the others take what these leave them."""
 SHAPE = Shape(8, 1000, 3072, 5)

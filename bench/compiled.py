@@ -21,26 +21,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deqdiff_fast as dq
 from deqdiff_fast import solve
-from deqdiff_fast.solver import Late
+from deqdiff_fast.solver import Late, drafted
 from deqdiff_fast.solver import late as loop
 
 from ._common import environment, markdown, note, summary, write_json
-from ._operands import Inputs, Paper, Shape, elements_moved
+from ._operands import OPS, Inputs, Paper, Shape, anchors, elements_moved
 
 PEAK = 3.35e12  # bytes per second, H100 SXM5, HBM3: NVIDIA's data sheet
 MULTIPROCESSORS = 132
 SHAPES = (Shape(1, 100, 3072, 5), Shape(8, 1000, 3072, 5))
 FLOOR = 1.25  # the goal: times the bytes that an op has to move
-SOLVERS = ("picard", "triangular", "deq-ddim", "paradigms", "quasi-newton")
+SOLVERS = ("picard", "triangular", "deq-ddim", "paradigms", "quasi-newton", "draft")
 LAUNCHES = {
     "ddim_update": 2,
     "anderson_step": 3,
     "newton_scan": 3,
+    "draft_secants": 2,
+    "draft_scan": 1,
     "judge_steps": 1,
     "advance_window": 2,
     "copy_rows": 1,
 }
-"""Triton launches of an op, as tests/kernels/test_launches.py counts them."""
+"""Triton launches of an op, as tests/kernels/test_launches.py counts them. The last draft_scan of a round, which is
+called once for each call of the draft, makes one more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,9 +87,9 @@ def compiled_rows(architectures: list[str], select: str) -> list[dict[str, Any]]
     return rows
 
 
-def elements_of_kernels(op: str, history: int) -> list[tuple[str, int]]:
+def elements_of_kernels(op: str, shape: Shape) -> list[tuple[str, float]]:
     """Elements that each kernel of an op reads or writes for one state element, one lag, no drift, undamped."""
-    m = history
+    m, part = shape.history, anchors(shape.steps) / shape.steps
     return {
         "ddim_update": [("ddim_update_kernel: E, X in; F out", 3)],
         "anderson_step": [
@@ -97,6 +100,18 @@ def elements_of_kernels(op: str, history: int) -> list[tuple[str, int]]:
             (f"newton_prepare_kernel: E, X, {m} of z in; a column of z and of e out", m + 4),
             (f"newton_advance_kernel: E, X, N, this round's z, {m} of z and of e in; N out", 2 * m + 5),
         ],
+        "draft_pass": [
+            (
+                f"draft_gram_kernel, at the anchors: E, X, made, {m} of z in; a column of z and of the rest out",
+                (m + 5) * part,
+            ),
+            ("draft_scan_kernel: E, X in; N out", 3),
+            (
+                f"draft_scan_kernel, at the anchors: N, said, made, a turn, F, {m + 1} of z and of the rest in; "
+                "made, a turn, F out",
+                (2 * m + 10) * part,
+            ),
+        ],
     }[op]
 
 
@@ -104,10 +119,10 @@ def byte_rows() -> list[dict[str, Any]]:
     """Bytes and floor times of every op at the goals' sizes, float32."""
     rows = []
     for shape in SHAPES:
-        for op in ("ddim_update", "anderson_step", "newton_scan"):
-            parts = elements_of_kernels(op, shape.history)
-            ours, least = sum(count for _, count in parts), elements_moved(op, shape.history)
-            moved = 4 * ours * shape.elements
+        for op in OPS:
+            parts = elements_of_kernels(op, shape)
+            ours, least = sum(count for _, count in parts), elements_moved(op, shape)
+            moved = round(4 * ours * shape.elements)
             rows.append({"part": "bytes", "op": op, "shape": str(shape), "kernels": parts, "elements": ours,
                          "least": least, "bytes": moved, "floor_seconds": moved / PEAK})  # fmt: skip
     return rows
@@ -130,7 +145,7 @@ class Operations(TorchDispatchMode):
 def launch_row(solver: str) -> dict[str, Any]:
     """Launches of one round beside the model, all timesteps at once: the solver's step, the verdict, the window."""
     mode, rounds = Operations(), []
-    before, step = solve.late_policy, loop._Loop.step
+    before, step, host = solve.late_policy, loop._Loop.step, drafted.on_host
 
     def watched(self: Any, round: int) -> None:
         mode.found.clear()
@@ -141,16 +156,18 @@ def launch_row(solver: str) -> dict[str, Any]:
 
     alphas = torch.linspace(0.9999, 0.98, 1000, dtype=torch.float64).cumprod(0)
     sampler = dq.DEQSampler(
-        lambda x, t: 0.9 * x, dq.Schedule.ddim(alphas, torch.arange(12).flip(0) * 80), solver=solver, window=12
-    )
+        lambda x, t: 0.9 * x, dq.Schedule.ddim(alphas, torch.arange(12).flip(0) * 80), solver=solver, window=12,
+        draft=(lambda x, t: x) if solver == "draft" else None,
+    )  # fmt: skip
     solve.late_policy, loop._Loop.step = lambda system, request: Late(near=0.0), watched
+    drafted.on_host = lambda chain: False  # every round is the same work, as on a device
     try:
         with mode:
             sampler.sample(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)))
     finally:
-        solve.late_policy, loop._Loop.step = before, step
+        solve.late_policy, loop._Loop.step, drafted.on_host = before, step, host
     last = rounds[-1]
-    ours = {op: LAUNCHES[op] for op in last if op in LAUNCHES}
+    ours = {op: count * LAUNCHES[op] + (op == "draft_scan") for op, count in last.items() if op in LAUNCHES}
     return {"part": "launches", "solver": solver, "triton": ours,
             "torch": {name: count for name, count in last.items() if name not in LAUNCHES}}  # fmt: skip
 
@@ -176,10 +193,10 @@ def report(
     )  # fmt: skip
     floors = markdown(
         ("op", "(B, T, D, M)", "elements moved", "least", "ours / least", "MB", "predicted floor"),
-        [(r["op"], r["shape"], r["elements"], r["least"], f"{r['elements'] / r['least']:.2f}",
+        [(r["op"], r["shape"], f"{r['elements']:.3g}", f"{r['least']:.3g}", f"{r['elements'] / r['least']:.2f}",
           f"{r['bytes'] / 1e6:.1f}", f"{1e6 * r['floor_seconds']:.1f} us") for r in moved],
     )  # fmt: skip
-    passes = "\n".join(f"- `{op}`: {what}: {count}" for op, parts in _parts(moved) for what, count in parts)
+    passes = "\n".join(f"- `{op}`: {what}: {count:.3g}" for op, parts in _parts(moved) for what, count in parts)
     counts = markdown(
         ("solver", "Triton launches", "torch operations", "of which"),
         [(r["solver"], " + ".join(f"{n} {op}" for op, n in r["triton"].items()), sum(r["torch"].values()),
@@ -201,7 +218,7 @@ def report(
 
 
 def _parts(moved: list[dict[str, Any]]) -> list[tuple[str, Any]]:
-    return list({r["op"]: r["kernels"] for r in moved}.items())
+    return list({r["op"]: r["kernels"] for r in reversed(moved)}.items())[::-1]
 
 
 def goals(moved: list[dict[str, Any]]) -> list[str]:

@@ -6,8 +6,9 @@ the step N - X at an anchor: a program takes those of the next anchor for its ow
 state, and every program of the next piece adds them up, in a fixed order. So a piece needs one launch, and no program
 waits for another.
 
-Bytes of a pass, per state element: E and X in, N out; per element of an anchor's state, with H secants: what was said,
-made and two turns in, 2 H + 2 columns of z and of the rest, and H of z for the next; made and a turn out.
+Bytes of a pass, one lag: E and X in, N out, 3 elements per state element; and per element of an anchor's state, with H
+secants, N, what was said and made, a turn, F, a column of z and H + 1 of the rest in, H columns of z of the next anchor
+in; made, a turn and F out: 2 H + 10.
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ def draft_scan_kernel(
         plain = combined(i, p0, p1, p2, p3, e0, e1, e2, e3, noise, state_coef, model_coef, L, WIDE)
         stored = new.to(states.dtype.element_ty)
         tl.store(states + (tl.cast(i + 1, tl.int64) * B + b) * D + lanes, stored, mask=mask)
-        tl.store(own_column(carry, i + 1, b, B, D, L, 0) + lanes, plain, mask=mask)
         if L > 1:
+            tl.store(own_column(carry, i + 1, b, B, D, L, 0) + lanes, plain, mask=mask)
             tl.store(own_column(carry, i, b, B, D, L, 1) + lanes, h0, mask=mask)
         if not CHARTING:
             sums = partials + ((tl.cast(i, tl.int64) * B + b) * blocks + block) * 3
@@ -133,6 +134,8 @@ def draft_scan_kernel(
         if L > 1:
             n1, p1, h1, e1 = n0, p0, h0, e0
         n0, p0, x = stored.to(WIDE), plain, old
+    if L == 1:
+        tl.store(own_column(carry, last, b, B, D, L, 0) + lanes, p0, mask=mask)
     if RING > 1 and not CHARTING:  # noqa: SIM102 (one is known when the kernel is compiled, the other is not)
         if (last == stop) & (number + 1 < A):
             pair = tl.cast(number + 1, tl.int64) * B + b
