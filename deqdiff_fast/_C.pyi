@@ -1,4 +1,4 @@
-# C++ core: solver memory and CPU kernels. Tensors are passed as addresses; see csrc/bindings.cpp.
+# C++ core: solver memory and CPU kernels. Tensors are passed as addresses; see csrc/calls.h.
 # dtype: 0 float32, 1 float64, 2 bfloat16. Coefficients, sums and Gram matrices: float64. lo, hi, filled: int32.
 from collections.abc import Sequence
 
