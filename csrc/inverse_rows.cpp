@@ -23,7 +23,8 @@ void measure_span(InverseRow& row, int64_t begin, int64_t size) {
   for (int j = 0; j < J; ++j) with_rho[j] = V{};
   for (int k = 0; k < kDots; ++k) gram[k] = V{};
   const V a = broadcast<S>(row.state_coef[0]), b = broadcast<S>(row.model_coef[0]);
-  const auto at = [&](const auto& fetch, const auto& fetch_wide, const auto& put_wide) __attribute__((always_inline)) {
+  const auto at = [&](const auto& fetch, const auto& fetch_wide, const auto&,
+                      const auto& put_wide) __attribute__((always_inline)) {
     const V x = fetch(row.states[0]), prediction = fetch(row.predictions[0]), next = fetch(row.next);
     V reached = a * x + b * prediction;
     for (int lag = 1; lag < row.lags; ++lag) {
@@ -48,18 +49,7 @@ void measure_span(InverseRow& row, int64_t begin, int64_t size) {
       for (int l = 0; l <= j; ++l, ++k) gram[k] += dg[j] * dg[l];
     }
   };
-  const int64_t end = begin + size, whole = end - size % Lanes<S>::count;
-  int64_t i = begin;
-  for (; i < whole; i += Lanes<S>::count) {
-    at([&](const void* p) { return load<S>(p, i); }, [&](const void* p) { return load<W>(p, i); },
-       [&](void* p, const V& v) { store<W>(p, i, v); });
-  }
-  if (i < end) {
-    const int64_t items = end - i;
-    at([&](const void* p) { return load_tail<S>(p, i, items); },
-       [&](const void* p) { return load_tail<W>(p, i, items); },
-       [&](void* p, const V& v) { store_tail<W>(p, i, v, items); });
-  }
+  along<S>(begin, begin + size, at);
   row.miss += sum<S>(miss);
   row.rho_norm += sum<S>(rho_norm);
   row.reached_norm += sum<S>(reached_norm);
@@ -94,7 +84,8 @@ void step_span(InverseRow& row, int64_t begin, int64_t size) {
   V step_sum = {};
   const V a = broadcast<S>(row.state_coef[0]), b = broadcast<S>(row.model_coef[0]);
   const V damping = broadcast<S>(row.damping);
-  const auto at = [&](const auto& fetch, const auto& fetch_wide, const auto& put) __attribute__((always_inline)) {
+  const auto at = [&](const auto& fetch, const auto& fetch_wide, const auto& put,
+                      const auto&) __attribute__((always_inline)) {
     const V x = fetch(row.states[0]), prediction = fetch(row.predictions[0]);
     const V c = row.slope_per_element ? fetch_wide(row.slope) : V{} + *static_cast<const typename W::Item*>(row.slope);
     V rest = fetch_wide(row.rho), moved = {};
@@ -110,18 +101,7 @@ void step_span(InverseRow& row, int64_t begin, int64_t size) {
     put(row.keep_prediction, prediction);
     put(row.out, x + moved);
   };
-  const int64_t end = begin + size, whole = end - size % Lanes<S>::count;
-  int64_t i = begin;
-  for (; i < whole; i += Lanes<S>::count) {
-    at([&](const void* p) { return load<S>(p, i); }, [&](const void* p) { return load<W>(p, i); },
-       [&](void* p, const V& v) { store<S>(p, i, v); });
-  }
-  if (i < end) {
-    const int64_t items = end - i;
-    at([&](const void* p) { return load_tail<S>(p, i, items); },
-       [&](const void* p) { return load_tail<W>(p, i, items); },
-       [&](void* p, const V& v) { store_tail<S>(p, i, v, items); });
-  }
+  along<S>(begin, begin + size, at);
   row.step += sum<S>(step_sum);
 }
 

@@ -95,19 +95,7 @@ void newton_span(NewtonRow& row, int64_t begin, int64_t size) {
     put(row.next, next);
     put_wide(row.plain_next, plain);
   };
-  const int64_t end = begin + size, whole = end - size % Lanes<S>::count;
-  int64_t at = begin;
-  for (; at < whole; at += Lanes<S>::count) {
-    step([&](const void* p) { return load<S>(p, at); }, [&](const void* p) { return load<W>(p, at); },
-         [&](void* p, const V& v) { store<S>(p, at, v); }, [&](void* p, const V& v) { store<W>(p, at, v); });
-  }
-  if (at < end) {
-    const int64_t items = end - at;
-    step([&](const void* p) { return load_tail<S>(p, at, items); },
-         [&](const void* p) { return load_tail<W>(p, at, items); },
-         [&](void* p, const V& v) { store_tail<S>(p, at, v, items); },
-         [&](void* p, const V& v) { store_tail<W>(p, at, v, items); });
-  }
+  along<S>(begin, begin + size, step);
   row.step += sum<S>(step_sum);
   row.residual += sum<S>(residual_sum);
   row.norm += sum<S>(norm_sum);
@@ -123,11 +111,9 @@ void newton(NewtonRow& row) {
 
 template <class S>
 void widen(const void* from, void* to, int64_t size) {
-  typedef typename WideOf<S>::Type W;
-  const int64_t whole = size - size % Lanes<S>::count;
-  int64_t at = 0;
-  for (; at < whole; at += Lanes<S>::count) store<W>(to, at, load<S>(from, at));
-  if (at < size) store_tail<W>(to, at, load_tail<S>(from, at, size - at), size - at);
+  along<S>(0, size,
+           [&](const auto& fetch, const auto&, const auto&, const auto& put_wide)
+               __attribute__((always_inline)) { put_wide(to, fetch(from)); });
 }
 
 template <class S>

@@ -142,5 +142,25 @@ DEQDIFF_INLINE double sum(const typename S::Vector& vector) {
   return wide[0];
 }
 
+// Runs step(fetch, fetch_wide, put, put_wide) on elements [begin, end) of a row: whole vectors, then what is left.
+template <class S, class Step>
+DEQDIFF_INLINE void along(int64_t begin, int64_t end, const Step& step) {
+  typedef typename WideOf<S>::Type W;
+  typedef typename S::Vector V;
+  const int64_t whole = end - (end - begin) % Lanes<S>::count;
+  int64_t at = begin;
+  for (; at < whole; at += Lanes<S>::count) {
+    step([&](const void* p) { return load<S>(p, at); }, [&](const void* p) { return load<W>(p, at); },
+         [&](void* p, const V& v) { store<S>(p, at, v); }, [&](void* p, const V& v) { store<W>(p, at, v); });
+  }
+  if (at < end) {
+    const int64_t items = end - at;
+    step([&](const void* p) { return load_tail<S>(p, at, items); },
+         [&](const void* p) { return load_tail<W>(p, at, items); },
+         [&](void* p, const V& v) { store_tail<S>(p, at, v, items); },
+         [&](void* p, const V& v) { store_tail<W>(p, at, v, items); });
+  }
+}
+
 }  // namespace
 }  // namespace deqdiff

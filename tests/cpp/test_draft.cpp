@@ -2,24 +2,22 @@
 #include <algorithm>
 #include <random>
 
+#include "chains.h"
 #include "check.h"
 #include "draft_scan.h"
 #include "draft_secants.h"
 #include "naive.h"
 
 using namespace deqdiff;
+using chains::error;
+using chains::tolerance;
 using naive::Storage;
 
 namespace {
 
 std::mt19937_64 generator(7);
 
-std::vector<double> normal(std::size_t count, double scale) {
-  std::normal_distribution<double> draw(0.0, scale);
-  std::vector<double> values(count);
-  for (double& value : values) value = draw(generator);
-  return values;
-}
+std::vector<double> normal(std::size_t count, double scale) { return chains::normal(&generator, count, scale); }
 
 // E_i(x) = tanh(x + i / 10), elementwise, and a draft of it that is wrong by off cos(3 x).
 struct Curved {
@@ -135,17 +133,6 @@ struct Curved {
   std::vector<double> state_coef, model_coef, start, drift, sq_diff, sq_norm;
   std::vector<std::int32_t> lo, hi;
 };
-
-double error(const std::vector<double>& got, const std::vector<double>& wanted) {
-  double difference = 0, norm = 0;
-  for (std::size_t k = 0; k < got.size(); ++k) {
-    difference += (got[k] - wanted[k]) * (got[k] - wanted[k]);
-    norm += wanted[k] * wanted[k];
-  }
-  return std::sqrt(difference / norm);
-}
-
-double tolerance(Dtype dtype) { return dtype == Dtype::kFloat64 ? 1e-12 : dtype == Dtype::kFloat32 ? 1e-5 : 3e-2; }
 
 }  // namespace
 

@@ -1,23 +1,21 @@
 // The quasi-Newton scan on models whose answer is known: affine ones, for which a right slope makes one scan exact.
 #include <random>
 
+#include "chains.h"
 #include "check.h"
 #include "naive.h"
 #include "newton_scan.h"
 
 using namespace deqdiff;
+using chains::error;
+using chains::tolerance;
 using naive::Storage;
 
 namespace {
 
 std::mt19937_64 generator(3);
 
-std::vector<double> normal(std::size_t count, double scale) {
-  std::normal_distribution<double> draw(0.0, scale);
-  std::vector<double> values(count);
-  for (double& value : values) value = draw(generator);
-  return values;
-}
+std::vector<double> normal(std::size_t count, double scale) { return chains::normal(&generator, count, scale); }
 
 // E_i(x) = A x + k_i with one matrix A (diagonal if `mix` is zero) for all timesteps, and the memory of a solve.
 struct Affine {
@@ -102,17 +100,6 @@ struct Affine {
   std::vector<double> matrix, offset, state_coef, model_coef, start, drift, sq_diff, sq_norm;
   std::vector<std::int32_t> lo, hi, filled;
 };
-
-double error(const std::vector<double>& got, const std::vector<double>& wanted) {
-  double difference = 0, norm = 0;
-  for (std::size_t k = 0; k < got.size(); ++k) {
-    difference += (got[k] - wanted[k]) * (got[k] - wanted[k]);
-    norm += wanted[k] * wanted[k];
-  }
-  return std::sqrt(difference / norm);
-}
-
-double tolerance(Dtype dtype) { return dtype == Dtype::kFloat64 ? 1e-12 : dtype == Dtype::kFloat32 ? 1e-5 : 3e-2; }
 
 }  // namespace
 
