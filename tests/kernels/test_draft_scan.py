@@ -97,9 +97,12 @@ class Case:
             draft_scan_bytes(self.steps, self.batch, self.size, history, dtype, device, backend),
             draft_secants_bytes(len(self.at), self.batch, self.size, history, dtype, device, backend),
         )
-        workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=device)
+        slab = torch.full((size + 512,), 0xFF, dtype=torch.uint8, device=device)  # NaN in every floating-point type
         tables = torch.float64 if backend != "triton" or INTERPRETED or dtype == torch.float64 else torch.float32
-        return self.run(draft_secants, draft_scan, dtype, tables, workspace=workspace, backend=backend)
+        found = self.run(draft_secants, draft_scan, dtype, tables, workspace=slab[:size], backend=backend)
+        assert bool((slab[size:] == 0xFF).all()), "beyond the workspace"
+        assert (size > 0) == (backend == "triton")
+        return found
 
 
 def close(got, expected, tolerance):
