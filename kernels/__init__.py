@@ -2,9 +2,8 @@
 
 `ddim_update` advances every timestep of the chain at once (an affine scan) and measures the residuals; `anderson_step`
 does the same and extrapolates from the last rounds; `newton_scan` linearises the model instead; `draft_secants` and
-`draft_scan` put a draft of it in its place. `judge_steps`,
-`advance_window` and `copy_rows` keep the loop's decisions on the device. All work in place and none waits for the
-device. Importing this package needs neither Triton, nor a GPU, nor the compiled extension.
+`draft_scan` put a draft of it in its place. `judge_steps`, `advance_window` and `copy_rows` keep the loop's decisions on
+the device. All work in place and none waits for the device. Importing this package needs neither Triton, nor a GPU, nor the compiled extension.
 """
 
 # In the root of a checkout this folder answers to `import kernels`, which transformers tries for a library it knows:
@@ -15,7 +14,7 @@ if __name__ != "kernels":
     from .anderson_mix import anderson_step, anderson_step_bytes
     from .copy_rows import copy_rows
     from .ddim_update import ddim_update, ddim_update_bytes
-    from .draft_scan import WILD, draft_scan, draft_scan_bytes
+    from .draft_scan import draft_scan, draft_scan_bytes
     from .draft_secants import draft_secants, draft_secants_bytes
     from .inverse_scan import inverse_scan
     from .judge_steps import judge_steps
@@ -23,7 +22,6 @@ if __name__ != "kernels":
 
 __all__ = [
     "BACKENDS",
-    "WILD",
     "advance_window",
     "anderson_step",
     "anderson_step_bytes",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import WILD, draft_scan
+from ..kernels import draft_scan
+from ..kernels.draft_scan.reference import WILD
 from .anchors import Piece
 from .base import Chain
 

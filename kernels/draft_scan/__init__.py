@@ -8,9 +8,8 @@ from torch import Tensor
 from .. import _dispatch, _workspace
 from . import _ops
 from ._layout import draft_scan_bytes
-from .reference import WILD
 
-__all__ = ["WILD", "draft_scan", "draft_scan_bytes"]
+__all__ = ["draft_scan", "draft_scan_bytes"]
 
 
 def draft_scan(
