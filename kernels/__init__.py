@@ -2,8 +2,9 @@
 
 `ddim_update` advances every timestep of the chain at once (an affine scan) and measures the residuals; `anderson_step`
 does the same and extrapolates from the last rounds; `newton_scan` linearises the model instead; `draft_secants` and
-`draft_scan` put a draft of it in its place. `judge_steps`, `advance_window` and `copy_rows` keep the loop's decisions on
-the device. All work in place and none waits for the device. Importing this package needs neither Triton, nor a GPU, nor the compiled extension.
+`draft_scan` put a draft of it in its place. `judge_steps`, `advance_window` and `copy_rows` keep the loop's decisions
+on the device. All work in place and none waits for the device. Importing this package needs neither Triton, nor a GPU,
+nor the compiled extension.
 """
 
 # In the root of a checkout this folder answers to `import kernels`, which transformers tries for a library it knows:
