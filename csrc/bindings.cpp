@@ -107,6 +107,10 @@ PYBIND11_MODULE(_C, m) {
         arg("damping"), arg("ridge"), arg("stale"), arg("floor"), arg("reach"), arg("threads"),
         "Inverse scan in place; see deqdiff_fast.kernels.inverse_scan. Releases the GIL.", unlocked);
 
+  m.def("judge_steps", &judge_steps_call, arg("sq_diff_ptr"), arg("sq_norm_ptr"), arg("previous_ptr"),
+        arg("strict_ptr"), arg("T"), arg("B"), arg("freeze"), arg("floor"),
+        "The verdict on a round's steps in place; see deqdiff_fast.kernels.judge_steps. Releases the GIL.", unlocked);
+
   py::class_<Lease, std::shared_ptr<Lease>>(m, "Lease", py::buffer_protocol(),
                                             "Exclusive use of one slab of 256-byte aligned host memory.")
       .def_buffer(&lease_buffer)

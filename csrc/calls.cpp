@@ -11,6 +11,7 @@
 #include "draft_scan.h"
 #include "draft_secants.h"
 #include "inverse_scan.h"
+#include "judge_steps.h"
 #include "newton_rows.h"
 #include "newton_scan.h"
 
@@ -266,6 +267,18 @@ void draft_scan_call(int dtype, Address states, Address predictions, Address sai
   problem.column = column;
   problem.charting = charting;
   draft_scan(problem);
+}
+
+void judge_steps_call(Address sq_diff, Address sq_norm, Address previous, Address strict, Index T, Index B,
+                      double freeze, double floor) {
+  require_range("T", T, 0, Index{1} << 30);
+  require_range("B", B, 0, Index{1} << 30);
+  require(freeze >= 0, "freeze", "a number >= 0, got " + std::to_string(freeze));
+  require(floor >= 0, "floor", "a number >= 0, got " + std::to_string(floor));
+  const bool rows = T > 0 && B > 0;
+  judge_steps({table<double>("sq_diff_ptr", sq_diff, rows), table<const double>("sq_norm_ptr", sq_norm, rows),
+               table<double>("previous_ptr", previous, rows), table<const double>("strict_ptr", strict, rows), T, B,
+               freeze, floor});
 }
 
 }  // namespace deqdiff

@@ -33,5 +33,7 @@ void draft_scan_call(int dtype, Address states, Address predictions, Address sai
                      bool slope_per_element, Address lo, Address hi, Address sq_diff, Address sq_norm, Address carry,
                      Address z, Address rest, Address weights, Index T, Index A, Index B, Index D, int L, int ring,
                      int column, Index number, Index previous, Index start, Index stop, bool charting, int threads);
+void judge_steps_call(Address sq_diff, Address sq_norm, Address previous, Address strict, Index T, Index B,
+                      double freeze, double floor);
 
 }  // namespace deqdiff

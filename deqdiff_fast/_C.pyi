@@ -166,6 +166,16 @@ def inverse_scan(
     reach: float,
     threads: int,
 ) -> None: ...
+def judge_steps(
+    sq_diff_ptr: int,
+    sq_norm_ptr: int,
+    previous_ptr: int,
+    strict_ptr: int,
+    T: int,
+    B: int,
+    freeze: float,
+    floor: float,
+) -> None: ...
 
 class Lease:
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ._types import DraftRows, Model, Rows
 from .errors import ModelOutputError
+from .kept import kept
 from .kernels import ddim_update_bytes, newton_scan_bytes
 from .memory import Lease, MemoryPlan
 from .outputs import output_fault
@@ -23,6 +24,44 @@ from .spectral import SpectralSlope
 
 _log = logging.getLogger("deqdiff_fast")
 SANE_RMS = 1e4  # an input beyond this is the solver's doing, not the chain's: not the model's fault if it overflows
+
+
+class Tables(NamedTuple):
+    """A schedule's numbers where a system wants them."""
+
+    state_coef: Tensor
+    model_coef: Tensor
+    denoised_coef: Tensor
+    spread: Tensor
+    linear: Tensor
+    clock: Tensor
+    input_scale: Tensor | None
+    clip_gain: Tensor | None
+
+    @classmethod
+    def of(cls, schedule: Schedule, device: torch.device, dtype: torch.dtype, accumulator: torch.dtype) -> Tables:
+        def table(values: Tensor) -> Tensor:
+            return values.to(device, accumulator).contiguous()
+
+        clock = schedule.timesteps if not schedule.timesteps.is_floating_point() else schedule.timesteps.to(dtype)
+        scaled = not bool((schedule.input_scale == 1).all())
+        return cls(
+            table(schedule.state_coef),
+            table(schedule.model_coef),
+            table(schedule.denoised_coef()),
+            table(step_variance(schedule.signal, schedule.sigma))[:, None],
+            schedule.slope()[:, None].to(device, dtype),
+            clock.to(device),
+            schedule.input_scale.to(device, dtype) if scaled else None,
+            None if schedule.clip is None else table(schedule.clip.gain),
+        )
+
+
+def row_tables(clock: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(T B + 1,) each: the timestep, the sample and the model's time of row i B + b, the last one a spare row."""
+    row = torch.arange(len(clock) * batch + 1, device=clock.device)
+    step = (row // max(batch, 1)).clamp_max(len(clock) - 1)
+    return step, row % max(batch, 1), clock[step]
 
 
 class System:
@@ -50,32 +89,20 @@ class System:
         self.dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32
         on_cpu = noise.device.type == "cpu"
         self.accumulator = torch.float64 if on_cpu or self.dtype == torch.float64 else torch.float32
-
-        def table(values: Tensor) -> Tensor:
-            return values.to(noise.device, self.accumulator).contiguous()
-
-        self.state_coef, self.model_coef = table(schedule.state_coef), table(schedule.model_coef)
-        self.denoised_coef = table(schedule.denoised_coef())
-        self.spread = table(step_variance(schedule.signal, schedule.sigma))[:, None]
+        place = (noise.device, self.dtype, self.accumulator)
+        tables = kept(schedule, place, lambda: Tables.of(schedule, *place))
+        self.state_coef, self.model_coef, self.denoised_coef, self.spread = tables[:4]
+        self.clock, self.input_scale, self.clip_gain = tables.clock, tables.input_scale, tables.clip_gain
         self.basis = slope.basis() if isinstance(slope, SpectralSlope) else None
+        self.linear = tables.linear
         if isinstance(slope, SpectralSlope):
-            linear = slope.slope(schedule)
-        else:
-            linear = schedule.slope()[:, None]
-        self.linear = linear.to(noise.device, self.dtype)
+            self.linear = slope.slope(schedule).to(noise.device, self.dtype)
         self.slope = torch.zeros_like(self.linear) if slope is None else self.linear
-        clock = schedule.timesteps if not schedule.timesteps.is_floating_point() else schedule.timesteps.to(self.dtype)
-        self.clock = clock.to(noise.device)
-        scaled = not bool((schedule.input_scale == 1).all())
-        self.input_scale = schedule.input_scale.to(noise.device, self.dtype) if scaled else None
-        self.clip_gain = None if schedule.clip is None else table(schedule.clip.gain)
         self.padded = is_compiled(model)
         self.sizes: tuple[int, ...] = ()
         self.largest: int | None = None  # rows that the padded sizes are made for; None: those of the workspace
         self.on_shrink: Callable[[int], object] = lambda rows: None  # told of a smaller max_batch
-        row = torch.arange(self.num_steps * self.batch + 1, device=noise.device)  # the last one is the spare row
-        step = (row // max(self.batch, 1)).clamp_max(self.num_steps - 1)
-        self.row_tables = (step, row % max(self.batch, 1), self.clock[step])
+        self.row_tables = kept(schedule, ("rows", *place, self.batch), lambda: row_tables(self.clock, self.batch))
         self.model_evals = self.model_calls = 0
         self.draft: DraftRows | None = None
         """What stands in for the model between rounds, where the solver wants it."""

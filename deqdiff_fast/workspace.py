@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ._types import Generators, Rows
 from .guesses import extrapolate, gaussian_guess
+from .kept import kept
 from .memory import Lease, MemoryPlan, SolverMemory
 from .noise import fill_drift
 from .solver import Ascent, Chain, Drafted, PartialSolver, Solver, ladder
@@ -60,7 +62,8 @@ class Workspace:
         grids = ladder(solver, chain.num_steps, window, system.schedule.stochastic)
         if grids:
             weight = system.denoised_coef[:, 1]
-            work.ascent = Ascent(chain, cast(PartialSolver, solver), held, lease["coarse"], weight, grids)
+            keep = partial(kept, system.schedule)
+            work.ascent = Ascent(chain, cast(PartialSolver, solver), held, lease["coarse"], weight, grids, keep)
         return work
 
     def restart(self) -> None:

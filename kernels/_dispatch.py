@@ -18,14 +18,9 @@ logger = logging.getLogger("deqdiff_fast")
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 SCOPES = ("timestep", "trajectory", "triangular")  # the position is the extension's code for the scope
-SYMBOLS = (
-    "ddim_update",
-    "anderson_step",
-    "newton_scan",
-    "inverse_scan",
-    "draft_secants",
-    "draft_scan",
-)  # what the ops call in the extension
+SYMBOLS = (  # what the ops call in the extension
+    "ddim_update", "anderson_step", "newton_scan", "inverse_scan", "draft_secants", "draft_scan", "judge_steps",
+)  # fmt: skip
 MAX_HISTORY = 8
 MAX_LAGS = 16  # PNDM with its Runge-Kutta start needs 11
 TRITON_LAGS = 4  # the Triton kernels keep the lagged rows in registers

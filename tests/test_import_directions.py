@@ -19,6 +19,7 @@ LAYERS = (
     {"errors", "_types", "_C"},
     {"schedule_tables", "schedule", "solution", "noise", "_arena", "spectral", "guidance"},
     {"kernels", "memory", "padding", "graphs", "arguments", "outputs", "draft"},
+    {"kept"},
     {"guesses", "system"},
     {"solver"},
     {"workspace", "progress", "serial", "gradient", "drafting"},

@@ -19,7 +19,7 @@ def test_doubled_grids_are_nested():
 
 
 def test_interpolation_is_exact_for_lines_and_at_its_own_timesteps():
-    for steps, count in ((10, 4), (50, 16), (7, 20)):
+    for steps, count in ((10, 4), (50, 16), (7, 20), (1, 3), (2, 1)):
         step = grid(steps, count)
         share = interpolation(step, steps, torch.ones(steps, dtype=torch.float64))
         at = torch.arange(steps, dtype=torch.float64)

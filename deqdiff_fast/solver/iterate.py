@@ -92,7 +92,8 @@ def _iterate_host(task: Task) -> Progress:
             if error is not None:
                 raise error
             residual[step : hi[b], b] = float("inf")
-        worst = window.advance(residual.t().tolist(), task.freeze, limit(longest, *ends).tolist())
+        ending = limit(longest, *ends).tolist() if ends[1] > 0 else [task.finish] * chain.batch
+        worst = window.advance(residual.t().tolist(), task.freeze, ending)
         longest = torch.tensor(worst, dtype=torch.float64)
         solver.settle(chain, task.memory, progress.rounds, lo, list(window.lo))
         if broken:

@@ -10,8 +10,7 @@ iteration in multigrid methods (Brandt 1977) and of ParaSolver (ICLR 2025).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -39,6 +38,17 @@ class PartialSolver(Protocol):
     def step_partly(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None: ...
 
 
+class Keep(Protocol):
+    """`kept.kept` for the chain's schedule."""
+
+    def __call__(self, key: Hashable, make: Callable[[], Grid]) -> Grid: ...
+
+
+def make_anew(key: Hashable, make: Callable[[], Grid]) -> Grid:
+    """Keeps nothing."""
+    return make()
+
+
 class Grid(NamedTuple):
     """What one coarse round evaluates; everything lies on the device already, so that no round waits for it."""
 
@@ -59,9 +69,11 @@ class Ascent:
         rest: Tensor,
         weight: Tensor,
         intervals: tuple[int, ...],
+        keep: Keep = make_anew,
     ) -> None:
-        """rest: (1 + the largest of intervals, B, D) scratch. weight: (T,) q_i, see above. intervals: see `ladder`."""
-        self.chain, self.solver, self.memory, self.rest = chain, solver, memory, rest
+        """rest: (1 + the largest of intervals, B, D) scratch. weight: (T,) q_i, see above. intervals: see `ladder`.
+        keep: remembers what follows from the weight."""
+        self.chain, self.solver, self.memory, self.rest, self.keep = chain, solver, memory, rest, keep
         made = {count: self._grid(count, weight) for count in intervals}
         self.grids = [made[count] for count in intervals]
         self.residuals = torch.empty(len(intervals), chain.batch, dtype=chain.sq_diff.dtype, device=chain.lo.device)
@@ -71,11 +83,15 @@ class Ascent:
         chain, steps, device = self.chain, self.chain.num_steps, self.chain.states.device
         ask = getattr(self.solver, "worth_asking", lambda chain, wanted: wanted)
         step: list[int] = ask(chain, grid(steps, intervals))
-        at = torch.tensor(step, device=device)
-        flat = (at[:, None] * chain.batch + torch.arange(chain.batch, device=device)).flatten()
-        rows = Rows(flat, step[0], step[-1] + 1, len(flat))
-        evaluated = torch.zeros(steps, dtype=torch.bool, device=device).index_fill_(0, at, True)
-        return Grid(rows, at, evaluated, interpolation(step, steps, weight).to(self.rest))
+
+        def make() -> Grid:
+            at = torch.tensor(step, device=device)
+            flat = (at[:, None] * chain.batch + torch.arange(chain.batch, device=device)).flatten()
+            rows = Rows(flat, step[0], step[-1] + 1, len(flat))
+            evaluated = torch.zeros(steps, dtype=torch.bool, device=device).index_fill_(0, at, True)
+            return Grid(rows, at, evaluated, interpolation(step, steps, weight).to(self.rest))
+
+        return self.keep(("grid", tuple(step), chain.batch, device, self.rest.dtype), make)
 
     def run(
         self, evaluate: Evaluate, report: Callable[[int, Window, Tensor], object] | None, play: Play = at_once
@@ -130,14 +146,16 @@ def grid(steps: int, intervals: int) -> list[int]:
 
 
 def interpolation(step: list[int], steps: int, weight: Tensor) -> Tensor:
-    """(steps, n): the shares of n >= 2 timesteps in every timestep, linear between neighbours in what was multiplied by
-    weight: (steps,), where that is not 0; like the weight."""
-    share = torch.zeros(steps, len(step), dtype=torch.float64)
-    for k, (left, right) in enumerate(itertools.pairwise(step)):
-        part = torch.linspace(0, 1, right - left + 1, dtype=torch.float64)
-        share[left : right + 1, k], share[left : right + 1, k + 1] = 1 - part, part
+    """(steps, n): the shares of n timesteps, the first and the last of the chain among them, in every timestep; linear
+    between neighbours in what was multiplied by weight: (steps,), where that is not 0; like the weight."""
+    known, row = torch.tensor(step, device=weight.device), torch.arange(steps, device=weight.device)
+    left = (torch.searchsorted(known, row, right=True) - 1).clamp_max_(max(len(step) - 2, 0))
+    right = (left + 1).clamp_max_(len(step) - 1)
+    part = (row - known[left]) / (known[right] - known[left]).clamp_min_(1).to(torch.float64)
+    share = torch.zeros(steps, len(step), dtype=torch.float64, device=weight.device)
+    share.scatter_(1, right[:, None], part[:, None]).scatter_(1, left[:, None], 1 - part[:, None])
     safe = torch.where(weight == 0, 1, weight)
-    return share.to(safe) * safe[torch.tensor(step, device=safe.device)] / safe[:, None]
+    return share.to(safe) * safe[known] / safe[:, None]
 
 
 def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:

@@ -35,7 +35,8 @@ def judge_steps(
         sq_diff, sq_norm: (T, B) float32 or float64, squared step and size.
         previous: (T, B), r^2 of the round before, NaN where there is none; replaced by this round's.
         strict: (B,), how much tighter a sample's rows are held.
-        backend: as for `ddim_update`; there is no C++ form, "cpp" means the reference.
+        backend: as for `ddim_update`; the C++ form is of dense float64 on the CPU, and is left to the reference where
+            the numbers are others.
 
     Raises:
         ValueError: an argument has the wrong shape or dtype. BackendUnavailableError: as for `ddim_update`.
@@ -58,12 +59,16 @@ def _run(
     backend: str, sq_diff: Tensor, sq_norm: Tensor, previous: Tensor, strict: Tensor, freeze: float, floor: float
 ) -> None:
     tensors = (sq_diff, sq_norm, previous, strict)
-    dense = all(t.is_contiguous() for t in tensors)
-    if _dispatch.resolve_light(backend, sq_diff) == "triton" and dense:
+    dense, name = all(t.is_contiguous() for t in tensors), _dispatch.resolve(backend, (sq_diff,))
+    if name == "triton" and dense:
         from . import _triton
 
         with torch.cuda.device_of(sq_diff):
             _triton.launch(*tensors, freeze, floor)
+    elif name == "cpp" and dense and sq_diff.dtype == torch.float64:
+        extension, _ = _dispatch.extension()
+        assert extension is not None
+        extension.judge_steps(*(t.data_ptr() for t in tensors), *sq_diff.shape, freeze, floor)
     else:
         _reference(*tensors, freeze, floor)
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from deqdiff_fast.kernels import advance_window, copy_rows, judge_steps
+from deqdiff_fast.kernels import advance_window, available_backends, copy_rows, judge_steps
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,6 +118,22 @@ def test_triton_judges_as_the_reference(steps, batch, dtype):
     judge_steps(*actual, strict.to(DEVICE), 1e-3, 1e-6, backend="triton")
     for a, b in zip(actual, expected):
         torch.testing.assert_close(a.double().cpu(), b, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (2, 3), (63, 2), (100, 3)])
+@pytest.mark.parametrize("kind", ["dense", "strided", "float32"])
+def test_cpp_judges_as_the_reference(steps, batch, kind):
+    if available_backends()["cpp"] != "available":
+        pytest.skip(available_backends()["cpp"])
+    given, strict = steps_to_judge(steps, batch, torch.float32 if kind == "float32" else torch.float64)
+    expected, actual = ([t.clone() for t in given] for _ in range(2))
+    if kind == "strided":
+        actual = [torch.stack([t, t], 1)[:, 0] for t in actual]
+    judge_steps(*expected, strict, 1e-3, 1e-6, backend="reference")
+    judge_steps(*actual, strict, 1e-3, 1e-6, backend="cpp")
+    for a, b in zip(actual, expected):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=0, equal_nan=True)
+    assert torch.equal(actual[1].nan_to_num(), given[1].nan_to_num())
 
 
 def test_judge_steps_is_known_to_torch():
