@@ -78,6 +78,7 @@ class Strip {
         row.predictions[lag] = at(s_.predictions, i - lag);
         row.e_hat[lag] = carried(1, i - lag);
       }
+      if (s_.lags == 1) row.e_hat[0] = nullptr;
       row.old_next = row.next = at(s_.states, i + 1);
       row.plain_next = carried(0, i + 1);
       row.keep_prediction = nullptr;

@@ -89,7 +89,7 @@ class Case:
         return {"states": states, "sq_diff": sums[0], "sq_norm": sums[1], "made": made, "z": z, "rest": rest,
                 "filled": filled, "weights": weights}  # fmt: skip
 
-    def on(self, backend, dtype=None):
+    def on(self, backend, dtype=None, wrap=lambda op: op):
         """`run` on a backend; tables and sums in float32 where a GPU wants them."""
         dtype, device = dtype or self.dtype, torch.device(self.device)
         history = self.ring - 1
@@ -99,7 +99,8 @@ class Case:
         )
         slab = torch.full((size + 512,), 0xFF, dtype=torch.uint8, device=device)  # NaN in every floating-point type
         tables = torch.float64 if backend != "triton" or INTERPRETED or dtype == torch.float64 else torch.float32
-        found = self.run(draft_secants, draft_scan, dtype, tables, workspace=slab[:size], backend=backend)
+        ops = (wrap(draft_secants), wrap(draft_scan))
+        found = self.run(*ops, dtype, tables, workspace=slab[:size], backend=backend)
         assert bool((slab[size:] == 0xFF).all()), "beyond the workspace"
         assert (size > 0) == (backend == "triton")
         return found
@@ -175,6 +176,37 @@ def test_triton_matches_reference(backend, steps, size, stride, lags, history, s
     if dtype == torch.bfloat16:
         expected = {name: expected[name] for name in ("states", "made", "rest")}
     close(got, expected, tolerances(dtype))
+
+
+def strided(op):
+    """The op on twins of its tensors that are not dense, whose values are then taken back."""
+
+    def call(*args, **kwargs):
+        twins = [torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for t in args]
+        op(*twins, **kwargs)
+        for given, twin in zip(args, twins):
+            if isinstance(given, torch.Tensor):
+                given.copy_(twin)
+
+    return call
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_triton_and_cpp_take_tensors_that_are_not_dense(backend):
+    status = available_backends()[backend]
+    if status != "available":
+        pytest.skip(status)
+    case = Case(7, 33, 3, 2, drift=True, narrow=1, device="cpu" if INTERPRETED or backend == "cpp" else "cuda")
+    expected, got = (case.on(backend, wrap=wrap) for wrap in (lambda op: op, strided))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_half_precision_is_served_by_the_reference():
+    case = Case(6, 17, 2, history=0, dtype=torch.float16)
+    expected, got = case.run(*EXACT, torch.float16), case.on("auto")
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("history", [0, 3])
