@@ -79,11 +79,8 @@ def test_whatever_window_the_planner_takes(compiled, ddim):
     with torch.no_grad():
         for window in sorted(windows):
             site.plan, site.age = planner.forced(site, start, None, window), 0
-            site.suspect, site.unchecked, site.allowance = (
-                False,
-                0,
-                -math.inf,
-            )  # else a hiccup would have it think again
+            # else a hiccup would have it think again
+            site.suspect, site.unchecked, site.allowance = False, 0, -math.inf
             assert sampler.sample(start).stats.window == window
     assert len(traced) == count
 
