@@ -101,7 +101,7 @@ def _row(args: argparse.Namespace, name: str, problem: Problem, steps: int, batc
     return {
         "problem": name, "steps": steps, "batch": batch, "ratios": paired, "warmup_seconds": warmup,
         "serial_seconds": serial, "sample_seconds": sample, "error": float(apart.max()),
-        "solver": out.stats.solver, "windows": [stats.window for stats in runs],
+        "solver": runs[-1].solver, "windows": [stats.window for stats in runs],
         "rounds": median(stats.rounds for stats in runs),
         "evaluations": median(stats.model_evals for stats in runs) / (steps * batch),
         "reasons": sorted({stats.stop_reason for stats in runs}), "plan": str(out.stats.plan),
