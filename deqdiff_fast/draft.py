@@ -87,7 +87,7 @@ class ConvDraft(nn.Module):
     def _level(self, t: Tensor) -> Tensor:
         """(n, 4 + 2 width (depth + 1)): all that depends on the timestep alone, see `_of_level`.
 
-        A draft is called on one sample at a time, thousands of times, and half of its operations would go into these
+        A draft is called on one sample at a time, over and over, and two fifths of its operations would go into these
         few numbers: for the schedule's own timesteps they are looked up.
         """
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.level.parameters())

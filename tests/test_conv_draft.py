@@ -94,11 +94,24 @@ def test_what_is_refused(abar):
 class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.launched = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
+        if not func.is_view and "unsafe_view" not in str(func):
+            self.launched.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "count"), [("v_prediction", 32), ("epsilon", 34), ("sample", 34)])
+def test_a_call_is_so_many_operations(abar, kind, count):
+    """What a device launches, as docs/gpu.md counts them for the bundled draft: views apart."""
+    draft = trained(abar, kind, depth=3)
+    x, t = torch.randn(1, *SHAPE), torch.tensor([500])
+    draft(x, t)
+    with Operations() as seen:
+        draft(x, t)
+    assert len(seen.launched) == count, seen.launched
 
 
 def test_what_depends_on_the_timestep_alone_is_looked_up(abar, noise):
