@@ -146,6 +146,7 @@ class Strip {
       row.rest[row.count++] = ring(p_.rest, j + 1);
     }
     draft_kernels(s_.dtype).turn(row);
+    if (!p_.charting && p_.start == low_) std::memset(turn, 0, size_ * item_);  // the model's own prediction stands
   }
 
   // What earlier rows left as it was, to where the recursion looks for it.

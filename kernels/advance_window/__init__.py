@@ -35,11 +35,12 @@ def advance_window(
 ) -> None:
     """Slide every sample's window past what has converged, and list what is active then; the host reads nothing.
 
-    Row lo[b] was evaluated at a final state, so it is final now. After it, a row is final when its relative residual
-    r[i] = sqrt(sq_diff[i] / sq_norm[i]) is at most `freeze` and all rows before it are; all rows up to T are final when
-    hi[b] = T and none is above `finish`, or none above `reach` and, at the rate at which the sample's largest residual
-    fell since the round before, at most `left` is left to go (`reference.limit`). From the first row on whose residual
-    is not finite, residuals count as Inf.
+    Row lo[b] was evaluated at a final state, so it is final now. Where its relative residual r[i] = sqrt(sq_diff[i] /
+    sq_norm[i]) is above `freeze`, no other row is: they were evaluated at a state that is out of date. Else a row is
+    final when r[i] is at most `freeze` and all rows before it are. All rows up to T are final when hi[b] = T and none
+    is above `finish`, or none above `reach` and, at the rate at which the sample's largest residual fell since the
+    round before, at most `left` is left to go (`reference.limit`). From the first row on whose residual is not finite,
+    residuals count as Inf.
 
     Args:
         sq_diff, sq_norm: (T, B) float32 or float64, as the solver step leaves them.

@@ -1,7 +1,7 @@
 """Triton kernels of the window's step: the loop's decisions taken on the device, so that the host need not wait.
 
 Two launches: one program per sample moves its window, then one program lists the rows that are active. Bytes: 2 T B
-residual sums in, and once more where a sample's first large residual has been found; N indices out. int64 indices.
+residual sums in, N indices out. int64 indices.
 """
 
 from __future__ import annotations
@@ -34,23 +34,18 @@ def bounds_kernel(
     previous = tl.load(verdict + 3 * B + b).to(sq_diff.dtype.element_ty)
     previous = tl.where((previous > 0) & (previous < float("inf")), previous, 0.0)  # not so for NaN either
     limit = tl.maximum(limit, tl.minimum(most, (tl.sqrt(rest * rest + 4.0 * rest * previous) - rest) / 2.0))
-    broken, front, worst = T, last, tl.zeros((), sq_diff.dtype.element_ty)
+    broken, front, above, worst = T, last, 0, tl.zeros((), sq_diff.dtype.element_ty)
     for start in tl.range(first, last, SPAN):
         i = start + span
         residual = residuals(sq_diff, sq_norm, i, b, B, i < last)
         bad = (i < last) & ((residual != residual) | (residual == float("inf")))
-        stuck = (i < last) & (i > first) & ((residual > least) | (residual != residual))
+        stuck = (i < last) & ((residual > least) | (residual != residual))
+        coarse = (i < last) & ((residual > limit) | (residual != residual))
         broken = tl.minimum(broken, tl.min(tl.where(bad, i, T)))
         front = tl.minimum(front, tl.min(tl.where(stuck, i, last)))
         worst = tl.maximum(worst, tl.max(tl.where(bad, float("inf"), residual)))
-    if broken == first:  # what follows a broken row is not to be trusted
-        front = tl.minimum(front, first + 1)
-    above = tl.where(broken < T, 1, 0)
-    for start in tl.range(front, last, SPAN):
-        i = start + span
-        residual = residuals(sq_diff, sq_norm, i, b, B, i < last)
-        coarse = (i < last) & ((residual > limit) | (residual != residual))
         above = tl.maximum(above, tl.max(tl.where(coarse, 1, 0)))
+    front = tl.maximum(front, tl.minimum(first + 1, last))
     front = tl.where((above == 0) & (last == T), T, front)
     front = tl.where(first < T, front, first)
     until = tl.minimum(front + width, T)

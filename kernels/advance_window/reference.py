@@ -25,7 +25,7 @@ def advance_window(
     sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, was: Tensor, verdict: Tensor, rows: Tensor,
     freeze: float, finish: float, width: int, reach: float = 0.0, left: float = 0.0,
 ) -> None:  # fmt: skip
-    """Row lo is final; after it the rows of residual <= freeze; all up to T where none is above `limit`. No host sync.
+    """Row lo is final, and the rows up to the first of residual > freeze; all where none is > `limit`. No host sync.
 
     lo, hi <- the next window. was (2, B): the old lo; the first row that enters. verdict (4, B): lo, hi, the first row
     whose residual is not finite (T: none), the largest residual. rows (N,): the active rows i * B + b, then T * B.
@@ -38,9 +38,9 @@ def advance_window(
     residual = torch.where(active & (bad.cumsum(0) > 0), math.inf, residual)
     # the first row where `flags` holds, or T
     first = lambda flags: torch.where(flags, step, steps).amin(0)  # noqa: E731
-    front = torch.minimum(first(active & (step > lo) & ~(residual <= freeze)), hi)
+    front = torch.minimum(torch.maximum(first(active & ~(residual <= freeze)), lo + 1), hi)
     end = limit(verdict[3].to(residual.dtype), finish, reach, left)
-    coarse = first(active & (step >= front) & ~(residual <= end))
+    coarse = first(active & ~(residual <= end))
     front = torch.where((hi == steps) & (coarse == steps), steps, front).to(lo.dtype)
     was[0].copy_(lo)
     torch.maximum(hi, front, out=was[1])

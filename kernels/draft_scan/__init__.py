@@ -50,10 +50,11 @@ def draft_scan(
         turn[n] = said - made[n] + (S - slope) (N - X) at row start, and then made[n] <- said
 
     n = `number` the anchor of row start, X the old states, S the Jacobian that `draft_secants` has fitted. turn[n] is
-    zero for samples that are not active in row start. The pieces of a pass go in order, each after the draft was asked
-    at the state that the one before has reached; nothing else may use `turn`, `carry` and the workspace in between. At
-    X that solves the chain nothing changes, whatever the draft says. Cf. deferred correction, and Parareal (Lions,
-    Maday, Turinici 2001).
+    zero for samples that are not active in row start, and in row lo[b]: its state is final, and there the model's own
+    prediction stands, even where a draft says something else about the same state. The pieces of a pass go in order,
+    each after the draft was asked at the state that the one before has reached; nothing else may use `turn`, `carry`
+    and the workspace in between. At X that solves the chain nothing changes, whatever the draft says. Cf. deferred
+    correction, and Parareal (Lions, Maday, Turinici 2001).
 
     charting: make the draft's own chain instead, the first guess: E, X, made and S count as zero, and before lo[b] the
     model's prediction is what was said. sq_diff, sq_norm and z, rest are left alone then.

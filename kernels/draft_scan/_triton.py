@@ -85,7 +85,7 @@ def draft_scan_kernel(
             mine = tl.load(own_column(rest, number, b, B, D, A, column) + lanes, mask=asked, other=0.0).to(WIDE)
             past = older_columns(rest, number, b, B, D, A, column, lanes, bound, RING, P, WIDE)
             change += tl.sum(tl.where(lanes[None, :] < bound[:, None], gamma * (past - mine[None, :]), 0.0), axis=0)
-        change = tl.where(inside, change, 0.0)
+        change = tl.where(inside & (start > low), change, 0.0)  # at row low the model's own prediction stands
     tl.store(made + (tl.cast(number, tl.int64) * B + b) * D + lanes, heard.to(made.dtype.element_ty), mask=asked)
     turned = change.to(turn.dtype.element_ty)
     tl.store(turn + ((number % 2) * B + b).to(tl.int64) * D + lanes, turned, mask=there)

@@ -22,7 +22,8 @@ def draft_scan(
     """Rows max(start, lo[b]) <= i < min(stop, hi[b]): N[i+1] = sum_l a[i,l] N[i-l] + b[i,l] Ê[i-l] + drift[i], with
     Ê[i] = E[i] + c[i] (N[i] - X[i]) + shares[i,0] turn[n-1] + shares[i,1] turn[n], n = number the anchor of row start.
 
-    turn[n] = said - made[n] + (S - c) (N - X), S: `secant_change`; made[n] <- said. Zero where row start is not active.
+    turn[n] = said - made[n] + (S - c) (N - X), S: `secant_change`; made[n] <- said. Zero where row start is not active,
+    and in row lo[b], whose state is final: there the model's own prediction stands.
     charting: E, X, made and S are zero, and before lo[b] the model's prediction is what was said.
     """
     lags, f, hats, slot = state_coef.shape[1], *carry, number % 2
@@ -36,7 +37,8 @@ def draft_scan(
             if not charting:
                 change += secant_change(z[:, number, b], rest[:, number, b], weights[number, b], column, dx)
                 change -= made[number, b].double()
-            turn[slot, b], made[number, b] = change.to(turn.dtype), heard.to(made.dtype)
+            turn[slot, b] = change.to(turn.dtype) if charting or start > low else 0
+            made[number, b] = heard.to(made.dtype)
         elif charting and start < low:
             turn[slot, b] = (predictions[start, b].double() - c * now).to(turn.dtype)
         near = [turn[1 - slot, b].double() if previous >= (0 if charting else low) else 0, turn[slot, b].double()]
