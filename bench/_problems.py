@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
-from deqdiff_fast.solver import NAMED, Solver, resolve
+from deqdiff_fast.loop.base import Solver
+from deqdiff_fast.solver import NAMED, resolve
 
 from ._common import positive_int
 

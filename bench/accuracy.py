@@ -11,7 +11,7 @@ import argparse
 from typing import Any
 
 import deqdiff_fast as dq
-from deqdiff_fast.solver import Solver
+from deqdiff_fast.loop.base import Solver
 
 from ._common import environment, markdown, note, positive_int, summary, write_json
 from ._problems import Problem, add_model_arguments, load, relative_error, solvers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
-from deqdiff_fast.solver import Solver
+from deqdiff_fast.loop.base import Solver
 
 from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
 from ._problems import ABAR, TRAIN_STEPS, Mixture, Problem, add_model_arguments, load, relative_error, solvers

@@ -20,9 +20,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deqdiff_fast as dq
-from deqdiff_fast import solve
-from deqdiff_fast.solver import Late, drafted
-from deqdiff_fast.solver import late as loop
+from deqdiff_fast.engine import solve
+from deqdiff_fast.loop import device as loop
+from deqdiff_fast.loop.device import Late
+from deqdiff_fast.solver import draft as drafted
 
 from ._common import environment, markdown, note, summary, write_json
 from ._operands import OPS, Inputs, Paper, Shape, anchors, elements_moved

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deqdiff_fast.integrations.pipelines import parallelize, restore
+from deqdiff_fast.integrations.pipelines.parallel import parallelize, restore
 
 from ._common import environment, markdown, note, positive_float, positive_int, spread, summary, write_json
 from ._problems import relative_error

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 import deqdiff_fast as dq
-from deqdiff_fast.solver import Solver
+from deqdiff_fast.loop.base import Solver
 
 from ._chains import CHAINS
 from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json

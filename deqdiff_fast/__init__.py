@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .draft import ConvDraft
 from .errors import (
     BackendUnavailableError,
     ConvergenceWarning,
@@ -16,15 +15,21 @@ from .errors import (
     NotConvergedError,
     StaleLeaseError,
 )
-from .gradient import Implicit, Phantom, Reversible, Unrolled
-from .guidance import guided
+from .gradient.implicit import Implicit
+from .gradient.phantom import Phantom
+from .gradient.reversible import Reversible
+from .gradient.unrolled import Unrolled
 from .inverter import DEQInverter, Inversion
 from .memory import SolverMemory
+from .model.conv_draft import ConvDraft
+from .model.guidance import guided
 from .sampler import DEQSampler
-from .schedule import Schedule
+from .schedule import Schedule, SpectralSlope
 from .solution import RoundInfo, Solution, Stats
-from .solver import Anderson, Drafted, Picard, QuasiNewton
-from .spectral import SpectralSlope
+from .solver.anderson import Anderson
+from .solver.draft import Drafted
+from .solver.picard import Picard
+from .solver.quasi_newton import QuasiNewton
 
 __version__ = "0.1.0"
 

@@ -56,4 +56,10 @@ class DraftRows(Protocol):
         ...
 
 
-__all__ = ["Backend", "DraftRows", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows"]
+def unwrap_output(output: Any) -> Any:
+    """What a model means by its output: the tensor itself, `.sample` of an object (diffusers), the first of a tuple."""
+    value: Any = output if isinstance(output, Tensor) else getattr(output, "sample", output)
+    return value[0] if isinstance(value, (tuple, list)) and value else value
+
+
+__all__ = ["Backend", "DraftRows", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows", "unwrap_output"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .kernels import available_backends
-from .memory import DEFAULT_BYTE_BUDGET, default_memory
+from .memory.pool import DEFAULT_BYTE_BUDGET, default_memory
 
 _PACKAGES = (
     "deqdiff_fast", "torch", "triton", "diffusers", "k-diffusion", "safetensors", "numpy", "pillow", "matplotlib",

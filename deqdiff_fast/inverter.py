@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import arguments
 from ._types import Backend, Generators, Model, OnFailure
+from .engine import arguments
+from .engine.options import CPU_ELEMENTS, CPU_ROWS
 from .errors import ConvergenceWarning, NotConvergedError
-from .inversion import InversionInfo, InversionStats, Method, Outcome, Task, resolve
-from .inversion.base import DEFAULT_TOL
+from .inversion import resolve
+from .inversion.base import DEFAULT_TOL, InversionInfo, InversionStats, Method, Outcome, Task
 from .inversion.measure import settle
 from .memory import SolverMemory, default_memory
-from .noise import check_generator
-from .options import CPU_ELEMENTS, CPU_ROWS
-from .schedule import Schedule
-from .spectral import SpectralSlope
+from .schedule import Schedule, SpectralSlope
+from .schedule.noise import check_generator
 
 IMAGE_LIMIT = 50.0  # far beyond pixels in [-1, 1] and any latents, below pixels in bytes
 Callback = Callable[[InversionInfo], object]

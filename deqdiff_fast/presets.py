@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .gradient import Phantom
-from .solver import Anderson
+from .gradient.phantom import Phantom
+from .solver.anderson import Anderson
 
 PAPER_SOLVER = "deq-ddim"
 PAPER_TOLERANCE = 1e-3

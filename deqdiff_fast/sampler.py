@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from . import arguments
 from ._types import Backend, Generators, Model, OnFailure
+from .engine import arguments
+from .engine.options import Options
+from .engine.solve import Request, solve_parallel, solve_serially
 from .gradient import Gradient, Problem
+from .gradient import resolve as resolve_gradient
+from .loop.base import Solver
 from .memory import SolverMemory
-from .options import Options
-from .planned import compile_sizes, solve_planned, warm_up
-from .planning import Planner
-from .schedule import Schedule
+from .plan import Plan
+from .planner.planner import Planner
+from .planner.run import compile_sizes, solve_planned, warm_up
+from .schedule import Schedule, SpectralSlope
 from .solution import Callback, Solution
-from .solve import Request, solve_parallel, solve_serially
-from .solver import Drafted, Solver
-from .solver.planner import Plan
-from .spectral import SpectralSlope
+from .solver.draft import Drafted
 
 ADJOINT_TOL = 1e-4
 
@@ -79,9 +80,10 @@ class DEQSampler:
     ) -> None:
         self.options = Options.check(
             model, schedule, solver, memory, tol=tol, max_rounds=max_rounds, window=window, backend=backend,
-            gradient=gradient, on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
+            on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
             deterministic=deterministic, spectrum=spectrum, draft=draft,
         )  # fmt: skip
+        self.gradient = resolve_gradient(gradient)
         self.planner = Planner(self.options)
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
 
@@ -126,7 +128,7 @@ class DEQSampler:
         if not (noise.requires_grad or parameters or kwargs):
             return self._solve(request, model_kwargs)
         options, request.keep = self.options, True
-        solution = options.gradient.attach(
+        solution = self.gradient.attach(
             Problem(
                 options.system(noise, model_kwargs), noise, parameters,
                 lambda: self._solve(request, model_kwargs), self._adjoint,

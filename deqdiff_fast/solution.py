@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .solver.planner import Plan
+    from .plan import Plan
 
 
 @dataclass

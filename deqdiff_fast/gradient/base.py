@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .._types import Generators, OnFailure
+from ..engine.system import System
 from ..schedule import Schedule
 from ..solution import Callback, Solution
-from ..system import System
 
 Adjoint = Callable[[Any, Schedule, Tensor, dict[str, Any], "float | None"], Tensor]
 """`adjoint(model, schedule, start, model_kwargs, tol)` -> the trajectory (T + 1, B, D) of that chain, solved in

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import ConvergenceWarning, NonFiniteError, NotConvergedError
-from ..noise import fill_drift
+from ..engine.system import System
+from ..errors import ConvergenceWarning, NotConvergedError
+from ..schedule.chain import serial_chain
+from ..schedule.noise import fill_drift
 from ..solution import RoundInfo, Solution, Stats
-from ..system import System
 from .base import Problem
 from .rows import Rows
 
@@ -74,25 +75,9 @@ def start(problem: Problem, f: RoundMap, noise: Tensor) -> Tensor:
 
 def chain(rows: Rows, noise: Tensor, drift: Tensor | None, predict: Predict) -> Tensor:
     """The serial chain from noise (B, D) as plain torch, differentiable: (T + 1, B, D). Raises NonFiniteError."""
-    system, schedule = rows.system, rows.system.schedule
-    who = torch.arange(system.batch, device=system.device)
-    states, outs = [noise], []
-    for i in range(system.num_steps):
-        outs.append(predict(states[i], torch.full_like(who, i), who))
-        x = drift[i] if drift is not None else torch.zeros_like(noise)
-        for lag in range(min(schedule.lags, i + 1)):
-            x = x + float(schedule.state_coef[i, lag]) * states[i - lag]
-            x = x + float(schedule.model_coef[i, lag]) * outs[i - lag]
-        finite = x.detach().isfinite().all(dim=1)
-        if not bool(finite.all()):
-            bad, timestep = int((~finite).int().argmax()), float(system.clock[i])
-            raise NonFiniteError(
-                f"NaN or Inf in the chain at timestep {timestep:g} (step {i} of {system.num_steps}), sample {bad}; "
-                "check the model's inputs and dtype, and that the schedule's prediction_type is the model's",
-                step=i, timestep=timestep, round=i + 1, sample=bad,
-            )  # fmt: skip
-        states.append(x)
-    return torch.stack(states)
+    who = torch.arange(rows.system.batch, device=rows.system.device)
+    by_step: Callable[[Tensor, int], Tensor] = lambda x, i: predict(x, torch.full_like(who, i), who)  # noqa: E731
+    return torch.stack(serial_chain(rows.system.schedule, noise, by_step, drift))
 
 
 class Watch:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..system import System
+from ..engine.system import System
 
 CHUNK = 64  # rows in one call that stores its activations
 

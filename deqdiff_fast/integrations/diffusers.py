@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..draft import ConvDraft
-from ..schedule import Schedule, timesteps
-from ..spectral import SpectralSlope
+from ..model.conv_draft import ConvDraft
+from ..schedule import Schedule, SpectralSlope, timesteps
 from .pipelines import invert as invert
-from .pipelines import parallelize as parallelize
-from .pipelines import restore as restore
+from .pipelines.parallel import parallelize as parallelize
+from .pipelines.parallel import restore as restore
 
 BUNDLED = "bundled"
 _DENOISERS = ("unet", "transformer", "")  # "": a flat folder, as diffusers wrote them at first

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .. import arguments
 from .._types import Model
-from ..cost import signature_of
+from ..engine import arguments
+from ..planner.measure import signature_of
 from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution

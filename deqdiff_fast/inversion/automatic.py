@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from .. import cost
-from ..solver.planner import Curve
+from ..planner import measure as cost
+from ..planner.decide import Curve
 from .base import Outcome, Task
 from .equilibrium import Equilibrium
 from .fixed_point import FixedPoint

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from .._types import Backend, FrozenNoise, Generators, Model, OnFailure
+from ..engine.system import SANE_RMS, System
+from ..engine.workspace import Workspace
 from ..errors import NonFiniteError
 from ..memory import SolverMemory
-from ..noise import fill_drift
-from ..schedule import Schedule
+from ..schedule import Schedule, SpectralSlope
+from ..schedule.noise import fill_drift
 from ..solution import RoundInfo, Stats
-from ..solver import Picard
-from ..spectral import SpectralSlope
-from ..system import SANE_RMS, System
-from ..workspace import Workspace
+from ..solver.picard import Picard
 
 DEFAULT_TOL = 1e-3
 
@@ -162,7 +161,7 @@ def check_finite(work: Workspace, states: Tensor, step: int, missed: Tensor, rou
     sane = states.square().mean(1).sqrt() <= SANE_RMS
     fault = broken & sane & ~chain.predictions[step].isfinite().all(1)
     if bool(fault.any()):
-        timestep, sample = float(work.system.clock[step]), int(fault.int().argmax())
+        timestep, sample = float(work.system.times[step]), int(fault.int().argmax())
         raise NonFiniteError(
             f"the model returned NaN or Inf at timestep {timestep:g} (step {step} of {work.system.num_steps}) in round "
             f"{round}, sample {sample}; check the model's inputs and dtype",

@@ -12,14 +12,15 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from .._types import FrozenNoise
+from ..engine.system import System
 from ..errors import ConvergenceWarning
-from ..gradient import Gradient
+from ..gradient.base import Gradient
 from ..gradient.rounds import chain
 from ..gradient.rows import Rows
-from ..noise import fill_drift
+from ..loop.base import Solver
 from ..sampler import DEQSampler
-from ..solver import Solver, resolve
-from ..system import System
+from ..schedule.noise import fill_drift
+from ..solver import resolve
 from .base import Task
 
 Chain = Callable[[Tensor, Tensor, "Tensor | None"], "tuple[Tensor, Tensor, int]"]

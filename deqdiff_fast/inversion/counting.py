@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._types import Model
+from .._types import Model, unwrap_output
 
 
 class Counted:
@@ -20,8 +20,7 @@ class Counted:
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
         self.calls, self.evals = self.calls + 1, self.evals + len(x)
         output = self.model(x, t, **kwargs)
-        value = getattr(output, "sample", output) if not isinstance(output, Tensor) else output
-        value = value[0] if isinstance(value, (tuple, list)) and value else value
+        value = unwrap_output(output)
         if isinstance(value, Tensor) and value.requires_grad:
             hook: Callable[[Any], Any] = value.register_hook
             hook(self._note)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.inverse_scan import MAX_COLUMNS
-from ..solver.base import Lease, Plan, Size
-from ..spectral import SpectralSlope
+from ..loop.base import Lease, Plan, Size
+from ..schedule import SpectralSlope
 from . import multistep
 from .base import InversionStats, Outcome, Task, read_out
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._types import Rows
-from ..workspace import Workspace
+from ..engine.workspace import Workspace
 from . import multistep
 from .base import InversionInfo, InversionStats, Outcome, Task, check_finite, read_out
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..schedule import Schedule
-from ..spectral import SpectralSlope
-from ..system import System
-from ..workspace import Workspace
+from ..engine.system import System
+from ..engine.workspace import Workspace
+from ..schedule import Schedule, SpectralSlope
 
 
 def fill(work: Workspace, spectrum: SpectralSlope | None, init: Tensor | None) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..noise import freeze
 from ..sampler import DEQSampler
-from ..solver import Picard
+from ..schedule.noise import freeze
+from ..solver.picard import Picard
 from .base import Method, Outcome, Task
 from .chains import select_kwargs
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .._types import FrozenNoise
-from ..noise import fill_drift
+from ..engine.system import System
 from ..schedule import Schedule
-from ..system import System
+from ..schedule.noise import fill_drift
 from .base import InversionInfo, InversionStats, Method, Outcome, Task
 
 INNER = 0.01  # of the last change: how well a pass has to solve its chain; secants of sloppier passes lead astray

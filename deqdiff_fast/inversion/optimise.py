@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import arguments
+from ..engine import arguments
 from ..errors import NonFiniteError
-from ..gradient import Gradient
 from ..gradient import resolve as resolve_gradient
-from ..noise import freeze
-from ..solver import Solver
+from ..gradient.base import Gradient
+from ..loop.base import Solver
+from ..schedule.noise import freeze
 from ..solver import resolve as resolve_solver
 from .base import InversionInfo, InversionStats, Method, Outcome, Task
 from .chains import Chain, ParallelChain, SerialChain

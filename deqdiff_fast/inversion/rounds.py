@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..solver import Window
-from ..spectral import SpectralSlope
-from ..system import System
+from ..engine.system import System
+from ..loop.window import Window
+from ..schedule import SpectralSlope
 from .base import InversionInfo, InversionStats, Task, read_out
 from .sweep import Sweep, stiff_rows
 

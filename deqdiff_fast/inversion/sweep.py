@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .._types import Rows
+from ..engine.system import SANE_RMS, System
 from ..kernels import inverse_scan, newton_scan
-from ..spectral import SpectralSlope
-from ..system import SANE_RMS, System
+from ..schedule import SpectralSlope
 from . import guess
 from .base import Task, check_finite
 

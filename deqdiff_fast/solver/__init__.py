@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..loop.base import Solver
 from .anderson import Anderson
-from .base import Chain, Solver
-from .drafted import Drafted
-from .iterate import iterate
-from .late import BoardCalls, Late
-from .nested import Ascent, PartialSolver, ladder, without_coarse
+from .draft import Drafted
 from .paradigms import Paradigms
 from .parareal import Parareal
 from .picard import Picard
 from .quasi_newton import QuasiNewton
-from .task import Evaluate
-from .window import Window
 
 NAMED: dict[str, Callable[[], Solver]] = {
     "auto": QuasiNewton,
@@ -46,8 +41,4 @@ def resolve(solver: str | Solver) -> Solver:
     return solver
 
 
-__all__ = [
-    "NAMED", "Anderson", "Ascent", "BoardCalls", "Chain", "Drafted", "Evaluate", "Late", "Paradigms", "Parareal",
-    "PartialSolver", "Picard", "QuasiNewton", "Solver", "Window", "iterate", "ladder", "resolve",
-    "without_coarse",
-]  # fmt: skip
+__all__ = ["NAMED", "Anderson", "Drafted", "Paradigms", "Parareal", "Picard", "QuasiNewton", "Solver", "resolve"]

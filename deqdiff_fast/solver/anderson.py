@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import anderson_step, anderson_step_bytes
-from .base import (
-    Bounds,
-    Chain,
-    Lease,
-    Plan,
-    Size,
-    check_history_dtype,
-    forget_rows,
-    history_dtype,
-    move_rows,
-)
+from ..loop.base import Bounds, Chain, Lease, Plan, Size, check_history_dtype, forget_rows, history_dtype, move_rows
 
 Scope = Literal["timestep", "trajectory", "triangular"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ddim_update, ddim_update_bytes
-from .base import Bounds, Chain, Lease, Plan, Size
+from ..loop.base import Bounds, Chain, Lease, Plan, Size
 
 
 class ParadigmsMemory(NamedTuple):

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Lease, Plan, Size
-from .sweeps import Sweeps, SweepsMemory
-from .task import Progress, Task
+from ..loop.base import Lease, Plan, Size
+from ..loop.task import Progress, Task
+from .parareal_loop import Sweeps, SweepsMemory
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..kernels import ddim_update, ddim_update_bytes
-from .base import Bounds, Chain, Lease, Plan, Size
+from ..loop.base import Bounds, Chain, Lease, Plan, Size
 
 
 @dataclass(frozen=True)

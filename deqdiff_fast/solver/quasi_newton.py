@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import newton_scan, newton_scan_bytes
-from .base import Bounds, Chain, Lease, Plan, Size, check_history_dtype, forget_rows, history_dtype
+from ..loop.base import Bounds, Chain, Lease, Plan, Size, check_history_dtype, forget_rows, history_dtype
 from .settings import check_settings
 
 

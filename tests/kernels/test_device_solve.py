@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast import solve
+from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import available_backends
-from deqdiff_fast.solver import Late
+from deqdiff_fast.loop.device import Late
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deqdiff_fast as dq
-from deqdiff_fast import solve
+from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import (
     _config,
     anderson_step,
@@ -21,8 +21,7 @@ from deqdiff_fast.kernels import (
     newton_scan,
     newton_scan_bytes,
 )
-from deqdiff_fast.solver import Late
-from deqdiff_fast.solver.late import _Loop
+from deqdiff_fast.loop.device import Late, _Loop
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SETTINGS = {"scope": "triangular", "ridge": 1e-3, "relative_ridge": True, "damping": 0.8, "stale": 1e6}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast.drafting import DraftCalls
-from deqdiff_fast.solver.late import Mailbox, _Loop
-from deqdiff_fast.solver.nested import Ascent
+from deqdiff_fast.loop.coarse_grids import Ascent
+from deqdiff_fast.loop.device import Mailbox, _Loop
+from deqdiff_fast.model.draft_calls import DraftCalls
 
 
 class Net(torch.nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from ...padding import is_compiled
+from ...model.padding import is_compiled
 from .families import Family
 from .guidance import Guidance
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..._types import FrozenNoise
-from ...noise import freeze
 from ...sampler import DEQSampler
 from ...schedule import Schedule
-from ..diffusers_probe import Part, chain_timesteps, step_accepts
-from ..diffusers_schedule import from_diffusers
+from ...schedule.from_diffusers import scheduler_fields
+from ...schedule.noise import freeze
+from ...schedule.probe import Part, chain_timesteps, step_accepts
 from .calls import Call, GuidedModel
 from .families import Family
 from .guidance import Guidance
@@ -103,7 +103,7 @@ def _schedule(scheduler: Any, part: Part, options: dict[str, Any]) -> Schedule:
     state = [(name, _frozen(value)) for name, value in sorted(vars(scheduler).items()) if name != "_internal_dict"]
     key = (type(scheduler), tuple(state), repr(scheduler.config), part, repr(sorted(options.items())))
     if key not in _CACHE:
-        _CACHE[key] = from_diffusers(scheduler, None, part=part, **options)
+        _CACHE[key] = Schedule(**scheduler_fields(scheduler, None, part=part, **options))
         while len(_CACHE) > _CACHE_SIZE:
             _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)

@@ -1,0 +1,118 @@
+"""Argument checks of the public objects: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..schedule import Schedule
+
+
+def check_model(model: object) -> None:
+    if not callable(model):
+        raise TypeError(f"model: expected a callable model(x, t, **model_kwargs), got {type(model).__name__}")
+
+
+def check_draft(draft: object) -> None:
+    if not callable(draft):
+        raise TypeError(f"draft: expected a callable like the model, draft(x, t), or None, got {type(draft).__name__}")
+
+
+def check_schedule(schedule: object) -> None:
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule: expected a deqdiff_fast.Schedule, got {type(schedule).__name__}; a diffusers scheduler "
+            "becomes one with Schedule.from_diffusers(scheduler, num_inference_steps)"
+        )
+
+
+def positive(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}")
+    return float(value)
+
+
+def count(name: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name}: expected an int >= 1 or None, got {value!r}")
+    return value
+
+
+def window(value: int | str) -> int | str:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"window: expected 'auto' or an int >= 1, got {value!r}")
+    return value
+
+
+def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if not any(value == item and type(value) is type(item) for item in allowed):
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def check_noise(noise: object) -> None:
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise: expected a tensor (B, *shape), got {type(noise).__name__}")
+    if noise.dim() < 2 or 0 in noise.shape[1:]:
+        raise ValueError(f"noise: expected shape (B, *shape) with a non-empty sample shape, got {tuple(noise.shape)}")
+    if noise.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise ValueError(f"noise: expected a floating-point dtype, got {noise.dtype}")
+    if not bool(noise.isfinite().all()):
+        raise ValueError("noise: expected finite values, got NaN or Inf")
+
+
+def check_image(image: object) -> None:
+    """An image to invert: pixels in [-1, 1] or latents; byte images and NaN are refused."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image: expected a tensor (B, *shape), got {type(image).__name__}")
+    if image.dim() < 2 or 0 in image.shape[1:]:
+        raise ValueError(f"image: expected shape (B, *shape) with a non-empty image shape, got {tuple(image.shape)}")
+    if image.shape[0] == 0:
+        raise ValueError("image: expected at least one image, got an empty batch")
+    if image.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        hint = "; scale pixels to [-1, 1] first" if image.dtype == torch.uint8 else ""
+        raise ValueError(f"image: expected a floating-point dtype, got {image.dtype}{hint}")
+    if not bool(image.isfinite().all()):
+        raise ValueError("image: expected finite values, got NaN or Inf")
+
+
+def check_shape(shape: object) -> None:
+    whole = isinstance(shape, (tuple, list)) and all(type(n) is int and n > 0 for n in shape)
+    if not whole or not shape:
+        raise ValueError(f"shape: expected that of one sample, a tuple of ints >= 1 without the batch, got {shape!r}")
+
+
+def check_kwargs(model_kwargs: object) -> None:
+    if model_kwargs is not None and not isinstance(model_kwargs, dict):
+        raise TypeError(f"model_kwargs: expected a dict or None, got {type(model_kwargs).__name__}")
+
+
+def check_callback(callback: object) -> None:
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+
+
+def check_trajectory(trajectory: Tensor | None, noise: Tensor, steps: int) -> None:
+    if trajectory is None:
+        return
+    expected = (steps + 1, *noise.shape)
+    if tuple(trajectory.shape) != expected:
+        raise ValueError(f"init_trajectory: expected shape {expected}, got {tuple(trajectory.shape)}")
+    if trajectory.device != noise.device:
+        raise ValueError(f"init_trajectory: expected device {noise.device}, got {trajectory.device}")
+
+
+def cuda_graph(value: Any) -> bool | str:
+    """True needs a device to record on; raises ValueError without one."""
+    chosen: bool | str = choice("cuda_graph", value, ("auto", True, False))
+    if chosen is True and not torch.cuda.is_available():
+        raise ValueError(
+            "cuda_graph: expected 'auto' or False on a machine without a CUDA device, got True; torch finds no such "
+            "device (torch.cuda.is_available() is False)"
+        )
+    return chosen

@@ -1,0 +1,124 @@
+"""Workspaces that outlive a solve, with the device work that was recorded on their memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..loop.device import Board
+from ..loop.task import Play, at_once
+from ..model.padding import is_compiled
+from .cuda_graphs import CudaRecorder, Graphs, Recorder
+from .system import System
+from .workspace import Workspace
+
+KEPT = 2  # workspaces a sampler holds on to; each is a slab of device memory and a pool of graphs
+REMEMBERED = 64  # shapes that "auto" has met once
+
+
+@dataclass
+class Resident:
+    """One of them."""
+
+    work: Workspace
+    graphs: Graphs
+    board: Board
+    kwargs: list[Any]
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What records on that device; None where nothing does."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+class Residents:
+    """The resident workspaces of one sampler, by all that a recording depends on. A solve that finds the one it needs
+    in use by another thread gets plain memory."""
+
+    def __init__(self, mode: bool | str) -> None:
+        self.mode = mode
+        self._kept: dict[Any, Resident] = {}
+        self._asked: set[Any] = set()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrow(
+        self, system: System, given: tuple[Any, ...], open_: Callable[[System], Workspace], late: bool
+    ) -> Iterator[tuple[Workspace, Play, Board | None]]:
+        """A workspace for the system, how its device work is played, and the loop's memory on the device.
+
+        given: settings that the work depends on besides the system. open_: leases a workspace.
+        """
+        recorder = recorder_for(system.device) if late and self.mode is not False else None
+        if self.mode is True and recorder is None and system.device.type != "cuda":
+            raise ValueError(f"cuda_graph: expected noise on a CUDA device for True, got {system.device}; use 'auto'")
+        key = None if recorder is None else self._key(system, given)
+        resident = None
+        with self._lock:
+            if key is not None and (self.mode is True or key in self._asked):
+                resident = self._kept.pop(key, None)
+            wanted = recorder is not None and (self.mode is True or key in self._asked)
+            if key is not None:
+                self._asked = self._asked if len(self._asked) < REMEMBERED else set()
+                self._asked.add(key)
+        if recorder is None or not wanted:
+            work = open_(system)
+            with work.lease:
+                yield work, at_once, None
+            return
+        resident = self._renew(resident, system) if resident is not None else self._make(system, open_, recorder)
+        try:
+            yield resident.work, resident.graphs.play, resident.board
+        except BaseException:  # what was under way may be half done
+            resident.work.lease.release()
+            raise
+        with self._lock:
+            self._kept[key] = resident
+            while len(self._kept) > KEPT:
+                self._kept.pop(next(iter(self._kept))).work.lease.release()
+
+    def _key(self, system: System, given: tuple[Any, ...]) -> Any:
+        """All that a recording depends on, or None for a model that "auto" leaves alone."""
+        model = system.model
+        if self.mode == "auto" and (not isinstance(model, nn.Module) or model.training or is_compiled(model)):
+            return None
+        leaves, structure = tree_flatten(system.model_kwargs)
+        shapes = tuple(
+            (tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves
+        )
+        held = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+        addresses = hash(tuple((x.data_ptr(), x.dtype) for x in held))
+        return (
+            system.batch, system.shape, system.model_dtype, system.device, system.max_batch, str(structure), shapes,
+            addresses, torch.is_autocast_enabled(system.device.type), given,
+        )  # fmt: skip
+
+    def _make(self, system: System, open_: Callable[[System], Workspace], recorder: Recorder) -> Resident:
+        leaves, structure = tree_flatten(system.model_kwargs)
+        kwargs = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        system.model_kwargs = tree_unflatten(kwargs, structure)
+        system.padded = True
+        work = open_(system)
+        board = Board.make(work.chain, system.pad_round(work.chain.window * system.batch))
+        counters: list[tuple[Any, str]] = [(system, "model_calls"), (system, "model_evals")]
+        counters += [(system.draft, "evals")] if system.draft is not None else []
+        return Resident(work, Graphs(recorder, work.lease["predictions"], counters), board, kwargs)
+
+    def _renew(self, resident: Resident, system: System) -> Resident:
+        """The same memory for another solve: new conditions in the old places, nothing remembered."""
+        for target, value in zip(resident.kwargs, tree_flatten(system.model_kwargs)[0]):
+            if isinstance(target, Tensor):
+                target.copy_(value)
+        old = resident.work.system
+        old.model_evals = old.model_calls = 0
+        if old.draft is not None:
+            old.draft.evals = 0
+        resident.work.restart()
+        return resident

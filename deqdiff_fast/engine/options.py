@@ -1,0 +1,165 @@
+"""The settings of a sampler: checked once, then read by everything that a solve is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._types import Backend, Generators, Model, OnFailure
+from ..loop.base import Solver
+from ..memory import SolverMemory, default_memory
+from ..model.batched import BatchedModel
+from ..model.draft_calls import DraftCalls
+from ..schedule import Schedule, SpectralSlope
+from ..schedule.noise import check_generator
+from ..solver import resolve
+from ..solver.draft import Drafted
+from . import arguments
+from .graph_cache import Residents
+from .system import System
+
+DEFAULT_TOL = 1e-2
+CPU_ROWS, CPU_ELEMENTS = 64, 1 << 18
+FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7}  # what rounding alone leaves of a residual
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `DEQSampler` was asked for, see there; names resolved and values checked."""
+
+    model: Model
+    schedule: Schedule
+    solver: Solver
+    tol: float | None
+    max_rounds: int | None
+    window: int | str
+    backend: Backend
+    on_failure: OnFailure
+    max_batch: int | None
+    cuda_graph: bool | str
+    deterministic: bool
+    spectrum: SpectralSlope | None
+    memory: SolverMemory
+    residents: Residents
+    planned: bool
+    """solver="auto" with window="auto": each solve is made as is predicted to be the fastest."""
+    draft: Model | None = None
+    learned: dict[str, int] = field(default_factory=dict)
+    """max_batch, where the model has run out of memory on more rows."""
+
+    @classmethod
+    def check(
+        cls, model: Model, schedule: Schedule, solver: str | Solver, memory: SolverMemory | None, **given: Any
+    ) -> Options:
+        """Raises ValueError or TypeError, naming the argument, what was expected and what came."""
+        arguments.check_model(model)
+        arguments.check_schedule(schedule)
+        resolved, spectrum, draft = resolve(solver), given["spectrum"], given["draft"]
+        if draft is not None:
+            arguments.check_draft(draft)
+            resolved = Drafted() if isinstance(solver, str) and solver == "auto" else resolved
+        elif isinstance(resolved, Drafted):
+            raise ValueError("solver: 'draft' needs DEQSampler(draft=...), a cheap stand-in for the model; got None")
+        if spectrum is not None and not isinstance(spectrum, SpectralSlope):
+            raise TypeError(f"spectrum: expected a SpectralSlope or None, got {type(spectrum).__name__}")
+        if spectrum is None and getattr(resolved, "slope", None) == "spectral":
+            raise ValueError(
+                "solver: slope='spectral' needs DEQSampler(spectrum=SpectralSlope...) to take the slope from"
+            )
+        window = arguments.window(given["window"])
+        if hasattr(resolved, "check"):
+            resolved.check(schedule.num_steps, schedule.lags, window)
+        return cls(
+            model=model,
+            schedule=schedule,
+            solver=resolved,
+            tol=arguments.positive("tol", given["tol"]),
+            max_rounds=arguments.count("max_rounds", given["max_rounds"]),
+            window=window,
+            backend=arguments.choice("backend", given["backend"], ("auto", "reference", "cpp", "triton")),
+            on_failure=arguments.choice("on_failure", given["on_failure"], ("serial", "raise", "warn")),
+            max_batch=arguments.count("max_batch", given["max_batch"]),
+            cuda_graph=arguments.cuda_graph(given["cuda_graph"]),
+            residents=Residents(given["cuda_graph"]),
+            deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
+            spectrum=spectrum,
+            memory=memory if memory is not None else default_memory(),
+            draft=draft,
+            planned=isinstance(solver, str) and solver == "auto" and given["window"] == "auto",
+        )
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The relative residual below which the solve ends, for states of that dtype."""
+        default = getattr(self.solver, "tol", None)
+        if self.tol is None and default is not None:
+            return float(default)
+        return max(self.solver.safety * (DEFAULT_TOL if self.tol is None else self.tol), self.floor(dtype))
+
+    def freeze(self, dtype: torch.dtype) -> float:
+        """What a timestep may have left to go, relative to its size, to be final while later ones are not."""
+        return self.solver.freeze * self.left(dtype)
+
+    def reach(self, dtype: torch.dtype) -> float:
+        """The relative residual at which a sample may end where its residuals fall fast enough."""
+        return getattr(self.solver, "reach", 0.0) * self.left(dtype)
+
+    def left(self, dtype: torch.dtype) -> float:
+        """The relative error allowed in a sample."""
+        return self.tolerance(dtype) / self.solver.safety
+
+    @staticmethod
+    def floor(dtype: torch.dtype) -> float:
+        """What rounding alone leaves of a residual."""
+        return FLOOR[torch.float64 if dtype == torch.float64 else torch.float32]
+
+    def round_limit(self) -> int:
+        """Most model calls that wait for each other, before the rest is finished otherwise."""
+        steps, most = self.schedule.num_steps, getattr(self.solver, "most_rounds", None)
+        own = getattr(self.solver, "max_rounds", None) or (most(steps) if most is not None else steps)
+        return int(self.max_rounds or own)
+
+    def row_limit(self, noise: Tensor) -> int | None:
+        """Most rows in one model call."""
+        limit = self.max_batch
+        if limit is None and noise.device.type == "cpu":
+            limit = max(CPU_ROWS, CPU_ELEMENTS // max(noise[:1].numel(), 1))
+        known = [rows for rows in (limit, self.learned.get("max_batch")) if rows is not None]
+        return min(known, default=None)
+
+    def slope(self, noise: Tensor) -> SpectralSlope | str | None:
+        """The slope that the solver wants; raises ValueError where the spectrum is one of other samples."""
+        slope = getattr(self.solver, "slope", "scalar")
+        if isinstance(slope, str) and slope in ("auto", "spectral"):
+            slope = self.spectrum if self.spectrum is not None else "scalar"
+        if isinstance(slope, SpectralSlope) and noise.dim() > 1 and slope.shape != tuple(noise.shape[1:]):
+            raise ValueError(
+                f"noise: expected samples of the spectrum's shape {slope.shape}, got {tuple(noise.shape[1:])}"
+            )
+        return slope
+
+    def check_request(self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators) -> None:
+        """Raises ValueError or TypeError where a solve cannot begin."""
+        arguments.check_noise(noise)
+        arguments.check_kwargs(model_kwargs)
+        check_generator(generator, noise.shape[0])
+
+    def system(self, noise: Tensor, model_kwargs: dict[str, Any] | None, serial: bool = False) -> System:
+        """The chain that starts at `noise`; the arguments have passed `check_request`."""
+        slope = "scalar" if serial else self.slope(noise)
+        system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
+        system.on_shrink = lambda rows: self.learned.update(max_batch=rows)
+        if isinstance(self.solver, Drafted) and self.draft is not None and not serial:
+            rows = BatchedModel(self.draft, self.schedule, noise, model_kwargs, system.max_batch)
+            system.draft = DraftCalls(rows)
+        if self.planned and not serial:  # windows come and go: a compiled model is to see the same sizes in all of them
+            system.largest = self.most_rows(noise)
+        return system
+
+    def most_rows(self, noise: Tensor) -> int:
+        """Rows of the largest model call that a solve can make."""
+        window = self.schedule.num_steps if self.window == "auto" else min(int(self.window), self.schedule.num_steps)
+        rows = window * noise.shape[0]
+        return min(rows, self.row_limit(noise) or rows)

@@ -1,0 +1,58 @@
+"""What a running solve shows: the user's callback and a progress bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..loop.window import Window
+from ..solution import Callback, RoundInfo
+from .workspace import Workspace
+
+
+class Reporter:
+    """Called by the loop after every round; a context manager, so that the bar is closed whatever happens."""
+
+    def __init__(self, work: Workspace, tolerance: float, limit: int, callback: Callback | None, bar: bool) -> None:
+        self.work, self.tolerance, self.limit, self.callback = work, tolerance, limit, callback
+        self.total = work.system.num_steps * work.system.batch
+        self.bar: Any = tqdm(total=self.total, unit="state", desc="solving") if bar else None
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, round: int, where: Window | list[int], residual: Tensor) -> object:
+        front = where.lo if isinstance(where, Window) else where
+        if self.bar is not None:
+            self.bar.update(sum(front) - self.bar.n)
+            self.bar.set_postfix(round=round, residual=f"{float(residual.max()):.1e}")
+        if self.callback is None:
+            return None
+        return self.callback(self._info(round, list(front), where, residual))
+
+    def _info(self, round: int, front: list[int], where: Window | list[int], residual: Tensor) -> RoundInfo:
+        system, chain = self.work.system, self.work.chain
+        last = [max(hi - 1, 0) for hi in chain.hi.tolist()]
+
+        def state(step: int) -> Tensor:
+            return system.from_basis(chain.states[step]).view(system.batch, *system.shape).to(system.model_dtype)
+
+        return RoundInfo(
+            round=round,
+            max_rounds=self.limit,
+            num_steps=system.num_steps,
+            front=torch.tensor(front),
+            residual=residual,
+            tolerance=self.tolerance,
+            _preview=lambda: system.denoised(chain.states, chain.predictions, last),
+            _sample=lambda: state(-1),
+            _state=state,
+            _denoised=lambda step: system.denoised(chain.states, chain.predictions, [step] * system.batch),
+        )

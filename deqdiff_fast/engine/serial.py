@@ -1,0 +1,79 @@
+"""The serial chain, from any front: the ordinary sampler, the fallback when rounds run out, and the ground truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._types import Rows
+from ..errors import NonFiniteError
+from ..kernels import ddim_update
+from .system import SANE_RMS
+from .workspace import Workspace
+
+Report = Callable[[int, "list[int]", Tensor], object]
+
+
+def finish(
+    work: Workspace, fronts: list[int], round: int, report: Report | None, until: int | None = None
+) -> tuple[int, bool]:
+    """Take every sample b from state fronts[b] to the end (or to state `until`), one model call a step; `fronts` is
+    moved along.
+
+    Returns the number of steps made and whether `report` asked to stop. Raises NonFiniteError, ModelOutputError.
+    """
+    chain, steps, made = work.chain, work.chain.num_steps, 0
+    for i in range(min(fronts), steps if until is None else until):
+        who = [b for b, front in enumerate(fronts) if front == i]
+        together = len(who) == chain.batch
+        flat = None if together else torch.tensor([i * chain.batch + b for b in who])
+        work.evaluate(Rows(flat, i, i + 1, len(who)), round + made + 1)
+        made += 1
+        chain.lo.fill_(i)
+        if together:
+            chain.hi.fill_(i + 1)
+        else:
+            chain.hi.copy_(torch.tensor([i + (front == i) for front in fronts], dtype=torch.int32))
+        ddim_update(
+            chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
+            chain.sq_diff, chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
+        )  # fmt: skip
+        norms = chain.sq_norm[i] if together else chain.sq_norm[i, who]
+        if not math.isfinite(float(norms.sum())) and not bool(norms.isfinite().all()):
+            bad = who[int((~norms.isfinite()).int().argmax())]
+            raise _error(work, i, bad, round + made)
+        for b in who:
+            fronts[b] = i + 1
+        if report is not None and report(round + made, fronts, torch.zeros(chain.batch)) is True:
+            return made, True
+    return made, False
+
+
+def non_finite(work: Workspace, step: int, sample: int, round: int) -> NonFiniteError | None:
+    """The error for a row whose step is NaN or Inf, or None where the iterate alone is to blame.
+
+    At the front the input is the chain's own state, so the serial chain would fail as well. Further on a wild iterate
+    may have driven a sound model out of its range: only a failure on an input of ordinary size is the model's.
+    """
+    chain = work.chain
+    if step == int(chain.lo[sample]):
+        return _error(work, step, sample, round)
+    bound = float(chain.sq_norm[step - 1, sample].sqrt() + chain.sq_diff[step - 1, sample].sqrt())
+    broken = not bool(chain.predictions[step, sample].isfinite().all())
+    if broken and bound <= SANE_RMS * work.system.numel**0.5:
+        return _error(work, step, sample, round)
+    return None
+
+
+def _error(work: Workspace, step: int, sample: int, round: int) -> NonFiniteError:
+    timestep = float(work.system.times[step])
+    broken = not bool(work.chain.predictions[step, sample].isfinite().all())
+    what = "the model returned NaN or Inf" if broken else "the chain overflowed"
+    return NonFiniteError(
+        f"{what} at timestep {timestep:g} (step {step} of {work.system.num_steps}) in round {round}, sample {sample}; "
+        "check the model's inputs and dtype, and that the schedule's prediction_type is the model's",
+        step=step, timestep=timestep, round=round, sample=sample,
+    )  # fmt: skip

@@ -1,0 +1,98 @@
+"""The diffusion chain as a fixed-point system: coefficient tables, slopes, and the model on its rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._types import DraftRows, Model
+from ..kernels import ddim_update_bytes, newton_scan_bytes
+from ..model.batched import BatchedModel
+from ..schedule import Schedule, SpectralSlope
+from ..schedule.cache import cached
+from ..schedule.tables import step_variance
+
+SANE_RMS = 1e4  # an input beyond this is the solver's doing, not the chain's: not the model's fault if it overflows
+
+
+class Tables(NamedTuple):
+    """A schedule's numbers where a solver wants them."""
+
+    state_coef: Tensor
+    model_coef: Tensor
+    step_variance: Tensor
+    diagonal_slope: Tensor
+
+    @classmethod
+    def of(cls, schedule: Schedule, device: torch.device, dtype: torch.dtype, accumulator: torch.dtype) -> Tables:
+        def table(values: Tensor) -> Tensor:
+            return values.to(device, accumulator).contiguous()
+
+        return cls(
+            table(schedule.state_coef),
+            table(schedule.model_coef),
+            table(step_variance(schedule.signal, schedule.sigma))[:, None],
+            schedule.slope()[:, None].to(device, dtype),
+        )
+
+
+class System(BatchedModel):
+    """One chain to solve: a model, a schedule and the shape of a batch of samples.
+
+    States and predictions are time-major, (T + 1, B, D) and (T, B, D).
+
+    Args:
+        model, schedule, noise, model_kwargs, max_batch: as for `BatchedModel`.
+        slope: what the solver linearises the model with: "scalar", the slope of unit Gaussian data; a `SpectralSlope`,
+            in whose basis the chain is then solved; None for none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        noise: Tensor,
+        model_kwargs: dict[str, Any] | None,
+        max_batch: int | None,
+        slope: SpectralSlope | str | None = "scalar",
+    ) -> None:
+        basis = slope.basis() if isinstance(slope, SpectralSlope) else None
+        super().__init__(model, schedule, noise, model_kwargs, max_batch, basis)
+        place = (noise.device, self.dtype, self.accumulator)
+        tables = cached(schedule, place, lambda: Tables.of(schedule, *place))
+        self.state_coef, self.model_coef, self.step_variance, self.linear = tables
+        if isinstance(slope, SpectralSlope):
+            self.linear = slope.slope(schedule).to(noise.device, self.dtype)
+        self.slope = torch.zeros_like(self.linear) if slope is None else self.linear
+        self.draft: DraftRows | None = None
+        """What stands in for the model between rounds, where the solver wants it."""
+
+    def to_basis(self, rows: Tensor) -> Tensor:
+        """(n, D) in the coordinates of the solver, a copy."""
+        return rows.clone() if self.basis is None else self.basis.forward(rows.clone())
+
+    def from_basis(self, rows: Tensor) -> Tensor:
+        """(n, D) in the coordinates of the model, a copy."""
+        return rows.clone() if self.basis is None else self.basis.inverse(rows.clone())
+
+    def denoised(self, states: Tensor, predictions: Tensor, step: list[int]) -> Tensor:
+        """(B, *shape): the clean sample predicted at timestep step[b] of each sample b, in the model's dtype."""
+        at, who = torch.tensor(step, device=self.device), torch.arange(self.batch, device=self.device)
+        p, q = self.denoised_coef[at].to(self.dtype).unbind(-1)
+        clean = self.from_basis(p[:, None] * states[at, who] + q[:, None] * predictions[at, who])
+        if self.schedule.clip is not None:
+            clean = clean.clamp(-self.schedule.clip.range, self.schedule.clip.range)
+        return clean.view(self.batch, *self.shape).to(self.model_dtype)
+
+    def scratch(self, backend: str) -> int:
+        """Bytes of `chain.scratch` for the guesses and for serial steps."""
+        size = (self.num_steps, self.batch, self.numel)
+        linear: int = newton_scan_bytes(*size, 0, 1, self.dtype, self.dtype, self.device, backend)
+        serial: int = ddim_update_bytes(*size, self.dtype, self.device, backend)
+        return max(linear, serial)
+
+    def bounds(self, value: int) -> Tensor:
+        """(B,) int32, the same bound for every sample."""
+        return torch.full((self.batch,), value, dtype=torch.int32, device=self.device)

@@ -1,0 +1,162 @@
+"""The memory of one solve: planned as one slab before the first round, nothing allocated after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .._types import Generators, Rows
+from ..loop.base import Bounds, Chain, Size, Solver, repeat_rows
+from ..loop.coarse_grids import Ascent, PartialSolver, ladder
+from ..loop.task import Play, at_once
+from ..memory import Lease, MemoryPlan, SolverMemory
+from ..schedule.cache import cached
+from ..schedule.noise import fill_drift
+from ..solver.draft import Drafted
+from .initial_guess import extrapolate, gaussian_guess
+from .system import System
+
+
+@dataclass
+class Workspace:
+    """A leased slab cut into a chain, the model's inputs and the solver's own memory."""
+
+    lease: Lease
+    chain: Chain
+    memory: Any
+    system: System
+    solver: Solver
+    ascent: Ascent | None = None
+    """The rounds on coarse grids that the solver wants first."""
+    warm: bool = False
+
+    @classmethod
+    def open(cls, system: System, solver: Solver, window: int, memory: SolverMemory, backend: str) -> Workspace:
+        lease = memory.lease(cls.layout(system, solver, window, backend), system.device)
+        chain = Chain(
+            states=lease["states"],
+            predictions=lease["predictions"][:-1].view(system.num_steps, system.batch, system.numel),
+            state_coef=system.state_coef,
+            model_coef=system.model_coef,
+            slope=system.slope,
+            spread=system.step_variance,
+            clean=system.denoised_coef,
+            drift=lease["drift"] if system.schedule.stochastic else None,
+            lo=system.bounds(0),
+            hi=system.bounds(0),
+            sq_diff=lease["sq_diff"],
+            sq_norm=lease["sq_norm"],
+            window=window,
+            backend=backend,
+            scratch=lease.get("scratch"),
+            edge=lease.get("edge"),
+            draft=system.draft,
+        )
+        held = solver.start(lease)
+        if hasattr(solver, "furnish"):
+            solver.furnish(chain, held)
+        work = cls(lease, chain, held, system, solver)
+        grids = ladder(solver, chain.num_steps, window, system.schedule.stochastic)
+        if grids:
+            weight = system.denoised_coef[:, 1]
+            keep = partial(cached, system.schedule)
+            work.ascent = Ascent(chain, cast(PartialSolver, solver), held, lease["coarse"], weight, grids, keep)
+        return work
+
+    def restart(self) -> None:
+        """Forget a solve; the memory stays where it is."""
+        self.memory = self.solver.start(self.lease)
+        if self.ascent is not None:
+            self.ascent.memory = self.memory
+
+    @staticmethod
+    def layout(system: System, solver: Solver, window: int, backend: str) -> MemoryPlan:
+        """The tensors of a solve; `.layout()[1]` of it is their size in bytes."""
+        steps, batch, numel = system.num_steps, system.batch, system.numel
+        plan = MemoryPlan()
+        plan.add("states", (steps + 1, batch, numel), system.dtype)
+        plan.add("predictions", (steps * batch + 1, numel), system.dtype)  # the last row takes what padding yields
+        if system.schedule.stochastic:
+            plan.add("drift", (steps, batch, numel), system.dtype)
+        plan.add("sq_diff", (steps, batch), system.accumulator)
+        plan.add("sq_norm", (steps, batch), system.accumulator)
+        system.plan(plan, min(window * batch, system.max_batch or window * batch))
+        grids = ladder(solver, steps, window, system.schedule.stochastic)
+        if grids:
+            plan.add("coarse", (1 + max(grids), batch, numel), system.dtype)
+        if window < steps:
+            plan.add("edge", (3, batch, numel), system.dtype)
+        lags = system.state_coef.shape[1]
+        size = Size(
+            steps,
+            window,
+            batch,
+            numel,
+            system.dtype,
+            system.accumulator,
+            lags,
+            system.device,
+            backend,
+            system.schedule.stochastic,
+        )
+        solver.plan(plan, size)
+        # one for all ops: they run one after the other, on one stream
+        scratch = max(system.scratch(backend), getattr(solver, "scratch", lambda size: 0)(size))
+        if scratch:
+            plan.add("scratch", (scratch,), torch.uint8)
+        return plan
+
+    def begin(self, noise: Tensor, generator: Generators) -> None:
+        """State 0 and the frozen noise."""
+        rows = noise.detach().reshape(noise.shape[0], -1).to(self.system.dtype)
+        self.chain.states[0].copy_(self.system.to_basis(rows))
+        self.chain.sq_diff.zero_(), self.chain.sq_norm.zero_()
+        if self.chain.drift is not None:
+            fill_drift(self.chain.drift, self.system.schedule, tuple(noise.shape), generator, noise.dtype)
+            if self.system.basis is not None:
+                self.system.basis.forward(self.chain.drift.flatten(0, 1))
+
+    def guess(self, kind: str, init: Tensor | None, play: Play = at_once) -> None:
+        """States 1..T: a given trajectory, copies of the noise, the chain of the draft, or that of Gaussian data."""
+        chain = self.chain
+        self.warm = init is not None
+        if init is not None:
+            rows = init[1:].reshape(chain.num_steps * chain.batch, -1).to(self.system.device, self.system.dtype)
+            chain.states[1:].copy_(self.system.to_basis(rows).view_as(chain.states[1:]))
+        elif kind == "copy":
+            chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
+        elif kind == "draft":
+            play(("guess", 0), lambda: self._chart([0] * chain.batch, [chain.num_steps] * chain.batch))
+        else:
+            play(("guess", 0), lambda: gaussian_guess(chain, self.system.linear))
+
+    def resume(self, other: Workspace, front: int) -> None:
+        """Take over a chain of the same system whose first `front` steps are made; later states are extrapolated."""
+        chain, done = self.chain, other.chain
+        chain.states[: front + 1].copy_(done.states[: front + 1])
+        chain.predictions[:front].copy_(done.predictions[:front])
+        chain.sq_diff.zero_(), chain.sq_norm.zero_()
+        if chain.drift is not None and done.drift is not None:
+            chain.drift.copy_(done.drift)
+        self.rebuild([front] * chain.batch, [chain.num_steps] * chain.batch, True)
+
+    def _chart(self, old: Bounds, new: Bounds) -> None:
+        """States old[b] < i <= new[b] <- the draft's chain, by the solver that has one."""
+        cast(Drafted, self.solver).chart(self.chain, self.memory, old, new)
+
+    def evaluate(self, rows: Rows, round: int) -> None:
+        self.system.evaluate(self.chain.states, self.lease["predictions"], rows, self.lease, round)
+
+    def rebuild(self, old: Bounds, new: Bounds, broken: bool) -> None:
+        if self.warm and not broken:
+            return  # a given trajectory is the better guess
+        if self.solver.guess == "copy" and not broken:
+            repeat_rows(self.chain, old, new)
+        elif self.solver.guess == "draft":
+            self._chart(old, new)
+        else:
+            extrapolate(self.chain, self.system.linear, old, new)

@@ -1,0 +1,46 @@
+"""Calls of a draft, in the coordinates of the solver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelOutputError
+from .batched import BatchedModel
+
+
+class DraftCalls:
+    """What `Chain.draft` is: a draft called on rows of the chain, as the model is (input scale, clipping, conditions).
+
+    model: the draft on the rows of the chain, in the model's own basis.
+    """
+
+    def __init__(self, model: BatchedModel) -> None:
+        self.model, self.evals = model, 0
+        self._step = torch.arange(model.num_steps, device=model.device)
+        self._sample = torch.arange(model.batch, device=model.device)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it is called with conditions, which a recording would keep."""
+        return bool(self.model.model_kwargs)
+
+    def row(self, step: int, states: Tensor) -> Tensor:
+        """(B, D) states at that timestep -> (B, D) predictions."""
+        return self._ask(states, self._step[step : step + 1].expand(len(states)), self._sample, "row")
+
+    def rows(self, states: Tensor, steps: Tensor) -> Tensor:
+        """(n, B, D) states at timesteps steps: (n,) -> (n, B, D) predictions."""
+        step, sample = steps.repeat_interleave(self.model.batch), self._sample.repeat(len(steps))
+        flat = states.flatten(0, 1)
+        made = [self._ask(flat[a:b], step[a:b], sample[a:b], None) for a, b in self.model.chunks(len(flat))]
+        return torch.cat(made).view_as(states)
+
+    def _ask(self, states: Tensor, step: Tensor, sample: Tensor, key: Any) -> Tensor:
+        self.evals += len(states)
+        try:
+            return self.model.predict(states, step, self.model.expand_kwargs(sample, key))
+        except ModelOutputError as error:
+            raise ModelOutputError(str(error).replace("the model", "the draft", 1)) from None

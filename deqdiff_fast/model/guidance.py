@@ -1,0 +1,199 @@
+"""Classifier-free guidance as one model: both branches of every row in one batched call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from .._types import Model, unwrap_output
+
+
+def guided(model: Model, cond: Any, uncond: Any, scale: float | Tensor, rescale: float = 0.0) -> Guided:
+    """A model for `DEQSampler` whose prediction is u + scale (c - u), with u and c from one call on twice the rows.
+
+    model: called as model(x, t, cond) where the conditioning is a tensor, model(x, t, **cond) where it is a dict of
+    keyword arguments (nested dicts and lists are fine); rows are ordered [uncond, cond]. cond, uncond: tensors, or
+    dicts with the same keys. A tensor has one row for each sample, (B, ...), or one row for all of them, (1, ...); the
+    two branches agree in everything but values. Anything that is not a tensor must be equal in both and is passed on.
+    scale: the guidance scale, a number or (B,), one for each sample; at exactly 1 the unconditional branch is not
+    evaluated. rescale: guidance_rescale phi in [0, 1], section 3.4 of Lin et al. 2023 (arXiv 2305.08891): the result's
+    standard deviation over each sample moves by phi towards that of c. Guidance: Ho and Salimans 2022,
+    arXiv 2207.12598, where their w is scale - 1.
+
+    `max_batch` of the sampler counts rows before doubling. `model_kwargs` of `sample` go to both branches.
+    Differentiable with respect to the model's parameters, cond, uncond and a tensor scale. Give the returned object
+    itself to the sampler: in another function around it nobody can tell which row belongs to which sample.
+
+    Raises TypeError and ValueError, naming the argument.
+    """
+    return Guided(model, cond, uncond, scale, rescale)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """How to put a branch's arguments together again. An opaque leaf for the sampler: nothing in it is per sample."""
+
+    structure: TreeSpec
+    constants: tuple[Any, ...]  # the leaves that are no tensors; `_ROW`, `_SHARED` where a tensor goes
+    positional: bool
+
+
+_ROW, _SHARED = object(), object()  # a tensor with one row for each sample; one without
+
+
+class Guided:
+    """See `guided`."""
+
+    def __init__(self, model: Model, cond: Any, uncond: Any, scale: float | Tensor, rescale: float) -> None:
+        if not callable(model):
+            raise TypeError(f"model: expected a callable model(x, t, ...), got {type(model).__name__}")
+        for name, value in (("cond", cond), ("uncond", uncond)):
+            if not isinstance(value, (Tensor, dict)):
+                raise TypeError(
+                    f"{name}: expected a tensor or a dict of keyword arguments, got {type(value).__name__}; a "
+                    "branch without conditioning still needs what the model takes in its place, say zeros"
+                )
+        if isinstance(cond, Tensor) != isinstance(uncond, Tensor):
+            kinds = f"{type(cond).__name__} and {type(uncond).__name__}"
+            raise TypeError(f"cond, uncond: expected two tensors or two dicts, got {kinds}")
+        uncond = _in_order_of(cond, uncond)
+        _check_pair(cond, uncond)
+        self.model, self.cond, self.uncond = model, cond, uncond
+        self.costs_beside = getattr(model, "costs_beside", model)  # what a planner learns outlives this object
+        self.scale, self.rescale = _check_scale(scale), _check_rescale(rescale)
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters of the model, where it is a module: what a sample can be differentiated with respect to."""
+        found: Callable[[], Any] = getattr(self.model, "parameters", list)
+        return list(found())
+
+    def deq_tensors(self) -> list[Tensor]:
+        """The tensors that `deq_bind` adds to a call, for whoever wants to know whether they need a gradient."""
+        leaves = tree_leaves((self.cond, self.uncond, self.scale))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def deq_bind(self, batch: int, extra: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments for `batch` samples, every tensor in them with one row for each: for the sampler.
+
+        extra: the caller's `model_kwargs`; tensors of first dimension `batch` are per sample. Raises ValueError.
+        """
+        positional = isinstance(self.cond, Tensor)
+        branches = [{"": value} if positional else value for value in (self.uncond, self.cond)]
+        taken = sorted(set(extra) & set(branches[0]))
+        if taken:
+            raise ValueError(f"model_kwargs: {', '.join(taken)} is given in cond and uncond already")
+        inside = len(tree_leaves(branches[0]))  # dicts keep their order: these come before the leaves of `extra`
+        (low, structure), (high, _) = (tree_flatten({**branch, **extra}) for branch in branches)
+        rows, shared, constants = [], [], []
+        for k, (u, c) in enumerate(zip(low, high)):
+            if isinstance(u, Tensor) and u.dim() > 0 and (k < inside or u.shape[0] == batch):
+                rows.append((_repeat(u, batch), _repeat(c, batch)))
+                constants.append(_ROW)
+            elif isinstance(u, Tensor):
+                shared.append(u)
+                constants.append(_SHARED)
+            else:
+                constants.append(u)
+        layout = _Layout(structure, tuple(constants), positional)
+        bound: dict[str, Any] = {"rows": rows, "shared": shared, "layout": layout}
+        if isinstance(self.scale, Tensor):
+            if len(self.scale) not in (1, batch):
+                raise ValueError(f"scale: expected a number or {batch}, one for each sample, got {len(self.scale)}")
+            bound["scale"] = self.scale.expand(batch)
+        return bound
+
+    def __call__(self, x: Tensor, t: Tensor, *, layout: Any = None, **given: Any) -> Tensor:
+        """The guided prediction for x: (n, *shape), t: (n,). Without the sampler the rows are the samples."""
+        if layout is None:
+            bound = self.deq_bind(len(x), given)
+            layout, given = bound.pop("layout"), bound
+        rows, scale = given["rows"], given.get("scale", self.scale)
+        if not isinstance(scale, Tensor) and scale == 1.0:
+            return self._call(x, t, [c for _, c in rows], given["shared"], layout)
+        both = [torch.cat([u, c]) for u, c in rows]
+        low: Tensor
+        high: Tensor
+        low, high = self._call(torch.cat([x, x]), torch.cat([t, t]), both, given["shared"], layout).chunk(2)
+        if isinstance(scale, Tensor):
+            scale = scale.to(low.dtype).view(-1, *[1] * (low.dim() - 1))
+        out: Tensor = low + scale * (high - low)
+        if self.rescale == 0.0:
+            return out
+        axes = tuple(range(1, out.dim()))
+        ratio = high.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True)
+        return out * (self.rescale * ratio + (1 - self.rescale))
+
+    def _call(self, x: Tensor, t: Tensor, rows: list[Tensor], shared: list[Tensor], layout: _Layout) -> Tensor:
+        given = {_ROW: iter(rows), _SHARED: iter(shared)}
+        leaves = [next(given[value]) if value is _ROW or value is _SHARED else value for value in layout.constants]
+        kwargs: dict[str, Any] = tree_unflatten(leaves, layout.structure)
+        args = (kwargs.pop(""),) if layout.positional else ()
+        output = self.model(x, t, *args, **kwargs)
+        value = unwrap_output(output)
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(x):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"model: expected a tensor of {len(x)} rows or an object with .sample, got {got}")
+        return value
+
+
+def _repeat(value: Tensor, batch: int) -> Tensor:
+    if value.shape[0] == batch:
+        return value
+    if value.shape[0] != 1:
+        raise ValueError(
+            f"cond, uncond: expected tensors of {batch} rows, one for each sample, or of one row, got shape "
+            f"{tuple(value.shape)}; give the object that guided(...) returns to the sampler itself, not a function "
+            "around it"
+        )
+    return value.expand(batch, *value.shape[1:])
+
+
+def _in_order_of(cond: Any, uncond: Any) -> Any:
+    """`uncond` with its dicts in the order of those of `cond`, where the keys agree."""
+    if isinstance(cond, dict) and isinstance(uncond, dict) and set(cond) == set(uncond):
+        return {key: _in_order_of(value, uncond[key]) for key, value in cond.items()}
+    return uncond
+
+
+def _check_pair(cond: Any, uncond: Any) -> None:
+    """Raise unless the two branches can be one batch."""
+    (high, above), (low, below) = tree_flatten(cond), tree_flatten(uncond)
+    if above != below:
+        keys = [sorted(value) if isinstance(value, dict) else "a tensor" for value in (cond, uncond)]
+        raise ValueError(f"cond, uncond: expected the same keys and nesting in both, got {keys[0]} and {keys[1]}")
+    for c, u in zip(high, low):
+        if isinstance(c, Tensor) != isinstance(u, Tensor):
+            raise ValueError("cond, uncond: expected a tensor in both or in neither, got a tensor in one of them")
+        if not isinstance(c, Tensor):
+            if c != u:
+                raise ValueError(f"cond, uncond: expected equal values of what is not a tensor, got {c!r} and {u!r}")
+        elif c.shape[1:] != u.shape[1:] or c.dim() != u.dim():
+            shapes = f"{tuple(c.shape)} and {tuple(u.shape)}"
+            raise ValueError(f"cond, uncond: expected equal shapes but for the rows, got {shapes}; pad the shorter one")
+        elif (c.dtype, c.device) != (u.dtype, u.device):
+            kinds = f"{c.dtype} on {c.device} and {u.dtype} on {u.device}"
+            raise ValueError(f"cond, uncond: expected one dtype and device, got {kinds}")
+        elif c.dim() == 0 and not torch.equal(c, u):
+            raise ValueError("cond, uncond: expected equal tensors without dimensions, or one value for each sample")
+
+
+def _check_scale(scale: Any) -> float | Tensor:
+    if isinstance(scale, Tensor) and scale.dim() == 1 and len(scale) > 0 and scale.is_floating_point():
+        return scale
+    number = scale.item() if isinstance(scale, Tensor) and scale.numel() == 1 and not scale.requires_grad else scale
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        got = f"a tensor of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
+        raise ValueError(f"scale: expected a finite number or a floating-point tensor (B,), got {got}")
+    return float(number)
+
+
+def _check_rescale(rescale: Any) -> float:
+    if isinstance(rescale, bool) or not isinstance(rescale, (int, float)) or not 0 <= rescale <= 1:
+        raise ValueError(f"rescale: expected a number from 0 to 1, got {rescale!r}")
+    return float(rescale)

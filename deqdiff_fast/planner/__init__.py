@@ -1,0 +1,1 @@
+"""Which way of making a sample is the fastest here: measured costs, a model of rounds, and the choice."""

@@ -1,0 +1,169 @@
+"""What a batched call of a model costs here, measured with the model itself and kept beside it."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from .._types import DraftRows, Model
+from ..engine.system import System
+from ..model.padding import out_of_memory
+from .decide import Curve
+
+KEEP = 0.7  # weight of what was known against a new measurement
+LEAP = 2.0  # one measurement moves a figure at most by this factor: a machine hiccups
+
+Clock = Callable[[], float]
+
+
+class Costs:
+    """Seconds of a model call over its rows, and of a step of the serial chain over its batch. Thread safe."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, float] = {}
+        self._steps: dict[int, float] = {}
+        self._curve: Curve | None = None
+        self._lock = threading.Lock()
+
+    def curve(self) -> Curve | None:
+        """The cost of a model call; None where nothing was measured."""
+        with self._lock:
+            if self._curve is None and self._calls:
+                self._curve = Curve(self._calls)
+            return self._curve
+
+    def step(self, batch: int) -> float | None:
+        """Seconds of one serial step of `batch` samples, None where it was never measured."""
+        return self._steps.get(batch)
+
+    def learn_call(self, rows: int, seconds: float) -> None:
+        """A call of that many rows took so long. A new size is taken as it is, a known one follows slowly."""
+        if not math.isfinite(seconds):
+            return
+        with self._lock:
+            self._calls[rows] = _follow(self._calls.get(rows, seconds), seconds)
+            self._curve = None
+
+    def set_call(self, rows: int, seconds: float) -> None:
+        """What several calls of that many rows took."""
+        if not math.isfinite(seconds):
+            return
+        with self._lock:
+            self._calls[rows] = seconds
+            self._curve = None
+
+    def set_step(self, batch: int, seconds: float) -> None:
+        """Serial steps, a few of them just now, take so long each."""
+        with self._lock:
+            self._steps[batch] = seconds
+
+    def learn_step(self, batch: int, seconds: float) -> None:
+        """Serial steps took so long each. Where they have become slower or faster, so has everything else."""
+        with self._lock:
+            old = self._steps.get(batch, seconds)
+            new = self._steps[batch] = _follow(old, seconds)
+            if old > 0:
+                self._calls = {n: s * new / old for n, s in self._calls.items()}
+                self._curve = None
+
+
+def _follow(old: float, new: float) -> float:
+    return KEEP * old + (1 - KEEP) * min(max(new, old / LEAP), old * LEAP)
+
+
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def kept_beside(model: Model) -> dict[Any, Any]:
+    """A dict that lives as long as the model: what samplers of the same model learn, they share.
+
+    A wrapper that is made anew for every use can name the model that it wraps in an attribute `costs_beside`.
+    """
+    try:
+        with _lock:
+            return _KNOWN.setdefault(getattr(model, "costs_beside", model), {})
+    except TypeError:  # neither hashed nor weakly referenced: known to this sampler only
+        return {}
+
+
+def signature_of(noise: Tensor, model_kwargs: dict[str, Any] | None) -> Any:
+    """What decides the cost of a row: the sample's shape, dtype and device, the threads, the kwargs' kinds."""
+    kinds: tuple[Any, ...] = ()
+    if model_kwargs:
+        leaves, structure = tree_flatten(model_kwargs)
+        kinds = (str(structure), tuple(_kind(leaf, noise.shape[0]) for leaf in leaves))
+    threads = torch.get_num_threads() if noise.device.type == "cpu" else 0
+    return tuple(noise.shape[1:]), noise.dtype, str(noise.device), threads, kinds
+
+
+def _kind(leaf: Any, batch: int) -> Any:
+    if isinstance(leaf, Tensor):
+        per_sample = leaf.dim() > 0 and leaf.shape[0] == batch
+        return ("row", tuple(leaf.shape[1:]), leaf.dtype) if per_sample else (tuple(leaf.shape), leaf.dtype)
+    return leaf if isinstance(leaf, (bool, int, str, type(None))) else type(leaf).__name__
+
+
+def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf_counter) -> float:
+    """Seconds of one model call on that many rows: the noise, at the first timesteps. Counts as evaluations.
+
+    Infinite where the model runs out of memory on them; `system.on_shrink` is told.
+    """
+    place = torch.arange(rows, device=noise.device)
+    sample, step = place % system.batch, (place // system.batch) % system.num_steps
+    states = noise.detach().flatten(1)[sample].to(system.dtype)
+    kwargs = system.expand_kwargs(sample)
+    _synchronize(noise.device)
+    start = clock()
+    try:
+        with torch.no_grad():
+            system.predict(states, step, kwargs)
+        _synchronize(noise.device)
+    except RuntimeError as error:
+        if rows == 1 or not out_of_memory(error):
+            raise
+    else:
+        return clock() - start
+    system.on_shrink(rows // 2)
+    if noise.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return math.inf
+
+
+def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter) -> float:
+    """Seconds of one step of the draft's chain, the second one of two."""
+    states = noise.detach().flatten(1).to(torch.float64 if noise.dtype == torch.float64 else torch.float32)
+    with torch.no_grad():
+        draft.row(0, states)
+        _synchronize(noise.device)
+        start = clock()
+        draft.row(0, states)
+        _synchronize(noise.device)
+    return clock() - start
+
+
+def measure(
+    system: System, noise: Tensor, rows: int, *, repeats: int, budget: float, clock: Clock = time.perf_counter
+) -> float:
+    """Least seconds of up to `repeats` calls after a first one, which prepares; fewer once `budget` seconds are spent.
+
+    The least, since a call that was disturbed would rule out all larger ones; solves that are tried put it right.
+    """
+    first = time_call(system, noise, rows, clock)
+    taken: list[float] = []
+    while len(taken) < repeats and first + sum(taken) < budget:
+        taken.append(time_call(system, noise, rows, clock))
+    return min(taken, default=first)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

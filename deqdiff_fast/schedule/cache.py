@@ -1,0 +1,42 @@
+"""What follows from a schedule alone and is wanted in every solve: made once, cached as long as the schedule lives."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+
+from .schedule import Schedule
+
+MOST = 16  # of one schedule: batch sizes, dtypes, devices
+_cached: WeakKeyDictionary[Schedule, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
+_lock = threading.Lock()
+T = TypeVar("T")
+
+
+def cached(schedule: Schedule, key: Hashable, make: Callable[[], T]) -> T:
+    """`make()`, or what it returned for that key before; nobody may write to it.
+
+    Made as ordinary tensors, also under `torch.inference_mode`, for a later solve may be one with gradients. Where
+    somebody looks at every operation (a compiler, a dispatch mode) nothing is cached: it may be tensors of a kind of
+    their own.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return make()
+    with _lock:
+        held = _cached.setdefault(schedule, OrderedDict())
+        if key in held:
+            held.move_to_end(key)
+            found: T = held[key]
+            return found
+    with torch.inference_mode(False), torch.no_grad():
+        made = make()
+    with _lock:
+        held[key] = made
+        while len(held) > MOST:
+            held.popitem(last=False)
+    return made

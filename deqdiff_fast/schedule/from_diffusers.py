@@ -1,0 +1,202 @@
+"""Any affine diffusers scheduler as a `Schedule`, by probing `step()` instead of writing a formula per scheduler.
+
+The scheduler's own code is run on random probes and the recursion is fitted to what it did, so its quirks are inherited
+(`affine_fit`); a second, independent run must then be reproduced. Clipping of the denoised estimate is switched off
+for the fit and put back as a pointwise correction of the model output that is verified against the clipped scheduler.
+Whatever cannot be verified raises NotAffineError. Multi-call schedulers (Heun, PNDM, KDPM2) have one timestep per call.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NotAffineError
+from . import noise_levels as levels
+from .affine_fit import Recursion, fit
+from .clip import Clip
+from .probe import WHOLE, Chain, Part, run, step_accepts
+from .tables import denoised_coef
+
+_MAX_LAGS = 16  # PNDM with its Runge-Kutta start looks back 11 calls, everything else at most 5
+_FIT_TOLERANCE = 1e-10
+_VERIFY_TOLERANCE = 1e-8
+_PROBE_SCALE = 30.0
+_BROWNIAN = ("its noise is a Brownian tree seeded from one number, so its steps are correlated and a generator cannot "
+             "replay them; use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'")  # fmt: skip
+_TOKENS = "it samples discrete tokens, not Gaussian latents"
+REFUSED = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "VQDiffusionScheduler": _TOKENS,
+    "CosineDPMSolverMultistepScheduler": _BROWNIAN.replace("DPMSolverMultistep", "EDMDPMSolverMultistep"),
+    "DPMSolverSDEScheduler": _BROWNIAN,
+    "CogVideoXDPMScheduler": "it draws two noises a step and discards one; use CogVideoXDDIMScheduler",
+    "HeliosScheduler": "it changes the resolution between stages, so its states are not one chain",
+    "HeliosDMDScheduler": "it changes the resolution between stages, so its states are not one chain",
+    "PiflowScheduler": "the model returns several predictions per channel, which a network-free policy integrates",
+    "RFD4ProteinaScheduler": "step() needs a mask that depends on the molecule",
+    "RePaintScheduler": "step() needs the image and the mask to inpaint, and pipelines also go back in time",
+    "ScoreSdeVeScheduler": "it has no step(); its corrector scales steps by the norm of the model output",
+    "KarrasVeScheduler": "it has no step(); use EDMEulerScheduler or HeunDiscreteScheduler",
+}
+
+
+def scheduler_fields(
+    scheduler: Any, num_inference_steps: int | None = None, *, part: Part = WHOLE, **kwargs: Any
+) -> dict[str, Any]:
+    """The fields of a `Schedule`; see `Schedule.from_diffusers`.
+
+    Costs three to four runs of the chain on 192 numbers, no model call. part: the steps of the chain that are made,
+    where that is not all of them (image-to-image starts late).
+    """
+    name = type(scheduler).__name__
+    for base in type(scheduler).__mro__:
+        if base.__name__ in REFUSED:
+            raise NotAffineError(f"{name} cannot be solved in parallel: {REFUSED[base.__name__]}")
+    for needed in ("step", "set_timesteps", "config"):
+        if not hasattr(scheduler, needed):
+            raise TypeError(f"scheduler: expected a diffusers scheduler, got {name}, which has no {needed}")
+    if num_inference_steps is not None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
+        raise ValueError(f"num_inference_steps: expected an int >= 1 or None, got {num_inference_steps!r}")
+    step_kwargs, set_kwargs = _split(scheduler, kwargs)
+    _check_config(name, scheduler.config)
+    try:
+        return _build(scheduler, num_inference_steps, part, set_kwargs, step_kwargs)
+    except NotAffineError as error:
+        raise NotAffineError(f"{name} cannot be solved in parallel with this configuration: {error}") from error
+
+
+def _split(scheduler: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    for_step = step_accepts(scheduler)
+    for_set = set(inspect.signature(scheduler.set_timesteps).parameters) - {"num_inference_steps", "device"}
+    unknown = [key for key in kwargs if key not in for_step | for_set]
+    if unknown:
+        raise TypeError(f"from_diffusers() got unexpected keyword arguments {unknown}; {type(scheduler).__name__} has "
+                        f"{sorted(for_set)} in set_timesteps and {sorted(for_step)} in step")  # fmt: skip
+    return ({k: v for k, v in kwargs.items() if k in for_step and k not in for_set},
+            {k: v for k, v in kwargs.items() if k in for_set})  # fmt: skip
+
+
+def _check_config(name: str, config: Any) -> None:
+    if config.get("thresholding"):
+        raise NotAffineError(f"{name}: config.thresholding=True (dynamic thresholding) rescales each sample by its own "
+                             "quantile; load the scheduler with thresholding=False, or use clip_sample=True where the "
+                             "scheduler has it")  # fmt: skip
+    if config.get("variance_type") in ("learned", "learned_range"):
+        raise NotAffineError(f"{name}: config.variance_type={config['variance_type']!r} lets the model predict the "
+                             "variance that multiplies the noise; set variance_type to 'fixed_small' (DDPM, UnCLIP) or "
+                             "None (DPMSolver) and let the model return the first half of its channels")  # fmt: skip
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
+        raise NotAffineError(f"{name}: config.rescale_betas_zero_snr=True with prediction_type='epsilon' divides by a "
+                             "zero signal at the first step; set prediction_type='v_prediction' (if the model was "
+                             "trained so) or rescale_betas_zero_snr=False")  # fmt: skip
+
+
+def _build(
+    scheduler: Any, count: int | None, part: Part, set_kwargs: dict[str, Any], step_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    clip_key = next((key for key in ("clip_sample", "clip_denoised") if scheduler.config.get(key)), None)
+    plain = _prepared(scheduler, count, set_kwargs, {clip_key: False} if clip_key else {})
+    chain = _probe(plain, step_kwargs, part, seed=0)
+    # alternate columns between fit and hold-out, so that both see the small and the large sample
+    order = torch.cat([torch.arange(k, chain.states.shape[1], 2) for k in (0, 1)])
+    recursion = fit(chain.states[:, order], chain.outputs[:, order], chain.noises[:, order], max_lags=_MAX_LAGS,
+                    tolerance=_FIT_TOLERANCE)  # fmt: skip
+    _verify(recursion, _probe(plain, step_kwargs, part, seed=1))
+    steps = torch.stack(chain.timesteps)
+    steps = steps.to(torch.float64 if steps.is_floating_point() else torch.int64)
+    fields = {
+        "timesteps": steps,
+        "input_scale": chain.input_scale,
+        "state_coef": recursion.state_coef,
+        "model_coef": recursion.model_coef,
+        "noise_coef": recursion.noise_coef,
+        "draws": chain.draws,
+        "name": f"{type(scheduler).__name__}({len(steps)})",
+        "init_noise_sigma": float(getattr(plain, "init_noise_sigma", 1.0)),
+        **levels.describe(plain, chain, recursion, part.start, exact_x0=clip_key is not None),
+    }
+    if clip_key is None:
+        return fields
+    clipped = _probe(_prepared(scheduler, count, set_kwargs, {}), step_kwargs, part, seed=2)
+    bound = float(scheduler.config.get("clip_sample_range", 1.0))
+    pq = fields["x0_coef"]
+    if pq is None:
+        pq = denoised_coef(fields["signal"][:-1], fields["sigma"][:-1], fields["prediction_type"])
+    gain = _clip_gain(recursion, clipped, pq, bound, clip_key)
+    if not bool((gain.abs() > _VERIFY_TOLERANCE).any()):  # the key exists but step() does not look at it (CogVideoX)
+        return fields
+    return fields | {"clip": Clip(bound, gain)}
+
+
+def _prepared(scheduler: Any, count: int | None, set_kwargs: dict[str, Any], config: dict[str, Any]) -> Any:
+    """A private copy on the CPU with its timesteps set; the user's scheduler is never touched."""
+    own = copy.deepcopy(scheduler)
+    for key, value in vars(own).items():
+        if isinstance(value, Tensor):
+            setattr(own, key, value.detach().cpu())
+    if config:
+        own.register_to_config(**config)
+    if count is not None or any(value is not None for value in set_kwargs.values()):
+        if count is not None:
+            set_kwargs = {"num_inference_steps": count} | set_kwargs
+        own.set_timesteps(**set_kwargs)
+        return own
+    if getattr(own, "num_inference_steps", None) is None:
+        raise ValueError("num_inference_steps: expected an int, or timesteps= or sigmas=, or a scheduler on which "
+                         "set_timesteps was called; got None and a fresh scheduler")  # fmt: skip
+    if getattr(own, "_step_index", None) is not None or getattr(own, "counter", None):
+        raise ValueError("scheduler: it is in the middle of a chain; call set_timesteps or pass num_inference_steps")
+    return own
+
+
+def _probe(prepared: Any, step_kwargs: dict[str, Any], part: Part, seed: int) -> Chain:
+    try:
+        return run(copy.deepcopy(prepared), step_kwargs, seed, _PROBE_SCALE, part)
+    except NotAffineError:
+        raise
+    except Exception as error:  # whatever a scheduler raises on a configuration that it does not support
+        raise NotAffineError(f"its step() raised {type(error).__name__}: {error}") from error
+
+
+def _verify(recursion: Recursion, chain: Chain) -> None:
+    replay = recursion.replay(chain.states[0], chain.outputs, chain.noises)
+    scale = chain.states.abs().cummax(dim=0).values.amax(1)
+    error = (replay - chain.states).abs().amax(1) / scale
+    if not bool(error.max() <= _VERIFY_TOLERANCE):
+        raise NotAffineError(f"an independent run differs from the fitted recursion by {error.max():.1e} (relative) at "
+                             f"step {int(error.argmax()) - 1}")  # fmt: skip
+
+
+def _clip_gain(recursion: Recursion, chain: Chain, pq: Tensor, bound: float, key: str) -> Tensor:
+    """gain (T,) of `Clip`, found on one half of the columns of a clipped run and verified on all of them."""
+    reason = f"its clipping is not a correction of the denoised estimate; set {key}=False"
+    lags = recursion.state_coef.shape[1]
+    outputs: list[Tensor] = []
+    gains: list[Tensor] = []
+    for i, raw in enumerate(chain.outputs):
+        x0 = pq[i, 0] * chain.states[i] + pq[i, 1] * raw
+        change = x0.clamp(-bound, bound) - x0
+        rest = chain.states[i + 1] - recursion.noise_coef[i] * chain.noises[i] - recursion.model_coef[i, 0] * raw
+        for lag in range(min(lags, i + 1)):
+            rest = rest - recursion.state_coef[i, lag] * chain.states[i - lag]
+            if lag:
+                rest = rest - recursion.model_coef[i, lag] * outputs[i - lag]
+        lever = recursion.model_coef[i, 0] * change
+        even = slice(0, None, 2)
+        gain = rest[even] @ lever[even] / lever[even].square().sum()
+        if not bool(gain.isfinite()):  # the output does not act at once; later steps see the corrected one
+            gain = 1 / pq[i, 1]
+        scale = chain.states[i : i + 2].abs().amax(0) + lever.abs() + raw.abs()
+        if not bool(gain.isfinite()) or bool(((rest - gain * lever).abs() > _VERIFY_TOLERANCE * scale).any()):
+            raise NotAffineError(f"at step {i} {reason}")
+        gains.append(gain)
+        outputs.append(raw + gain * change)
+    return torch.stack(gains)

@@ -1,0 +1,169 @@
+"""The linear part of a denoiser: how data of a known power spectrum is denoised, coefficient by coefficient.
+
+In the orthonormal basis of a DCT over the spatial axes and decorrelated channels, natural data is close to independent
+Gaussians. Their best model is diagonal there: E[o_i | x_i] = c_i(f) x_i with the slope of `Schedule.slope` at the
+variance S(f) of that coefficient. Exact for Gaussian data with this covariance.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .._types import Model
+from .chain import draw_samples
+from .schedule import Schedule
+
+MIN_VARIANCE = 1e-4  # a coefficient that a few samples never show is not known to be zero
+
+
+def dct_matrix(n: int) -> Tensor:
+    """(n, n) float64 orthonormal DCT-II; row k holds frequency k."""
+    k = torch.arange(n, dtype=torch.float64)
+    matrix = torch.cos(math.pi * (k[None] + 0.5) * k[:, None] / n) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralSlope:
+    """The variance of every coefficient of the data. Build one with `fit` or `from_model`, keep it with `save`.
+
+    variance: (*shape) float64, in the basis. channels: (C, C) float64 orthonormal, rows are the decorrelated channels.
+    shape is (C, ...) with any number of spatial axes, or (C,) for data without any.
+    """
+
+    variance: Tensor
+    channels: Tensor
+
+    def __post_init__(self) -> None:
+        variance, channels = self.variance.detach().double().cpu(), self.channels.detach().double().cpu()
+        count = variance.shape[0] if variance.dim() else 0
+        if count == 0 or not bool((variance.isfinite() & (variance > 0)).all()):
+            raise ValueError(
+                f"variance: expected positive finite values of shape (C, ...), got {tuple(variance.shape)}"
+            )
+        if channels.shape != (count, count):
+            raise ValueError(f"channels: expected shape {(count, count)}, got {tuple(channels.shape)}")
+        if not torch.allclose(channels @ channels.T, torch.eye(count, dtype=torch.float64), atol=1e-6):
+            raise ValueError("channels: expected an orthonormal matrix")
+        object.__setattr__(self, "variance", variance)
+        object.__setattr__(self, "channels", channels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.variance.shape)
+
+    @classmethod
+    def fit(cls, samples: Tensor) -> SpectralSlope:
+        """From samples or latents (N, C, ...), N >= 2: channel covariance, then variances averaged over rings of equal
+        frequency, so that a few samples are enough."""
+        if samples.dim() < 2 or samples.shape[0] < 2 or not bool(samples.isfinite().all()):
+            raise ValueError(
+                f"samples: expected at least 2 finite samples (N, C, ...), got shape {tuple(samples.shape)}"
+            )
+        x = samples.detach().double().cpu()
+        x = x - x.mean(0)
+        flat = x.flatten(2) if x.dim() > 2 else x[..., None]
+        covariance = torch.einsum("ncp,ndp->cd", flat, flat)
+        channels = torch.linalg.eigh(covariance).eigenvectors.T.flip(0).contiguous()
+        shape = tuple(x.shape[1:])
+        basis = Basis(channels, shape)
+        power = basis.forward(x.flatten(1).contiguous()).view(-1, *shape).square().sum(0) / (len(x) - 1)
+        return cls(_average_rings(power).clamp_min(MIN_VARIANCE), channels)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Model,
+        schedule: Schedule,
+        shape: tuple[int, ...],
+        *,
+        count: int = 16,
+        seed: int = 0,
+        model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> SpectralSlope:
+        """From `count` samples of a model, drawn with a (short) schedule one step after the other.
+
+        Args:
+            shape: (C, ...), of one sample.
+            seed: of the noise.
+            model_kwargs: passed to every call, `count` samples at a time.
+            device, dtype: of the draw.
+
+        Raises:
+            NonFiniteError: the model returned NaN or Inf.
+        """
+        draw = torch.Generator().manual_seed(seed)
+        noise = torch.randn(count, *shape, generator=draw) * schedule.init_noise_sigma
+        return cls.fit(draw_samples(model, schedule, noise.to(device, dtype), model_kwargs, draw))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        save_file({"variance": self.variance.float(), "channels": self.channels.contiguous()}, str(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SpectralSlope:
+        """Read what `save` wrote."""
+        stored = load_file(str(path))
+        return cls(stored["variance"], stored["channels"])
+
+    def basis(self) -> Basis:
+        return Basis(self.channels, self.shape)
+
+    def slope(self, schedule: Schedule) -> Tensor:
+        """(T, D) float64: c_i of every coefficient."""
+        return schedule.slope(self.variance.flatten())
+
+
+class Basis:
+    """The orthonormal change of basis, on rows (n, D): one matrix product an axis, the axes rotated in between."""
+
+    def __init__(self, channels: Tensor, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self.matrices = [channels, *(dct_matrix(n) for n in shape[1:])]
+        self._ready: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+
+    def forward(self, rows: Tensor, spare: Tensor | None = None) -> Tensor:
+        """Samples -> coefficients, in place; spare: scratch of the same shape and dtype. Returns rows."""
+        return self._apply(rows, spare, [m.T for m in self._on(rows)])
+
+    def inverse(self, rows: Tensor, spare: Tensor | None = None) -> Tensor:
+        """Coefficients -> samples, in place."""
+        return self._apply(rows, spare, self._on(rows))
+
+    def _on(self, rows: Tensor) -> list[Tensor]:
+        key = (rows.device, rows.dtype)
+        if key not in self._ready:
+            self._ready[key] = [m.to(rows.device, rows.dtype).contiguous() for m in self.matrices]
+        return self._ready[key]
+
+    def _apply(self, rows: Tensor, spare: Tensor | None, matrices: list[Tensor]) -> Tensor:
+        spare = torch.empty_like(rows) if spare is None else spare
+        axes = list(self.shape)
+        for matrix in reversed(matrices):
+            torch.mm(rows.view(-1, axes[-1]), matrix, out=spare.view(-1, axes[-1]))
+            axes = [axes[-1], *axes[:-1]]  # the last axis goes to the front: after one turn each, the order is restored
+            rows.view(-1, axes[0], math.prod(axes[1:])).copy_(
+                spare.view(-1, math.prod(axes[1:]), axes[0]).transpose(1, 2)
+            )
+        return rows
+
+
+def _average_rings(power: Tensor) -> Tensor:
+    """Mean over coefficients of the same channel and (rounded) distance from frequency zero."""
+    if power.dim() < 2:
+        return power
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) / n for n in power.shape[1:]), indexing="ij")
+    radius = (torch.stack([a.square() for a in axes]).sum(0).sqrt() * max(power.shape[1:])).round().long().flatten()
+    flat, rings = power.flatten(1), int(radius.max()) + 1
+    total = torch.zeros(len(flat), rings, dtype=power.dtype).index_add_(1, radius, flat)
+    return (total / torch.bincount(radius, minlength=rings).clamp_min(1))[:, radius].view(power.shape)

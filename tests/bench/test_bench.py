@@ -1,0 +1,417 @@
+"""The benchmarks run, write what they should and refuse what they should; nothing here looks at a clock."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+import deqdiff_fast as dq
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / "bench" / "__main__.py").is_file(), reason="bench/ is not beside the tests")
+
+MIXTURE = ("--model", "mixture", "--size", "8", "--steps", "8")
+
+
+def bench(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `python -m bench` in the root of the checkout, on one thread, against the deqdiff_fast imported here."""
+    where = os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": where, "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", "bench", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def figures(tmp_path):
+    """Run a benchmark that must succeed; what it wrote as JSON, and its table."""
+
+    def run(name: str, *words: str | Path) -> tuple[dict, str]:
+        file = tmp_path / f"{name}.json"
+        done = bench(name, "--json", file, *words)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(file.read_text(encoding="utf-8"))
+        assert report["benchmark"] == name
+        assert {"device", "cpu", "threads", "torch", "triton", "deqdiff_fast", "commit"} <= set(report["environment"])
+        assert report["environment"]["deqdiff_fast"] == dq.__version__
+        assert report["environment"]["threads"] == 1
+        return report, done.stdout
+
+    return run
+
+
+def test_rounds(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "rounds.png"
+    report, table = figures("rounds", *MIXTURE, "--eta", "0", "0.5", "--noises", "2", "--plot", plot)
+    rows = report["rows"]
+    named = {row["solver"].removesuffix(" = auto") for row in rows}
+    assert {
+        "serial",
+        "picard",
+        "anderson",
+        "triangular",
+        "trajectory",
+        "deq-ddim",
+        "paradigms",
+        "parataa",
+        "parareal",
+        "quasi-newton",
+        "quasi-newton, full rounds",
+    } == named
+    assert len(rows) == 2 * len(named)
+    assert all(row["solver"] in table for row in rows)
+    for row in rows:
+        for run in row["runs"]:
+            assert run["error"] <= 1e-2
+            assert run["rounds"] <= (12 if row["solver"] == "parareal" else 8)  # its rounds come block by block
+            assert run["evaluations"] >= 8
+            errors = [error for _, error in run["curve"]]
+            first = run["rounds_to"][0]  # the row must say what the curve says
+            if row["solver"] != "serial":
+                assert all(error <= 1e-2 for error in errors[first - 1 :])
+                assert first == 1 or errors[first - 2] > 1e-2
+                assert errors[-1] <= 1e-4
+                assert run["curve"][-1][0] >= 8
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("problem", "steps", "solvers"),
+    [("policy", 12, ["parareal"]), ("latent", 6, ["picard"]), ("flow", 3, ["picard"]), ("ddpm", 4, ["picard"]),
+     ("dpmpp", 4, ["picard"])],
+)  # fmt: skip
+def test_rounds_of_other_chains(figures, problem, steps, solvers):
+    """Once: the solve at the default tolerance is the one that is watched. What cannot be solved is left out."""
+    words = ("--steps", steps, "--noises", "1", "--targets", "1e-1", "5e-3", "--once")
+    report, table = figures("rounds", "--problem", problem, *words, "--solvers", *solvers, "parareal")
+    rows = {row["solver"]: row for row in report["rows"]}
+    assert set(rows) == {"serial", *solvers, *(() if problem == "dpmpp" else ("parareal",))}
+    assert "rounds to 1e-1 | rounds to 5e-3 | evaluations / T to 1e-1" in " ".join(table.split())
+    for name, row in rows.items():
+        assert (row["steps"], row["eta"]) == (steps, 1.0 if problem == "policy" else 0.0)
+        (run,) = row["runs"]
+        assert run["error"] <= 1e-2
+        if name != "serial":
+            assert len(run["curve"]) == run["rounds"]
+            assert run["curve"][-1] == [run["evaluations"], run["error"]]
+            assert run["rounds_to"][0] <= run["rounds_to"][1] <= run["rounds"]
+
+
+def test_a_flow_is_the_model_it_is_made_of(baseline):
+    """At a trained timestep, with the prediction known: a v-model that knows its x0 and eps gives eps - x0."""
+    from bench._chains import Flow
+    from bench._problems import ABAR
+
+    draw = torch.Generator().manual_seed(0)
+    clean, eps = torch.randn(2, 6, 3, 4, 4, generator=draw, dtype=torch.float64)
+    steps = torch.tensor([1, 40, 200, 500, 800, 999])
+    alpha, sigma = ABAR[steps].sqrt().view(-1, 1, 1, 1), (1 - ABAR[steps]).sqrt().view(-1, 1, 1, 1)
+    asked = []
+
+    def model(x, t):
+        asked.append((x, t))
+        return alpha * eps - sigma * clean
+
+    s = sigma / (alpha + sigma)
+    out = Flow(model)((1 - s) * clean + s * eps, 1000 * s.flatten())
+    ((x, t),) = asked
+    torch.testing.assert_close(t, steps.double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(x, alpha * clean + sigma * eps)
+    torch.testing.assert_close(out, eps - clean)
+    halfway = Flow(model).timestep((s.flatten()[2:3] + s.flatten()[3:4]) / 2)
+    assert 200 < float(halfway) < 500
+    assert Flow(model).timestep(torch.tensor([1.0, 1e-6])).tolist() == [999.0, 0.0]
+
+
+def test_accuracy(figures):
+    report, table = figures("accuracy", *MIXTURE, "--noises", "2", "--solvers", "picard", "auto")
+    assert len(report["rows"]) == 2 * 2 * 2
+    assert table.count("PASS") == 9
+    assert "FAIL" not in table
+    for row in report["rows"]:
+        assert row["error"] == max(row["errors"]) <= row["promised"]
+        assert row["unconverged"] == 0
+
+
+def test_calibration(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "calibration.png"
+    words = ("--noises", "5", "--batch", "3", "--eta", "0", "--random", "10", "--plot", plot, "--check")
+    report, table = figures("calibration", *MIXTURE, *words)
+    assert [row["tol"] for row in report["rows"]] == [1e-2, 1e-4, 1e-2, 1e-4]
+    assert [len(row["errors"]) for row in report["rows"]] == [5, 5, 20, 20]
+    for row in report["rows"]:
+        assert all(row["converged"])
+        assert 0 < max(row["errors"]) <= row["tol"]
+    assert table.count("PASS") == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_false_promise_fails_the_calibration(baseline):
+    calibration = importlib.import_module("bench.calibration")
+    row = {"tol": 1e-2, "errors": [1e-3] * 300, "converged": [True] * 300}
+    assert calibration._holds(row)
+    assert calibration._holds(row | {"errors": [1e-3] * 299 + [2e-2]})
+    assert not calibration._holds(row | {"errors": [1e-3] * 298 + [2e-2] * 2})
+    assert not calibration._holds(row | {"errors": [1e-3] * 299 + [4e-2]})
+    assert calibration._holds(row | {"errors": [1e-3] * 299 + [4e-2], "converged": [True] * 299 + [False]})
+
+
+def test_overhead(figures):
+    report, table = figures("overhead", *MIXTURE, "--repeats", "2", "--solvers", "auto")
+    (row,) = report["rows"]
+    assert len(row["runs"]) == 2
+    assert "quasi-newton" in table
+    assert all(0 < run["model"] < run["seconds"] and 0 < run["share"] < 1 for run in row["runs"])
+
+
+def test_inversion(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "inversion.png"
+    small = ("--model", "mixture", "--size", "4", "--steps", "6", "12", "--images", "2", "--epochs", "8")
+    direct = ("ddim", "fixed_point", "equilibrium", "auto")
+    methods = ("bptt", "phantom", "implicit", *direct)
+    report, table = figures("inversion", *small, "--plot", plot)
+    rows = report["rows"]
+    assert {(row["steps"], row["method"]) for row in rows if row["table"] == "descent"} == {
+        (steps, method) for steps in (6, 12) for method in methods
+    }
+    assert {row["method"] for row in rows if row["table"] == "round trip"} == set(direct)
+    by = {(row["table"], row["steps"], row["method"]): row for row in rows}
+    for row in rows:
+        assert row["method"] in table
+        assert len(row["losses"]) == len(row["errors"]) == row["images"]
+        assert row["curve"][-1][3] == pytest.approx(median(row["losses"]))
+        spent = [point[1] for point in row["curve"]]
+        assert spent == sorted(spent)
+        if row["method"] in methods[:3]:
+            assert row["optimizer_steps"] <= 8
+            assert row["curve"][-1][3] <= row["curve"][0][3]
+    for steps in (6, 12):
+        bptt, phantom = by["descent", steps, "bptt"], by["descent", steps, "phantom"]
+        assert bptt["evaluations"] == 2 * steps * 8 == 2 * bptt["backpropagations"]
+        assert bptt["curve"][0][3] == pytest.approx(phantom["curve"][0][3], rel=1e-6)  # the same noise
+        assert phantom["backpropagations"] == 0
+        assert by["round trip", steps, "ddim"]["evaluations"] == 2 * steps
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inversion_in_float64(figures):
+    small = ("--model", "mixture", "--size", "4", "--steps", "8", "--images", "2", "--methods", "equilibrium")
+    report, _ = figures("inversion", *small, "--dtype", "float64", "--tol", "1e-7", "--ends-only")
+    for row in report["rows"]:
+        assert max(row["errors"]) <= 1e-7, "beyond float32"
+        assert len(row["curve"]) == 1
+
+
+def test_gradients(figures):
+    report, table = figures("gradients", "--model", "mixture", "--size", "6", "--steps", "10", "--check")
+    rows = {row["mode"].split("(")[0]: row for row in report["rows"]}
+    assert set(rows) == {"implicit", "phantom", "unrolled", "reversible"}
+    assert table.count("PASS") == 3
+    assert "FAIL" not in table
+    for mode in ("implicit", "unrolled", "reversible"):
+        assert 0 < rows[mode]["noise"][0] <= 1e-3
+        assert 0 < rows[mode]["parameters"][0] <= 1e-3
+        assert rows[mode]["backpropagations"] >= 10
+    assert rows["phantom"]["noise"][0] > 0.1
+
+
+def test_images_of_cifar10(baseline, tmp_path):
+    """Both ways in which the data set is stored, on two pictures."""
+    import io
+    import pickle
+
+    import numpy as np
+
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": pixels.reshape(2, -1)}))
+    files = []
+    for picture in pixels:
+        stream = io.BytesIO()
+        image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).save(stream, "PNG")
+        files.append(np.frombuffer(stream.getvalue(), np.uint8))
+    offset = np.cumsum([0, *map(len, files)])
+    np.savez(tmp_path / "packed.npz", jpeg=np.concatenate(files), offset=offset)
+    from bench._images import cifar10
+
+    for path in (tmp_path, tmp_path / "packed.npz"):
+        assert np.array_equal(cifar10(path).numpy(), pixels)
+    np.savez(tmp_path / "other.npz", images=pixels)
+    with pytest.raises(ValueError, match="jpeg and offset, got images"):
+        cifar10(tmp_path / "other.npz")
+
+
+def test_planner(figures):
+    small = ("--steps", "8", "--batches", "1", "2", "--size", "8", "--fit", "5", "--passes", "3", "--budget", "9")
+    report, table = figures("planner", "--problems", "mixture", "policy", "--plans", "--noises", "2", *small)
+    assert {(row["problem"], row["batch"]) for row in report["rows"]} == {
+        (problem, batch) for problem in ("mixture", "policy") for batch in (1, 2)
+    }
+    assert table.count("model evaluations") > 4 * 2
+    for row in report["rows"]:
+        assert len(row["ratios"]) == len(row["serial_seconds"]) == len(row["sample_seconds"]) == 3 * 2
+        pairs = zip(row["ratios"], row["serial_seconds"], row["sample_seconds"], strict=True)
+        assert all(ratio == pytest.approx(serial / sample) for ratio, serial, sample in pairs)
+        assert row["error"] <= 1e-2
+        assert row["evaluations"] >= 1
+        assert (row["solver"] == "serial") == (row["windows"][-1] == 1)
+        assert "8 timesteps" in row["plan"]
+
+
+def test_pipelines(figures):
+    pytest.importorskip("transformers")
+    families = ("ddim", "sd-img2img", "flux")
+    report, table = figures("pipelines", "--families", *families, "--steps", "6", "--repeats", "1")
+    assert [row["family"] for row in report["rows"]] == ["ddim", *["sd-img2img"] * 3, "flux"]
+    for row in report["rows"]:
+        assert row["family"] in table
+        assert row["error"] <= 1e-2
+        assert 0 < row["rounds"] <= row["steps"] == (4 if "img2img" in row["family"] else 6)
+        assert row["parallel"][0]["calls"] >= row["rounds"]
+        assert row["plain"][0]["calls"] == row["steps"] * (2 if row["family"] == "flux" else 1)
+        assert all(run["outside"] > 0 for side in ("plain", "parallel") for run in row[side])
+
+
+def test_kernels(figures):
+    sides = ("copy", "reference", "eager", "eager-loop", "cpp")
+    report, table = figures("kernels", "--shape", "2,6,40,3", "--passes", "2", "--sides", *sides)
+    seen = {(row["op"], row["side"]) for row in report["rows"]}
+    assert {(op, side) for op in ("ddim_update", "anderson_step") for side in sides[:4]} <= seen
+    assert {("newton_scan", side) for side in sides[:2]} <= seen
+    moved = {row["op"]: row["bytes_moved"] for row in report["rows"]}
+    elements = 2 * 6 * 40
+    expected = {"ddim_update": 12 * elements, "anderson_step": 44 * elements, "newton_scan": 44 * elements}
+    assert moved == expected | {"draft_pass": 56 * elements}  # of six timesteps all are anchors
+    for row in report["rows"]:
+        assert len(row["passes"]) == 2
+        assert row["side"] in table
+        assert len(row.get("ratio_copy", [0, 0])) == 2
+
+
+def test_compiled(figures, tmp_path):
+    """One kernel; the bytes of every op against what the operands say, the launches against the kernels' own."""
+    pytest.importorskip("triton", minversion="3.3")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("kernels are interpreted in this process, not compiled")
+    file = tmp_path / "compiled.md"
+    report, table = figures("compiled", "--select", "^copy_rows_kernel-fp32", "--results", file)
+    parts = {part: [row for row in report["rows"] if row["part"] == part] for part in ("kernel", "bytes", "launches")}
+    (kernel,) = parts["kernel"]
+    assert 0 < kernel["registers"] <= 64
+    assert kernel["spilled"] == 0
+    assert kernel["loads"] >= 1
+    assert kernel["warps"] <= kernel["resident"] <= 64
+    for row in parts["bytes"]:
+        assert row["floor_seconds"] == pytest.approx(row["bytes"] / 3.35e12)
+        assert row["elements"] == sum(count for _, count in row["kernels"])
+    rounds = {row["solver"]: row["triton"] for row in parts["launches"]}
+    assert rounds["picard"]["ddim_update"] == 2
+    assert rounds["triangular"]["anderson_step"] == 3
+    assert rounds["quasi-newton"]["newton_scan"] == 3
+    assert rounds["draft"] == {"draft_secants": 2, "draft_scan": 13, "judge_steps": 1, "advance_window": 2}
+    assert "nothing here was measured on a GPU" in table
+    assert file.read_text(encoding="utf-8").strip() == table.strip()
+
+
+def test_gpu(figures, tmp_path):
+    """On the CPU with tiny shapes: the same code that a device runs, the graphs apart."""
+    words = ("--shape", "2,6,40,3", "--passes", "1", "--models", "tiny", "--steps", "4", "6", "--repeats", "2")
+    select = ("--select", "test_window_ops and bad_arguments", "--compiler", "eager", "--compile-sample")
+    report, table = figures("gpu", *words, *select, "--results", tmp_path)
+    parts = {part: [row for row in report["rows"] if row["part"] == part] for part in ("tests", "ops", "samples")}
+    assert parts["tests"][0]["passed"] is True
+    assert "1 passed" in parts["tests"][0]["said"]
+    assert {row["op"] for row in parts["ops"]} == {"ddim_update", "anderson_step", "newton_scan", "draft_pass"}
+    for row in parts["ops"]:
+        assert row["floor"] == pytest.approx(row["seconds"] * row["copy_rate"] / row["bytes_moved"])
+    ways = {"serial, eager", "sample, eager", "sample, planned", "serial, compiled", "sample, compiled"}
+    assert {(row["steps"], row["way"]) for row in parts["samples"]} == {(t, way) for t in (4, 6) for way in ways}
+    for row in parts["samples"]:
+        assert row["error"] <= 1e-2
+        assert row["rounds"] <= row["steps"] or row["way"] == "sample, planned"
+        assert row["way"] in table
+    assert "goals are not judged" in table
+    assert (tmp_path / "cpu.md").read_text(encoding="utf-8").strip() == table.strip()
+    assert json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"] == report["rows"]
+
+
+@pytest.fixture
+def baseline(monkeypatch):
+    """The modules of bench/, with the path put back afterwards."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    import bench.__main__
+    import bench._operands
+    import bench._timing
+
+    return bench
+
+
+def test_refusals(baseline, tmp_path, capsys):
+    for words, said in {
+        ("rounds", *MIXTURE, "--solvers", "newton?"): "expected some of picard",
+        ("rounds", *MIXTURE, "--json", str(tmp_path / "missing" / "x.json")): "create it first",
+        ("rounds", "--problem", "dpmpp", "--eta", "0.5"): "--eta: expected 0 for --problem dpmpp",
+        ("kernels", "--shape", "1,2,3"): "four whole numbers",
+        ("inversion", *MIXTURE, "--methods", "newton"): "invalid choice",
+        ("inversion", *MIXTURE, "--data", str(tmp_path / "missing.npz")): "missing.npz",
+    }.items():
+        try:
+            status = baseline.__main__.main(words)
+        except SystemExit as stop:
+            status = stop.code
+        assert status == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["cumsum", "loop"])
+def test_the_papers_formulation_computes_the_same_round(baseline, loop):
+    """Row 0 apart: the kernels take the plain step there, the paper mixes everywhere."""
+    shape = baseline._operands.Shape(2, 12, 33, 3)
+    inputs = baseline._operands.Inputs(shape, torch.float64, "cpu")
+    fused, paper = baseline._operands.Fused(inputs, "reference"), baseline._operands.Paper(inputs, loop=loop)
+    for k in range(5):
+        fused.round, paper.round = k, k
+        fused.predictions.copy_(inputs.predictions(k))
+        paper.predictions.copy_(inputs.predictions(k))
+        fused.anderson_step()
+        residual, _ = paper.anderson_step()
+        mixed = paper.solver.states().view(12, 2, 33)
+        assert torch.allclose(mixed[1:], fused.states[2:], rtol=1e-6, atol=1e-8)
+        if k == 0:
+            assert residual == pytest.approx(float(fused.sums[0].sum().sqrt()), rel=1e-9)
+            paper.solver.past.x[:, 1].view(12, 2, 33)[0] = fused.states[1]
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["cumsum", "loop"])
+def test_the_papers_chain_is_the_scan(baseline, loop):
+    inputs = baseline._operands.Inputs(baseline._operands.Shape(2, 30, 17, 2), torch.float64, "cpu")
+    fused, paper = baseline._operands.Fused(inputs, "reference"), baseline._operands.Paper(inputs, loop=loop)
+    fused.ddim_update()
+    paper.ddim_update()
+    assert torch.allclose(paper.states, fused.states, rtol=1e-9, atol=1e-12)
+
+
+def test_sides_take_turns(baseline):
+    order = []
+    sides = [
+        baseline._timing.Side(name, lambda name=name: order.append(name), lambda name=name: order.append(f"{name}'"))
+        for name in "ab"
+    ]
+    baseline._timing.interleave(sides, "cpu", passes=3, budget=1e-9, visit=0.0)
+    warm, timed = order[:8], order[8:]
+    assert warm == ["a'", "a"] * 2 + ["b'", "b"] * 2
+    assert timed == ["a'", "a", "b'", "b", "b'", "b", "a'", "a", "a'", "a", "b'", "b"]
+    assert [len(side.seconds) for side in sides] == [3, 3]
+    assert baseline._timing.ratios(sides[0], sides[1]) == [
+        a / b for a, b in zip(*(s.seconds for s in sides), strict=True)
+    ]

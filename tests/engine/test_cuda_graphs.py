@@ -1,0 +1,291 @@
+"""Rounds recorded and replayed. A tape stands in for the CUDA graph: it repeats the same operations on the same
+tensors, whatever the host thinks of them by then, and refuses what a graph refuses."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import deqdiff_fast as dq
+from deqdiff_fast.engine import graph_cache as resident
+from deqdiff_fast.engine import solve
+from deqdiff_fast.engine.cuda_graphs import Graphs
+from deqdiff_fast.loop.device import Late
+from deqdiff_fast.model.padding import padded_sizes
+from deqdiff_fast.solver import draft as drafted
+
+
+class Tape(TorchDispatchMode):
+    """Notes operations with the tensors they took and gave; a replay computes them anew into those tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted, self.undo = [], {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "masked_select")):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves((args, kwargs)):  # a graph only notes: what a recording writes must not have happened
+            if isinstance(t, torch.Tensor) and id(t) not in self.undo and 0 not in t.stride():  # else it is read only
+                self.undo[id(t)] = (t, t.clone())
+        out = func(*args, **kwargs)
+        fresh = [
+            t for t in tree_leaves(out)
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given
+        ]  # fmt: skip
+        self.noted.append((func, args, kwargs, out, fresh))
+        return out
+
+    def play(self):
+        for func, args, kwargs, out, fresh in self.noted:
+            again = func(*args, **kwargs)
+            for target, value in zip(tree_leaves(out), tree_leaves(again)):
+                if any(target is t for t in fresh):
+                    target.copy_(value)
+
+
+class TapeRecorder:
+    def __init__(self):
+        self.tapes = 0
+
+    def record(self, work):
+        tape = Tape()
+        try:
+            with tape:
+                work()
+        finally:
+            for tensor, before in reversed(tape.undo.values()):  # of two views the one noted first knows best
+                tensor.copy_(before)
+        self.tapes += 1
+        return tape.play
+
+
+class Net(torch.nn.Module):
+    """Counts how often Python calls it: replays do not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(12, 12)
+        self.python_calls, self.sizes, self.state = 0, set(), 0.0
+
+    def forward(self, x, t, label=None):
+        self.python_calls += 1
+        self.sizes.add(len(x))
+        shift = 0 if label is None else 0.1 * label[:, None]
+        return 0.8 * x + 0.1 * torch.tanh(self.layer(x) + shift + 1e-3 * t[:, None]) + self.state
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Records on the CPU; every solve is late."""
+    recorder = TapeRecorder()
+    monkeypatch.setattr(solve, "late_policy", lambda system, request: Late())
+    monkeypatch.setattr(resident, "recorder_for", lambda device: recorder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return recorder
+
+
+@pytest.fixture
+def net():
+    return Net().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("solver", ["quasi-newton", "picard", "triangular", "anderson"])
+@pytest.mark.parametrize("window", ["auto", 9])
+def test_replayed_rounds_are_the_rounds(recorded, ddim, net, relative_error, solver, window):
+    options = {"solver": solver, "window": window, "tol": 1e-5}
+    sampler = dq.DEQSampler(net, ddim(24, eta=0.4), cuda_graph=True, **options)
+    plain = dq.DEQSampler(net, ddim(24, eta=0.4), cuda_graph=False, **options)
+    for seed in (0, 1, 2, 2, 2):  # the last meets no size that the one before did not
+        start = torch.randn(2, 12, generator=torch.Generator().manual_seed(seed))
+        kwargs = {"label": torch.randn(2, generator=torch.Generator().manual_seed(100 + seed))}
+        expected = plain.sample(start, kwargs, generator=torch.Generator().manual_seed(seed))
+        net.python_calls, net.sizes = 0, set()
+        out = sampler.sample(start, kwargs, generator=torch.Generator().manual_seed(seed))
+        assert out.stats.rounds == expected.stats.rounds
+        assert relative_error(out.sample, expected.sample).max() < 1e-6
+        assert out.stats.model_calls == expected.stats.model_calls
+        assert out.stats.model_evals == expected.stats.model_evals
+        assert net.sizes <= set(padded_sizes(48 if window == "auto" else 18, 2))
+    assert net.python_calls == 0, "by now all sizes are recorded"
+    assert recorded.tapes >= 2
+
+
+@pytest.mark.parametrize("window", ["auto", 20])
+def test_replayed_rounds_with_a_draft(recorded, monkeypatch, ddim, net, relative_error, window):
+    """The first guess, the rounds on coarse grids and the full ones, all of them recorded with the draft's calls."""
+    monkeypatch.setattr(drafted, "on_host", lambda chain: False)
+    draft = Net().eval().requires_grad_(False)
+    options = {"solver": "draft", "draft": draft, "window": window, "tol": 1e-5}
+    sampler = dq.DEQSampler(net, ddim(60), cuda_graph=True, **options)
+    plain = dq.DEQSampler(net, ddim(60), cuda_graph=False, **options)
+    with torch.no_grad():
+        draft.layer.weight.mul_(1.05)
+    for seed in (0, 1, 2, 2, 2):
+        start = torch.randn(2, 12, generator=torch.Generator().manual_seed(seed))
+        expected = plain.sample(start)
+        net.python_calls = draft.python_calls = 0
+        out = sampler.sample(start)
+        assert out.stats.rounds == expected.stats.rounds
+        assert out.stats.coarse_rounds == expected.stats.coarse_rounds == (2 if window == "auto" else 0)
+        assert relative_error(out.sample, expected.sample).max() < 1e-6
+        assert out.stats.model_evals == expected.stats.model_evals
+        assert out.stats.draft_evals == expected.stats.draft_evals > 0
+    assert net.python_calls == draft.python_calls == 0
+    (kept,) = sampler.options.residents._kept.values()
+    assert not kept.graphs.refused
+    kinds = {kind for kind, _ in kept.graphs.replays}
+    assert kinds == {"guess", "model", "step"} | ({"coarse"} if window == "auto" else set())
+
+
+def test_a_model_with_a_state_of_its_own_is_refused(recorded, ddim, net, caplog, relative_error):
+    """Python that a recording does not see: the tape would repeat the first value."""
+    sampler = dq.DEQSampler(net, ddim(24), cuda_graph=True, solver="picard")
+    hook = net.register_forward_pre_hook(lambda *_: setattr(net, "state", net.state + 0.01))
+    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"):
+        sampler.sample(torch.randn(2, 12))
+    assert "does not reproduce the call" in caplog.text
+    hook.remove()
+
+
+def test_a_model_that_looks_at_its_input_is_called_plainly(recorded, ddim, net, caplog, relative_error):
+    def model(x, t):
+        return net(x, t) if float(t.max()) >= 0 else x
+
+    sampler = dq.DEQSampler(model, ddim(24), cuda_graph=True, solver="picard", tol=1e-5)
+    start = torch.randn(2, 12)
+    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"):
+        for _ in range(2):
+            out = sampler.sample(start)
+    assert "the model is not recorded (RuntimeError: operation not permitted" in caplog.text
+    assert len(caplog.records) == 1
+    assert relative_error(out.sample, dq.DEQSampler(net, ddim(24)).serial(start).sample).max() < 1e-5
+    assert recorded.tapes >= 1, "the solver's step is recorded all the same"
+
+
+def test_auto_records_from_the_second_solve_on(recorded, ddim, net):
+    sampler = dq.DEQSampler(net, ddim(24), solver="picard")
+    start = torch.randn(2, 12)
+    sampler.sample(start)
+    assert recorded.tapes == 0
+    for _ in range(4):
+        sampler.sample(start)
+    assert recorded.tapes > 0
+    net.python_calls = 0
+    sampler.sample(start)
+    assert net.python_calls == 0
+
+
+def test_auto_leaves_functions_and_training_alone(recorded, ddim, net):
+    for model in (lambda x, t: net(x, t), Net().train().requires_grad_(False)):
+        sampler = dq.DEQSampler(model, ddim(12), solver="picard")
+        for _ in range(3):
+            sampler.sample(torch.randn(2, 12))
+    assert recorded.tapes == 0
+
+
+def test_other_weights_are_another_recording(recorded, ddim, net, relative_error):
+    sampler = dq.DEQSampler(net, ddim(12), solver="picard", cuda_graph=True, tol=1e-6)
+    start = torch.randn(2, 12)
+    for _ in range(3):
+        sampler.sample(start)
+    net.layer = torch.nn.Linear(12, 12).requires_grad_(False)
+    plain = dq.DEQSampler(net, ddim(12), tol=1e-6, cuda_graph=False).serial(start)
+    assert relative_error(sampler.sample(start).sample, plain.sample).max() < 1e-5
+
+
+def test_two_solves_at_once(recorded, ddim, net, relative_error):
+    """The second finds the recorded memory in use and takes its own."""
+    sampler = dq.DEQSampler(net, ddim(12), solver="picard", cuda_graph=True, tol=1e-6)
+    start = [torch.randn(2, 12) for _ in range(2)]
+    for _ in range(3):
+        sampler.sample(start[0])
+    inner = []
+
+    class Nested(torch.nn.Module):
+        def forward(self, x, t):
+            if not inner:
+                inner.append(None)
+                inner[0] = sampler.sample(start[1])
+            return net(x, t)
+
+    outer = dq.DEQSampler(Nested(), ddim(12), solver="picard", tol=1e-6).sample(start[0])
+    for out, noise in zip((outer, inner[0]), start):
+        assert relative_error(out.sample, dq.DEQSampler(net, ddim(12)).serial(noise).sample).max() < 1e-5
+
+
+def test_an_interrupted_solve_leaves_nothing(recorded, ddim, net):
+    memory = dq.SolverMemory()
+    sampler = dq.DEQSampler(net, ddim(12), solver="picard", cuda_graph=True, memory=memory)
+    hook = net.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(torch.randn(2, 12))
+    hook.remove()
+    assert sampler.sample(torch.randn(2, 12)).converged.all()
+    assert memory.stats()["reuses"] >= 1
+
+
+def test_a_tape_repeats_what_a_graph_would():
+    """Otherwise the tests above prove nothing."""
+    x, y, k = torch.ones(3), torch.zeros(3), 2.0
+
+    def work():
+        y.add_(x * k)
+
+    replay = TapeRecorder().record(work)
+    assert y.tolist() == [0, 0, 0]
+    k = 5.0
+    x.fill_(10)
+    replay()
+    assert y.tolist() == [20, 20, 20]
+    with pytest.raises(RuntimeError, match="not permitted"):
+        TapeRecorder().record(lambda: x.max().item())
+
+
+def test_plays_plainly_then_recorded():
+    counts = type("Counts", (), {"model_calls": 0})()
+    out, calls = torch.zeros(2), []
+
+    def work():
+        calls.append(1)
+        counts.model_calls += 1
+        out.add_(1)
+
+    graphs = Graphs(TapeRecorder(), out, [(counts, "model_calls")])
+    for _ in range(4):
+        graphs.play(("step", 0), work)
+    assert out.tolist() == [4, 4]
+    assert len(calls) == 2
+    assert counts.model_calls == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to record on")
+def test_without_a_device(ddim, net):
+    with pytest.raises(ValueError, match=r"cuda_graph: .* no such device"):
+        dq.DEQSampler(net, ddim(12), solver="quasi-newton", cuda_graph=True)
+    sampler = dq.DEQSampler(net, ddim(12), solver="quasi-newton", cuda_graph="auto")
+    for _ in range(2):
+        assert sampler.sample(torch.randn(2, 12)).converged.all()
+    assert not sampler.options.residents._kept
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("solver", ["quasi-newton", "triangular"])
+def test_on_cuda(ddim, net, relative_error, solver):
+    net.cuda()
+    sampler = dq.DEQSampler(net, ddim(24), solver=solver, cuda_graph=True, tol=1e-5)
+    for seed in range(4):
+        start = torch.randn(2, 12, generator=torch.Generator().manual_seed(seed)).cuda()
+        net.python_calls = 0
+        out = sampler.sample(start)
+        assert relative_error(out.sample.cpu(), sampler.serial(start).sample.cpu()).max() < 1e-4
+    (kept,) = sampler.options.residents._kept.values()
+    assert not kept.graphs.refused
+    assert kept.graphs.replays

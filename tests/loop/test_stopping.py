@@ -1,0 +1,101 @@
+"""Which rows are final: by what they have left to go, not by how far they went."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import deqdiff_fast as dq
+from deqdiff_fast.engine import solve
+from deqdiff_fast.kernels.advance_window import limit
+from deqdiff_fast.kernels.judge_steps import FASTEST, SLOWEST
+from deqdiff_fast.loop.device import Late
+from deqdiff_fast.loop.stopping import Vigil, forget, judge
+
+FREEZE, FLOOR = 1e-3, 1e-6
+
+
+def judged(*steps):
+    """The judgement of the last of one row's steps, as a relative step."""
+    previous = torch.empty(1, 1, dtype=torch.float64)
+    forget(previous)
+    for step in steps:
+        diff, norm = torch.tensor([[step**2 * 4.0]], dtype=torch.float64), torch.full((1, 1), 4.0, dtype=torch.float64)
+        judge(diff, norm, previous, FREEZE, FLOOR)
+    return float((diff / norm).sqrt())
+
+
+def ends(before, reach=3.0, left=1.0):
+    """The longest step at which a sample may end that moved by `before` in the round before."""
+    return float(limit(torch.tensor([before], dtype=torch.float64), 0.7, reach, left))
+
+
+def test_a_sample_ends_where_what_its_steps_leave_is_allowed():
+    for before in (2.0, 5.0, 10.0, 11.9):
+        longest = ends(before)
+        rho = longest / before
+        assert longest * rho / (1 - rho) == pytest.approx(1.0)
+        assert longest < 3.0
+    assert ends(1e6) == 3.0  # however fast the steps get shorter
+    assert ends(0.5) == 0.7  # a short step does as it is
+    for unknown in (0.0, math.inf, math.nan):
+        assert ends(unknown) == 0.7
+    assert ends(1e6, reach=0.0, left=0.0) == 0.7
+
+
+def test_a_first_step_counts_as_it_is():
+    assert judged(0.9e-3) <= FREEZE
+    assert judged(1.1e-3) > FREEZE
+
+
+def test_a_fast_row_is_final_before_a_slow_one():
+    assert judged(1.0, 5e-3) <= FREEZE  # 0.005 / 9 left to go at the fastest rate that is believed
+    assert judged(1.0, 10e-3) > FREEZE
+    assert judged(0.9e-3 / 0.8, 0.9e-3) > FREEZE  # 4 times as much left to go
+    assert judged(0.2e-3 / 0.8, 0.2e-3) <= FREEZE
+    assert judged(0.5e-3, 0.5e-3) > FREEZE  # it does not contract at all
+
+
+def test_rounding_is_final_though_it_does_not_contract():
+    assert judged(0.9e-6, 0.9e-6) <= FREEZE
+
+
+def test_long_steps_stay_as_they_are():
+    assert judged(1.0, 0.5) == pytest.approx(0.5)
+    assert judged(math.inf) == math.inf
+    assert math.isnan(judged(1.0, math.nan))
+    assert judged(0.0, 0.0) == 0.0
+    assert judged(math.inf, 0.5e-3) <= FREEZE
+    assert 0 < FASTEST < SLOWEST < 1
+
+
+@pytest.mark.parametrize("policy", [None, Late(), Late(near=0)], ids=["host", "late", "always late"])
+def test_a_sample_that_hangs_on_an_early_choice(monkeypatch, mixture, ddim, relative_error, policy):
+    """Sharp clusters: a relative change of 1e-3 in one of these noises leads to another sample."""
+    monkeypatch.setattr(solve, "late_policy", lambda system, request: policy)
+    model, schedule = mixture((3, 16, 16), components=10), ddim(50)
+    model.variance = 0.01
+    start = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    sampler = dq.DEQSampler(model, schedule, solver="quasi-newton")
+    reference = sampler.serial(start).sample
+    moved = relative_error(sampler.serial(start * (1 + 1e-3)).sample, reference)
+    assert moved.max() > 1, "the test must meet a sensitive noise"
+    out = sampler.sample(start)
+    assert out.converged.all()
+    assert relative_error(out.sample, reference).max() < 1e-2
+    loose = dq.DEQSampler(model, schedule, solver=dq.QuasiNewton(strict=None)).sample(start)
+    assert relative_error(loose.sample, reference)[moved.argmax()] > 1, "without the vigil it is another sample"
+
+
+def test_a_vigil_names_each_sample_once():
+    vigil = Vigil(3, dq.QuasiNewton(), 1e-3)
+    assert vigil.look([1.0, 1.0, 1.0]) == []
+    assert vigil.look([0.5, 0.95, 2.0]) == [1, 2]
+    assert vigil.look([0.49, 1.0, 3.0]) == [0]
+    assert vigil.look([1.0, 1.0, 1.0]) == []
+    quiet = Vigil(1, dq.QuasiNewton(), 1e-3)
+    assert quiet.look([0.9e-3]) == []
+    assert quiet.look([0.9e-3]) == []
+    assert Vigil(1, dq.Picard(), 1e-3).look([1.0]) == []

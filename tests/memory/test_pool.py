@@ -1,0 +1,267 @@
+"""Solver memory: planning, leases, reuse, budget, poison, threads; the same with and without the C++ extension."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+from deqdiff_fast.errors import StaleLeaseError
+from deqdiff_fast.memory import MemoryPlan, SolverMemory, default_memory
+from deqdiff_fast.memory import pool as module
+from deqdiff_fast.memory.host_arena import HostArena
+
+KB = 1 << 10
+
+
+@pytest.fixture(params=["extension", "python"])
+def arena(request, monkeypatch):
+    """Runs the test once for each arena."""
+    if request.param == "extension":
+        kind = pytest.importorskip("deqdiff_fast._C").Arena
+    else:
+        kind = HostArena
+    monkeypatch.setattr(module, "_arena_class", lambda: kind)
+    return kind
+
+
+def flat(nbytes: int) -> MemoryPlan:
+    return MemoryPlan().add("x", (nbytes,), torch.uint8)
+
+
+def test_layout_is_aligned_disjoint_and_in_order(arena):
+    plan = MemoryPlan().add("a", (3, 5), torch.float32).add("b", (), torch.float64).add("none", (0, 7), torch.int32)
+    plan.add("c", (257,), torch.bfloat16)
+    offsets, total = plan.layout()
+    assert offsets == {"a": 0, "b": 256, "none": 512, "c": 512}
+    assert total == 512 + 768
+    assert len(plan) == 4
+    assert "a" in plan
+
+
+def test_plan_refuses_what_it_cannot_name_or_size(arena):
+    plan = MemoryPlan().add("a", (1,), torch.float32)
+    with pytest.raises(ValueError, match="'a' is already in the plan"):
+        plan.add("a", (2,), torch.float32)
+    with pytest.raises(ValueError, match="sizes >= 0"):
+        plan.add("b", (2, -1), torch.float32)
+    with pytest.raises(ValueError, match="byte_budget"):
+        SolverMemory(-1)
+    with pytest.raises(ValueError, match="appears twice"):
+        arena.plan([("a", 1), ("a", 1)])
+    with pytest.raises(OverflowError):
+        arena.plan([("a", 1), ("b", 1 << 63)])
+
+
+def test_tensors_have_their_shape_and_do_not_overlap(arena):
+    entries = {
+        "states": ((4, 2, 33), torch.float32),
+        "gram": ((3, 2, 5, 5), torch.float64),
+        "filled": ((3, 2), torch.int32),
+        "half": ((7,), torch.bfloat16),
+        "scalar": ((), torch.float64),
+        "empty": ((0, 3), torch.float32),
+    }
+    plan = MemoryPlan()
+    for name, (shape, dtype) in entries.items():
+        plan.add(name, shape, dtype)
+    lease = SolverMemory().lease(plan)
+    for value, name in enumerate(entries):
+        lease[name].fill_(value)
+    for value, (name, (shape, dtype)) in enumerate(entries.items()):
+        tensor = lease[name]
+        assert tensor.shape == shape
+        assert tensor.dtype == dtype
+        assert tensor.is_contiguous()
+        assert tensor.numel() == 0 or tensor.data_ptr() % 256 == 0
+        assert bool((tensor == value).all())
+    with pytest.raises(KeyError, match="'nothing' is not in the plan; it has 'states'"):
+        lease["nothing"]
+
+
+def test_an_empty_plan_can_be_leased(arena):
+    with SolverMemory().lease(MemoryPlan()) as lease:
+        assert "x" not in lease
+
+
+def test_use_after_release_raises(arena):
+    pool = SolverMemory()
+    with pool.lease(flat(100)) as lease:
+        assert not lease.released
+        lease["x"].zero_()
+    assert lease.released
+    with pytest.raises(StaleLeaseError, match=rf"generation {lease.generation}\) was released; take a new one"):
+        lease["x"]
+    lease.release()
+    assert pool.stats()["active"] == 0
+
+
+def test_a_view_kept_after_release_stays_valid_and_unshared(arena):
+    pool = SolverMemory()
+    first = pool.lease(flat(64 * KB))
+    kept = first["x"][100:200]
+    kept.fill_(7)
+    first.release()
+    del first
+    gc.collect()
+    second = pool.lease(flat(64 * KB))
+    second["x"].fill_(9)
+    assert bool((kept == 7).all())
+    assert pool.stats()["reuses"] == 0
+    address = kept.data_ptr() - 100
+    del kept
+    gc.collect()
+    third = pool.lease(flat(64 * KB))
+    assert third["x"].data_ptr() == address
+    assert pool.stats()["reuses"] == 1
+    assert len({second.generation, third.generation}) == 2
+
+
+def test_reuse_needs_a_fitting_slab(arena):
+    pool = SolverMemory()
+    pool.lease(flat(64 * KB)).release()
+    pool.lease(flat(64 * KB + 1)).release()  # too large for the first
+    assert pool.stats()["reuses"] == 0
+    pool.lease(flat(40 * KB)).release()  # takes the smaller one
+    assert pool.stats()["reuses"] == 1
+    pool.lease(flat(8 * KB)).release()  # would waste more than half of either
+    stats = pool.stats()
+    assert stats["reuses"] == 1
+    assert stats["leases"] == 4
+    assert stats["bytes"] == stats["idle_bytes"] == stats["high_water"] == (64 + 64 + 8) * KB + 256
+    pool.trim()
+    assert pool.stats()["bytes"] == 0
+    assert pool.stats()["high_water"] == (64 + 64 + 8) * KB + 256
+
+
+def test_idle_memory_above_the_budget_is_freed_oldest_first(arena):
+    pool = SolverMemory(byte_budget=100 * KB)
+    leases = [pool.lease(flat(size * KB)) for size in (10, 40, 80)]
+    assert pool.stats()["bytes"] == 130 * KB  # leases themselves are not limited
+    for lease in leases[:2]:
+        lease.release()
+    assert pool.stats()["idle_bytes"] == 50 * KB
+    leases[2].release()
+    assert pool.stats()["idle_bytes"] == 80 * KB  # 10 went first, then 40
+    SolverMemory(byte_budget=0).lease(flat(10)).release()
+    none = SolverMemory(byte_budget=0)
+    none.lease(flat(10)).release()
+    assert none.stats()["bytes"] == 0
+
+
+def test_poison_fills_new_and_released_memory_with_nan(arena):
+    pool = SolverMemory(poison=True)
+    plan = MemoryPlan().add("x", (1000,), torch.float32).add("y", (10,), torch.bfloat16)
+    lease = pool.lease(plan)
+    assert bool(lease["x"].isnan().all())
+    assert bool(lease["y"].isnan().all())
+    kept = lease["x"]
+    kept.zero_()
+    lease.release()
+    assert bool(kept.isnan().all())
+    del kept
+    pool.set_poison(False)
+    lease = pool.lease(plan)
+    lease["x"].zero_()
+    kept = lease["x"]
+    lease.release()
+    assert bool((kept == 0).all())
+
+
+def test_a_dropped_lease_returns_its_memory(arena):
+    pool = SolverMemory()
+    pool.lease(flat(4 * KB))["x"].zero_()
+    gc.collect()
+    assert pool.stats()["active"] == 0
+    assert pool.stats()["idle_bytes"] == 4 * KB
+
+
+def test_threads_never_share_a_slab(arena):
+    pool = SolverMemory(byte_budget=64 * KB)
+    failures: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def work(seed: int) -> None:
+        barrier.wait()
+        for turn in range(60):
+            with pool.lease(flat(4 * KB + 512 * ((seed + turn) % 5))) as lease:
+                mark = (seed * 31 + turn) % 251
+                lease["x"].fill_(mark)
+                threading.Event().wait(0.0002)
+                if not bool((lease["x"] == mark).all()):
+                    failures.append(f"thread {seed}, turn {turn}")
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    stats = pool.stats()
+    assert stats["active"] == 0
+    assert stats["leases"] == 480
+    assert stats["reuses"] > 0
+    assert stats["idle_bytes"] == stats["bytes"] <= 64 * KB
+    assert stats["high_water"] <= 8 * (4 * KB + 2048) + 64 * KB
+
+
+def test_one_lease_released_by_many_threads(arena):
+    pool = SolverMemory()
+    for _ in range(50):
+        lease = pool.lease(flat(KB))
+        threads = [threading.Thread(target=lease.release) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        del lease, threads
+    stats = pool.stats()
+    assert stats["active"] == 0
+    assert stats["bytes"] == KB
+
+
+def test_without_the_extension_the_python_arena_serves(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deqdiff_fast._C", None)
+    pool = SolverMemory()
+    assert isinstance(pool._arena, HostArena)
+    assert pool.lease(flat(10))["x"].numel() == 10
+
+
+def test_default_memory_is_one_pool(monkeypatch):
+    assert default_memory() is default_memory()
+    monkeypatch.setattr(module, "_default", None)
+    monkeypatch.setenv("DEQDIFF_FAST_POISON", "1")
+    assert bool(default_memory().lease(flat(10))["x"].eq(255).all())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_a_pool_of_its_own():
+    parent = default_memory()
+    pid = os.fork()
+    if pid == 0:
+        fine = default_memory() is not parent and default_memory().lease(flat(10))["x"].numel() == 10
+        os._exit(0 if fine else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_leases_come_from_the_caching_allocator():
+    pool = SolverMemory(poison=True)
+    before = torch.cuda.memory_allocated()
+    lease = pool.lease(MemoryPlan().add("x", (1 << 20,), torch.float32).add("y", (3,), torch.int32), "cuda")
+    assert lease["x"].is_cuda
+    assert lease["y"].data_ptr() % 256 == 0
+    assert bool(lease["x"].isnan().all())
+    assert torch.cuda.memory_allocated() - before >= 4 << 20
+    assert pool.stats()["device_bytes"] == lease.nbytes
+    lease.release()
+    assert pool.stats()["device_bytes"] == 0
+    assert pool.stats()["device_high_water"] == lease.nbytes
+    assert torch.cuda.memory_allocated() == before
+    with pytest.raises(StaleLeaseError):
+        lease["x"]
