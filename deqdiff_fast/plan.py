@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Effort(NamedTuple):
+class RoundEstimate(NamedTuple):
     """What one solve takes. evaluations: per timestep and sample."""
 
     rounds: float
@@ -18,7 +18,7 @@ class Candidate:
     """One way to make the sample. window 1 is the serial chain; seconds is None where nothing was measured."""
 
     window: int
-    effort: Effort
+    effort: RoundEstimate
     seconds: float | None = None
     piece: int | None = None
     note: str = ""

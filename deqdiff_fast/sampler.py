@@ -123,7 +123,7 @@ class DEQSampler:
         if noise.shape[0] == 0 or not torch.is_grad_enabled():
             return self._solve(request, model_kwargs)
         parameters = [p for p in getattr(self.model, "parameters", list)() if p.requires_grad]
-        own: list[Tensor] = getattr(self.model, "deq_tensors", list)()  # a guided model's conditioning
+        own: list[Tensor] = getattr(self.model, "conditioning_tensors", list)()  # a guided model's conditioning
         kwargs = [x for x in (*tree_leaves(model_kwargs), *own) if isinstance(x, Tensor) and x.requires_grad]
         if not (noise.requires_grad or parameters or kwargs):
             return self._solve(request, model_kwargs)

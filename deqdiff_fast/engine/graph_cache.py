@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..loop.device import Board
-from ..loop.task import Play, at_once
+from ..loop.device import DeviceState
+from ..loop.task import Play, run_eager
 from ..model.padding import is_compiled
 from .cuda_graphs import CudaRecorder, Graphs, Recorder
 from .system import System
@@ -24,12 +24,12 @@ REMEMBERED = 64  # shapes that "auto" has met once
 
 
 @dataclass
-class Resident:
+class CachedSolve:
     """One of them."""
 
     work: Workspace
     graphs: Graphs
-    board: Board
+    board: DeviceState
     kwargs: list[Any]
 
 
@@ -38,20 +38,20 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
-class Residents:
+class GraphCache:
     """The resident workspaces of one sampler, by all that a recording depends on. A solve that finds the one it needs
     in use by another thread gets plain memory."""
 
     def __init__(self, mode: bool | str) -> None:
         self.mode = mode
-        self._kept: dict[Any, Resident] = {}
+        self._kept: dict[Any, CachedSolve] = {}
         self._asked: set[Any] = set()
         self._lock = threading.Lock()
 
     @contextmanager
     def borrow(
         self, system: System, given: tuple[Any, ...], open_: Callable[[System], Workspace], late: bool
-    ) -> Iterator[tuple[Workspace, Play, Board | None]]:
+    ) -> Iterator[tuple[Workspace, Play, DeviceState | None]]:
         """A workspace for the system, how its device work is played, and the loop's memory on the device.
 
         given: settings that the work depends on besides the system. open_: leases a workspace.
@@ -71,7 +71,7 @@ class Residents:
         if recorder is None or not wanted:
             work = open_(system)
             with work.lease:
-                yield work, at_once, None
+                yield work, run_eager, None
             return
         resident = self._renew(resident, system) if resident is not None else self._make(system, open_, recorder)
         try:
@@ -100,18 +100,18 @@ class Residents:
             addresses, torch.is_autocast_enabled(system.device.type), given,
         )  # fmt: skip
 
-    def _make(self, system: System, open_: Callable[[System], Workspace], recorder: Recorder) -> Resident:
+    def _make(self, system: System, open_: Callable[[System], Workspace], recorder: Recorder) -> CachedSolve:
         leaves, structure = tree_flatten(system.model_kwargs)
         kwargs = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         system.model_kwargs = tree_unflatten(kwargs, structure)
         system.padded = True
         work = open_(system)
-        board = Board.make(work.chain, system.pad_round(work.chain.window * system.batch))
+        board = DeviceState.make(work.chain, system.pad_round(work.chain.window * system.batch))
         counters: list[tuple[Any, str]] = [(system, "model_calls"), (system, "model_evals")]
         counters += [(system.draft, "evals")] if system.draft is not None else []
-        return Resident(work, Graphs(recorder, work.lease["predictions"], counters), board, kwargs)
+        return CachedSolve(work, Graphs(recorder, work.lease["predictions"], counters), board, kwargs)
 
-    def _renew(self, resident: Resident, system: System) -> Resident:
+    def _renew(self, resident: CachedSolve, system: System) -> CachedSolve:
         """The same memory for another solve: new conditions in the old places, nothing remembered."""
         for target, value in zip(resident.kwargs, tree_flatten(system.model_kwargs)[0]):
             if isinstance(target, Tensor):

@@ -41,10 +41,10 @@ def extrapolate(chain: Chain, linear: Tensor, old: Bounds, new: Bounds) -> None:
 
 
 def _nonlinear_part(chain: Chain, linear: Tensor, old: Tensor) -> Tensor:
-    """(B, D): E - linear X of the last row before old[b], zero where there is none; in `chain.edge` if there is one."""
+    """(B, D): E - linear X of the last row before old[b], zero where there is none; in `chain.window_scratch` if there is one."""
     last = (old - 1).clamp_min(0).long()
     row = last * chain.batch + torch.arange(chain.batch, device=old.device)
-    edge = (None, None, None) if chain.edge is None else chain.edge.unbind(0)
+    edge = (None, None, None) if chain.window_scratch is None else chain.window_scratch.unbind(0)
     rest = torch.index_select(chain.predictions.flatten(0, 1), 0, row, out=edge[0])
     states = torch.index_select(chain.states.flatten(0, 1), 0, row, out=edge[1])
     slope = torch.index_select(linear, 0, last, out=edge[2] if linear.shape[1] > 1 else None)

@@ -18,7 +18,7 @@ from ..schedule.noise import check_generator
 from ..solver import resolve
 from ..solver.draft import Drafted
 from . import arguments
-from .graph_cache import Residents
+from .graph_cache import GraphCache
 from .system import System
 
 DEFAULT_TOL = 1e-2
@@ -43,7 +43,7 @@ class Options:
     deterministic: bool
     spectrum: SpectralSlope | None
     memory: SolverMemory
-    residents: Residents
+    residents: GraphCache
     planned: bool
     """solver="auto" with window="auto": each solve is made as is predicted to be the fastest."""
     draft: Model | None = None
@@ -83,7 +83,7 @@ class Options:
             on_failure=arguments.choice("on_failure", given["on_failure"], ("serial", "raise", "warn")),
             max_batch=arguments.count("max_batch", given["max_batch"]),
             cuda_graph=arguments.cuda_graph(given["cuda_graph"]),
-            residents=Residents(given["cuda_graph"]),
+            residents=GraphCache(given["cuda_graph"]),
             deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
             spectrum=spectrum,
             memory=memory if memory is not None else default_memory(),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._types import Generators
-from ..loop.device import BoardCalls, Late
+from ..loop.device import DeviceCalls, Lookahead
 from ..loop.host import iterate
 from ..loop.task import Evaluate, Play
 from ..solution import Callback, Solution, Stats
@@ -48,10 +48,10 @@ class Request:
     """Whether the trajectory is returned."""
 
 
-def late_policy(system: System, request: Request) -> Late | None:
+def lookahead_policy(system: System, request: Request) -> Lookahead | None:
     """How far the host runs ahead of a CUDA device; not at all elsewhere, nor where somebody looks at every round."""
     watched = request.callback is not None or request.progress
-    return Late() if system.device.type == "cuda" and not watched else None
+    return Lookahead() if system.device.type == "cuda" and not watched else None
 
 
 def solve_parallel(system: System, options: Options, request: Request) -> Solution:
@@ -80,7 +80,7 @@ def solve_rounds(
     solver, noise, limit = options.solver, request.noise, options.round_limit()
     tolerance, freeze = options.tolerance(noise.dtype), options.freeze(noise.dtype)
     warm = request.init_trajectory is not None
-    late = None if hasattr(solver, "drive") else late_policy(system, request)
+    late = None if hasattr(solver, "drive") else lookahead_policy(system, request)
 
     def open_(system: System) -> Workspace:
         return Workspace.open(system, solver, stats.window, options.memory, options.backend)
@@ -103,7 +103,7 @@ def solve_rounds(
         coarse: list[Tensor] = []
         stopped = False
         if not (warm or front):
-            calls = None if board is None else BoardCalls(board, work.chain, work.evaluate, pad, play)
+            calls = None if board is None else DeviceCalls(board, work.chain, work.evaluate, pad, play)
             coarse, stopped = climb(work, limit, calls or work.evaluate, report if late is None else None, play)
             work.system.model_evals -= calls.padding if calls else 0
         outcome = iterate(

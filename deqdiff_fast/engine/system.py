@@ -62,10 +62,10 @@ class System(BatchedModel):
         super().__init__(model, schedule, noise, model_kwargs, max_batch, basis)
         place = (noise.device, self.dtype, self.accumulator)
         tables = cached(schedule, place, lambda: Tables.of(schedule, *place))
-        self.state_coef, self.model_coef, self.step_variance, self.linear = tables
+        self.state_coef, self.model_coef, self.step_variance, self.diagonal_slope = tables
         if isinstance(slope, SpectralSlope):
-            self.linear = slope.slope(schedule).to(noise.device, self.dtype)
-        self.slope = torch.zeros_like(self.linear) if slope is None else self.linear
+            self.diagonal_slope = slope.slope(schedule).to(noise.device, self.dtype)
+        self.slope = torch.zeros_like(self.diagonal_slope) if slope is None else self.diagonal_slope
         self.draft: DraftRows | None = None
         """What stands in for the model between rounds, where the solver wants it."""
 

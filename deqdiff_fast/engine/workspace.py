@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._types import Generators, Rows
 from ..loop.base import Bounds, Chain, Size, Solver, repeat_rows
-from ..loop.coarse_grids import Ascent, PartialSolver, ladder
-from ..loop.task import Play, at_once
+from ..loop.coarse_grids import CoarseRounds, PartialSolver, grid_sizes
+from ..loop.task import Play, run_eager
 from ..memory import Lease, MemoryPlan, SolverMemory
 from ..schedule.cache import cached
 from ..schedule.noise import fill_drift
@@ -30,7 +30,7 @@ class Workspace:
     memory: Any
     system: System
     solver: Solver
-    ascent: Ascent | None = None
+    ascent: CoarseRounds | None = None
     """The rounds on coarse grids that the solver wants first."""
     warm: bool = False
 
@@ -43,8 +43,8 @@ class Workspace:
             state_coef=system.state_coef,
             model_coef=system.model_coef,
             slope=system.slope,
-            spread=system.step_variance,
-            clean=system.denoised_coef,
+            step_variance=system.step_variance,
+            denoised_coef=system.denoised_coef,
             drift=lease["drift"] if system.schedule.stochastic else None,
             lo=system.bounds(0),
             hi=system.bounds(0),
@@ -53,18 +53,18 @@ class Workspace:
             window=window,
             backend=backend,
             scratch=lease.get("scratch"),
-            edge=lease.get("edge"),
+            window_scratch=lease.get("window_scratch"),
             draft=system.draft,
         )
         held = solver.start(lease)
-        if hasattr(solver, "furnish"):
-            solver.furnish(chain, held)
+        if hasattr(solver, "init_constants"):
+            solver.init_constants(chain, held)
         work = cls(lease, chain, held, system, solver)
-        grids = ladder(solver, chain.num_steps, window, system.schedule.stochastic)
+        grids = grid_sizes(solver, chain.num_steps, window, system.schedule.stochastic)
         if grids:
             weight = system.denoised_coef[:, 1]
             keep = partial(cached, system.schedule)
-            work.ascent = Ascent(chain, cast(PartialSolver, solver), held, lease["coarse"], weight, grids, keep)
+            work.ascent = CoarseRounds(chain, cast(PartialSolver, solver), held, lease["coarse"], weight, grids, keep)
         return work
 
     def restart(self) -> None:
@@ -85,11 +85,11 @@ class Workspace:
         plan.add("sq_diff", (steps, batch), system.accumulator)
         plan.add("sq_norm", (steps, batch), system.accumulator)
         system.plan(plan, min(window * batch, system.max_batch or window * batch))
-        grids = ladder(solver, steps, window, system.schedule.stochastic)
+        grids = grid_sizes(solver, steps, window, system.schedule.stochastic)
         if grids:
             plan.add("coarse", (1 + max(grids), batch, numel), system.dtype)
         if window < steps:
-            plan.add("edge", (3, batch, numel), system.dtype)
+            plan.add("window_scratch", (3, batch, numel), system.dtype)
         lags = system.state_coef.shape[1]
         size = Size(
             steps,
@@ -120,7 +120,7 @@ class Workspace:
             if self.system.basis is not None:
                 self.system.basis.forward(self.chain.drift.flatten(0, 1))
 
-    def guess(self, kind: str, init: Tensor | None, play: Play = at_once) -> None:
+    def guess(self, kind: str, init: Tensor | None, play: Play = run_eager) -> None:
         """States 1..T: a given trajectory, copies of the noise, the chain of the draft, or that of Gaussian data."""
         chain = self.chain
         self.warm = init is not None
@@ -132,7 +132,7 @@ class Workspace:
         elif kind == "draft":
             play(("guess", 0), lambda: self._chart([0] * chain.batch, [chain.num_steps] * chain.batch))
         else:
-            play(("guess", 0), lambda: gaussian_guess(chain, self.system.linear))
+            play(("guess", 0), lambda: gaussian_guess(chain, self.system.diagonal_slope))
 
     def resume(self, other: Workspace, front: int) -> None:
         """Take over a chain of the same system whose first `front` steps are made; later states are extrapolated."""
@@ -159,4 +159,4 @@ class Workspace:
         elif self.solver.guess == "draft":
             self._chart(old, new)
         else:
-            extrapolate(self.chain, self.system.linear, old, new)
+            extrapolate(self.chain, self.system.diagonal_slope, old, new)

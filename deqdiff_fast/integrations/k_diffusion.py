@@ -89,9 +89,9 @@ class _Contract:
     """The model as the sampler calls it: sigma in the dtype of x, as k-diffusion's `sigma * x.new_ones(B)` is."""
 
     def __init__(self, model: Model) -> None:
-        self.model, self.costs_beside = model, getattr(model, "costs_beside", model)
-        if hasattr(model, "deq_bind"):
-            self.deq_bind = model.deq_bind
+        self.model, self.base_model = model, getattr(model, "base_model", model)
+        if hasattr(model, "bind_batch"):
+            self.bind_batch = model.bind_batch
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Any:
         return self.model(x, sigma.to(x.dtype), **extra_args)
@@ -131,7 +131,7 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
     The samples are in another order at every level, so that conditions that are merely tiled do not pass.
     """
     batch, count = len(x), len(sigmas) - 1
-    bind = getattr(model, "deq_bind", None)
+    bind = getattr(model, "bind_batch", None)
     kwargs = extra_args if bind is None else bind(batch, extra_args)
     levels = sigmas[sorted({0, count // 2, count - 1})].to(x.device, x.dtype)
     states, times = [x * (level / levels[0]) for level in levels], [level.expand(batch) for level in levels]

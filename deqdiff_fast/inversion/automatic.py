@@ -25,7 +25,7 @@ NEWEST = 0.5  # weight of the newest inversion in what is remembered
 _LOCK = threading.Lock()
 
 
-class Effort(NamedTuple):
+class RoundEstimate(NamedTuple):
     """What one inversion takes: model calls that wait for each other, and evaluations per image."""
 
     rounds: float
@@ -36,14 +36,14 @@ class Effort(NamedTuple):
 class Record:
     """What was seen of one kind of request: effort, and seconds over the seconds predicted for it."""
 
-    effort: dict[str, Effort] = field(default_factory=dict)
+    effort: dict[str, RoundEstimate] = field(default_factory=dict)
     correction: dict[str, float] = field(default_factory=dict)
 
-    def learn(self, name: str, effort: Effort, ratio: float) -> None:
+    def learn(self, name: str, effort: RoundEstimate, ratio: float) -> None:
         """ratio: seconds that it took over what its own effort costs in model calls."""
         with _LOCK:
             old, before = self.effort.get(name, effort), self.correction.get(name, ratio)
-            self.effort[name] = Effort(*(a + NEWEST * (b - a) for a, b in zip(old, effort, strict=True)))
+            self.effort[name] = RoundEstimate(*(a + NEWEST * (b - a) for a, b in zip(old, effort, strict=True)))
             self.correction[name] = before + NEWEST * (ratio - before)
 
 
@@ -76,7 +76,7 @@ class Automatic:
         taken = time.perf_counter() - began
         stats = outcome.stats
         if stats.stop_reason != "callback":
-            seen = Effort(stats.rounds, stats.model_evals / task.batch)
+            seen = RoundEstimate(stats.rounds, stats.model_evals / task.batch)
             record.learn(chosen, seen, taken / max(in_calls(seen, task.batch, calls, task.max_batch), 1e-9))
         stats.model_evals += probes
         stats.notes.insert(
@@ -126,19 +126,19 @@ class Automatic:
         return seconds, record, calls, probes
 
 
-def expected(task: Task) -> dict[str, Effort]:
+def expected(task: Task) -> dict[str, RoundEstimate]:
     """What each method takes where nothing was seen."""
     steps = task.schedule.num_steps
     digits = max(-math.log10(task.tol), 1.0) + 1.5  # a step is held tighter than the image
     more = PER_DIGIT ** (math.log10(TRUSTED_TOL / task.tol))
     walk = CALLS_PER_DIGIT * digits * steps
     return {
-        "equilibrium": Effort(ROUNDS * more, EVALUATIONS * more * steps),
-        "fixed_point": Effort(walk, walk),
+        "equilibrium": RoundEstimate(ROUNDS * more, EVALUATIONS * more * steps),
+        "fixed_point": RoundEstimate(walk, walk),
     }
 
 
-def in_calls(effort: Effort, batch: int, calls: Curve, limit: int | None) -> float:
+def in_calls(effort: RoundEstimate, batch: int, calls: Curve, limit: int | None) -> float:
     """Seconds of that many calls of equal size that have so many evaluations together."""
     rows = max(effort.evaluations * batch / max(effort.rounds, 1.0), 1.0)
     return effort.rounds * calls.in_pieces(rows, calls.best_piece(math.ceil(rows), limit))

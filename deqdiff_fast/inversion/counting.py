@@ -15,7 +15,7 @@ class Counted:
 
     def __init__(self, model: Model) -> None:
         self.model, self.evals, self.calls, self.backpropagations = model, 0, 0, 0
-        self.costs_beside = getattr(model, "costs_beside", model)
+        self.base_model = getattr(model, "base_model", model)
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
         self.calls, self.evals = self.calls + 1, self.evals + len(x)

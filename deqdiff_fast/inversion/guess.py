@@ -24,7 +24,7 @@ def fill(work: Workspace, spectrum: SpectralSlope | None, init: Tensor | None) -
 
 def fill_predictions(system: System, work: Workspace) -> None:
     """Predictions of the linear model at the states."""
-    torch.mul(system.linear[:, None], work.chain.states[:-1], out=work.chain.predictions)
+    torch.mul(system.diagonal_slope[:, None], work.chain.states[:-1], out=work.chain.predictions)
 
 
 def flow_scale(schedule: Schedule, spectrum: SpectralSlope | None) -> Tensor:

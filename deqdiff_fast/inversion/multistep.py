@@ -17,7 +17,7 @@ INNER = 0.01  # of the last change: how well a pass has to solve its chain; seca
 HOLDS = 0.3  # of the tolerance: the change of the corrections, as an error of the image, that counts as none
 COARSE = 0.03  # the tolerance of the first pass
 SECANTS, RIDGE = 10, 1e-8
-PATIENCE = 8  # passes without progress
+ABORT_RATIO = 8  # passes without progress
 
 
 def one_step(schedule: Schedule) -> Schedule:
@@ -92,7 +92,7 @@ class _Passes:
             kept[:, better.to(kept.device)] = trajectory[:, better.to(kept.device)]
             since = 0 if bool((change < 0.9 * best).any()) else since + 1
             best = torch.minimum(change, best)
-            if bool((best <= HOLDS * task.tol).all()) or since >= PATIENCE or self._left() == 0:
+            if bool((best <= HOLDS * task.tol).all()) or since >= ABORT_RATIO or self._left() == 0:
                 break
             correction = self._next(correction, miss)
         assert outcome is not None

@@ -34,7 +34,7 @@ class Sweep:
         guess.fill(self.work, spectrum, task.init)
         self.scale = guess.flow_scale(task.schedule, spectrum).to(system.device, system.dtype)
         self.weight = self.scale[-1] / self.scale[1:]  # what a miss of row i becomes on its way to the image
-        self.linear = system.linear
+        self.linear = system.diagonal_slope
         self.size = self.chain.states[-1].square().sum(1).clamp_min(1e-30)
         self.careful = careful_slope(system) if method.slope is not None else self.chain.slope
         ridge, floor = ROUNDING[system.dtype]

@@ -55,8 +55,8 @@ class Chain:
     state_coef: Tensor
     model_coef: Tensor
     slope: Tensor  # (T, 1) or (T, D): the diagonal part of d prediction / d state
-    spread: Tensor  # (T, 1) > 0: variance per element of the noise of each step, were the chain stochastic
-    clean: Tensor  # (T, 2) [p, q]: p X + q E changes little from one step to the next
+    step_variance: Tensor  # (T, 1) > 0: variance per element of the noise of each step, were the chain stochastic
+    denoised_coef: Tensor  # (T, 2) [p, q]: p X + q E changes little from one step to the next
     drift: Tensor | None
     lo: Tensor
     hi: Tensor
@@ -65,7 +65,7 @@ class Chain:
     window: int
     backend: str
     scratch: Tensor | None = None  # (N,) uint8 for the ops, at least as much as `Solver.scratch` asks for
-    edge: Tensor | None = None  # (3, B, D) for what enters a sliding window
+    window_scratch: Tensor | None = None  # (3, B, D) for what enters a sliding window
     draft: DraftRows | None = None
 
     @property
@@ -125,7 +125,7 @@ def row_numbers(row: Tensor, batch: int) -> Tensor:
 def repeat_rows(chain: Chain, old: Bounds, new: Bounds) -> None:
     """States old[b] < i <= new[b] become copies of state old[b]."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
-        out = None if chain.edge is None else chain.edge[0]
+        out = None if chain.window_scratch is None else chain.window_scratch[0]
         last = torch.index_select(chain.states.flatten(0, 1), 0, row_numbers(old, chain.batch), out=out)
         copy_rows(chain.states[1:], last[None], old, new, backend=chain.backend)
         return
@@ -192,7 +192,7 @@ class Stepper(Solver, Protocol):
     `move_rows` and `forget_rows` take both kinds. With an attribute `by_step` that is True, rows are judged by the
     length of their last step alone, not by what they have left to go at the rate at which their steps get shorter. With
     a method `scratch(size: Size) -> int`, `chain.scratch` has at least so many bytes for the `workspace` of its ops. A
-    method `furnish(chain, memory)` is called once for every slab: what it writes there stays, from solve to solve.
+    method `init_constants(chain, memory)` is called once for every slab: what it writes there stays, from solve to solve.
     """
 
     def step(self, chain: Chain, memory: Any, round: int) -> None:

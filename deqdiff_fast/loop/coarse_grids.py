@@ -21,7 +21,7 @@ from torch import Tensor
 from .._types import Rows
 from .base import Chain
 from .stopping import TINY
-from .task import Evaluate, Play, at_once
+from .task import Evaluate, Play, run_eager
 from .window import Window
 
 LONG = 256  # timesteps of a long chain
@@ -31,11 +31,11 @@ ROUGH = 8  # the fewest intervals of a grid on a chain that adds noise
 class PartialSolver(Protocol):
     """A solver that can make a step from predictions of which some were never asked of the model.
 
-    With a method `foretold(chain, memory) -> (T, B, D)`, that is what R is the remainder of, in place of c X; with
-    `worth_asking(chain, wanted)`, that says which timesteps are asked in the place of those wanted.
+    With a method `draft_predictions(chain, memory) -> (T, B, D)`, that is what R is the remainder of, in place of c X; with
+    `snap_to_anchors(chain, wanted)`, that says which timesteps are asked in the place of those wanted.
     """
 
-    def step_partly(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None: ...
+    def step_interpolated(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None: ...
 
 
 class Keep(Protocol):
@@ -58,7 +58,7 @@ class Grid(NamedTuple):
     share: Tensor  # (T, n), see `interpolation`
 
 
-class Ascent:
+class CoarseRounds:
     """The rounds on coarse grids that come before the loop; the window is the whole chain."""
 
     def __init__(
@@ -71,7 +71,7 @@ class Ascent:
         intervals: tuple[int, ...],
         keep: Keep = make_anew,
     ) -> None:
-        """rest: (1 + the largest of intervals, B, D) scratch. weight: (T,) q_i, see above. intervals: see `ladder`.
+        """rest: (1 + the largest of intervals, B, D) scratch. weight: (T,) q_i, see above. intervals: see `grid_sizes`.
         keep: remembers what follows from the weight."""
         self.chain, self.solver, self.memory, self.rest, self.keep = chain, solver, memory, rest, keep
         made = {count: self._grid(count, weight) for count in intervals}
@@ -81,7 +81,7 @@ class Ascent:
 
     def _grid(self, intervals: int, weight: Tensor) -> Grid:
         chain, steps, device = self.chain, self.chain.num_steps, self.chain.states.device
-        ask = getattr(self.solver, "worth_asking", lambda chain, wanted: wanted)
+        ask = getattr(self.solver, "snap_to_anchors", lambda chain, wanted: wanted)
         step: list[int] = ask(chain, grid(steps, intervals))
 
         def make() -> Grid:
@@ -94,7 +94,7 @@ class Ascent:
         return self.keep(("grid", tuple(step), chain.batch, device, self.rest.dtype), make)
 
     def run(
-        self, evaluate: Evaluate, report: Callable[[int, Window, Tensor], object] | None, play: Play = at_once
+        self, evaluate: Evaluate, report: Callable[[int, Window, Tensor], object] | None, play: Play = run_eager
     ) -> bool:
         """Make the rounds; `report` as for `iterate`, or None where nobody watches. Returns whether it asks to stop.
 
@@ -114,14 +114,14 @@ class Ascent:
     def _advance(self, place: Grid, round: int) -> None:
         chain = self.chain
         self._fill(place)
-        self.solver.step_partly(chain, self.memory, round, place.evaluated)
+        self.solver.step_interpolated(chain, self.memory, round, place.evaluated)
         torch.amax((chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_(), 0, out=self.residuals[round - 1])
 
     def _fill(self, place: Grid) -> None:
         """Predictions of every row from those of the grid."""
         chain, rest = self.chain, self.rest[: len(place.at)]
-        foretold = getattr(self.solver, "foretold", None)
-        known = None if foretold is None else foretold(chain, self.memory)
+        draft_predictions = getattr(self.solver, "draft_predictions", None)
+        known = None if draft_predictions is None else draft_predictions(chain, self.memory)
         torch.index_select(chain.predictions, 0, place.at, out=rest)
         if known is None:
             rest.addcmul_(chain.slope[place.at, None], chain.states[place.at], value=-1)
@@ -158,7 +158,7 @@ def interpolation(step: list[int], steps: int, weight: Tensor) -> Tensor:
     return share.to(safe) * safe[known] / safe[:, None]
 
 
-def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
+def grid_sizes(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
     """The numbers of intervals of the grids, one round each, that a solver asks for on a chain of that many steps.
 
     Those of `solver.coarse` that leave out at least half of the timesteps. Where noise is added on the way the
@@ -172,7 +172,7 @@ def ladder(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int,
     """
     if window < steps or not getattr(solver, "coarse", ()):
         return ()
-    drafted = hasattr(solver, "foretold")
+    drafted = hasattr(solver, "draft_predictions")
     long = drafted and steps >= LONG
     smooth = long or not stochastic
     name = "coarse" if not long else "coarse_noisy" if stochastic else "coarse_long"

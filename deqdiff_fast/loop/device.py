@@ -17,13 +17,13 @@ from torch import Tensor
 from .._types import Rows
 from ..kernels import advance_window
 from .base import Chain
-from .stopping import Vigil, forget, judge
-from .task import Evaluate, Play, Progress, Task, take_up
+from .stopping import StallDetector, forget, judge
+from .task import Evaluate, Play, Progress, Task, restart_sample
 from .window import Window
 
 
 @dataclass(frozen=True)
-class Late:
+class Lookahead:
     """How far the host runs ahead: one round, but none when the end is near.
 
     near: a round whose largest residual is below `near` times the one to finish at may be the last, or the one before.
@@ -33,7 +33,7 @@ class Late:
     near: float = 30.0
 
 
-class Mailbox:
+class AsyncReadback:
     """Verdicts on their way to the host, in order; at most two at a time."""
 
     def __init__(self, like: Tensor) -> None:
@@ -65,7 +65,7 @@ class Mailbox:
         return verdict
 
 
-class Board(NamedTuple):
+class DeviceState(NamedTuple):
     """What the loop keeps on the device; always in the same place where its work is to be replayed."""
 
     was: Tensor  # (2, B), see `advance_window`
@@ -75,7 +75,7 @@ class Board(NamedTuple):
     strict: Tensor  # (B,)
 
     @classmethod
-    def make(cls, chain: Chain, capacity: int) -> Board:
+    def make(cls, chain: Chain, capacity: int) -> DeviceState:
         """For a model call of at most `capacity` rows."""
         device, batch = chain.lo.device, chain.batch
         return cls(
@@ -99,10 +99,12 @@ class Board(NamedTuple):
         self.rows.masked_fill_(self.rows >= hi * chain.batch, chain.num_steps * chain.batch)
 
 
-class BoardCalls:
+class DeviceCalls:
     """`evaluate` for rows that the host knows, as the same device work as the calls of the loop."""
 
-    def __init__(self, board: Board, chain: Chain, evaluate: Evaluate, pad: Callable[[int], int], play: Play) -> None:
+    def __init__(
+        self, board: DeviceState, chain: Chain, evaluate: Evaluate, pad: Callable[[int], int], play: Play
+    ) -> None:
         self.board, self.chain, self.evaluate, self.pad, self.play = board, chain, evaluate, pad, play
         self.padding = 0
         """Rows that the model was called on without need."""
@@ -118,20 +120,20 @@ class BoardCalls:
 
 
 class _Loop:
-    def __init__(self, task: Task, policy: Late) -> None:
+    def __init__(self, task: Task, policy: Lookahead) -> None:
         chain = task.chain
         self.task, self.policy, self.chain = task, policy, chain
         self.window = Window(chain.num_steps, chain.batch, chain.window, task.start)
         self.progress = Progress(self.window, task.made)
         self.finish, self.reach, self.left = task.ends()
         self.sliding = chain.window < chain.num_steps
-        self.board = task.board or Board.make(chain, task.pad(self.window.count))
+        self.board = task.board or DeviceState.make(chain, task.pad(self.window.count))
         self.board.start(chain, self.window, task.before)
         self.active = self.window.count  # when the round that was read last began
-        self.mail = Mailbox(self.board.verdict)
+        self.mail = AsyncReadback(self.board.verdict)
         self.period = int(getattr(task.solver, "period", 0))
         self.by_step = bool(getattr(task.solver, "by_step", False))
-        self.vigil, self.hanging = Vigil(chain.batch, task.solver, task.finish), set[int]()
+        self.vigil, self.hanging = StallDetector(chain.batch, task.solver, task.finish), set[int]()
         self.queued: list[int] = []  # rows in the model call of every round
 
     def queue(self) -> None:
@@ -185,7 +187,7 @@ class _Loop:
         for b in self.hanging:
             self.board.strict[b : b + 1].fill_(self.vigil.strict)
             self.board.verdict[3, b : b + 1].fill_(0)
-            take_up(self.task, window, b)
+            restart_sample(self.task, window, b)
         self.hanging.clear()
         self.active = window.count
         if window.done:
@@ -242,6 +244,6 @@ class _Loop:
         return progress
 
 
-def iterate_late(task: Task, policy: Late) -> Progress:
+def iterate_on_device(task: Task, policy: Lookahead) -> Progress:
     """`iterate` with the decisions on the device: the same rows final after every round, at most one round more."""
     return _Loop(task, policy).run()

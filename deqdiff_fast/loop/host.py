@@ -12,9 +12,9 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..kernels.advance_window import limit
 from .base import Chain, Solver, Stepper
-from .device import Board, Late, iterate_late
-from .stopping import TINY, Vigil, forget, judge
-from .task import Driver, Evaluate, Play, Progress, Rebuild, Task, at_once, take_up
+from .device import DeviceState, Lookahead, iterate_on_device
+from .stopping import TINY, StallDetector, forget, judge
+from .task import Driver, Evaluate, Play, Progress, Rebuild, Task, restart_sample, run_eager
 from .window import Window
 
 
@@ -36,10 +36,10 @@ def iterate(
     before: Tensor | None = None,
     start: int = 0,
     made: int = 0,
-    late: Late | None = None,
+    late: Lookahead | None = None,
     pad: Callable[[int], int] = int,
-    play: Play = at_once,
-    board: Board | None = None,
+    play: Play = run_eager,
+    board: DeviceState | None = None,
     warm: bool = False,
 ) -> Progress:
     """Solve `chain` in place until every row is final, the rounds run out, or `report` returns True.
@@ -61,7 +61,7 @@ def iterate(
     )  # fmt: skip
     if callable(getattr(solver, "drive", None)):
         return cast(Driver, solver).drive(task)
-    return _iterate_host(task) if late is None else iterate_late(task, late)
+    return _iterate_host(task) if late is None else iterate_on_device(task, late)
 
 
 def _iterate_host(task: Task) -> Progress:
@@ -71,7 +71,7 @@ def _iterate_host(task: Task) -> Progress:
     previous = torch.empty_like(chain.sq_diff)
     forget(previous)
     by_step = bool(getattr(solver, "by_step", False))
-    strict, vigil = torch.ones_like(previous[0]), Vigil(chain.batch, solver, task.finish)
+    strict, vigil = torch.ones_like(previous[0]), StallDetector(chain.batch, solver, task.finish)
     ends, longest = task.ends(), torch.zeros(chain.batch, dtype=torch.float64)
     if task.before is not None:
         longest.copy_(task.before)
@@ -107,7 +107,7 @@ def _iterate_host(task: Task) -> Progress:
             task.rebuild(starts, entered, bool(broken))
         for b in vigil.look(worst):
             strict[b : b + 1].fill_(vigil.strict)
-            take_up(task, window, b)
+            restart_sample(task, window, b)
             longest[b] = 0
         progress.trace.append(torch.tensor(worst, dtype=residual.dtype))
         progress.stopped = task.report(progress.rounds, window, progress.trace[-1]) is True

@@ -5,7 +5,7 @@ has r rho / (1 - rho) left to go (Aitken). Early rows of a chain contract fast: 
 its last step was still long. A row that creeps is not, however short its steps.
 
 Even so, where a sample hangs on a choice that early timesteps make, what little they are off decides it. Such a sample
-shows: from one round to the next its steps do not get shorter. `Vigil` notices, and has its rows taken up again from
+shows: from one round to the next its steps do not get shorter. `StallDetector` notices, and has its rows taken up again from
 the first one on and held much tighter.
 """
 
@@ -35,7 +35,7 @@ def judge(
     judge_steps(sq_diff, sq_norm, previous, strict, freeze, floor, backend=backend)
 
 
-class Vigil:
+class StallDetector:
     """Looks out for samples whose steps do not get shorter. Each is named once."""
 
     def __init__(self, batch: int, solver: object, above: float) -> None:

@@ -18,7 +18,7 @@ Rebuild = Callable[[Bounds, Bounds, bool], None]
 Play = Callable[[tuple[str, int], Callable[[], None]], None]
 
 
-def at_once(key: tuple[str, int], work: Callable[[], None]) -> None:
+def run_eager(key: tuple[str, int], work: Callable[[], None]) -> None:
     """Do the work: what a recorder of device graphs replaces."""
     work()
 
@@ -42,9 +42,9 @@ class Task:
     made: int = 0
     """Rounds before this loop."""
     pad: Callable[[int], int] = int
-    play: Play = at_once
+    play: Play = run_eager
     board: Any = None
-    """The `late.Board` of a loop whose work is recorded."""
+    """The `late.DeviceState` of a loop whose work is recorded."""
     warm: bool = False
     reach: float = 0.0
     left: float = 0.0
@@ -77,7 +77,7 @@ class Driver(Solver, Protocol):
         ...
 
 
-def take_up(task: Task, window: Window, sample: int) -> None:
+def restart_sample(task: Task, window: Window, sample: int) -> None:
     """Make all rows of a sample active again, where the window holds them all; what was remembered of them is gone."""
     if window.width < window.num_steps or window.lo[sample] == window.num_steps:
         return

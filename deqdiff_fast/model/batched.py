@@ -51,8 +51,8 @@ class BatchedModel:
     ) -> None:
         self.model, self.schedule, self.max_batch, self.basis = model, schedule, max_batch, basis
         self.model_kwargs = dict(model_kwargs or {})
-        if hasattr(model, "deq_bind"):  # a guided model brings per-sample tensors of its own
-            self.model_kwargs = model.deq_bind(noise.shape[0], self.model_kwargs)
+        if hasattr(model, "bind_batch"):  # a guided model brings per-sample tensors of its own
+            self.model_kwargs = model.bind_batch(noise.shape[0], self.model_kwargs)
         self.num_steps, self.batch, self.shape = schedule.num_steps, noise.shape[0], tuple(noise.shape[1:])
         self.numel, self.model_dtype, self.device = math.prod(self.shape), noise.dtype, noise.device
         self.dtype = torch.float64 if noise.dtype == torch.float64 else torch.float32

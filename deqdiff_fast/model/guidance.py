@@ -65,7 +65,7 @@ class Guided:
         uncond = _in_order_of(cond, uncond)
         _check_pair(cond, uncond)
         self.model, self.cond, self.uncond = model, cond, uncond
-        self.costs_beside = getattr(model, "costs_beside", model)  # what a planner learns outlives this object
+        self.base_model = getattr(model, "base_model", model)  # what a planner learns outlives this object
         self.scale, self.rescale = _check_scale(scale), _check_rescale(rescale)
 
     def parameters(self) -> list[Tensor]:
@@ -73,12 +73,12 @@ class Guided:
         found: Callable[[], Any] = getattr(self.model, "parameters", list)
         return list(found())
 
-    def deq_tensors(self) -> list[Tensor]:
-        """The tensors that `deq_bind` adds to a call, for whoever wants to know whether they need a gradient."""
+    def conditioning_tensors(self) -> list[Tensor]:
+        """The tensors that `bind_batch` adds to a call, for whoever wants to know whether they need a gradient."""
         leaves = tree_leaves((self.cond, self.uncond, self.scale))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def deq_bind(self, batch: int, extra: dict[str, Any]) -> dict[str, Any]:
+    def bind_batch(self, batch: int, extra: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments for `batch` samples, every tensor in them with one row for each: for the sampler.
 
         extra: the caller's `model_kwargs`; tensors of first dimension `batch` are per sample. Raises ValueError.
@@ -111,7 +111,7 @@ class Guided:
     def __call__(self, x: Tensor, t: Tensor, *, layout: Any = None, **given: Any) -> Tensor:
         """The guided prediction for x: (n, *shape), t: (n,). Without the sampler the rows are the samples."""
         if layout is None:
-            bound = self.deq_bind(len(x), given)
+            bound = self.bind_batch(len(x), given)
             layout, given = bound.pop("layout"), bound
         rows, scale = given["rows"], given.get("scale", self.scale)
         if not isinstance(scale, Tensor) and scale == 1.0:

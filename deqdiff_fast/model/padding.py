@@ -18,7 +18,7 @@ def padded_sizes(limit: int, batch: int) -> tuple[int, ...]:
 
 def is_compiled(model: Any) -> bool:
     """Whether the model, or a part of it right below, went through torch.compile, which specialises on batch sizes."""
-    inner = getattr(model, "costs_beside", model)  # a wrapper of ours, around the user's model
+    inner = getattr(model, "base_model", model)  # a wrapper of ours, around the user's model
     if inner is not model:
         return is_compiled(inner)
     if hasattr(model, "_torchdynamo_orig_callable") or getattr(model, "_compiled_call_impl", None) is not None:

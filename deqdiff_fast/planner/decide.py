@@ -7,13 +7,15 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..plan import Candidate, Effort, Plan
+from ..plan import Candidate, Plan, RoundEstimate
 
 MARGIN = 0.95  # a parallel solve must promise to take at most this part of the serial chain's time
-STICKY = 0.92  # and another window than the last one at most this part of that one's
-PATIENCE = 1.15  # a running solve is given up where it is predicted to take this many times what the serial rest would
+HYSTERESIS = 0.92  # and another window than the last one at most this part of that one's
+ABORT_RATIO = (
+    1.15  # a running solve is given up where it is predicted to take this many times what the serial rest would
+)
 REACH = 4  # predictions are trusted up to this many times the largest batch that was measured
-HOPE = 0.25  # a measurement must pay if further rows cost this part of what the last ones did
+OPTIMISM = 0.25  # a measurement must pay if further rows cost this part of what the last ones did
 SAME = 1.05  # a smaller piece must make a round this much cheaper
 COARSE, COARSE_ROWS = 0.75, 9  # coarse rounds of about 9 timesteps must cost less than this part of a full one
 
@@ -69,7 +71,7 @@ class Curve:
 
 
 @dataclass
-class Situation:
+class PlannerInputs:
     """Everything that a decision rests on.
 
     step: seconds of one step of the serial chain. calls: seconds of a model call. overhead: seconds of a round outside
@@ -82,7 +84,7 @@ class Situation:
     batch: int
     step: float | None
     calls: Curve | None
-    expect: Callable[[int], Effort]
+    expect: Callable[[int], RoundEstimate]
     overhead: Callable[[float], float] = lambda rows: 0.0
     correction: Callable[[int], float] = lambda window: 1.0
     fits: Callable[[int], bool] = lambda window: True
@@ -99,7 +101,7 @@ def windows(steps: int) -> list[int]:
     return sorted(sizes)
 
 
-def rows_of_rounds(effort: Effort, window: int, steps: int, batch: int) -> list[tuple[float, float]]:
+def rows_of_rounds(effort: RoundEstimate, window: int, steps: int, batch: int) -> list[tuple[float, float]]:
     """[(rounds, rows)]: how many rounds have how many rows, their sum what `effort` says.
 
     A narrow window is full nearly always. A wide one empties: its rows fall like a power of the rounds that are left.
@@ -114,7 +116,7 @@ def rows_of_rounds(effort: Effort, window: int, steps: int, batch: int) -> list[
     return [(share, max(part / total * mean * count, 1.0)) for part in falling]
 
 
-def predict(situation: Situation, window: int, effort: Effort) -> tuple[float, int] | None:
+def predict(situation: PlannerInputs, window: int, effort: RoundEstimate) -> tuple[float, int] | None:
     """(seconds, rows in one call) of a solve; None where nothing was measured, or too little."""
     calls, steps, batch = situation.calls, situation.steps, situation.batch
     if calls is None:
@@ -129,17 +131,17 @@ def predict(situation: Situation, window: int, effort: Effort) -> tuple[float, i
     return seconds, piece
 
 
-def decide(situation: Situation) -> Plan:
+def decide(situation: PlannerInputs) -> Plan:
     """The candidate that is predicted to be the fastest; the serial chain unless a solve is clearly faster."""
     steps, batch = situation.steps, situation.batch
-    serial = Candidate(1, Effort(steps, 1.0), None if situation.step is None else steps * situation.step, batch)
+    serial = Candidate(1, RoundEstimate(steps, 1.0), None if situation.step is None else steps * situation.step, batch)
     candidates = [serial, *(_candidate(situation, window) for window in windows(steps) if window > 1)]
     measured = () if situation.calls is None else tuple(zip(situation.calls.sizes, situation.calls.seconds))
     chosen, reason = _choose(situation, serial, candidates)
     return Plan(steps, batch, chosen, tuple(candidates), reason, measured)
 
 
-def _candidate(situation: Situation, window: int) -> Candidate:
+def _candidate(situation: PlannerInputs, window: int) -> Candidate:
     effort = situation.expect(window)
     if not situation.fits(window):
         return Candidate(window, effort, note="does not fit in the free memory")
@@ -152,7 +154,7 @@ def _candidate(situation: Situation, window: int) -> Candidate:
     return Candidate(window, effort, seconds * situation.correction(window), piece)
 
 
-def _choose(situation: Situation, serial: Candidate, candidates: list[Candidate]) -> tuple[Candidate, str]:
+def _choose(situation: PlannerInputs, serial: Candidate, candidates: list[Candidate]) -> tuple[Candidate, str]:
     timed = [c for c in candidates[1:] if c.seconds is not None]
     if serial.seconds is None:
         return serial, "nothing was measured yet: it starts serially, timing itself"
@@ -161,7 +163,7 @@ def _choose(situation: Situation, serial: Candidate, candidates: list[Candidate]
     best = min(timed, key=lambda c: c.seconds or 0.0)
     last = next((c for c in timed if c.window == situation.previous), None)
     assert best.seconds is not None
-    if last is not None and last.seconds is not None and best.seconds > STICKY * last.seconds:
+    if last is not None and last.seconds is not None and best.seconds > HYSTERESIS * last.seconds:
         best = last
     assert best.seconds is not None
     # the one chosen last keeps its place until it is behind, so that noise does not make the choice flutter
@@ -180,14 +182,14 @@ def coarse_pays(plan: Plan) -> bool:
     return calls(min(COARSE_ROWS * plan.batch, rows)) < COARSE * calls.in_pieces(rows, plan.chosen.piece or rows)
 
 
-def promising(situation: Situation, sizes: list[int]) -> list[int]:
+def promising(situation: PlannerInputs, sizes: list[int]) -> list[int]:
     """Those calls of so many rows that it may pay to measure: a solve that makes them would be chosen, did their
-    further rows cost only `HOPE` times as much as the last ones (nothing, where only one size was measured)."""
+    further rows cost only `OPTIMISM` times as much as the last ones (nothing, where only one size was measured)."""
     calls, now = situation.calls, decide(situation).chosen.seconds
     if calls is None or now is None:
         return []
     known, found = dict(zip(calls.sizes, calls.seconds)), []
-    each = HOPE * calls.slope if len(known) > 1 else 0.0
+    each = OPTIMISM * calls.slope if len(known) > 1 else 0.0
     for rows in sizes:
         seconds = calls.seconds[-1] + each * (rows - calls.largest)
         then = decide(replace(situation, calls=Curve(known | {rows: seconds}))).chosen
@@ -196,7 +198,7 @@ def promising(situation: Situation, sizes: list[int]) -> list[int]:
     return found
 
 
-def work_left(done: int, effort: Effort, front: int, steps: int, window: int) -> float:
+def work_left(done: int, effort: RoundEstimate, front: int, steps: int, window: int) -> float:
     """What a running solve may still need, in units of its last round.
 
     One that is overdue is expected to go on as long as it is overdue. front: how many timesteps are final.
@@ -213,4 +215,4 @@ def work_left(done: int, effort: Effort, front: int, steps: int, window: int) ->
 
 def give_up(left: float, round_seconds: float, serial_left: int, step: float) -> bool:
     """Whether finishing serially is clearly faster than `left` more rounds that take as long as the last one."""
-    return left * round_seconds > PATIENCE * serial_left * step
+    return left * round_seconds > ABORT_RATIO * serial_left * step

@@ -86,11 +86,11 @@ _lock = threading.Lock()
 def kept_beside(model: Model) -> dict[Any, Any]:
     """A dict that lives as long as the model: what samplers of the same model learn, they share.
 
-    A wrapper that is made anew for every use can name the model that it wraps in an attribute `costs_beside`.
+    A wrapper that is made anew for every use can name the model that it wraps in an attribute `base_model`.
     """
     try:
         with _lock:
-            return _KNOWN.setdefault(getattr(model, "costs_beside", model), {})
+            return _KNOWN.setdefault(getattr(model, "base_model", model), {})
     except TypeError:  # neither hashed nor weakly referenced: known to this sampler only
         return {}
 

@@ -15,10 +15,10 @@ from ..engine.options import DEFAULT_TOL, Options
 from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..model.padding import is_compiled
-from ..plan import Effort, Plan
+from ..plan import Plan, RoundEstimate
 from ..solver.draft import Drafted
 from . import measure as cost
-from .decide import Situation, decide, predict
+from .decide import PlannerInputs, decide, predict
 from .free_memory import usable_bytes
 from .round_model import Expectation
 
@@ -26,9 +26,11 @@ PROBING = 0.03  # of the time spent sampling may go into measuring and planning
 REINVESTED = 0.1  # of the time saved against the serial chain may go there too
 REFRESH = 16  # solves after which a plan is made anew, whatever happened
 SURPRISE = 0.2  # or as soon as a solve takes this much more or less than the plan said
-JOLT = 1.3  # a time that far off must be seen twice
+OUTLIER_RATIO = 1.3  # a time that far off must be seen twice
 CHECK = 16  # solves by rounds after which one begins with a few serial steps, to time them
-FORGIVE = 0.98  # of a correction is kept at every serial solve, so that what was slow once is tried again some time
+CORRECTION_DECAY = (
+    0.98  # of a correction is kept at every serial solve, so that what was slow once is tried again some time
+)
 LEARN = 0.3  # weight of the newest solve in the corrections
 BANDWIDTH = 2e10  # bytes a second at which a solver's own work is guessed to go, before a solve was seen
 TRAFFIC = 48  # bytes it moves for each element of a state
@@ -38,7 +40,7 @@ _LOCK = threading.RLock()  # what is learned is shared between samplers, and so 
 
 
 @dataclass
-class Site:
+class WorkloadStats:
     """One kind of request to one sampler: sample shape, batch, dtype, device, kinds of kwargs."""
 
     batch: int
@@ -83,19 +85,19 @@ class Planner:
                 ("rounds", *self._kind), Expectation(schedule.num_steps, tol, options.draft is not None)
             )
 
-    def site(self, noise: Tensor, model_kwargs: dict[str, Any] | None, warm: bool = False) -> Site:
+    def site(self, noise: Tensor, model_kwargs: dict[str, Any] | None, warm: bool = False) -> WorkloadStats:
         """What is known about such a request, by all samplers of the model that work alike."""
         signature = (type(self.options.model), *cost.signature_of(noise, model_kwargs))
         key = (signature, noise.shape[0], warm, *self._kind)
-        found: Site | None = self._kept.get(key)
+        found: WorkloadStats | None = self._kept.get(key)
         if found is None:
             with self._lock:
                 costs = self._kept.setdefault(("costs", signature), cost.Costs())
-                new = Site(noise.shape[0], noise[:1].numel(), noise.device, costs, self._expectation, warm)
+                new = WorkloadStats(noise.shape[0], noise[:1].numel(), noise.device, costs, self._expectation, warm)
                 found = self._kept.setdefault(key, new)
         return found
 
-    def plan(self, site: Site, noise: Tensor, model_kwargs: dict[str, Any] | None) -> Plan:
+    def plan(self, site: WorkloadStats, noise: Tensor, model_kwargs: dict[str, Any] | None) -> Plan:
         """The plan for such a request, made anew where what it rests on has changed."""
         with self._lock:
             if site.plan is None or (site.age >= REFRESH and site.allowance >= 0):
@@ -105,8 +107,8 @@ class Planner:
             return site.plan
 
     def situation(
-        self, site: Site, noise: Tensor, model_kwargs: dict[str, Any] | None, previous: Plan | None = None
-    ) -> Situation:
+        self, site: WorkloadStats, noise: Tensor, model_kwargs: dict[str, Any] | None, previous: Plan | None = None
+    ) -> PlannerInputs:
         """All that a decision rests on."""
         step, calls = site.costs.step(site.batch), site.costs.curve()
         limit = self.options.row_limit(noise)
@@ -121,7 +123,7 @@ class Planner:
                 room.append(usable_bytes(site.device))
             return any(self._slab(site, noise, model_kwargs, w) <= room[0] for w in (steps, window))
 
-        return Situation(
+        return PlannerInputs(
             steps=steps,
             batch=site.batch,
             step=step,
@@ -137,25 +139,25 @@ class Planner:
             previous=None if previous is None else previous.chosen.window,
         )
 
-    def _slab(self, site: Site, noise: Tensor, model_kwargs: dict[str, Any] | None, window: int) -> int:
+    def _slab(self, site: WorkloadStats, noise: Tensor, model_kwargs: dict[str, Any] | None, window: int) -> int:
         """Bytes of the solver's memory for that window."""
         if window not in site.slabs:
             system = self.options.system(noise, model_kwargs)
             site.slabs[window] = Workspace.layout(system, self.options.solver, window, self.options.backend).layout()[1]
         return site.slabs[window]
 
-    def forced(self, site: Site, noise: Tensor, model_kwargs: dict[str, Any] | None, window: int) -> Plan:
+    def forced(self, site: WorkloadStats, noise: Tensor, model_kwargs: dict[str, Any] | None, window: int) -> Plan:
         """The plan with that window, whatever else is faster."""
         plan = decide(self.situation(site, noise, model_kwargs))
         chosen = next(candidate for candidate in plan.candidates if candidate.window == window)
         return replace(plan, chosen=chosen, reason="it is being tried")
 
-    def forget_plan(self, site: Site) -> None:
+    def forget_plan(self, site: WorkloadStats) -> None:
         """Something was learned: the next plan is made anew."""
         with self._lock:
             site.age = REFRESH
 
-    def saw_lead(self, site: Site, system: System, noise: Tensor, step: float) -> None:
+    def record_lead(self, site: WorkloadStats, system: System, noise: Tensor, step: float) -> None:
         """The first steps of an unmeasured chain took so long each; measures one call beside them."""
         rows = min(site.batch, self.options.row_limit(noise) or site.batch)
         call = cost.time_call(system, noise, rows, self.clock)
@@ -169,20 +171,20 @@ class Planner:
             site.allowance += PROBING * step * self.options.schedule.num_steps
             self.forget_plan(site)
 
-    def saw_serial(self, site: Site, steps: int, seconds: float) -> None:
+    def record_serial(self, site: WorkloadStats, steps: int, seconds: float) -> None:
         """That many serial steps took so long."""
         with self._lock:
             site.costs.learn_step(site.batch, seconds / steps)
             site.allowance += PROBING * seconds
-            site.corrections = {w: 1 + FORGIVE * (c - 1) for w, c in site.corrections.items()}
+            site.corrections = {w: 1 + CORRECTION_DECAY * (c - 1) for w, c in site.corrections.items()}
             self._compare(site, seconds)
 
-    def saw_rounds(
+    def record_rounds(
         self,
-        site: Site,
+        site: WorkloadStats,
         system: System,
         noise: Tensor,
-        seen: Effort,
+        seen: RoundEstimate,
         seconds: float,
         window: int,
         sure: bool,
@@ -203,7 +205,7 @@ class Planner:
                 return
             ratio = min(max(seconds / max(predicted[0], 1e-9), 0.1), 10.0)
             old = site.corrections.get(window, ratio)
-            jolted = not 1 / JOLT < ratio / old < JOLT
+            jolted = not 1 / OUTLIER_RATIO < ratio / old < OUTLIER_RATIO
             if jolted and not (sure or site.suspect):
                 site.suspect = True  # a hiccup, or the machine is another one now: the next solve looks at both sides
                 return
@@ -215,22 +217,22 @@ class Planner:
             site.suspect = False
             self._compare(site, seconds)
 
-    def check_due(self, site: Site) -> bool:
+    def check_due(self, site: WorkloadStats) -> bool:
         """Whether the serial chain, which solves by rounds never see, should be timed again."""
         with self._lock:
             site.unchecked += 1
             return site.suspect or site.unchecked > CHECK
 
-    def saw_check(self, site: Site, step: float) -> None:
+    def record_check(self, site: WorkloadStats, step: float) -> None:
         """Some serial steps at the beginning of a solve took so long each."""
         with self._lock:
             old = site.costs.step(site.batch) or step
-            near = 1 / JOLT < step / old < JOLT
+            near = 1 / OUTLIER_RATIO < step / old < OUTLIER_RATIO
             site.costs.set_step(site.batch, old + LEARN * (step - old) if near else step)
             site.unchecked = 0
             self.forget_plan(site)
 
-    def _compare(self, site: Site, seconds: float) -> None:
+    def _compare(self, site: WorkloadStats, seconds: float) -> None:
         said = None if site.plan is None else site.plan.chosen.seconds
         surprised = said is None or abs(seconds / max(said, 1e-9) - 1) > SURPRISE
         site.age = REFRESH if surprised else site.age + 1

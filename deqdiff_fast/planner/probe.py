@@ -12,7 +12,7 @@ from ..model.padding import padded_sizes
 from ..plan import Candidate
 from . import measure as cost
 from .decide import promising
-from .planner import Planner, Site
+from .planner import Planner, WorkloadStats
 
 TRIES = 2  # solves that a warm-up makes of different windows
 NEAR = 1.5  # how much slower than the serial chain a prediction may be for a warm-up to try it
@@ -35,13 +35,17 @@ def sizes(batch: int, steps: int, limit: int | None, padded: bool = False) -> li
     return found if found[-1] >= top else [*found, top]
 
 
-def may_probe(site: Site) -> bool:
+def may_probe(site: WorkloadStats) -> bool:
     """A quick look, for every solve, at whether `probe` could do anything."""
     return not site.exhausted and site.allowance > site.price
 
 
 def probe(
-    planner: Planner, site: Site, noise: Tensor, model_kwargs: dict[str, Any] | None, system: System | None = None
+    planner: Planner,
+    site: WorkloadStats,
+    noise: Tensor,
+    model_kwargs: dict[str, Any] | None,
+    system: System | None = None,
 ) -> System | None:
     """Measure one more batch size where it may matter and the allowance pays for it. Returns what was called.
 
@@ -75,13 +79,13 @@ def probe(
 
 
 def measure_all(
-    planner: Planner, site: Site, system: System, noise: Tensor, model_kwargs: dict[str, Any] | None
+    planner: Planner, site: WorkloadStats, system: System, noise: Tensor, model_kwargs: dict[str, Any] | None
 ) -> None:
     """Measure all sizes from the smallest on, until no larger one can change the plan."""
     limit = planner.options.row_limit(noise)
-    ladder = sizes(site.batch, system.num_steps, limit, planner.padded)
-    for k, rows in enumerate(ladder):
-        if k > 0 and not promising(planner.situation(site, noise, model_kwargs), ladder[k:]):
+    grid_sizes = sizes(site.batch, system.num_steps, limit, planner.padded)
+    for k, rows in enumerate(grid_sizes):
+        if k > 0 and not promising(planner.situation(site, noise, model_kwargs), grid_sizes[k:]):
             break
         seconds = cost.measure(system, noise, rows, repeats=REPEATS, budget=BUDGET, clock=planner.clock)
         if seconds == math.inf:
@@ -91,7 +95,9 @@ def measure_all(
     planner.forget_plan(site)
 
 
-def worth_trying(planner: Planner, site: Site, noise: Tensor, model_kwargs: dict[str, Any] | None) -> list[Candidate]:
+def worth_trying(
+    planner: Planner, site: WorkloadStats, noise: Tensor, model_kwargs: dict[str, Any] | None
+) -> list[Candidate]:
     """The solves that are predicted to be the fastest and not much slower than the serial chain."""
     plan = planner.plan(site, noise, model_kwargs)
     bar = NEAR * (plan.serial_seconds or 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 
-from ..plan import Effort
+from ..plan import RoundEstimate
 
 # Of quasi-Newton solves to a relative error of 1e-2, deterministic DDIM, one sample: the bundled image model, a small
 # policy and a Gaussian mixture, T = 20, 50, 100 and 1000, all within a fifth of these. What counts is the window's
@@ -31,14 +31,14 @@ class Expectation:
     def __init__(self, num_steps: int, tol: float = TRUSTED_TOL, drafted: bool = False) -> None:
         self.num_steps, self.whole = num_steps, DRAFTED if drafted else WHOLE
         self.strictness = PER_DECADE ** math.log10(TRUSTED_TOL / min(max(tol, 1e-8), 1.0))
-        self._seen: dict[tuple[int, int, bool], Effort] = {}  # corrections: factors on the table
-        self._general = Effort(1.0, 1.0)
+        self._seen: dict[tuple[int, int, bool], RoundEstimate] = {}  # corrections: factors on the table
+        self._general = RoundEstimate(1.0, 1.0)
 
-    def prior(self, window: int, batch: int = 1) -> Effort:
+    def prior(self, window: int, batch: int = 1) -> RoundEstimate:
         """The table's figures, T for a window of 1."""
         steps, width = self.num_steps, min(window, self.num_steps)
         if width <= 1:
-            return Effort(steps, 1.0)
+            return RoundEstimate(steps, 1.0)
         share = width / steps
         evaluations, active = _between(share, EVALUATIONS), _between(share, ACTIVE)
         if width == steps:
@@ -47,28 +47,28 @@ class Expectation:
         evaluations = min(max(evaluations, 1.0), width)
         rounds = max(evaluations / (share * active), steps / width, 2.0)
         rounds *= PER_DOUBLING ** math.log2(max(batch, 1))
-        return Effort(min(rounds, steps), evaluations)
+        return RoundEstimate(min(rounds, steps), evaluations)
 
-    def __call__(self, window: int, batch: int = 1, warm: bool = False) -> Effort:
+    def __call__(self, window: int, batch: int = 1, warm: bool = False) -> RoundEstimate:
         """What to expect; warm: the solve starts from a trajectory given by the caller."""
         guess = self.prior(window, batch)
         if min(window, self.num_steps) <= 1:
             return guess
         factor = self._seen.get((window, batch, warm)) or self._general
         rounds = min(max(guess.rounds * factor.rounds, 1.0), float(self.num_steps))
-        return Effort(rounds, min(max(guess.evaluations * factor.evaluations, 1.0), float(window) * rounds))
+        return RoundEstimate(rounds, min(max(guess.evaluations * factor.evaluations, 1.0), float(window) * rounds))
 
-    def learn(self, window: int, batch: int, seen: Effort, warm: bool = False) -> None:
+    def learn(self, window: int, batch: int, seen: RoundEstimate, warm: bool = False) -> None:
         """A solve took `seen`."""
         guess, key = self.prior(window, batch), (window, batch, warm)
-        ratio = Effort(seen.rounds / guess.rounds, seen.evaluations / guess.evaluations)
+        ratio = RoundEstimate(seen.rounds / guess.rounds, seen.evaluations / guess.evaluations)
         self._seen[key] = _mix(self._seen.get(key, ratio), ratio)
         if not warm:
             self._general = _mix(self._general, ratio)
 
 
-def _mix(old: Effort, new: Effort) -> Effort:
-    return Effort(*(a + FORGET * (b - a) for a, b in zip(old, new)))
+def _mix(old: RoundEstimate, new: RoundEstimate) -> RoundEstimate:
+    return RoundEstimate(*(a + FORGET * (b - a) for a, b in zip(old, new)))
 
 
 def _between(share: float, values: tuple[float, ...]) -> float:

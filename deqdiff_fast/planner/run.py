@@ -20,13 +20,13 @@ from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..loop.coarse_grids import without_coarse
 from ..model.padding import padded_sizes
-from ..plan import Effort, Plan
+from ..plan import Plan, RoundEstimate
 from ..solution import Solution, Stats
 from ..solver.picard import Picard
 from .decide import coarse_pays
 from .measure import time_call
 from .monitor import SlowSolveMonitor
-from .planner import Planner, Site
+from .planner import Planner, WorkloadStats
 from .probe import may_probe, measure_all, probe, worth_trying
 
 LEAD = 4  # steps of an unmeasured chain that are made serially and timed; the first one is not believed
@@ -38,7 +38,7 @@ SECONDS, MANY, TIMES = 0.25, 400, 5  # what a warm-up spends on serial steps and
 class Job:
     """One planned solve."""
 
-    site: Site
+    site: WorkloadStats
     request: Request
     model_kwargs: dict[str, Any] | None
     first: bool = False
@@ -77,7 +77,7 @@ def _serially(planner: Planner, job: Job, plan: Plan, system: System) -> Solutio
     solution = solve_serially(system, planner.options, job.request)
     solution.stats.plan = plan
     if job.request.callback is None:
-        planner.saw_serial(job.site, system.num_steps, planner.clock() - start)
+        planner.record_serial(job.site, system.num_steps, planner.clock() - start)
     return _charged(solution, job)
 
 
@@ -97,9 +97,9 @@ def _in_rounds(
         if monitor.gave_up:  # it counts with what it would still have taken
             share += monitor.left / monitor.rounds
             seconds, rows = monitor.spent * share, monitor.rows
-        seen = Effort(monitor.rounds * share, rows * share / (system.num_steps * system.batch))
+        seen = RoundEstimate(monitor.rounds * share, rows * share / (system.num_steps * system.batch))
         window, sure, whole = plan.chosen.window, monitor.gave_up, front == 0
-        planner.saw_rounds(job.site, system, job.noise, seen, seconds, window, sure, whole)
+        planner.record_rounds(job.site, system, job.noise, seen, seconds, window, sure, whole)
     return _charged(solution, job)
 
 
@@ -128,10 +128,10 @@ def _serial_start(planner: Planner, job: Job) -> Solution:
         if not stopped:
             started = planner.clock()
             if job.first:
-                planner.saw_lead(site, system, job.noise, median(taken))
+                planner.record_lead(site, system, job.noise, median(taken))
                 probe(planner, site, job.noise, job.model_kwargs, system)
             else:
-                planner.saw_check(site, median(taken))
+                planner.record_check(site, median(taken))
             stats.plan = planner.plan(site, job.noise, job.model_kwargs)
             site.allowance -= planner.clock() - started
             if not stats.plan.serial and max(fronts) < steps:
@@ -178,7 +178,7 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
             taken, _ = time_steps(planner, work, [0] * site.batch, None, min(2 * LEAD + 1, system.num_steps))
             while sum(taken) + median(taken) * system.num_steps < SECONDS and len(taken) < MANY:
                 taken += time_steps(planner, work, [0] * site.batch, None, system.num_steps)[0]
-        planner.saw_lead(site, system, noise, median(taken))
+        planner.record_lead(site, system, noise, median(taken))
         measure_all(planner, site, system, noise, model_kwargs)
         for candidate in worth_trying(planner, site, noise, model_kwargs):
             _try(planner, Job(site, Request(noise, draw()), model_kwargs), candidate.window)

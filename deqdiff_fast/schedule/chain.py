@@ -50,8 +50,8 @@ def draw_samples(
 ) -> Tensor:
     """Samples of a model by the serial chain, no gradient, all in one batch. noise: (B, *shape) -> (B, *shape)."""
     kwargs = dict(model_kwargs or {})
-    if hasattr(model, "deq_bind"):  # a guided model brings per-sample tensors of its own
-        kwargs = model.deq_bind(len(noise), kwargs)
+    if hasattr(model, "bind_batch"):  # a guided model brings per-sample tensors of its own
+        kwargs = model.bind_batch(len(noise), kwargs)
     coef, scale = schedule.denoised_coef().tolist(), schedule.input_scale.tolist()
     clip = None if schedule.clip is None else (schedule.clip.range, schedule.clip.gain.tolist())
 

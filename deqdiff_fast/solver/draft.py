@@ -108,14 +108,14 @@ class Drafted:
         memory.filled.zero_()
         return memory
 
-    def furnish(self, chain: Chain, memory: DraftedMemory) -> None:
+    def init_constants(self, chain: Chain, memory: DraftedMemory) -> None:
         """Where the draft is asked, and what the other timesteps take from there."""
-        anchors, weight = self._anchors(chain), chain.clean[:, 1]
+        anchors, weight = self._anchors(chain), chain.denoised_coef[:, 1]
         memory.at.copy_(anchors.at(weight.device))
         memory.shares.copy_(anchors.shares(weight))
         memory.between.copy_(interpolation(anchors.known(), anchors.steps, weight))
 
-    def foretold(self, chain: Chain, memory: DraftedMemory) -> Tensor:
+    def draft_predictions(self, chain: Chain, memory: DraftedMemory) -> Tensor:
         """(T, B, D): what the draft says at the states as they are; interpolated between the anchors."""
         self._ask(chain, memory)
         at, states = memory.at, chain.states[:-1]
@@ -123,7 +123,7 @@ class Drafted:
         torch.mm(memory.between, beyond.flatten(1), out=memory.now.flatten(1))
         return memory.now.addcmul_(chain.slope[:, None], states)
 
-    def worth_asking(self, chain: Chain, wanted: list[int]) -> list[int]:
+    def snap_to_anchors(self, chain: Chain, wanted: list[int]) -> list[int]:
         """The timesteps nearest to those wanted at which the draft is asked as well."""
         known = self._anchors(chain).known()
         return sorted({min(known, key=lambda at: abs(at - step)) for step in wanted})
@@ -159,7 +159,7 @@ class Drafted:
         sweep(chain, memory, pieces, chain.lo, chain.hi, first, column, charting=False)
         memory.known = on_host(chain)
 
-    def step_partly(self, chain: Chain, memory: DraftedMemory, round: int, evaluated: Tensor) -> None:
+    def step_interpolated(self, chain: Chain, memory: DraftedMemory, round: int, evaluated: Tensor) -> None:
         """`step`, where only rows evaluated: (T,) bool hold what the model said.
 
         What was interpolated is no end of a secant: iterates are soon so close to each other that what is wrong with it

@@ -99,7 +99,7 @@ class Paradigms:
             chain.states, chain.predictions, memory.carry, chain.model_coef, chain.lo, chain.hi, chain.sq_diff,
             chain.sq_norm, increments, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
-        torch.mul(chain.spread, chain.states.shape[2], out=memory.bound)
+        torch.mul(chain.step_variance, chain.states.shape[2], out=memory.bound)
         torch.minimum(chain.sq_norm, memory.bound, out=chain.sq_norm)
 
     def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from ..loop.base import Lease, Plan, Size
 from ..loop.task import Progress, Task
-from .parareal_loop import Sweeps, SweepsMemory
+from .parareal_loop import PararealLoop, PararealMemory
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Parareal:
         plan.add("parareal.fine", shape, size.dtype)
         plan.add("parareal.coarse", shape, size.dtype)
 
-    def start(self, lease: Lease) -> SweepsMemory:
-        return SweepsMemory(lease["parareal.fine"], lease["parareal.coarse"])
+    def start(self, lease: Lease) -> PararealMemory:
+        return PararealMemory(lease["parareal.fine"], lease["parareal.coarse"])
 
     def drive(self, task: Task) -> Progress:
         """All rounds of a solve; see `iterate`, whose arguments `task` holds."""
-        return Sweeps(task, self.edges(task.chain.num_steps)).run()
+        return PararealLoop(task, self.edges(task.chain.num_steps)).run()

@@ -15,7 +15,7 @@ from ..loop.task import Progress, Task
 from ..loop.window import Window
 
 
-class SweepsMemory(NamedTuple):
+class PararealMemory(NamedTuple):
     fine: Tensor  # (N, B, D) F(U[j]): the end of block j by its own steps
     coarse: Tensor  # (N, B, D) G(U[j]): the same by one long step
 
@@ -23,7 +23,7 @@ class SweepsMemory(NamedTuple):
 def held(chain: Chain) -> tuple[Tensor, Tensor]:
     """(T,), (T,) float64 k, c: the steps as x' = k x + c x0 + drift, x0 = p x + q E the predicted clean sample."""
     a, b = chain.state_coef[:, 0].double().cpu(), chain.model_coef[:, 0].double().cpu()
-    p, q = chain.clean.double().cpu().unbind(1)
+    p, q = chain.denoised_coef.double().cpu().unbind(1)
     used = b != 0
     take, keep = torch.where(used, b / q, 0), torch.where(used, a - b * p / q, a)
     bad = (~(take.isfinite() & keep.isfinite())).nonzero().flatten().tolist()
@@ -33,14 +33,14 @@ def held(chain: Chain) -> tuple[Tensor, Tensor]:
     return keep, take
 
 
-class Sweeps:
+class PararealLoop:
     """One solve. Blocks before `front` are final for all samples, and all blocks for the samples not in `live`."""
 
     def __init__(self, task: Task, edges: list[int]) -> None:
         self.task, self.chain, self.edges = task, task.chain, edges
-        self.memory: SweepsMemory = task.memory
+        self.memory: PararealMemory = task.memory
         self.keep, self.take = (table.tolist() for table in held(self.chain))
-        self.clean = self.chain.clean.double().tolist()
+        self.clean = self.chain.denoised_coef.double().tolist()
         self.window = Window(self.chain.num_steps, self.chain.batch, self.chain.num_steps)
         self.progress = Progress(self.window)
         self.front, self.live = 0, list(range(self.chain.batch))

@@ -17,7 +17,7 @@ class NewtonMemory(NamedTuple):
     z: Tensor  # (H + 1, W, B, D) states at which the model was called, a ring over rounds and over timesteps
     e: Tensor  # (H + 1, W, B, D) its predictions
     filled: Tensor  # (W, B) int32
-    before: Tensor  # (W, B) int32, scratch of `step_partly`
+    before: Tensor  # (W, B) int32, scratch of `step_interpolated`
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class QuasiNewton:
 
     coarse: numbers of intervals of the grids of timesteps that the first rounds evaluate, one round a grid, of which
     those count that leave out half of the timesteps or more, and where noise is added on the way only the finest that
-    leaves out three fifths (see `nested.ladder`); () for none. It saves model evaluations and costs a round at times.
+    leaves out three fifths (see `nested.grid_sizes`); () for none. It saves model evaluations and costs a round at times.
     ridge: of the secant fit, relative. floor: shortest step worth keeping, relative to the state. safety, freeze: see
-    `Solver`; strict: see `contraction.Vigil`. history_dtype: what the rings are stored in (None: as the states);
+    `Solver`; strict: see `contraction.StallDetector`. history_dtype: what the rings are stored in (None: as the states);
     bfloat16 halves their memory and traffic and blunts the secants, but cannot move the fixed point.
     """
 
@@ -97,7 +97,7 @@ class QuasiNewton:
             self.ridge, self.floor, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
 
-    def step_partly(self, chain: Chain, memory: NewtonMemory, round: int, evaluated: Tensor) -> None:
+    def step_interpolated(self, chain: Chain, memory: NewtonMemory, round: int, evaluated: Tensor) -> None:
         """`step`, where only rows evaluated: (T,) bool hold what the model said; the window is the whole chain.
 
         An interpolated prediction is no end of a secant, but it may be the other end of a later one.

@@ -59,7 +59,7 @@ def sample_deq(
     refuse(model, x, extra_args or {})
     kept = getattr(getattr(model, "inner_model", None), "inner_model", None)
     if kept is not None:
-        model.costs_beside = kept  # the guider is made anew for every run: what was measured stays with its network
+        model.base_model = kept  # the guider is made anew for every run: what was measured stays with its network
     return k_diffusion.sample_deq(model, x, sigmas, extra_args, callback, disable, **options)
 
 

@@ -14,7 +14,7 @@ import deqdiff_fast as dq
 from deqdiff_fast.engine import graph_cache as resident
 from deqdiff_fast.engine import solve
 from deqdiff_fast.engine.cuda_graphs import Graphs
-from deqdiff_fast.loop.device import Late
+from deqdiff_fast.loop.device import Lookahead
 from deqdiff_fast.model.padding import padded_sizes
 from deqdiff_fast.solver import draft as drafted
 
@@ -86,7 +86,7 @@ class Net(torch.nn.Module):
 def recorded(monkeypatch):
     """Records on the CPU; every solve is late."""
     recorder = TapeRecorder()
-    monkeypatch.setattr(solve, "late_policy", lambda system, request: Late())
+    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: Lookahead())
     monkeypatch.setattr(resident, "recorder_for", lambda device: recorder)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     return recorder

@@ -7,7 +7,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.inversion import FixedPoint
-from deqdiff_fast.inversion.automatic import Automatic, Effort, Record
+from deqdiff_fast.inversion.automatic import Automatic, Record, RoundEstimate
 from deqdiff_fast.planner import measure as cost
 
 SHAPE = (3, 8, 8)
@@ -47,10 +47,10 @@ def test_it_learns_what_methods_take(mixture, ddim, image, monkeypatch):
     second = inverter.invert(image).stats.solver
     assert {first, second} == {"equilibrium", "fixed_point"}
     record = Record()
-    record.learn("equilibrium", Effort(30, 200), 2.0)
-    assert record.effort["equilibrium"] == Effort(30, 200)
-    record.learn("equilibrium", Effort(50, 400), 4.0)
-    assert record.effort["equilibrium"] == Effort(40, 300)
+    record.learn("equilibrium", RoundEstimate(30, 200), 2.0)
+    assert record.effort["equilibrium"] == RoundEstimate(30, 200)
+    record.learn("equilibrium", RoundEstimate(50, 400), 4.0)
+    assert record.effort["equilibrium"] == RoundEstimate(40, 300)
     assert record.correction["equilibrium"] == pytest.approx(3.0)
 
 

@@ -10,7 +10,7 @@ import torch
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import available_backends
-from deqdiff_fast.loop.device import Late
+from deqdiff_fast.loop.device import Lookahead
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
@@ -35,7 +35,7 @@ def test_triton_solves_the_serial_chain(monkeypatch, relative_error, solver, win
     status = available_backends()["triton"]
     if status != "available":
         pytest.skip(status)
-    monkeypatch.setattr(solve, "late_policy", lambda system, request: Late())
+    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: Lookahead())
     schedule = dq.Schedule.ddim(ABAR, torch.arange(6).flip(0) * 150, eta=0.2)
     start = torch.randn(2, 20, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     sampler = dq.DEQSampler(model, schedule, solver=solver, window=window, backend="triton", tol=1e-4)

@@ -21,7 +21,7 @@ from deqdiff_fast.kernels import (
     newton_scan,
     newton_scan_bytes,
 )
-from deqdiff_fast.loop.device import Late, _Loop
+from deqdiff_fast.loop.device import Lookahead, _Loop
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SETTINGS = {"scope": "triangular", "ridge": 1e-3, "relative_ridge": True, "damping": 0.8, "stale": 1e6}
@@ -174,7 +174,7 @@ WIDTH = 64
 def test_triton_rounds_allocate_nothing(counter, monkeypatch, ddim, solver, window):
     """The loop that runs on a GPU, from the second round on: nothing at all, or where a window slides no rows; bounds
     and the numbers of what enters, a few for each sample, are new tensors then."""
-    monkeypatch.setattr(solve, "late_policy", lambda system, request: Late(near=0.0))
+    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: Lookahead(near=0.0))
     mode, rounds, step = counter(1 if window == "auto" else WIDTH), [], _Loop.step
 
     def watched(self, round):
@@ -198,7 +198,7 @@ def test_triton_rounds_allocate_nothing(counter, monkeypatch, ddim, solver, wind
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s if isinstance(s, str) else "linear")
 def test_triton_solver_steps_allocate_nothing_at_all(counter, monkeypatch, ddim, solver):
     """On a device by the counts of torch's allocator."""
-    monkeypatch.setattr(solve, "late_policy", lambda system, request: Late(near=0.0))
+    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: Lookahead(near=0.0))
     start = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
     start = start if INTERPRETED else start.cuda()
     options = {"solver": solver, "backend": "triton", "tol": 1e-3, "max_rounds": 4, "cuda_graph": False}

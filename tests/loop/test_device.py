@@ -14,7 +14,7 @@ from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import advance_window, copy_rows
 from deqdiff_fast.kernels.advance_window import limit
 from deqdiff_fast.loop.base import forget_rows
-from deqdiff_fast.loop.device import Late, _Loop
+from deqdiff_fast.loop.device import Lookahead, _Loop
 from deqdiff_fast.loop.window import Window
 from deqdiff_fast.solver import draft as drafted
 
@@ -23,7 +23,7 @@ SOLVERS = [
     "quasi-newton", "picard", "triangular", "anderson", "paradigms", "parataa", dq.Anderson(scope="trajectory"),
     dq.Anderson(history_dtype=torch.bfloat16, label="triangular-bf16"),
 ]  # fmt: skip
-EAGER, ALWAYS = Late(near=float("inf")), Late(near=0.0)
+EAGER, ALWAYS = Lookahead(near=float("inf")), Lookahead(near=0.0)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def late(monkeypatch):
     """Makes every solve use a policy."""
 
     def use(policy):
-        monkeypatch.setattr(solve, "late_policy", lambda system, request: policy)
+        monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: policy)
 
     return use
 
@@ -140,7 +140,7 @@ def test_the_same_sample_at_most_one_round_late(late, mixture, ddim, noise, solv
 
     expected, rows = run()
     assert expected.stats.model_evals == rows
-    for policy in (EAGER, Late(), ALWAYS):
+    for policy in (EAGER, Lookahead(), ALWAYS):
         late(policy)
         out, rows = run()
         extra = out.stats.rounds - expected.stats.rounds
@@ -154,7 +154,7 @@ def test_the_same_sample_at_most_one_round_late(late, mixture, ddim, noise, solv
         assert len(trace) == out.stats.rounds
 
 
-@pytest.mark.parametrize("policy", [Late(), ALWAYS], ids=["near", "always"])
+@pytest.mark.parametrize("policy", [Lookahead(), ALWAYS], ids=["near", "always"])
 @pytest.mark.parametrize("window", ["auto", 7])
 @pytest.mark.parametrize("solver", ["quasi-newton", "picard", "triangular"])
 def test_no_look_at_the_device_in_a_round(late, unseen, ddim, noise, solver, window, policy):
@@ -213,7 +213,7 @@ def test_transient_overflow_is_repaired(late, ddim, noise, relative_error, solve
 
 
 def test_out_of_rounds(late, mixture, ddim, noise, relative_error):
-    late(Late())
+    late(Lookahead())
     sampler = dq.DEQSampler(mixture(), ddim(50), solver="quasi-newton", max_rounds=2, tol=1e-6)
     out = sampler.sample(noise(2))
     assert out.stats.rounds == 2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import advance_window
-from deqdiff_fast.loop.device import Late
+from deqdiff_fast.loop.device import Lookahead
 from deqdiff_fast.loop.window import Window
 
 SOLVERS = ("quasi-newton", "picard", "triangular", "anderson", "parataa", "deq-ddim", "paradigms")
@@ -45,11 +45,11 @@ def abar() -> Tensor:
     return (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 
 
-@pytest.mark.parametrize("policy", [None, Late(near=0.0)], ids=["host", "device"])
+@pytest.mark.parametrize("policy", [None, Lookahead(near=0.0)], ids=["host", "device"])
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [6, 10])
 def test_no_sample_of_another_mode_is_called_converged(solver, steps, policy, monkeypatch):
-    monkeypatch.setattr(solve, "late_policy", lambda system, request: policy)
+    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: policy)
     model = SharpMixture(abar())
     timesteps = (1000 - torch.arange(steps) * 1000 / steps).round().long() - 1
     schedule = dq.Schedule.ddim(abar(), timesteps, prediction_type="sample")

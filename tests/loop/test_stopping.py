@@ -11,8 +11,8 @@ import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels.advance_window import limit
 from deqdiff_fast.kernels.judge_steps import FASTEST, SLOWEST
-from deqdiff_fast.loop.device import Late
-from deqdiff_fast.loop.stopping import Vigil, forget, judge
+from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.stopping import StallDetector, forget, judge
 
 FREEZE, FLOOR = 1e-3, 1e-6
 
@@ -71,10 +71,10 @@ def test_long_steps_stay_as_they_are():
     assert 0 < FASTEST < SLOWEST < 1
 
 
-@pytest.mark.parametrize("policy", [None, Late(), Late(near=0)], ids=["host", "late", "always late"])
+@pytest.mark.parametrize("policy", [None, Lookahead(), Lookahead(near=0)], ids=["host", "late", "always late"])
 def test_a_sample_that_hangs_on_an_early_choice(monkeypatch, mixture, ddim, relative_error, policy):
     """Sharp clusters: a relative change of 1e-3 in one of these noises leads to another sample."""
-    monkeypatch.setattr(solve, "late_policy", lambda system, request: policy)
+    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: policy)
     model, schedule = mixture((3, 16, 16), components=10), ddim(50)
     model.variance = 0.01
     start = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -90,12 +90,12 @@ def test_a_sample_that_hangs_on_an_early_choice(monkeypatch, mixture, ddim, rela
 
 
 def test_a_vigil_names_each_sample_once():
-    vigil = Vigil(3, dq.QuasiNewton(), 1e-3)
+    vigil = StallDetector(3, dq.QuasiNewton(), 1e-3)
     assert vigil.look([1.0, 1.0, 1.0]) == []
     assert vigil.look([0.5, 0.95, 2.0]) == [1, 2]
     assert vigil.look([0.49, 1.0, 3.0]) == [0]
     assert vigil.look([1.0, 1.0, 1.0]) == []
-    quiet = Vigil(1, dq.QuasiNewton(), 1e-3)
+    quiet = StallDetector(1, dq.QuasiNewton(), 1e-3)
     assert quiet.look([0.9e-3]) == []
     assert quiet.look([0.9e-3]) == []
-    assert Vigil(1, dq.Picard(), 1e-3).look([1.0]) == []
+    assert StallDetector(1, dq.Picard(), 1e-3).look([1.0]) == []

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast.plan import Effort
+from deqdiff_fast.plan import RoundEstimate
 from deqdiff_fast.planner import planner as planning
 from deqdiff_fast.planner.decide import (
     Curve,
-    Situation,
+    PlannerInputs,
     decide,
     give_up,
     predict,
@@ -32,7 +32,7 @@ IDLE, BUSY = {1: 1.0, 128: 1.0}, {1: 1.0, 128: 128.0}  # devices on which more r
 def situation(points=IDLE, steps=100, batch=1, **more):
     calls = Curve(points)
     more.setdefault("expect", lambda window: Expectation(steps)(window, batch))
-    return Situation(steps=steps, batch=batch, step=calls(batch), calls=calls, **more)
+    return PlannerInputs(steps=steps, batch=batch, step=calls(batch), calls=calls, **more)
 
 
 def test_an_idle_device_solves_everything_at_once():
@@ -76,7 +76,7 @@ def test_calls_are_cut_where_pieces_are_cheaper_and_where_they_must_be():
 
 
 def test_what_is_not_known_is_not_tried():
-    plan = decide(Situation(100, 1, None, None, Expectation(100)))
+    plan = decide(PlannerInputs(100, 1, None, None, Expectation(100)))
     assert plan.serial
     assert "nothing was measured yet" in str(plan)
     few = decide(situation({1: 1.0, 2: 1.0}))
@@ -144,22 +144,22 @@ def test_expectations_are_possible(steps):
 def test_expectations_learn():
     expect = Expectation(100)
     before = expect(100), expect(50), expect(100, 1, True)
-    expect.learn(100, 1, Effort(2 * before[0].rounds, before[0].evaluations))
+    expect.learn(100, 1, RoundEstimate(2 * before[0].rounds, before[0].evaluations))
     assert expect(100).rounds == pytest.approx(2 * before[0].rounds)
     assert before[1].rounds < expect(50).rounds < 2 * before[1].rounds
-    expect.learn(100, 1, Effort(3.0, 3.0), warm=True)
+    expect.learn(100, 1, RoundEstimate(3.0, 3.0), warm=True)
     assert expect(100, 1, True) == pytest.approx((3.0, 3.0))
     assert expect(100).rounds == pytest.approx(2 * before[0].rounds)
     assert Expectation(100, 1e-5)(100).evaluations > 1.5 * before[0].evaluations
 
 
 def test_work_left():
-    effort = Effort(10.0, 4.0)
+    effort = RoundEstimate(10.0, 4.0)
     left = [work_left(done, effort, 0, 100, 100) for done in range(1, 10)]
     assert all(after > 0 for after in left)
     assert left[0] < 9, "later rounds have fewer rows"
     assert work_left(15, effort, 10, 100, 100) == 6, "as long again as it is overdue"
-    assert work_left(5, Effort(40.0, 1.6), 10, 100, 4) == 45, "a window goes on as it went"
+    assert work_left(5, RoundEstimate(40.0, 1.6), 10, 100, 4) == 45, "a window goes on as it went"
     assert work_left(50, effort, 98, 100, 100) == 2
     assert give_up(10, 1.0, 5, 1.0)
     assert not give_up(5, 1.0, 5, 1.0)

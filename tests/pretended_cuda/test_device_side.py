@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast.loop.coarse_grids import Ascent
-from deqdiff_fast.loop.device import Mailbox, _Loop
+from deqdiff_fast.loop.coarse_grids import CoarseRounds
+from deqdiff_fast.loop.device import AsyncReadback, _Loop
 from deqdiff_fast.model.draft_calls import DraftCalls
 
 
@@ -115,8 +115,8 @@ def test_a_broken_model_is_named(device, ddim):
 def test_the_host_waits_for_no_round(device, monkeypatch, ddim, solver, window):
     """Neither on coarse grids nor in the loop, whose verdicts come by mail."""
     device.watch(monkeypatch, _Loop, "queue", "round")
-    device.watch(monkeypatch, Ascent, "run", "coarse")
-    device.watch(monkeypatch, Mailbox, "read", "mail")
+    device.watch(monkeypatch, CoarseRounds, "run", "coarse")
+    device.watch(monkeypatch, AsyncReadback, "read", "mail")
     stats = sampled(device, ddim(60), solver=solver, window=window)
     assert device.launches["round"].total() > 5 * (stats.rounds - stats.coarse_rounds)
     assert (device.launches["coarse"].total() > 0) == (stats.coarse_rounds > 0)

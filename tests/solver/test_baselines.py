@@ -7,7 +7,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
-from deqdiff_fast.loop.device import Late
+from deqdiff_fast.loop.device import Lookahead
 from deqdiff_fast.schedule.tables import step_variance
 from deqdiff_fast.solver import Paradigms, resolve
 
@@ -42,9 +42,9 @@ def paradigms(model, schedule, noise, width, tol):
 
 
 @pytest.mark.parametrize("width", [50, 12])
-@pytest.mark.parametrize("policy", [None, Late(near=float("inf"))], ids=["host", "late"])
+@pytest.mark.parametrize("policy", [None, Lookahead(near=float("inf"))], ids=["host", "late"])
 def test_paradigms_is_the_papers_algorithm(monkeypatch, mixture, ddim, noise, relative_error, width, policy):
-    monkeypatch.setattr(solve, "late_policy", lambda system, request: policy)
+    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: policy)
     model, schedule, start = mixture(), ddim(50), noise(3).double()
     expected = [paradigms(model, schedule, start[b : b + 1], width, 0.1) for b in range(3)]
     fronts = []

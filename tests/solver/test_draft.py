@@ -8,7 +8,7 @@ from torch import Tensor
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
-from deqdiff_fast.loop.device import Late
+from deqdiff_fast.loop.device import Lookahead
 from deqdiff_fast.solver.anchors import Anchors
 
 TIGHT = {"tol": 1e-4, "max_batch": 512}
@@ -176,11 +176,11 @@ def test_auto_takes_the_draft_and_plans_with_it(mixture, ddim, noise):
     assert error(found.sample, sampler.serial(noise()).sample) < 1e-2
 
 
-@pytest.mark.parametrize("policy", [Late(near=float("inf")), Late(near=0.0)])
+@pytest.mark.parametrize("policy", [Lookahead(near=float("inf")), Lookahead(near=0.0)])
 def test_the_loop_on_the_device(mixture, ddim, noise, monkeypatch, policy):
     model = mixture()
     ahead = solved(model, ddim(20), noise(3), Shifted(model, 0.05))[0]
-    monkeypatch.setattr(solve, "late_policy", lambda system, request: policy)
+    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: policy)
     found, off = solved(model, ddim(20), noise(3), Shifted(model, 0.05))
     assert found.converged.all()
     assert off < 1e-4
