@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.loop import device as loop
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.solver import draft as drafted
 
 from ._common import environment, markdown, note, summary, write_json

@@ -21,7 +21,6 @@ from .planner.planner import Planner
 from .planner.run import compile_sizes, solve_planned, warm_up
 from .schedule import Schedule, SpectralSlope
 from .solution import Callback, Solution
-from .solver.draft import Drafted
 
 ADJOINT_TOL = 1e-4
 
@@ -151,9 +150,9 @@ class DEQSampler:
         """Solve the adjoint chain with this sampler's settings; returns its trajectory (T + 1, B, D)."""
         options = self.options
         tol = tol or min(ADJOINT_TOL, options.tol or ADJOINT_TOL)
-        plain = getattr(self.solver, "slope", None) in ("auto", "scalar", None)  # a spectrum has the shape of an image
+        plain = self.solver.slope in ("auto", "scalar", None)  # a spectrum has the shape of an image
         # neither a draft nor a solver that makes its own rounds, which may want more of a chain than an adjoint one has
-        plain = plain and not isinstance(self.solver, Drafted) and not hasattr(self.solver, "drive")
+        plain = plain and not self.solver.needs_draft and not self.solver.makes_rounds
         solver = self.solver if plain and self.solver.max_rounds is None else "quasi-newton"
         sampler = DEQSampler(
             model, schedule, solver=solver, tol=tol, max_batch=options.max_batch, backend=options.backend

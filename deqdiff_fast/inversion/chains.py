@@ -49,7 +49,7 @@ class ParallelChain:
 
     def __init__(self, task: Task, solver: str | Solver, tol: float | None, gradient: Gradient, finish: bool) -> None:
         self.task = task
-        spectral = getattr(resolve(solver), "slope", None) in ("auto", "spectral")
+        spectral = resolve(solver).slope in ("auto", "spectral")
         self.sampler = DEQSampler(
             task.model, task.schedule, solver=solver, tol=tol, window=task.window, backend=task.backend,
             gradient=gradient, max_batch=task.max_batch, spectrum=task.spectrum if spectral else None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.inverse_scan import MAX_COLUMNS
-from ..loop.base import Lease, Plan, Size
+from ..loop.base import LeasedTensors, MemoryRequest, ProblemSize, Solver
 from ..schedule import SpectralSlope
 from . import multistep
 from .base import InversionStats, Outcome, Task, read_out
@@ -112,26 +112,26 @@ class Equilibrium:
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Solver):
     """What a solve asks of the slab, with `tail` stiff rows."""
 
     history: int
     long_history: int
     tail: int
 
-    def plan(self, plan: Plan, size: Size) -> None:
+    def plan_memory(self, request: MemoryRequest, size: ProblemSize) -> None:
         row = (size.batch, size.numel)
         for prefix, ring in (
             ("", (self.history + 1, size.window)),
             ("long_", (self.long_history + 1, max(self.tail, 1))),
         ):
-            plan.add(f"inverse.{prefix}z", (*ring, *row), size.dtype)
-            plan.add(f"inverse.{prefix}e", (*ring, *row), size.dtype)
-            plan.add(f"inverse.{prefix}filled", (ring[1], size.batch), torch.int32)
-        plan.add("inverse.forward", (size.num_steps + 1, *row), size.dtype)
-        plan.add("inverse.known_z", (1, size.num_steps, *row), size.dtype)
-        plan.add("inverse.known_e", (1, size.num_steps, *row), size.dtype)
-        plan.add("inverse.known", (size.num_steps, size.batch), torch.int32)
+            request.add(f"inverse.{prefix}z", (*ring, *row), size.dtype)
+            request.add(f"inverse.{prefix}e", (*ring, *row), size.dtype)
+            request.add(f"inverse.{prefix}filled", (ring[1], size.batch), torch.int32)
+        request.add("inverse.forward", (size.num_steps + 1, *row), size.dtype)
+        request.add("inverse.known_z", (1, size.num_steps, *row), size.dtype)
+        request.add("inverse.known_e", (1, size.num_steps, *row), size.dtype)
+        request.add("inverse.known", (size.num_steps, size.batch), torch.int32)
 
-    def start(self, lease: Lease) -> Rings:
-        return Rings(*(lease[f"inverse.{name}"] for name in Rings._fields))
+    def start(self, tensors: LeasedTensors) -> Rings:
+        return Rings(*(tensors[f"inverse.{name}"] for name in Rings._fields))

@@ -9,7 +9,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.model.padding import is_compiled, out_of_memory, padded_sizes
 
 
