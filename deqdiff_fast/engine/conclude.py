@@ -20,7 +20,7 @@ def conclude(
     stopped: bool,
     stats: Stats,
     started: float,
-    keep: bool,
+    return_trajectory: bool,
     on_failure: OnFailure,
     report: Report,
     gave_up: bool = False,
@@ -30,7 +30,6 @@ def conclude(
     Args:
         stopped: whether a callback asked for the end.
         started: `time.perf_counter()` at the start.
-        keep: return the trajectory.
         report: called after every step that is finished serially; returning True stops.
         gave_up: the loop ended because finishing serially is faster.
 
@@ -50,7 +49,7 @@ def conclude(
     stats.draft_evals = 0 if system.draft is None else system.draft.evals
     sample = system.from_basis(chain.states[-1]).view(system.batch, *system.shape).to(system.model_dtype)
     stats.wall_seconds = time.perf_counter() - started
-    solution = Solution(sample, done, stats, work.trajectory() if keep else None)
+    solution = Solution(sample, done, stats, work.trajectory() if return_trajectory else None)
     if rounds_ran_out and not gave_up and on_failure != "serial":
         worst = float(stats.residual_trace[-1].max()) if len(stats.residual_trace) else float("nan")
         message = (

@@ -44,8 +44,7 @@ class Request:
     callback: Callback | None = None
     progress: bool = False
     init_trajectory: Tensor | None = None
-    keep: bool = False
-    """Whether the trajectory is returned."""
+    return_trajectory: bool = False
 
 
 @dataclass
@@ -112,7 +111,7 @@ def solve_rounds(
             chain=work.chain, solver=solver, memory=work.memory, evaluate=work.evaluate, rebuild=work.rebuild,
             diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
             report=report if monitor is None else monitor.start(report), rule=rule,
-            max_rounds=0 if stopped else limit, start=0 if head is None else head.front, made=len(coarse),
+            max_rounds=0 if stopped else limit, start=0 if head is None else head.front, rounds_before=len(coarse),
             longest=coarse[-1] if coarse else None, warm=warm, device=device,
         )  # fmt: skip
         outcome = iterate(task)
@@ -121,7 +120,15 @@ def solve_rounds(
         gave_up = monitor is not None and monitor.gave_up
         stopped = stopped or (outcome.stopped and not gave_up)
         solution = conclude(
-            work, outcome.window.lo, stopped, stats, started, request.keep, options.on_failure, report, gave_up
+            work,
+            outcome.window.lo,
+            stopped,
+            stats,
+            started,
+            request.return_trajectory,
+            options.on_failure,
+            report,
+            gave_up,
         )
     if work.system is not system:
         stats.model_evals += system.model_evals
@@ -172,7 +179,7 @@ def solve_serially(system: System, options: Options, request: Request) -> Soluti
             front = [0] * noise.shape[0]
             stats.finished_serially, stopped = finish_serially(work, front, 0, report)
             stats.rounds = stats.finished_serially
-            return conclude(work, front, stopped, stats, started, request.keep, options.on_failure, report)
+            return conclude(work, front, stopped, stats, started, request.return_trajectory, options.on_failure, report)
 
 
 def no_samples(noise: Tensor, stats: Stats) -> Solution:

@@ -46,7 +46,7 @@ class DeviceLoop:
         chain = task.chain
         self.task, self.chain, self.rule = task, chain, task.rule.for_window(chain)
         self.window = Window(chain.num_steps, chain.batch, chain.window, task.start)
-        self.progress = Progress(self.window, task.made)
+        self.progress = Progress(self.window, task.rounds_before)
         self.sliding = chain.window < chain.num_steps
         self.state = task.device.state or DeviceState.make(chain, task.device.pad(self.window.count))
         self.state.start(chain, self.window, task.longest)
@@ -114,7 +114,7 @@ class DeviceLoop:
         self.active = self.window.count
         progress.trace.append(torch.tensor(worst, dtype=self.state.decision.dtype))
         self.stalled.update(self.stalls.update(worst))
-        round = self.task.made + len(progress.trace)
+        round = self.task.rounds_before + len(progress.trace)
         progress.stopped |= self.task.report(round, self.window, progress.trace[-1]) is True
         return [int(step) for step in broken]
 

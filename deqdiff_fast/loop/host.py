@@ -28,7 +28,7 @@ def iterate_on_host(task: Task) -> Progress:
     """`iterate` where the host looks at every round before it makes the next one."""
     chain, solver, rule = task.chain, task.solver, task.rule.for_window(task.chain)
     window = Window(chain.num_steps, chain.batch, chain.window, task.start)
-    progress = Progress(window, task.made)
+    progress = Progress(window, task.rounds_before)
     previous, strict = torch.empty_like(chain.sq_diff), torch.ones_like(chain.sq_diff[0])
     reset_steps(previous)
     stalls = StallDetector(chain.batch, solver, rule.finish)

@@ -71,7 +71,7 @@ class Task:
     max_rounds: int
     start: int = 0
     """How many rows are final already."""
-    made: int = 0
+    rounds_before: int = 0
     """Rounds before this loop, which count."""
     longest: Tensor | None = None
     """(B,), the longest steps of the round before, if there was one."""

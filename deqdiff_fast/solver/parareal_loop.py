@@ -25,12 +25,12 @@ def step_factors(chain: Chain) -> tuple[Tensor, Tensor]:
     a, b = chain.state_coef[:, 0].double().cpu(), chain.model_coef[:, 0].double().cpu()
     p, q = chain.denoised_coef.double().cpu().unbind(1)
     used = b != 0
-    take, keep = torch.where(used, b / q, 0), torch.where(used, a - b * p / q, a)
-    bad = (~(take.isfinite() & keep.isfinite())).nonzero().flatten().tolist()
+    clean_factor, state_factor = torch.where(used, b / q, 0), torch.where(used, a - b * p / q, a)
+    bad = (~(clean_factor.isfinite() & state_factor.isfinite())).nonzero().flatten().tolist()
     if bad:
         raise ValueError("solver: 'parareal' holds the predicted clean sample over a block; expected predictions that "
                          f"determine it, got none at step {bad[0]} of {len(a)}")  # fmt: skip
-    return keep, take
+    return state_factor, clean_factor
 
 
 class PararealLoop:
@@ -186,13 +186,14 @@ class PararealLoop:
     def _long_step(self, j: int, samples: Tensor) -> Tensor:
         """G: block j from its beginning, the clean sample predicted there held to its end; (n, D)."""
         chain, begin = self.chain, self.edges[j]
-        kept, taken = 1.0, 0.0
+        of_state, of_clean = 1.0, 0.0
         carried: Tensor | float = 0.0
         for i in range(begin, self.edges[j + 1]):
-            kept, taken = self.state_factor[i] * kept, self.state_factor[i] * taken + self.clean_factor[i]
+            factor = self.state_factor[i]
+            of_state, of_clean = factor * of_state, factor * of_clean + self.clean_factor[i]
             if chain.drift is not None:
                 carried = self.state_factor[i] * carried + chain.drift[i, samples]
-        p, q = self.denoised_coef[begin] if taken else (0.0, 0.0)
+        p, q = self.denoised_coef[begin] if of_clean else (0.0, 0.0)
         state, prediction = chain.states[begin, samples], chain.predictions[begin, samples]
-        long: Tensor = (kept + taken * p) * state + taken * q * prediction + carried
+        long: Tensor = (of_state + of_clean * p) * state + of_clean * q * prediction + carried
         return long
