@@ -138,7 +138,7 @@ def _serial_start(planner: Planner, job: Job) -> Solution:
                 return _in_rounds(planner, job, stats.plan, system, work, max(fronts))
             _, stopped = finish_serially(work, fronts, max(fronts), report)
         stats.rounds = stats.finished_serially = max(fronts)
-        return conclude(work, fronts, stopped, stats, job.wall, request.keep, options.on_failure, report)
+        return conclude(work, fronts, stopped, stats, job.wall, request.return_trajectory, options.on_failure, report)
 
 
 def time_steps(
