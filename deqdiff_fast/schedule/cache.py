@@ -28,15 +28,15 @@ def cached(schedule: Schedule, key: Hashable, make: Callable[[], T]) -> T:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return make()
     with _lock:
-        held = _cached.setdefault(schedule, OrderedDict())
-        if key in held:
-            held.move_to_end(key)
-            found: T = held[key]
+        entries = _cached.setdefault(schedule, OrderedDict())
+        if key in entries:
+            entries.move_to_end(key)
+            found: T = entries[key]
             return found
     with torch.inference_mode(False), torch.no_grad():
-        made = make()
+        value = make()
     with _lock:
-        held[key] = made
-        while len(held) > MOST:
-            held.popitem(last=False)
-    return made
+        entries[key] = value
+        while len(entries) > MOST:
+            entries.popitem(last=False)
+    return value
