@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from .._types import Model
 from ..engine import arguments
+from ..model.sample_kwargs import select_rows
 from ..planner.measure import signature_of
 from ..sampler import DEQSampler
 from ..schedule import Schedule
@@ -45,21 +45,29 @@ def sample_deq(
 ) -> Tensor:
     """The result of k-diffusion's `sample_euler` (without churn) or `sample_dpmpp_2m`, solved for all sigmas at once.
 
-    model: `model(x, sigma, **extra_args) -> denoised`, x: (n, *shape), sigma: (n,), in the dtype of x. The rows of one
-    call are at several noise levels: a model that looks at `sigma[0]` only, or that keeps masks for B rows in itself,
-    gives wrong results. verify=True compares one such call with separate ones first (at the first, middle and last
-    sigma: 4 calls, 6 B rows) and refuses what differs; once for a model and a kind of arguments.
-    x: (B, *shape), the state at sigmas[0]. sigmas: (T + 1,), strictly descending. extra_args: tensors of first
-    dimension B belong to the samples and are repeated for the timesteps of a call, lists and dicts included.
-    callback: called with a dict of x, i, sigma, sigma_hat and denoised for every step in order, once it is final; more
-    than one after the same round, say. Its result is ignored; what it raises ends the solve. disable: True hides the
-    progress bar, None hides it where stderr is no terminal.
-    method: "euler" or "dpmpp_2m", for models with x0 + sigma noise and for flow matching alike. report: is given the
-    `Solution` with its stats.
-    options: those of `DEQSampler`, by keyword.
+    Args:
+        model: `model(x, sigma, **extra_args) -> denoised`, x: (n, *shape), sigma: (n,), in the dtype of x. The rows of
+            one call are at several noise levels: a model that reads `sigma[0]` only, or that stores masks for B rows in
+            itself, gives wrong results.
+        x: (B, *shape), the state at sigmas[0].
+        sigmas: (T + 1,), strictly descending.
+        extra_args: passed to every call; tensors of first dimension B, in lists and dicts too, belong to the samples
+            and are repeated for the timesteps of a call.
+        callback: called with a dict of x, i, sigma, sigma_hat and denoised for every step in order, once it is final;
+            several times after the same round, say. Its result is ignored; what it raises ends the solve.
+        disable: True hides the progress bar, None hides it where stderr is no terminal.
+        method: "euler" or "dpmpp_2m", for models with x0 + sigma noise and for flow matching alike.
+        verify: compare one call on several noise levels with separate ones first (at the first, middle and last sigma:
+            4 calls, 6 B rows) and refuse what differs; once for a model and a kind of arguments.
+        report: is given the `Solution` with its stats.
+        **options: those of `DEQSampler`, by keyword.
 
-    Returns x at sigmas[-1]: (B, *shape). Raises TypeError for unknown options, ValueError for bad values and for a
-    model that fails the comparison, and what `DEQSampler.sample` raises.
+    Returns:
+        (B, *shape), x at sigmas[-1].
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: a bad value, or a model that fails the comparison. And what `DEQSampler.sample` raises.
     """
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
@@ -140,7 +148,7 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
     rows = rows.to(x.device)
     state, time, single = torch.cat(states)[rows], torch.cat(times)[rows], torch.cat(apart)[rows].flatten(1).double()
     try:
-        together = _call(model, state, time, _pick(kwargs, batch, rows % batch))
+        together = _call(model, state, time, select_rows(kwargs, batch, rows % batch))
     except Exception as error:
         raise ValueError(
             f"model: it works on one noise level, but not on a batch of {len(levels)} levels x {batch} samples "
@@ -164,18 +172,6 @@ def _call(model: Model, x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Ten
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"model: expected the denoised sample, a tensor of shape {tuple(x.shape)}, got {got}")
     return out
-
-
-def _pick(kwargs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any]:
-    """extra_args for rows of the given samples, as the sampler does it."""
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
-            return value.index_select(0, rows.to(value.device))
-        return value
-
-    picked: dict[str, Any] = tree_map(pick, kwargs)
-    return picked
 
 
 def _extra(extra_args: object) -> dict[str, Any]:

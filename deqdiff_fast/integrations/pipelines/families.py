@@ -28,12 +28,17 @@ _MMDIT = _TEXT | _SECOND | {"joint_attention_kwargs", "max_sequence_length"}
 class Family:
     """One kind of pipeline.
 
-    denoiser: the attribute that holds the model. inputs: the name of the model's first argument. options: arguments of
-    the pipeline's call that are supported. shared: inputs of the model that have no batch dimension. divisor: the
-    model's timestep is the scheduler's, in the dtype of the latents, over this (None: the scheduler's own).
-    positive_first: the order of the two halves of classifier-free guidance. doubled: the pipeline steps both halves,
-    which stay equal. variance: the model may also predict a variance, in further channels that are dropped.
-    scale: the argument that holds the guidance scale, where the pipeline has no attribute for it.
+    Args:
+        denoiser: the attribute that holds the model.
+        inputs: the name of the model's first argument.
+        options: arguments of the pipeline's call that are supported.
+        shared: inputs of the model that have no batch dimension.
+        divisor: the model's timestep is the scheduler's, in the dtype of the latents, over this (None: the
+            scheduler's own).
+        positive_first: the order of the two halves of classifier-free guidance.
+        doubled: the pipeline steps both halves, which stay equal.
+        variance: the model may also predict a variance, in further channels that are dropped.
+        scale: the argument that holds the guidance scale, where the pipeline has no attribute for it.
     """
 
     denoiser: str
@@ -46,7 +51,7 @@ class Family:
     variance: bool = False
     scale: str = ""
 
-    def clock(self, timestep: Tensor, x: Tensor) -> Tensor:
+    def model_timestep(self, timestep: Tensor, x: Tensor) -> Tensor:
         """The model's timesteps from the scheduler's; x: the model's input."""
         return timestep if self.divisor is None else timestep.to(x.dtype) / self.divisor
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...model.guidance import combine
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -16,17 +18,8 @@ class Guidance:
     positive_first: bool
 
     def combine(self, parts: list[Tensor]) -> Tensor:
-        """The prediction from one part (no guidance) or two: negative + scale (positive - negative), each (n, *shape).
-
-        rescale: the share of a version that has the positive part's standard deviation, sample by sample (Lin et al.
-        2023, arXiv 2305.08891, section 3.4).
-        """
+        """The prediction from one part (no guidance) or two, each (n, *shape)."""
         if len(parts) == 1:
             return parts[0]
         positive, negative = parts if self.positive_first else reversed(parts)
-        guided = negative + self.scale * (positive - negative)
-        if self.rescale > 0.0:
-            over = tuple(range(1, guided.dim()))
-            ratio = positive.std(dim=over, keepdim=True) / guided.std(dim=over, keepdim=True)
-            guided = self.rescale * (guided * ratio) + (1 - self.rescale) * guided
-        return guided
+        return combine(negative, positive, self.scale, self.rescale)
