@@ -18,6 +18,7 @@ NAMES = {"pictures": "samples.png", "plot": "convergence.png", "table": "results
 
 
 def add_parser(commands: Any) -> None:
+    """Add `demo` and its options."""
     parser = commands.add_parser(
         "demo",
         help="serial and parallel side by side",
@@ -50,6 +51,7 @@ class Row:
     curve: list[float] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
+        """The texts under HEADER."""
         error = "-" if self.error is None else f"{self.error:.1e}"
         pixel = "-" if self.pixel is None else str(self.pixel)
         counts = (str(self.images), str(self.rounds), str(self.evals), f"{self.seconds:.1f}")
@@ -71,6 +73,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Sample, compare, and write pictures, plot and table. Returns the exit status."""
     started = time.monotonic()
     args.curve_images = min(args.curve_images, args.images)
     paths = {what: args.out / name for what, name in NAMES.items()}
@@ -113,7 +116,7 @@ def _measure(problem: Any, reference: Any, images: int, solver: str, tol: float 
     wanted, curve = reference[:images], []
     solution = solve(
         problem, images, label=solver, solver=solver, tol=tol, window=problem.schedule.num_steps,
-        watch=lambda info: curve.append(float(_images.relative_error(info.sample(), wanted).max())),
+        on_round=lambda info: curve.append(float(_images.relative_error(info.sample(), wanted).max())),
     )  # fmt: skip
     stats = solution.stats
     name = stats.solver if solver == "auto" else solver
