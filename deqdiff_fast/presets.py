@@ -21,7 +21,7 @@ from .solver.anderson import Anderson
 PAPER_SOLVER = "deq-ddim"
 PAPER_TOLERANCE = 1e-3
 PAPER_ROUNDS = 15
-T = TypeVar("T")
+AnyPreset = TypeVar("AnyPreset")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def inversion_preset(name: str) -> InversionPreset:
     return _find(INVERSION_PRESETS, name)
 
 
-def _find(presets: dict[str, T], name: str) -> T:
+def _find(presets: dict[str, AnyPreset], name: str) -> AnyPreset:
     if name not in presets:
         raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}")
     return presets[name]

@@ -23,9 +23,9 @@ from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
 
-_AGREE = 1e-2  # relative: far above what another batch size does to rounding, far below a wrong condition
+_ROW_TOLERANCE = 1e-2  # relative: far above what another batch size does to rounding, far below a wrong condition
 _OPTIONS = tuple(list(inspect.signature(DEQSampler).parameters)[2:])
-_PASSED: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
+_VERIFIED: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
 _log = logging.getLogger("deqdiff_fast")
 
 
@@ -51,11 +51,10 @@ def sample_deq(
             itself, gives wrong results.
         x: (B, *shape), the state at sigmas[0].
         sigmas: (T + 1,), strictly descending.
-        extra_args: passed to every call; tensors of first dimension B, in lists and dicts too, belong to the samples
-            and are repeated for the timesteps of a call.
+        extra_args: passed to every call; tensors of first dimension B, in lists and dicts too, belong to the samples.
         callback: called with a dict of x, i, sigma, sigma_hat and denoised for every step in order, once it is final;
             several times after the same round, say. Its result is ignored; what it raises ends the solve.
-        disable: True hides the progress bar, None hides it where stderr is no terminal.
+        disable: True hides the progress bar, None where stderr is no terminal.
         method: "euler" or "dpmpp_2m", for models with x0 + sigma noise and for flow matching alike.
         verify: compare one call on several noise levels with separate ones first (at the first, middle and last sigma:
             4 calls, 6 B rows) and refuse what differs; once for a model and a kind of arguments.
@@ -80,11 +79,11 @@ def sample_deq(
     if len(sigmas) <= 1:
         return x  # nothing to do, as in k-diffusion
     levels = torch.as_tensor(sigmas)
-    contract, extra = _Contract(model), _extra(extra_args)
-    sampler = DEQSampler(contract, Schedule.from_sigmas(levels, method), **options)
+    denoiser, extra = _DenoiserModel(model), _extra(extra_args)
+    sampler = DEQSampler(denoiser, Schedule.from_sigmas(levels, method), **options)
     if verify and len(x):
-        _check_once(contract, x, levels, extra)
-    steps = None if callback is None else _Steps(callback, levels)
+        _check_once(denoiser, x, levels, extra)
+    steps = None if callback is None else _StepCallback(callback, levels)
     solution = sampler.sample(x, extra, callback=steps, progress=_shown(disable))
     stats = solution.stats
     _log.info("sample_deq: %d steps in %d rounds, %d evaluations", len(levels) - 1, stats.rounds, stats.model_evals)
@@ -93,7 +92,7 @@ def sample_deq(
     return solution.sample
 
 
-class _Contract:
+class _DenoiserModel:
     """The model as the sampler calls it: sigma in the dtype of x, as k-diffusion's `sigma * x.new_ones(B)` is."""
 
     def __init__(self, model: Model) -> None:
@@ -105,7 +104,7 @@ class _Contract:
         return self.model(x, sigma.to(x.dtype), **extra_args)
 
 
-class _Steps:
+class _StepCallback:
     """Calls the user's callback for every step that has become final for all samples, in order."""
 
     def __init__(self, callback: Callable[[dict[str, Any]], Any], sigmas: Tensor) -> None:
@@ -120,16 +119,16 @@ class _Steps:
             )
 
 
-def _check_once(contract: _Contract, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
+def _check_once(denoiser: _DenoiserModel, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
     """`check_rows`, but for a model object that has passed it with such arguments."""
     ends = (float(sigmas[0]), float(sigmas[-2]), len(sigmas))
     asked = (signature_of(x, extra_args), len(x), ends)
     try:
-        passed = _PASSED.setdefault(contract.model, set())
+        passed = _VERIFIED.setdefault(denoiser.model, set())
     except TypeError:  # neither hashed nor weakly referenced
         passed = set()
     if asked not in passed:
-        check_rows(contract, x, sigmas, extra_args)
+        check_rows(denoiser, x, sigmas, extra_args)
         passed.add(asked)
 
 
@@ -157,7 +156,7 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
     difference = (together.flatten(1).double() - single).norm(dim=1)
     size = torch.maximum(single.norm(dim=1), 1e-4 * state.flatten(1).double().norm(dim=1))
     worst = float((difference / size).max())
-    if not worst <= _AGREE:
+    if not worst <= _ROW_TOLERANCE:
         raise ValueError(
             f"model: its rows are not independent: a batch of several noise levels differs from separate calls by "
             f"{worst:.1e} (relative). It probably reads sigma[0] for all rows (conditioning windows, timestep ranges) "

@@ -129,15 +129,7 @@ class SolverMemory:
         self.set_poison(poison)
 
     def lease(self, plan: MemoryPlan, device: torch.device | str = "cpu") -> Lease:
-        """Take memory for the plan's tensors.
-
-        Args:
-            plan: the tensors.
-            device: where they live.
-
-        Raises:
-            MemoryError: there is not so much; torch.OutOfMemoryError on CUDA.
-        """
+        """Memory for the plan's tensors on `device`. Raises MemoryError (torch.OutOfMemoryError on CUDA)."""
         return Lease(self, plan, torch.device(device))
 
     def stats(self) -> dict[str, int]:

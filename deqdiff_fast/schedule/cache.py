@@ -15,10 +15,10 @@ from .schedule import Schedule
 MOST = 16  # of one schedule: batch sizes, dtypes, devices
 _cached: WeakKeyDictionary[Schedule, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
 _lock = threading.Lock()
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 
-def cached(schedule: Schedule, key: Hashable, make: Callable[[], T]) -> T:
+def cached(schedule: Schedule, key: Hashable, make: Callable[[], Value]) -> Value:
     """`make()`, or what it returned for that key before; nobody may write to it.
 
     Made as ordinary tensors, also under `torch.inference_mode`, for a later solve may be one with gradients. Where
@@ -31,7 +31,7 @@ def cached(schedule: Schedule, key: Hashable, make: Callable[[], T]) -> T:
         entries = _cached.setdefault(schedule, OrderedDict())
         if key in entries:
             entries.move_to_end(key)
-            found: T = entries[key]
+            found: Value = entries[key]
             return found
     with torch.inference_mode(False), torch.no_grad():
         value = make()

@@ -94,14 +94,8 @@ class DEQSamplerNode:
         self, method: str, tol: float, window: int, max_rounds: int, max_batch: int, verify: bool
     ) -> tuple[Any]:
         """The sampler as an object that ComfyUI's sampling nodes take."""
-        options = {
-            "method": method,
-            "tol": tol,
-            "window": window or "auto",
-            "max_rounds": max_rounds or None,
-            "max_batch": max_batch,
-            "verify": verify,
-        }
+        options = {"method": method, "tol": tol, "window": window or "auto", "max_rounds": max_rounds or None}
+        options |= {"max_batch": max_batch, "verify": verify}
         return (comfy.samplers.KSAMPLER(sample_deq, options),)
 
 

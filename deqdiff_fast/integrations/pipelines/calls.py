@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..._types import unwrap_output
 from ...model.padding import is_compiled
 from ...model.sample_kwargs import select_rows
-from .families import Family
-from .guidance import Guidance
+from .families import Family, Guidance
 
 
 @dataclass

@@ -16,8 +16,7 @@ from ...schedule.from_diffusers import scheduler_fields
 from ...schedule.noise import freeze
 from ...schedule.probe import StepRange, chain_timesteps, step_accepts
 from .calls import Call, GuidedModel
-from .families import Family
-from .guidance import Guidance
+from .families import Family, Guidance
 
 _CACHE_SIZE = 16
 _CACHE: OrderedDict[Any, Schedule] = OrderedDict()
