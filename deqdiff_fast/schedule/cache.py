@@ -1,4 +1,4 @@
-"""What follows from a schedule alone and is wanted in every solve: made once, cached as long as the schedule lives."""
+"""What follows from a schedule alone and every solve needs: computed once, cached as long as the schedule lives."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Value = TypeVar("Value")
 def cached(schedule: Schedule, key: Hashable, make: Callable[[], Value]) -> Value:
     """`make()`, or what it returned for that key before; nobody may write to it.
 
-    Made as ordinary tensors, also under `torch.inference_mode`, for a later solve may be one with gradients. Where
-    somebody looks at every operation (a compiler, a dispatch mode) nothing is cached: it may be tensors of a kind of
-    their own.
+    Computed as ordinary tensors, also under `torch.inference_mode`, for a later solve may be one with gradients. Where
+    operations are traced or intercepted (a compiler, a dispatch mode) nothing is cached, for tensors may then be of
+    another kind.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return make()

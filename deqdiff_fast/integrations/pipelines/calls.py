@@ -1,4 +1,4 @@
-"""The calls of the denoiser that a pipeline makes for one timestep, recorded, and made again for many at once."""
+"""The calls of the denoiser that a pipeline makes for one timestep: recorded, and repeated for many at once."""
 
 from __future__ import annotations
 
