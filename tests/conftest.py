@@ -164,11 +164,10 @@ def _relative_error() -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
-    """Builders of tiny diffusers pipelines; they belong to the benchmarks, which are no package of the wheel."""
+    """Builders of tiny diffusers pipelines, for tests of several folders and for the benchmarks."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    file = Path(__file__).resolve().parent.parent / "bench" / "_tiny_pipelines.py"
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", file)
+    spec = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

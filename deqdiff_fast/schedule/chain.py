@@ -61,8 +61,8 @@ def draw_samples(
         out: Tensor = unwrap_output(model((x * scale[i]).view(noise.shape), t, **kwargs)).flatten(1).to(noise.dtype)
         if clip is None:
             return out
-        clean = coef[i][0] * x + coef[i][1] * out
-        clipped: Tensor = out + clip[1][i] * (clean.clamp(-clip[0], clip[0]) - clean)
+        denoised = coef[i][0] * x + coef[i][1] * out
+        clipped: Tensor = out + clip[1][i] * (denoised.clamp(-clip[0], clip[0]) - denoised)
         return clipped
 
     with torch.no_grad():
