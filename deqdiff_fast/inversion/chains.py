@@ -15,11 +15,11 @@ from .._types import FrozenNoise
 from ..engine.system import System
 from ..errors import ConvergenceWarning
 from ..gradient.base import Gradient
-from ..gradient.rounds import chain
-from ..gradient.rows import Rows
+from ..gradient.batched_vjp import BatchedVJP
+from ..gradient.fixed_point_map import draw_drift
 from ..loop.base import Solver
 from ..sampler import DEQSampler
-from ..schedule.noise import fill_drift
+from ..schedule.chain import serial_chain
 from ..solver import resolve
 from .base import Task
 
@@ -79,17 +79,16 @@ class SerialChain:
         task = self.task
         kwargs = select_kwargs(task.model_kwargs, who, task.batch)
         system = System(task.model, task.schedule, noise, kwargs, task.max_batch)
-        rows, drift = Rows(system, system.model_kwargs), None
-        if task.schedule.stochastic:
-            drift = torch.empty(system.num_steps, system.batch, system.numel, dtype=system.dtype, device=system.device)
-            fill_drift(drift, task.schedule, tuple(noise.shape), _frozen(task, who), noise.dtype)
+        vjp = BatchedVJP(system, system.model_kwargs)
 
-        def predict(x: Tensor, step: Tensor, sample: Tensor) -> Tensor:
-            pieces = [slice(first, last) for first, last in system.chunks(len(x))]
-            parts = [checkpoint(rows.predict, x[p], step[p], sample[p], use_reentrant=False) for p in pieces]
+        def predict(x: Tensor, i: int) -> Tensor:
+            step = torch.full_like(vjp.samples, i)
+            pieces = [slice(start, stop) for start, stop in system.chunks(len(x))]
+            parts = [checkpoint(vjp.predict, x[p], step[p], vjp.samples[p], use_reentrant=False) for p in pieces]
             return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
-        states = chain(rows, noise.flatten(1).to(system.dtype), drift, predict)
+        drift = draw_drift(system, _frozen(task, who))
+        states = torch.stack(serial_chain(system.schedule, noise.flatten(1).to(system.dtype), predict, drift))
         shape = (system.batch, *system.shape)
         trajectory = states.detach().view(-1, *shape).to(noise.dtype)
         return states[-1].view(shape).to(noise.dtype), trajectory, system.num_steps
