@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
-from deqdiff_fast.inversion.counting import Counted
+from deqdiff_fast.inversion.counting_model import CountingModel
 from deqdiff_fast.presets import inversion_preset
 from deqdiff_fast.solver import NAMED as SOLVERS
 
@@ -109,7 +109,7 @@ def _options(args: argparse.Namespace, name: str, noise: Tensor, problem: Proble
 class Watch:
     """Keeps the running noise of a solve, for curves that are computed afterwards; stops what takes too long."""
 
-    model: Counted
+    model: CountingModel
     images: int
     limit: float
     ends_only: bool = False
@@ -133,7 +133,7 @@ def _measure(
     schedule = problem.schedule(steps, args.eta)
     noise = problem.noise(range(seeds.start + OTHER_NOISE, seeds.stop + OTHER_NOISE)).to(target)
     noise = noise * schedule.init_noise_sigma
-    model = Counted(problem.model)
+    model = CountingModel(problem.model)
     inverter = dq.DEQInverter(model, schedule, max_batch=args.max_batch, **_options(args, name, noise, problem))
     serial = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch)
 

@@ -60,6 +60,3 @@ def report_not_converged(
     if on_failure == "raise":
         raise NotConvergedError(message, result)
     warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
-
-
-__all__ = ["HasConverged", "ProgressBar", "report_not_converged"]

@@ -13,6 +13,3 @@ def row_limit(max_batch: int | None, samples: Tensor) -> int | None:
     if max_batch is None and samples.device.type == "cpu":
         return max(CPU_ROWS, CPU_ELEMENTS // max(samples[:1].numel(), 1))
     return max_batch
-
-
-__all__ = ["CPU_ELEMENTS", "CPU_ROWS", "row_limit"]

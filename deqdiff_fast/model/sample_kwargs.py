@@ -27,6 +27,3 @@ def select_kwargs(model_kwargs: dict[str, Any] | None, sample: Tensor, batch: in
 
     selected: dict[str, Any] = tree_map(select, model_kwargs or {})
     return selected
-
-
-__all__ = ["select_kwargs"]

@@ -7,7 +7,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.inversion import Optimise
-from deqdiff_fast.inversion.counting import Counted
+from deqdiff_fast.inversion.counting_model import CountingModel
 from deqdiff_fast.presets import INVERSION_PRESETS, inversion_preset
 
 LBFGS = {"optimizer": torch.optim.LBFGS, "lr": 1.0, "steps": 12}
@@ -235,7 +235,7 @@ def test_a_model_with_parameters_gets_no_gradients(images, ddim):
 
 
 def test_counting():
-    model = Counted(lambda x, t: (2 * x,))
+    model = CountingModel(lambda x, t: (2 * x,))
     x = torch.ones(3, 2, requires_grad=True)
     out = model(x, torch.zeros(3))
     torch.autograd.grad(out.sum(), x)
