@@ -106,8 +106,8 @@ def _options(args: argparse.Namespace, name: str, noise: Tensor, problem: Proble
 
 
 @dataclass
-class Watch:
-    """Keeps the running noise of a solve, for curves that are computed afterwards; stops what takes too long."""
+class CurveRecorder:
+    """Stores the running noise of a solve, for curves that are computed afterwards; stops what takes too long."""
 
     model: CountingModel
     images: int
@@ -141,20 +141,20 @@ def _measure(
         made = serial.serial(start, generator=problem.generators(seeds)).sample
         return (made - target).flatten(1).double().square().sum(1).tolist()
 
-    watch = Watch(model, len(target), args.seconds if name in DESCENTS else float("inf"), args.ends_only)
-    found = inverter.invert(target, generator=problem.generators(seeds) if args.eta else None, callback=watch)
+    recorder = CurveRecorder(model, len(target), args.seconds if name in DESCENTS else float("inf"), args.ends_only)
+    found = inverter.invert(target, generator=problem.generators(seeds) if args.eta else None, callback=recorder)
     stats = found.stats
     own = stats.model_evals - getattr(stats, "backpropagations", 0)
     curve = [
         (seconds, evals, forward, median(losses(start)), rounds)
-        for seconds, evals, forward, rounds, start in watch.points
+        for seconds, evals, forward, rounds, start in recorder.points
     ]
     final = losses(found.noise)
-    curve.append((watch.seconds, stats.model_evals, own, median(final), stats.rounds))
+    curve.append((recorder.seconds, stats.model_evals, own, median(final), stats.rounds))
     return {
         "steps": steps, "table": table, "method": name, "images": len(target), "losses": final,
         "errors": found.error.tolist(), "converged": found.converged.tolist(), "evaluations": stats.model_evals,
         "forward_evaluations": own, "backpropagations": getattr(stats, "backpropagations", 0),
-        "rounds": stats.rounds, "optimizer_steps": getattr(stats, "steps", 0), "seconds": watch.seconds,
+        "rounds": stats.rounds, "optimizer_steps": getattr(stats, "steps", 0), "seconds": recorder.seconds,
         "stop_reason": stats.stop_reason, "notes": stats.notes, "curve": curve,
     }  # fmt: skip

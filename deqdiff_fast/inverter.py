@@ -130,18 +130,12 @@ class DEQInverter:
         self._check(image, model_kwargs, generator, callback, init_trajectory)
         start_time = time.perf_counter()
         with torch.no_grad(), ProgressBar(progress, "inverting", "state") as bar:
-
-            def report(info: InversionInfo) -> object:
-                front = info.front
-                bar.show(int(front.sum()), info.residual, total=info.num_steps * len(front), round=info.round)
-                return None if callback is None else callback(info)
-
+            report = _reporter(bar, callback) if progress or callback is not None else None
             problem = InversionProblem(
                 model=self.model, schedule=self.schedule, image=image, model_kwargs=model_kwargs, generator=generator,
                 tol=self.tol, max_rounds=self.max_rounds, window=self.window, backend=self.backend,
                 on_failure=self.on_failure, max_batch=row_limit(self.max_batch, image), memory=self.memory,
-                spectrum=self.spectrum, report=report if progress or callback is not None else None,
-                init_trajectory=init_trajectory,
+                spectrum=self.spectrum, report=report, init_trajectory=init_trajectory,
             )  # fmt: skip
             found = self.method.solve(problem)
             reconstruction, error = verify_and_refine(problem, self.method, found)
@@ -149,14 +143,9 @@ class DEQInverter:
         stats.wall_seconds = time.perf_counter() - start_time
         result = Inversion(found.noise, reconstruction, error, converged, stats, found.trajectory)
         if self.method.exact and not bool(converged.all()) and self.on_failure != "serial":
-            report_not_converged(
-                result,
-                self.on_failure,
-                f"images are not reproduced to {self.tol:g} (largest error {float(error.max()):.1e}) after "
-                f"{stats.rounds} rounds",
-                "raise max_rounds or loosen tol",
-                stacklevel=2,
-            )
+            worst = f"largest error {float(error.max()):.1e}"
+            failure = f"images are not reproduced to {self.tol:g} ({worst}) after {stats.rounds} rounds"
+            report_not_converged(result, self.on_failure, failure, "raise max_rounds or loosen tol", stacklevel=2)
         return result
 
     def _check(self, image: object, model_kwargs: Any, generator: Any, callback: Any, init: Tensor | None) -> None:
@@ -182,3 +171,14 @@ class DEQInverter:
         largest = float(image.detach().abs().max())
         if largest > limit * (1 + 1e-3):
             raise ValueError(f"image: expected values within {limit:g} of zero ({why}), got {largest:g}")
+
+
+def _reporter(bar: ProgressBar, callback: Callback | None) -> Callback:
+    """What a method calls after every round."""
+
+    def report(info: InversionInfo) -> object:
+        total = info.num_steps * len(info.front)
+        bar.show(int(info.front.sum()), info.residual, total=total, round=info.round)
+        return None if callback is None else callback(info)
+
+    return report

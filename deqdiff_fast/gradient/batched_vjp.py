@@ -47,17 +47,12 @@ class BatchedVJP:
 
     def vjp(self, x: Tensor, step: Tensor, sample: Tensor, y: Tensor) -> Tensor:
         """J^T y of the predictions at x, both (n, D)."""
-        pieces = [slice(start, stop) for start, stop in self.system.chunks(len(x))]
-        return torch.cat([self._vjp_chunk(x[p], step[p], sample[p], y[p]) for p in pieces])
-
-    def _vjp_chunk(self, x: Tensor, step: Tensor, sample: Tensor, y: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
-            out = self.predict(x, step, sample)
-            if not out.requires_grad:
-                return torch.zeros_like(y)
-            (grad,) = torch.autograd.grad(out, x, y.to(out.dtype), allow_unused=True)
-        return torch.zeros_like(y) if grad is None else grad.to(y.dtype)
+        parts = []
+        for start, stop in self.system.chunks(len(x)):
+            p = slice(start, stop)
+            (grad,) = self._vjp_rows(x[p], step[p], sample[p], y[p], [], True)
+            parts.append(torch.zeros_like(y[p]) if grad is None else grad.to(y.dtype))
+        return torch.cat(parts)
 
     def vjp_sums(
         self, states: Tensor, cotangents: Tensor, leaves: Sequence[Tensor], to_states: bool
@@ -73,20 +68,25 @@ class BatchedVJP:
         if not (leaves or to_states):
             return to_rows, sums
         for step, sample in self._chunks():
-            with torch.enable_grad():
-                x = states[step, sample].detach().requires_grad_(to_states)
-                out = self.predict(x, step, sample)
-                if not out.requires_grad:
-                    continue
-                inputs = [x, *leaves] if to_states else list(leaves)
-                cotangent = cotangents[step, sample].to(out.dtype)
-                grads = list(torch.autograd.grad(out, inputs, cotangent, allow_unused=True))
+            grads = self._vjp_rows(states[step, sample], step, sample, cotangents[step, sample], leaves, to_states)
             if to_states and (grad := grads.pop(0)) is not None:
                 to_rows[step, sample] = grad.to(to_rows.dtype)
             for total, grad in zip(sums, grads):
                 if grad is not None:
                     total.add_(grad)
         return to_rows, sums
+
+    def _vjp_rows(
+        self, x: Tensor, step: Tensor, sample: Tensor, y: Tensor, leaves: Sequence[Tensor], to_states: bool
+    ) -> list[Tensor | None]:
+        """Products of one chunk with y: (n, D), for the states x if `to_states`, then the leaves; None for zero."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(to_states)
+            out = self.predict(x, step, sample)
+            inputs = [x, *leaves] if to_states else list(leaves)
+            if not out.requires_grad:
+                return [None] * len(inputs)
+            return list(torch.autograd.grad(out, inputs, y.to(out.dtype), allow_unused=True))
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(step, sample) of all rows, timestep-major."""

@@ -91,13 +91,9 @@ class IterationMonitor:
         if self.problem.on_failure == "serial":
             return self._finish_serially(drift)
         solution, worst = self._solution(sample, states), float(self.trace[-1].max())
-        report_not_converged(
-            solution,
-            self.problem.on_failure,
-            f"samples did not converge in {self.stats.rounds} rounds (largest residual {worst:.1e})",
-            "raise max_rounds, loosen tol, or use gradient='implicit'",
-            stacklevel=4,
-        )
+        failure = f"samples did not converge in {self.stats.rounds} rounds (largest residual {worst:.1e})"
+        remedy = "raise max_rounds, loosen tol, or use gradient='implicit'"
+        report_not_converged(solution, self.problem.on_failure, failure, remedy, stacklevel=4)
         return solution
 
     def _solution(self, sample: Tensor, states: Tensor) -> Solution:

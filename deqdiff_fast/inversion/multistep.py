@@ -109,7 +109,7 @@ class _MultistepSolve:
         return MethodResult(best_trajectory[0].clone(), best_trajectory, converged, stats)
 
     def _pass(self, correction: Tensor, init_trajectory: Tensor | None, change: float) -> MethodResult:
-        """Invert the one-step chain. change: of the last correction, Inf before the first one unless there is a start."""
+        """Invert the one-step chain. change: of the last correction, Inf before the first unless there is a start."""
         problem, stats = self.problem, self.stats
         tol = max(0.1 * CHANGE_TOL * problem.tol, min(FIRST_PASS_TOL, PASS_TOL * change))
         before, report = stats.rounds, problem.report
