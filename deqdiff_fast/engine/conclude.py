@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-import warnings
 
 import torch
 
 from .._types import OnFailure
-from ..errors import ConvergenceWarning, NotConvergedError
 from ..solution import Solution, Stats
+from .reporting import report_not_converged
 from .serial import Report, finish_serially
 from .workspace import Workspace
 
@@ -52,11 +51,9 @@ def conclude(
     solution = Solution(sample, done, stats, work.trajectory() if return_trajectory else None)
     if rounds_ran_out and not gave_up and on_failure != "serial":
         worst = float(stats.residual_trace[-1].max()) if len(stats.residual_trace) else float("nan")
-        message = (
-            f"{int((~done).sum())} of {system.batch} samples did not converge in {stats.rounds} rounds (largest "
-            f"residual {worst:.1e}); raise max_rounds, loosen tol, or use on_failure='serial'"
-        )
-        if on_failure == "raise":
-            raise NotConvergedError(message, solution)
-        warnings.warn(message, ConvergenceWarning, stacklevel=5)
+        report_not_converged(
+            solution, on_failure,
+            f"samples did not converge in {stats.rounds} rounds (largest residual {worst:.1e})",
+            "raise max_rounds, loosen tol, or use on_failure='serial'", stacklevel=5,
+        )  # fmt: skip
     return solution

@@ -20,10 +20,10 @@ from ..solver import resolve
 from ..solver.draft import Drafted
 from . import arguments
 from .graph_cache import GraphCache
+from .row_limit import row_limit
 from .system import System
 
 DEFAULT_TOL = 1e-2
-CPU_ROWS, CPU_ELEMENTS = 64, 1 << 18
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7}  # what rounding alone leaves of a residual
 
 
@@ -116,9 +116,7 @@ class Options:
 
     def row_limit(self, noise: Tensor) -> int | None:
         """Most rows in one model call."""
-        limit = self.max_batch
-        if limit is None and noise.device.type == "cpu":
-            limit = max(CPU_ROWS, CPU_ELEMENTS // max(noise[:1].numel(), 1))
+        limit = row_limit(self.max_batch, noise)
         known = [rows for rows in (limit, self.learned.get("max_batch")) if rows is not None]
         return min(known, default=None)
 

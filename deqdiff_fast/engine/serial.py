@@ -69,11 +69,9 @@ def non_finite(work: Workspace, step: int, sample: int, round: int) -> NonFinite
 
 
 def _error(work: Workspace, step: int, sample: int, round: int) -> NonFiniteError:
-    timestep = float(work.system.times[step])
     broken = not bool(work.chain.predictions[step, sample].isfinite().all())
     what = "the model returned NaN or Inf" if broken else "the chain overflowed"
-    return NonFiniteError(
-        f"{what} at timestep {timestep:g} (step {step} of {work.system.num_steps}) in round {round}, sample {sample}; "
-        "check the model's inputs and dtype, and that the schedule's prediction_type is the model's",
-        step=step, timestep=timestep, round=round, sample=sample,
-    )  # fmt: skip
+    timestep = float(work.system.times[step])
+    return NonFiniteError.at_step(
+        what, step=step, num_steps=work.system.num_steps, timestep=timestep, round=round, sample=sample
+    )

@@ -1,4 +1,4 @@
-"""Keyword arguments of a model, of which some belong to the samples."""
+"""Values that belong to the samples of a batch, picked for rows of it."""
 
 from __future__ import annotations
 
