@@ -15,7 +15,7 @@ from torch import Tensor
 
 import deqdiff_fast as dq
 from deqdiff_fast.kernels import ddim_update, ddim_update_bytes
-from deqdiff_fast.loop.base import move_rows
+from deqdiff_fast.loop.rows import move_rows
 from deqdiff_fast.solver import Solver
 
 
