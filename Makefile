@@ -2,18 +2,21 @@
 #   make demo      sample the bundled CIFAR-10 model in parallel and serially; pictures and a table in out/
 #   make test      build the wheel, install it, test the installed wheel (not this checkout)
 #   make bench     rounds per solver, time per kernel; JSON in build/bench/
-#   make lint      ruff, mypy, clang-format, import directions, a strict build of the documentation
+#   make lint      ruff, mypy, clang-format, rules of the house, a strict build of the documentation
 #   make sanitize  C++ unit tests under ASan, UBSan and TSan
 #   make wheel     dist/*.whl
 #   make docs      the documentation as a web site in site/
 # Variables: PYTHON (python3), VENV (.venv), TORCH (torch==2.13.0), TORCH_ARGS (more pip arguments for torch, for
-# example the index of PyTorch's CPU-only wheels), TEST (what pytest is given), DEMO_ARGS, PYTEST_ARGS.
+# example the index of PyTorch's CPU-only wheels), TEST (what pytest is given), WORKERS (processes that run the tests, a
+# thread each; as many as there are cores, at most 8), DEMO_ARGS, PYTEST_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 TEST ?= tests
+CORES := import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+WORKERS ?= $(shell $(PYTHON) -c '$(CORES)')
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 DOCS := mkdocs==1.6.1 mkdocs-material==9.8.1 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
 
@@ -33,11 +36,19 @@ demo: $(VENV)/installed
 	mkdir -p build/run
 	cd build/run && $(BIN)/deqdiff-fast demo --out $(ROOT)/out $(DEMO_ARGS)
 
+# A worker a core and a thread a worker; on one core neither. pytest-benchmark would say that it is off then.
+SPREAD := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal -p no:benchmark)
+test: export DEQDIFF_TEST_INSTALLED := 1
+ifneq ($(SPREAD),)
+test: export OMP_NUM_THREADS := 1
+test: export DEQDIFF_TEST_THREADS := 1
+endif
+
 # From build/run, where no deqdiff_fast lies beside the tests: what is imported is what was installed.
 test: $(VENV)/installed
 	mkdir -p build/run
-	cd build/run && DEQDIFF_TEST_INSTALLED=1 $(BIN)/pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) \
-		--import-mode=importlib -p no:cacheprovider $(PYTEST_ARGS) $(addprefix $(ROOT)/,$(TEST))
+	cd build/run && $(BIN)/pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) \
+		--import-mode=importlib -p no:cacheprovider $(SPREAD) $(PYTEST_ARGS) $(addprefix $(ROOT)/,$(TEST))
 
 bench: $(VENV)/installed
 	mkdir -p build/bench
@@ -49,7 +60,7 @@ lint: $(VENV)/linters $(VENV)/docs $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc tests/cpp -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
-	$(BIN)/pytest --import-mode=importlib -p no:cacheprovider -q tests/test_import_directions.py
+	$(BIN)/pytest --import-mode=importlib -p no:cacheprovider -q tests/test_import_directions.py tests/test_house_rules.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 sanitize: $(VENV)/cmake

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,19 @@ from deqdiff_fast import Schedule
 
 torch.set_num_threads(int(os.environ.get("DEQDIFF_TEST_THREADS", torch.get_num_threads())))
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+
+def load_module(file: Path, name: str) -> ModuleType:
+    """A module by its path: the tests are no package, and their folders are on no path."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+load_module(Path(__file__).with_name("solvers.py"), "solvers")  # for `from solvers import SOLVERS`
 
 
 class PeakBytes(TorchDispatchMode):
@@ -167,9 +181,4 @@ def tiny() -> ModuleType:
     """Builders of tiny diffusers pipelines, for tests of several folders and for the benchmarks."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).with_name("tiny_pipelines.py"), "tiny_pipelines")

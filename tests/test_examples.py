@@ -14,7 +14,7 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Those with a test below, or in the file named.
 COVERED = {"plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit", "distill_draft"}
-ELSEWHERE = {"pipeline": "test_pipelines.py"}
+ELSEWHERE = {"pipeline": "integrations/test_pipelines.py"}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from solvers import SOLVERS
 from torch import Tensor, nn
 
 import deqdiff_fast as dq
@@ -15,7 +16,6 @@ from deqdiff_fast.loop.stopping import StoppingRule
 from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.loop.window import Window
 
-SOLVERS = ("quasi-newton", "picard", "triangular", "anderson", "parataa", "deq-ddim", "paradigms")
 SAMPLES = 40
 
 
@@ -47,16 +47,15 @@ def abar() -> Tensor:
 
 
 @pytest.mark.parametrize("policy", [None, Lookahead(near=0.0)], ids=["host", "device"])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("case", SOLVERS, ids=str)
 @pytest.mark.parametrize("steps", [6, 10])
-def test_no_sample_of_another_mode_is_called_converged(solver, steps, policy, monkeypatch):
+def test_no_sample_of_another_mode_is_called_converged(case, steps, policy, monkeypatch):
     monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: policy)
     model = SharpMixture(abar())
     timesteps = (1000 - torch.arange(steps) * 1000 / steps).round().long() - 1
     schedule = dq.Schedule.ddim(abar(), timesteps, prediction_type="sample")
     noise = torch.randn(SAMPLES, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sampler = dq.DEQSampler(model, schedule, solver=solver, tol=1e-2)
-    found = sampler.sample(noise)
+    found = case.sampler(model, schedule, tol=1e-2).sample(noise)
     off = (found.sample - plain_chain(model, schedule, noise)).norm(dim=1) / found.sample.norm(dim=1)
     assert found.converged.all()
     assert off.max() <= 1e-2

@@ -11,8 +11,6 @@ from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.schedule.tables import step_variance
 from deqdiff_fast.solver import Paradigms, resolve
 
-NAMES = ["paradigms", "parataa"]
-
 
 def paradigms(model, schedule, noise, width, tol):
     """Algorithm 1 of arXiv 2305.16317 for one sample and a DDIM chain with eta = 0: the sample, fronts, evaluations."""
@@ -57,36 +55,6 @@ def test_paradigms_is_the_papers_algorithm(monkeypatch, mixture, ddim, noise, re
         assert relative_error(out.sample[b : b + 1], sample).max() < 1e-10
         if policy is None:
             assert [front[b] for front in fronts][: len(known)] == known
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("steps", "eta", "window"), [(20, 0.0, "auto"), (50, 0.5, 15), (100, 0.0, "auto")])
-def test_baselines_reach_the_serial_sample(mixture, ddim, noise, relative_error, name, steps, eta, window):
-    model, schedule, start = mixture(), ddim(steps, eta), noise(3)
-    for tol, allowed in ((1e-2, 1e-2), (1e-4, 1e-4)):
-        sampler = dq.DEQSampler(model, schedule, solver=name, tol=tol, window=window)
-        serial = sampler.serial(start, generator=torch.Generator().manual_seed(1)).sample
-        out = sampler.sample(start, generator=torch.Generator().manual_seed(1))
-        assert out.converged.all()
-        assert out.stats.solver == name
-        assert relative_error(out.sample, serial).max() <= allowed
-        assert out.stats.rounds < steps
-        assert out.stats.finished_serially == 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_baselines_on_a_multistep_chain(mixture, karras, noise, relative_error, name):
-    schedule = dq.Schedule.from_sigmas(karras(20), method="dpmpp_2m")
-    start = noise(2) * schedule.init_noise_sigma
-
-    def model(x, t):  # the noise in unit Gaussian data
-        level = t.view(-1, 1, 1, 1)
-        return x * level / (1 + level.square())
-
-    sampler = dq.DEQSampler(model, schedule, solver=name, tol=1e-4)
-    out = sampler.sample(start)
-    assert out.converged.all()
-    assert relative_error(out.sample, sampler.serial(start).sample).max() <= 1e-4
 
 
 @pytest.mark.parametrize(("name", "tol"), [("paradigms", 0.2), ("parataa", 1.0)])
