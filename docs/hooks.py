@@ -35,10 +35,14 @@ def _of_module(tree: ast.Module, module: str) -> Iterator[Message]:
         for target in node.targets
         if isinstance(target, ast.Name) and _text(node.value)
     }
+    inside = {
+        id(call): owner.name for owner in ast.walk(tree) if isinstance(owner, ast.ClassDef) for call in ast.walk(owner)
+    }
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
         kind = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        kind = inside.get(id(node), "") if kind == "cls" else kind
         first = node.args[0]
         if kind == "warn" and len(node.args) > 1 and isinstance(node.args[1], ast.Name):
             kind = node.args[1].id

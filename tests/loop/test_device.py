@@ -231,7 +231,7 @@ HOT = {
     "deqdiff_fast/solver/anderson.py": ("step", "settle", "enter"),
     "deqdiff_fast/solver/quasi_newton.py": ("step", "enter"),
     "deqdiff_fast/solver/draft_rollout.py": ("make_pass", "sanitized"),
-    "deqdiff_fast/model/draft_calls.py": ("row", "rows", "_ask"),
+    "deqdiff_fast/model/draft_calls.py": ("row", "rows", "_predict"),
     "deqdiff_fast/engine/workspace.py": ("evaluate", "rebuild"),
     "deqdiff_fast/model/batched.py": ("evaluate", "_evaluate", "_clip", "expand_kwargs", "pad"),
     "deqdiff_fast/engine/initial_guess.py": ("_nonlinear_part", "linear_scan"),
