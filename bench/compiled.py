@@ -39,7 +39,7 @@ LAUNCHES = {
     "newton_scan": 3,
     "draft_secants": 2,
     "draft_scan": 1,
-    "judge_steps": 1,
+    "mark_converged": 1,
     "advance_window": 2,
     "copy_rows": 1,
 }
@@ -144,7 +144,7 @@ class Operations(TorchDispatchMode):
 
 
 def launch_row(solver: str) -> dict[str, Any]:
-    """Launches of one round beside the model, all timesteps at once: the solver's step, the verdict, the window."""
+    """Launches of one round beside the model, all timesteps at once: the solver's step, the decision, the window."""
     mode, rounds = Operations(), []
     before, step, host = solve.lookahead_policy, loop.DeviceLoop.step, drafted.on_host
 

@@ -21,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
-from .._workspace import Size, cut
-from ..ddim_update._triton import known_row, window
-from ._layout import by_products, secant_layout
-from ._triton_linear import combined, drift_row, larger, launch_linear, launch_norms, slope_row
-from ._triton_prepare import newton_prepare_kernel, newton_weights_kernel, older_columns, own_column
+from .._triton_rows import combined, drift_row, known_row, larger, older_columns, own_column, slope_row, window
+from .._workspace import ProblemSize, cut
+from . import by_products, secant_layout
+from ._triton_linear import launch_linear, launch_norms
+from ._triton_prepare import newton_prepare_kernel, newton_weights_kernel
 from ._triton_products import launch_products
 
 
@@ -80,7 +80,7 @@ def newton_advance_kernel(
             if L > 3:
                 x3 = known_row(states, i - 3, b, B, D, lanes, mask, WIDE)
                 e3 = known_row(e_hat, (i + L - 3) % L, b, B, D, lanes, mask, WIDE)
-            new = combined(i, now, x1, x2, x3, hat, e1, e2, e3, noise, state_coef, model_coef, L, WIDE)
+            new = combined(i, now, x1, x2, x3, hat, e1, e2, e3, state_coef, model_coef, L, WIDE) + noise
             later = older_columns(z, after, b, B, D, W, column, lanes, bound_after, RING, P, WIDE)
             stored = new.to(states.dtype.element_ty)
             moved = tl.where(lanes[None, :] < bound_after[:, None], later - old[None, :], 0.0)
@@ -115,7 +115,7 @@ def launch(
         launch_linear(states, predictions, tables, sq_diff, sq_norm, (z, e, filled), drift, workspace)
         return
     (steps, batch, numel), device, lags = predictions.shape, states.device, state_coef.shape[1]
-    rows, size = min(steps, width), Size(steps, batch, numel, lags, states.dtype, device)
+    rows, size = min(steps, width), ProblemSize(steps, batch, numel, lags, states.dtype, device)
     products = by_products(size, ring) if products is None else products
     scratch = cut(secant_layout(size, ring, z.dtype, products), workspace, device)
     partials, weights = scratch["partials"], scratch["weights"]

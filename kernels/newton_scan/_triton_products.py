@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ddim_update._triton import known_row, window
-from ._triton_prepare import older_columns
+from .._triton_rows import drift_row, known_row, older_columns, slope_row, window
 
 TILE, SPAN = 32, 32  # entries of a tile, so that nothing spills; elements of D at a time
 
@@ -34,10 +33,7 @@ def gains_kernel(slope, state_coef, model_coef, gains, T, D, SPECTRAL: tl.conste
     gain = tl.zeros((BLOCK,), tl.float32) + 1.0
     tl.store(gains + lanes, gain, mask=mask)
     for i in tl.range(0, T, loop_unroll_factor=4):
-        if SPECTRAL:
-            c = tl.load(slope + tl.cast(i, tl.int64) * D + lanes, mask=mask, other=0.0).to(tl.float32)
-        else:
-            c = tl.zeros((BLOCK,), tl.float32) + tl.load(slope + i).to(tl.float32)
+        c = slope_row(slope, i, D, lanes, mask, SPECTRAL, tl.float32)
         gain *= tl.fma(tl.load(model_coef + i).to(tl.float32), c, tl.load(state_coef + i).to(tl.float32))
         tl.store(gains + tl.cast(i + 1, tl.int64) * D + lanes, gain, mask=mask)
 
@@ -146,10 +142,7 @@ def corrected_scan_kernel(
         row = tl.cast(i, tl.int64) * B + b
         out = known_row(predictions, i, b, B, D, lanes, mask, tl.float32)
         old = known_row(states, i + 1, b, B, D, lanes, mask, tl.float32)
-        if SPECTRAL:
-            c = tl.load(slope + tl.cast(i, tl.int64) * D + lanes, mask=mask, other=0.0).to(tl.float32)
-        else:
-            c = tl.zeros((BLOCK,), tl.float32) + tl.load(slope + i).to(tl.float32)
+        c = slope_row(slope, i, D, lanes, mask, SPECTRAL, tl.float32)
         bound = tl.where(tl.load(weights + row * (P * P) + slots * (P + 1)) != 0, D, 0)
         share = tl.load(gamma + (tl.cast(b, tl.int64) * T + i) * Q + 1 + slots, mask=slots < Q - 1, other=0.0)
         dz = older_columns(z, i, b, B, D, W, column, lanes, bound, RING, P, tl.float32) - x[None, :]
@@ -157,8 +150,7 @@ def corrected_scan_kernel(
         correction = tl.where((bound > 0)[:, None], share[:, None] * (de - c[None, :] * dz), 0.0)
         hat = tl.fma(c, now - x, out) + tl.sum(correction, axis=0)
         new = tl.fma(tl.load(state_coef + i).to(tl.float32), now, tl.load(model_coef + i).to(tl.float32) * hat)
-        if DRIFT:
-            new += known_row(drift, i, b, B, D, lanes, mask, tl.float32)
+        new += drift_row(drift, i, b, B, D, lanes, mask, DRIFT, tl.float32)
         tl.store(states + (row + B) * D + lanes, new.to(states.dtype.element_ty), mask=mask)
         sums = partials + (row * blocks + block) * 3
         tl.store(sums, tl.sum((new - old) * (new - old)))

@@ -9,7 +9,7 @@ import torch
 
 from deqdiff_fast.errors import BackendUnavailableError
 from deqdiff_fast.kernels import anderson_step
-from deqdiff_fast.kernels.anderson_mix.reference import anderson_step as reference
+from deqdiff_fast.kernels.anderson_step.reference import anderson_step as reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INF = float("inf")
@@ -209,7 +209,7 @@ def test_same_bits_twice(backend, scope, problem, small):
 def test_chunks_of_time_do_not_change_bits(backend, problem, small):
     if backend != "triton":
         pytest.skip("only the Triton scan is cut into chunks")
-    from deqdiff_fast.kernels.anderson_mix import _triton
+    from deqdiff_fast.kernels.anderson_step import _triton
 
     steps, size = small(30, 257)
     given = problem(steps, 2, size, 2, history=2, full=True).serve(backend)

@@ -16,7 +16,7 @@ from deqdiff_fast.kernels import (
     ddim_update,
     draft_scan,
     draft_secants,
-    judge_steps,
+    mark_converged,
     newton_scan,
 )
 
@@ -53,7 +53,7 @@ def test_triton_anderson_is_three(launches, problem, scope, damping):
     run = problem(5, 2, 17, 2, history=3).serve("triton")
     settings = {"ridge": 1e-3, "relative_ridge": True, "damping": damping, "stale": 1e6}
     anderson_step(*run.scan(), *run.history, 0, scope=scope, drift=run.drift, backend="triton", **settings)
-    assert launches == ["anderson_scan_kernel", "solve_kernel", "anderson_mix_kernel"]
+    assert launches == ["anderson_scan_kernel", "anderson_solve_kernel", "anderson_mix_kernel"]
 
 
 @pytest.mark.parametrize("secants", [0, 1, 3])
@@ -107,7 +107,7 @@ def test_triton_draft_is_one_for_every_call_of_it(launches, problem):
 def test_triton_others_are_one_or_two(launches, problem):
     run = problem(5, 2, 17).serve("triton")
     ddim_update(*run.scan(), run.drift, backend="triton")
-    assert launches == ["ddim_update_kernel", "norms_kernel"]
+    assert launches == ["ddim_update_kernel", "ddim_norms_kernel"]
     launches.clear()
     device, bounds = run.states.device, [torch.zeros(2, dtype=torch.int32, device=run.states.device) for _ in range(2)]
     copy_rows(run.states[1:], run.states[1:].clone(), *bounds, backend="triton")
@@ -118,7 +118,7 @@ def test_triton_others_are_one_or_two(launches, problem):
         torch.zeros(2, 2, dtype=torch.int32, device=device), torch.zeros(4, 2, device=device),
         torch.zeros(10, dtype=torch.int64, device=device), 1e-3, 1e-2, 5, backend="triton",
     )  # fmt: skip
-    assert launches == ["bounds_kernel", "rows_kernel"]
+    assert launches == ["window_bounds_kernel", "active_rows_kernel"]
     launches.clear()
-    judge_steps(*(torch.ones(5, 2, device=device) for _ in range(3)), torch.ones(2, device=device), 1e-3, 1e-6, **ON)
-    assert launches == ["judge_kernel"]
+    mark_converged(*(torch.ones(5, 2, device=device) for _ in range(3)), torch.ones(2, device=device), 1e-3, 1e-6, **ON)
+    assert launches == ["mark_converged_kernel"]

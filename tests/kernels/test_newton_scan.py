@@ -306,7 +306,7 @@ def test_opcheck_and_bad_arguments():
     case = Case(6, 2, 8)
     seen = {}
     case.run(lambda *a: seen.update(args=a), torch.float64, 1)
-    torch.library.opcheck(torch.ops.deqdiff_fast.newton_scan.default, seen["args"])
+    torch.library.opcheck(torch.ops.deqdiff_fast.newton_scan.default, (*seen["args"], None))
     args = list(seen["args"])
     for position, bad, message in (
         (4, torch.zeros(6), "slope: expected"),
