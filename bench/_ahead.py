@@ -45,7 +45,7 @@ STREAMS = (
     "corrections", "remainder",
 )  # fmt: skip
 HISTORIES = ("g", "z", "e")
-SETTINGS = ("ridge", "floor", "stale", "undamped", "freeze", "finish", "max_finish", "remaining")
+SETTINGS = ("ridge", "floor", "stale", "undamped", "freeze", "finish", "reach", "allowed")
 SINGLE = ("weights", "newton_norms", "window_bounds", "mark_converged")  # one warp a program
 
 

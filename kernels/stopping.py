@@ -14,19 +14,19 @@ MIN_RATE, MAX_RATE = 0.1, 0.9  # bounds of a row's contraction rate
 FIRST_RATE = 0.5  # the rate of a row that has moved once
 
 
-def finish_threshold(previous: Tensor, finish: float, max_finish: float, remaining: float) -> Tensor:
+def finish_threshold(previous: Tensor, finish: float, reach: float, allowed: float) -> Tensor:
     """The largest residual r at which a sample may end, given that of the round before, p.
 
-    r <= finish, or r <= max_finish and r rho / (1 - rho) <= remaining with rho = r / p (Aitken's extrapolation), which
-    is r^2 + remaining r <= remaining p. A p that is 0 or not finite says nothing.
+    r <= finish, or r <= reach and r rho / (1 - rho) <= allowed with rho = r / p (Aitken's extrapolation), which
+    is r^2 + allowed r <= allowed p. A p that is 0 or not finite says nothing.
 
     Args:
         previous: (B,), p.
-        finish, max_finish, remaining: as for `advance_window`.
+        finish, reach, allowed: as for `advance_window`.
 
     Returns:
         (B,) thresholds.
     """
     known = previous.isfinite() & (previous > 0)
-    root = ((remaining**2 + 4 * remaining * torch.where(known, previous, 0)).sqrt() - remaining) / 2
-    return root.clamp_max(max_finish).clamp_min(finish)
+    root = ((allowed**2 + 4 * allowed * torch.where(known, previous, 0)).sqrt() - allowed) / 2
+    return root.clamp_max(reach).clamp_min(finish)

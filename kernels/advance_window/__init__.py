@@ -14,8 +14,8 @@ __all__ = ["advance_window"]
 _op = register(
     __name__,
     "advance_window(Tensor sq_diff, Tensor sq_norm, Tensor(a!) lo, Tensor(b!) hi, Tensor(c!) previous_bounds, "
-    "Tensor(d!) decision, Tensor(e!) rows, float freeze, float finish, int width, float max_finish, "
-    "float remaining) -> ()",
+    "Tensor(d!) decision, Tensor(e!) rows, float freeze, float finish, int width, float reach, "
+    "float allowed) -> ()",
     _reference,
     storage=("sq_diff",),
 )
@@ -32,8 +32,8 @@ def advance_window(
     freeze: float,
     finish: float,
     width: int,
-    max_finish: float = 0.0,
-    remaining: float = 0.0,
+    reach: float = 0.0,
+    allowed: float = 0.0,
     *,
     backend: str = "auto",
 ) -> None:
@@ -42,8 +42,8 @@ def advance_window(
     Row lo[b] was evaluated at a final state, so it is final now. Where its relative residual r[i] = sqrt(sq_diff[i] /
     sq_norm[i]) is above `freeze`, no other row is: they were evaluated at a state that is out of date. Else a row is
     final when r[i] is at most `freeze` and all rows before it are. All rows up to T are final when hi[b] = T and none
-    is above `finish`, or none above `max_finish` and, at the rate at which the sample's largest residual fell since the
-    round before, at most `remaining` is left to go (`stopping.finish_threshold`). From the first row on whose residual
+    is above `finish`, or none above `reach` and, at the rate at which the sample's largest residual fell since the
+    round before, at most `allowed` is left to go (`stopping.finish_threshold`). From the first row on whose residual
     is not finite, residuals count as Inf.
 
     Args:
@@ -58,7 +58,7 @@ def advance_window(
         freeze: largest relative residual of a final row.
         finish: largest relative residual at which a sample may end.
         width: rows of a window.
-        max_finish, remaining: 0 for samples that end by `finish` alone.
+        reach, allowed: 0 for samples that end by `finish` alone.
         backend: as for `ddim_update`; there is no C++ form, "cpp" means the reference.
 
     Raises:
@@ -73,6 +73,6 @@ def advance_window(
     expect("decision", decision, (4, batch), WIDE, device)
     expect("rows", rows, (rows.numel(),), (torch.int64,), device)
     _op(
-        backend, sq_diff, sq_norm, lo, hi, previous_bounds, decision, rows, freeze, finish, width, max_finish,
-        remaining,
+        backend, sq_diff, sq_norm, lo, hi, previous_bounds, decision, rows, freeze, finish, width, reach,
+        allowed,
     )  # fmt: skip

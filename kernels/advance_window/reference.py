@@ -12,8 +12,8 @@ from ..stopping import TINY, finish_threshold
 
 def advance_window(
     sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, previous_bounds: Tensor, decision: Tensor, rows: Tensor,
-    freeze: float, finish: float, width: int, max_finish: float = 0.0,
-    remaining: float = 0.0,
+    freeze: float, finish: float, width: int, reach: float = 0.0,
+    allowed: float = 0.0,
 ) -> None:  # fmt: skip
     """Row lo is final, and the rows up to the first of residual > freeze; all where none is > `finish_threshold`.
 
@@ -30,7 +30,7 @@ def advance_window(
     # the first row where `flags` holds, or T
     first = lambda flags: torch.where(flags, step, steps).amin(0)  # noqa: E731
     front = torch.minimum(torch.maximum(first(active & ~(residual <= freeze)), lo + 1), hi)
-    end = finish_threshold(decision[3].to(residual.dtype), finish, max_finish, remaining)
+    end = finish_threshold(decision[3].to(residual.dtype), finish, reach, allowed)
     coarse = first(active & ~(residual <= end))
     front = torch.where((hi == steps) & (coarse == steps), steps, front).to(lo.dtype)
     previous_bounds[0].copy_(lo)
