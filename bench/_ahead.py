@@ -38,11 +38,11 @@ WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest 
 HISTORY = 5
 TABLES = (
     "state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat", "gains",
-    "products", "gamma", "previous", "strict", "interpolation", "carry", "dots", "decision",
+    "products", "gamma", "previous", "strict", "weights", "carry", "dots", "decision",
 )  # fmt: skip
 STREAMS = (
     "exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source", "draft_output", "draft_cache",
-    "corrections", "remainder",
+    "correction", "remainder",
 )  # fmt: skip
 HISTORIES = ("g", "z", "e")
 SETTINGS = ("ridge", "floor", "stale", "undamped", "freeze", "finish", "reach", "allowed")
@@ -140,7 +140,7 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
     if storage == "mixed":
         types |= dict.fromkeys(HISTORIES, "*bf16")
     types |= dict.fromkeys(("lo", "hi", "filled", "previous_bounds", "first", "last"), "*i32")
-    types |= dict.fromkeys(("weights", "secant_weights"), "*fp64") | dict.fromkeys(("rows", "anchor_rows"), "*i64")
+    types |= {"secant_weights": "*fp64"} | dict.fromkeys(("rows", "anchor_rows"), "*i64")
     types |= dict.fromkeys(SETTINGS, "fp64")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     hints = [n for n, kind in signature.items() if kind.startswith("*") or (n == "D" and aligned)]

@@ -103,13 +103,13 @@ def elements_of_kernels(op: str, shape: Shape) -> list[tuple[str, float]]:
         ],
         "draft_pass": [
             (
-                f"draft_gram_kernel, at the anchors: E, X, made, {m} of z in; a column of z and of the rest out",
+                f"draft_gram_kernel, at the anchors: E, X, cache, {m} of z in; a column of z and of the remainder out",
                 (m + 5) * part,
             ),
             ("draft_scan_kernel: E, X in; N out", 3),
             (
-                f"draft_scan_kernel, at the anchors: N, said, made, a turn, F, {m + 1} of z and of the rest in; "
-                "made, a turn, F out",
+                f"draft_scan_kernel, at the anchors: N, output, cache, a correction, F, {m + 1} of z and of the "
+                "remainder in; cache, a correction, F out",
                 (2 * m + 10) * part,
             ),
         ],

@@ -66,8 +66,8 @@ class Strip {
       row.slope_per_element = p_.slope.per_element;
       row.count = 0;
       for (int k = before ? 0 : 1; k < 2; ++k) {
-        row.correction[row.corrections] = at(p_.corrections, (p_.anchor + 1 + k) % 2);
-        row.share[row.corrections++] = p_.interpolation[2 * i + k];
+        row.correction[row.corrections] = at(p_.correction, (p_.anchor + 1 + k) % 2);
+        row.share[row.corrections++] = p_.weights[2 * i + k];
       }
       row.drift = s_.drift == nullptr ? nullptr : at(s_.drift, i);
       row.lags = static_cast<int>(std::min<std::int64_t>(s_.lags, i + 1));
@@ -116,13 +116,13 @@ class Strip {
   }
 
   void anchor(const double* dots) const {
-    char* corrections = at(p_.corrections, p_.anchor % 2);
+    char* correction = at(p_.correction, p_.anchor % 2);
     if (!active_) {
       if (p_.rollout && p_.start < low_) {
         draft_kernels(s_.dtype).subtract(at(s_.predictions, p_.start), at(s_.states, p_.start), slope(p_.start),
-                                         p_.slope.per_element, corrections, size_);
+                                         p_.slope.per_element, correction, size_);
       } else {
-        std::memset(corrections, 0, size_ * item_);
+        std::memset(correction, 0, size_ * item_);
       }
       return;
     }
@@ -134,7 +134,7 @@ class Strip {
     row.own_remainder = ring(p_.remainder, 0);
     row.slope = slope(p_.start);
     row.slope_per_element = p_.slope.per_element;
-    row.correction = corrections;
+    row.correction = correction;
     row.size = size_;
     row.count = 0;
     const int secants = p_.ring - 1;
@@ -148,7 +148,7 @@ class Strip {
     }
     draft_kernels(s_.dtype).correct(row);
     if (!p_.rollout && p_.start == low_)
-      std::memset(corrections, 0, size_ * item_);  // the model's own prediction stands
+      std::memset(correction, 0, size_ * item_);  // the model's own prediction stands
   }
 
   // What earlier rows left as it was, to where the recursion looks for it.
@@ -224,8 +224,8 @@ void draft_scan_call(Arguments& a) {
   const auto item = static_cast<std::size_t>(item_size(p.scan.dtype));
   p.draft_output = a.address("draft_output", item, false);
   p.draft_cache = a.address("draft_cache", item, data);
-  p.corrections = a.address("corrections", item, data);
-  p.interpolation = a.table<const double>("interpolation", has_rows(p.scan));
+  p.correction = a.address("correction", item, data);
+  p.weights = a.table<const double>("weights", has_rows(p.scan));
   p.carry = a.address("carry", wide_size(p.scan.dtype), data);
   p.z = a.address("z", item, data);
   p.remainder = a.address("remainder", item, data);

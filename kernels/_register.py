@@ -20,7 +20,7 @@ from . import _backends
 
 _ARGUMENT = re.compile(r"(Tensor|int|float|bool|str)(\(\w+!\))?\?? (\w+)")
 # What the C++ form takes in float64, and in float32 unless the states are float64; other tensors as they are stored.
-_FLOAT64 = frozenset({"state_coef", "model_coef", "interpolation", "sq_diff", "sq_norm", "sq_miss", "gram"})
+_FLOAT64 = frozenset({"state_coef", "model_coef", "weights", "sq_diff", "sq_norm", "sq_miss", "gram"})
 _WIDE = frozenset({"slope", "weight"})
 
 

@@ -25,7 +25,7 @@ def _sizes(given: dict[str, Any]) -> dict[str, Any]:
 _op = register(
     __name__,
     "draft_scan(Tensor(a!) states, Tensor predictions, Tensor? draft_output, Tensor(b!) draft_cache, "
-    "Tensor(c!) corrections, Tensor interpolation, Tensor state_coef, Tensor model_coef, Tensor slope, Tensor lo, "
+    "Tensor(c!) correction, Tensor weights, Tensor state_coef, Tensor model_coef, Tensor slope, Tensor lo, "
     "Tensor hi, Tensor(d!) sq_diff, Tensor(e!) sq_norm, Tensor(f!) carry, Tensor z, Tensor remainder, "
     "Tensor secant_weights, int column, int anchor, int previous_start, int start, int stop, bool rollout, bool last, "
     "Tensor? drift, Tensor(g!)? workspace) -> ()",
@@ -40,8 +40,8 @@ def draft_scan(
     predictions: Tensor,
     draft_output: Tensor | None,
     draft_cache: Tensor,
-    corrections: Tensor,
-    interpolation: Tensor,
+    correction: Tensor,
+    weights: Tensor,
     state_coef: Tensor,
     model_coef: Tensor,
     slope: Tensor,
@@ -69,14 +69,14 @@ def draft_scan(
 
     N[i+1] = sum_l state_coef[i,l] N[i-l] + model_coef[i,l] Ê[i-l] + drift[i], then states <- N, with
 
-        Ê[i] = E[i] + slope[i] (N[i] - X[i]) + interpolation[i,0] corrections[n-1] + interpolation[i,1] corrections[n]
-        corrections[n] = draft_output - draft_cache[n] + (S - slope) (N - X) in row start; then draft_cache[n] <- it
+        Ê[i] = E[i] + slope[i] (N[i] - X[i]) + weights[i,0] correction[n-1] + weights[i,1] correction[n]
+        correction[n] = draft_output - draft_cache[n] + (S - slope) (N - X) in row start; then draft_cache[n] <- it
 
     n = `anchor` the anchor of row start, X the old states, S the Jacobian that `draft_secants` has fitted.
-    corrections[n] is zero for samples that are not active in row start, and in row lo[b]: its state is final, and there
+    correction[n] is zero for samples that are not active in row start, and in row lo[b]: its state is final, and there
     the model's own prediction stands, even where a draft differs about the same state. The segments of a sweep go in
     order, each after the draft was called at the state that the one before has reached; nothing else may use
-    `corrections`, `carry` and the workspace in between. At X that solves the chain nothing changes, whatever the draft.
+    `correction`, `carry` and the workspace in between. At X that solves the chain nothing changes, whatever the draft.
     Cf. deferred correction, and Parareal (Lions, Maday, Turinici 2001).
 
     Args:
@@ -85,8 +85,8 @@ def draft_scan(
         draft_output: (B, D), the draft at states[start]; None where no sample is active in that row. Values that are
             not below 1e6, and NaN, are replaced by slope[start] states[start].
         draft_cache: (A, B, D), the draft's output at the anchors of X.
-        corrections: (2, B, D), that of anchor n in n % 2.
-        interpolation: (T, 2), weights of the two anchors' corrections in each row.
+        correction: (2, B, D), that of anchor n in n % 2.
+        weights: (T, 2), weights of the two anchors' correction in each row.
         slope: as for `newton_scan`.
         sq_diff: (T, B); row i receives max(|N[i+1] - X[i+1]|^2, |F[i+1] - X[i+1]|^2), F the plain step.
         sq_norm: (T, B), |N[i+1]|^2. The Triton kernels write both for the whole sweep in a segment that is `last`.
@@ -109,8 +109,8 @@ def draft_scan(
     check_anchors(states, draft_cache, z, remainder, secant_weights, column)
     if draft_output is not None:
         expect("draft_output", draft_output, (batch, size), kinds, device)
-    expect("corrections", corrections, (2, batch, size), kinds, device)
-    expect("interpolation", interpolation, (rows - 1, 2), WIDE, device)
+    expect("correction", correction, (2, batch, size), kinds, device)
+    expect("weights", weights, (rows - 1, 2), WIDE, device)
     expect("carry", carry, (2, state_coef.shape[1], batch, size), (wide(states.dtype),), device)
     count = draft_cache.shape[0]
     if not 0 <= anchor < count or not 0 <= start < stop <= rows - 1 or not -1 <= previous_start < start:
@@ -119,7 +119,7 @@ def draft_scan(
             f"stop <= {rows - 1}, got {anchor}, {previous_start}, {start}, {stop}"
         )
     _op(
-        backend, states, predictions, draft_output, draft_cache, corrections, interpolation, state_coef, model_coef,
+        backend, states, predictions, draft_output, draft_cache, correction, weights, state_coef, model_coef,
         slope, lo, hi, sq_diff, sq_norm, carry, z, remainder, secant_weights, column, anchor, previous_start, start,
         stop, rollout, last, drift, workspace,
     )  # fmt: skip

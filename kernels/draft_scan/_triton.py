@@ -38,7 +38,7 @@ def lagged(
 
 @triton.jit(do_not_specialize=["T", "A", "column", "anchor", "previous_start", "start", "stop"])
 def draft_scan_kernel(
-    states, predictions, drift, draft_output, draft_cache, corrections, interpolation, slope, state_coef, model_coef,
+    states, predictions, drift, draft_output, draft_cache, correction, weights, slope, state_coef, model_coef,
     lo, hi, carry, z, remainder, secant_weights, dots, partials, T, A, B, D, column, anchor, previous_start, start,
     stop, L: tl.constexpr, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, ROLLOUT: tl.constexpr, RING: tl.constexpr,
     P: tl.constexpr, MAX_OUTPUT: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
@@ -87,14 +87,14 @@ def draft_scan_kernel(
         change = tl.where(inside & (start > low), change, 0.0)  # at row low the model's own prediction stands
     cached = draft_cache + (tl.cast(anchor, tl.int64) * B + b) * D + lanes
     tl.store(cached, sanitized.to(draft_cache.dtype.element_ty), mask=asked)
-    rounded = change.to(corrections.dtype.element_ty)
-    tl.store(corrections + ((anchor % 2) * B + b).to(tl.int64) * D + lanes, rounded, mask=there)
+    rounded = change.to(correction.dtype.element_ty)
+    tl.store(correction + ((anchor % 2) * B + b).to(tl.int64) * D + lanes, rounded, mask=there)
     first, last = tl.maximum(start, low), tl.minimum(stop, high)
     if first >= last:
         return
     change = rounded.to(WIDE)
     near = lanes < tl.where(previous_start >= (0 if ROLLOUT else low), D, 0)
-    other = tl.load(corrections + (((anchor + 1) % 2) * B + b).to(tl.int64) * D + lanes, mask=near, other=0.0).to(WIDE)
+    other = tl.load(correction + (((anchor + 1) % 2) * B + b).to(tl.int64) * D + lanes, mask=near, other=0.0).to(WIDE)
     n0, p0, _, _ = lagged(states, predictions, carry, first, low, b, B, D, lanes, mask, L, WIDE)
     n1, n2, n3, p1, p2, p3, h1, h2, h3, e1, e2, e3 = n0, n0, n0, n0, n0, n0, n0, n0, n0, n0, n0, n0
     if L > 1:
@@ -108,7 +108,7 @@ def draft_scan_kernel(
         old = known_row(states, i + 1, b, B, D, lanes, mask, WIDE)
         noise = drift_row(drift, i, b, B, D, lanes, mask, DRIFT, WIDE)
         c = slope_row(slope, i, D, lanes, mask, SPECTRAL, WIDE)
-        extra = tl.load(interpolation + 2 * i).to(WIDE) * other + tl.load(interpolation + 2 * i + 1).to(WIDE) * change
+        extra = tl.load(weights + 2 * i).to(WIDE) * other + tl.load(weights + 2 * i + 1).to(WIDE) * change
         e0 = n0
         if ROLLOUT:
             h0 = tl.fma(c, n0, extra)
@@ -149,8 +149,8 @@ def draft_scan_kernel(
 
 
 def launch(
-    states: Tensor, predictions: Tensor, draft_output: Tensor | None, draft_cache: Tensor, corrections: Tensor,
-    interpolation: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, lo: Tensor, hi: Tensor,
+    states: Tensor, predictions: Tensor, draft_output: Tensor | None, draft_cache: Tensor, correction: Tensor,
+    weights: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, carry: Tensor, z: Tensor, remainder: Tensor, secant_weights: Tensor, column: int,
     anchor: int, previous_start: int, start: int, stop: int, rollout: bool, last: bool, drift: Tensor | None,
     workspace: Tensor | None,
@@ -163,8 +163,8 @@ def launch(
     scratch = cut(layout(ProblemSize(steps, batch, size, lags, states.dtype, device), ring), workspace, device)
     dots, partials = scratch["dots"], scratch["partials"]
     draft_scan_kernel[(dots.shape[2] * batch,)](
-        states, predictions, drift, draft_cache if draft_output is None else draft_output, draft_cache, corrections,
-        interpolation, slope, state_coef, model_coef, lo, hi, carry, z, remainder, secant_weights, dots, partials,
+        states, predictions, drift, draft_cache if draft_output is None else draft_output, draft_cache, correction,
+        weights, slope, state_coef, model_coef, lo, hi, carry, z, remainder, secant_weights, dots, partials,
         steps, draft_cache.shape[0], batch, size, column, anchor, previous_start, start, stop, L=lags,
         DRIFT=drift is not None, SPECTRAL=slope.shape[1] > 1, ROLLOUT=rollout, RING=ring, P=dots.shape[3],
         MAX_OUTPUT=MAX_OUTPUT, SPAN=32, BLOCK=config.block(states.element_size()), num_warps=config.num_warps,

@@ -16,21 +16,21 @@ def secant_change(z: Tensor, remainder: Tensor, secant_weights: Tensor, column: 
 
 
 def draft_scan(
-    states, predictions, draft_output, draft_cache, corrections, interpolation, state_coef, model_coef, slope, lo, hi,
+    states, predictions, draft_output, draft_cache, correction, weights, state_coef, model_coef, slope, lo, hi,
     sq_diff, sq_norm, carry, z, remainder, secant_weights, column, anchor, previous_start, start, stop, rollout=False,
     last=True, drift=None,
 ) -> None:  # fmt: skip
     """Rows max(start, lo[b]) <= i < min(stop, hi[b]): N[i+1] = sum_l a[i,l] N[i-l] + b[i,l] Ê[i-l] + drift[i], with
-    Ê[i] = E[i] + c[i] (N[i] - X[i]) + interpolation[i] . corrections[n-1, n], n = anchor that of row start.
+    Ê[i] = E[i] + c[i] (N[i] - X[i]) + weights[i] . correction[n-1, n], n = anchor that of row start.
 
-    corrections[n] = draft_output - draft_cache[n] + (S - c) (N - X), S: `secant_change`; draft_cache[n] <-
+    correction[n] = draft_output - draft_cache[n] + (S - c) (N - X), S: `secant_change`; draft_cache[n] <-
     draft_output. Zero where row start is not active, and in row lo[b], whose state is final: there the model's own
     prediction stands. rollout: E, X, draft_cache and S are zero, and before lo[b] the prediction is the draft's output.
     """
     lags, f, hats, slot = state_coef.shape[1], *carry, anchor % 2
     for b in range(states.shape[1]):
         low, high, now, c = int(lo[b]), int(hi[b]), states[start, b].double(), slope[start].double()
-        corrections[slot, b] = 0
+        correction[slot, b] = 0
         if low <= start < high:
             sanitized = torch.where(draft_output[b].abs() < MAX_OUTPUT, draft_output[b].double(), c * now)
             dx = now - (0 if rollout else z[column, anchor, b].double())
@@ -38,15 +38,15 @@ def draft_scan(
             if not rollout:
                 change += secant_change(z[:, anchor, b], remainder[:, anchor, b], secant_weights[anchor, b], column, dx)
                 change -= draft_cache[anchor, b].double()
-            corrections[slot, b] = change.to(corrections.dtype) if rollout or start > low else 0
+            correction[slot, b] = change.to(correction.dtype) if rollout or start > low else 0
             draft_cache[anchor, b] = sanitized.to(draft_cache.dtype)
         elif rollout and start < low:
-            corrections[slot, b] = (predictions[start, b].double() - c * now).to(corrections.dtype)
-        before = corrections[1 - slot, b].double() if previous_start >= (0 if rollout else low) else 0
+            correction[slot, b] = (predictions[start, b].double() - c * now).to(correction.dtype)
+        before = correction[1 - slot, b].double() if previous_start >= (0 if rollout else low) else 0
         x = z[column, anchor, b].double() if start > low and not rollout else states[max(start, low), b].double()
         for i in range(max(start, low), min(stop, high)):
             old, e, c = states[i + 1, b].to(torch.float64, copy=True), predictions[i, b].double(), slope[i].double()
-            extra = interpolation[i, 0].double() * before + interpolation[i, 1].double() * corrections[slot, b].double()
+            extra = weights[i, 0].double() * before + weights[i, 1].double() * correction[slot, b].double()
             hats[i % lags, b] = c * states[i, b].double() + extra + (0 if rollout else e - c * x)
             new = plain = torch.zeros_like(e) if drift is None else drift[i, b].double()
             for j in range(i, max(i - lags, -1), -1):

@@ -108,7 +108,7 @@ def secant_layout(size: ProblemSize, ring: int, stored: torch.dtype, products: b
     rows, pairs, entries = (size.steps, size.batch), next_power_of_2(ring - 1), next_power_of_2(ring)
     found: Layout = {
         "partials": ((*rows, blocks, pairs**2 + 2), real),
-        "weights": ((*rows, pairs, pairs), torch.float64),
+        "secant_weights": ((*rows, pairs, pairs), torch.float64),
     }
     if size.lags > 1:
         found["e_hat"] = ((size.lags, size.batch, size.numel), real)

@@ -127,10 +127,10 @@ def gram_sums(partials, row, blocks, known, K: tl.constexpr, P: tl.constexpr, SP
 
 @triton.jit(do_not_specialize=["T", "W", "blocks"])
 def newton_weights_kernel(
-    partials, lo, hi, filled, weights, sq_diff, T, B, W, blocks, ridge: tl.float64, floor: tl.float64,
+    partials, lo, hi, filled, secant_weights, sq_diff, T, B, W, blocks, ridge: tl.float64, floor: tl.float64,
     RING: tl.constexpr, P: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """One row of one sample. weights: (T, B, P, P) float64, S; its diagonal is zero for columns not to be read."""
+    """One row of one sample. secant_weights (T, B, P, P) float64: S; a zero on its diagonal: a column not to be read."""
     b = tl.program_id(0) % B
     first, last = window(lo, hi, b, tl.minimum(T, tl.load(lo + b) + W))
     i = first + tl.program_id(0) // B
@@ -142,6 +142,6 @@ def newton_weights_kernel(
     known = slots < count
     gram, norm, residual = gram_sums(partials, row, blocks, known, P * P + 2, P, SPAN)
     solved = secant_fit(gram, norm, known, ridge, floor, P)
-    tl.store(weights + row * (P * P) + slots[:, None] * P + slots[None, :], solved)
+    tl.store(secant_weights + row * (P * P) + slots[:, None] * P + slots[None, :], solved)
     tl.store(sq_diff + row, residual.to(sq_diff.dtype.element_ty))
     tl.store(valid, count + 1)

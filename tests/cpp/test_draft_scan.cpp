@@ -77,11 +77,11 @@ struct Curved {
     const std::int64_t anchors = count * batch * size;
     const Dtype wide = dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
     Storage x(dtype, start), noise(dtype, drift), draft_cache(dtype, std::vector<double>(anchors)),
-        corrections(dtype, std::vector<double>(2 * batch * size, NAN)),
+        correction(dtype, std::vector<double>(2 * batch * size, NAN)),
         z(dtype, std::vector<double>(ring * anchors, NAN)), remainder(dtype, std::vector<double>(ring * anchors, NAN)),
         slope(wide, std::vector<double>(steps, 0.3)), carry(wide, std::vector<double>(2 * lags * batch * size, NAN));
-    std::vector<double> secant_weights(count * batch * (ring - 1) * (ring - 1), NAN), interpolation;
-    for (std::int64_t i = 0; i < steps; ++i) interpolation.insert(interpolation.end(), {0.0, 1.0});
+    std::vector<double> secant_weights(count * batch * (ring - 1) * (ring - 1), NAN), weights;
+    for (std::int64_t i = 0; i < steps; ++i) weights.insert(weights.end(), {0.0, 1.0});
     std::vector<std::int32_t> filled(count * batch, 0);
     for (int round = 0; round < rounds; ++round) {
       Storage e(dtype, predict(x.values()));
@@ -118,8 +118,8 @@ struct Curved {
               lo.data(), hi.data(), sq_diff.data(), sq_norm.data(), steps, batch, size, lags, threads},
              output.data(),
              draft_cache.data(),
-             corrections.data(),
-             interpolation.data(),
+             correction.data(),
+             weights.data(),
              {slope.data(), false},
              carry.data(),
              z.data(),
@@ -137,7 +137,7 @@ struct Curved {
       }
       CHECK(e.intact());
     }
-    CHECK(x.intact() && noise.intact() && draft_cache.intact() && corrections.intact() && z.intact() &&
+    CHECK(x.intact() && noise.intact() && draft_cache.intact() && correction.intact() && z.intact() &&
           remainder.intact());
     CHECK(slope.intact() && carry.intact());
     return x.values();

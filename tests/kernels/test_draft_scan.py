@@ -40,7 +40,7 @@ class Case:
         self.a = torch.where(early, 0.9 / lags + 0.02 * draw(steps, lags), 0)
         self.b = torch.where(early, 0.1 * draw(steps, lags), 0)
         self.slope = 0.5 * draw(steps, size if spectral else 1)
-        self.interpolation = 0.3 * draw(steps, 2)
+        self.weights = 0.3 * draw(steps, 2)
         self.anchor_rows = sorted({*range(0, steps, stride), *range(max(steps - 2, 0), steps)})
         self.x, self.drift = draw(steps + 1, batch, size), (0.1 * draw(steps, batch, size) if drift else None)
         self.rounds = [draw(steps, batch, size) for _ in range(history + 2)]
@@ -58,7 +58,7 @@ class Case:
         count, real = len(self.anchor_rows), torch.float32 if dtype != torch.float64 else dtype
         shape = (count, self.batch, self.size)
         empty = lambda *s, kind=dtype: torch.full(s, NAN, dtype=kind, device=self.device)  # noqa: E731
-        states, draft_cache, corrections = put(self.x).clone(), empty(*shape), empty(2, *shape[1:])
+        states, draft_cache, correction = put(self.x).clone(), empty(*shape), empty(2, *shape[1:])
         z, remainder = empty(self.ring, *shape), empty(self.ring, *shape)
         filled = torch.zeros(shape[:2], dtype=torch.int32, device=self.device)
         secant_weights = empty(*shape[:2], self.ring - 1, self.ring - 1, kind=torch.float64)
@@ -69,7 +69,7 @@ class Case:
         low, high = int(self.lo.min()), int(self.hi.max())
         for b in range(self.batch):
             states[int(hi[b]) + 1 :, b] = NAN
-        fixed = [table(self.interpolation), table(self.a), table(self.b), put(self.slope).to(real), lo, hi]
+        fixed = [table(self.weights), table(self.a), table(self.b), put(self.slope).to(real), lo, hi]
         for k, e in enumerate([self.rounds[0], *self.rounds]):
             e = put(e).clone()
             for b in range(self.batch):
@@ -98,7 +98,7 @@ class Case:
                 stop, previous_start = ([*self.anchor_rows, self.steps])[n + 1], self.anchor_rows[n - 1] if n else -1
                 draft_output = put(self.draft_output[(k + n) % 7]) if low <= start < high else None
                 scan(
-                    states, e, draft_output, draft_cache, corrections, *fixed, *sums, carry, z, remainder,
+                    states, e, draft_output, draft_cache, correction, *fixed, *sums, carry, z, remainder,
                     secant_weights, column, n, previous_start, start, stop, rollout=k == 0, last=stop == self.steps,
                     drift=put(self.drift), **given,
                 )  # fmt: skip
@@ -253,7 +253,7 @@ def sweep(case, lo, hi, states, predictions, draft, ask=None, rollout=False, bac
     draft_cache, shape = torch.zeros(len(case.anchor_rows), 1, case.size).double(), (1, case.size)
     for n, i in enumerate(case.anchor_rows):
         draft_cache[n] = draft(i, states[i])
-    corrections, carry = (torch.full((2, *s), NAN).double() for s in (shape, (1, *shape)))
+    correction, carry = (torch.full((2, *s), NAN).double() for s in (shape, (1, *shape)))
     z, remainder = torch.zeros(1, *draft_cache.shape).double(), torch.zeros(1, *draft_cache.shape).double()
     filled, secant_weights = (
         torch.zeros(len(case.anchor_rows), 1).int(),
@@ -268,7 +268,7 @@ def sweep(case, lo, hi, states, predictions, draft, ask=None, rollout=False, bac
     for n, start in enumerate(case.anchor_rows):
         draft_output = (ask or draft)(start, states[start])
         draft_scan(
-            states, predictions, draft_output, draft_cache, corrections, case.interpolation, case.a, case.b,
+            states, predictions, draft_output, draft_cache, correction, case.weights, case.a, case.b,
             case.slope, lo, hi, *sums, carry, z, remainder, secant_weights, 0, n, starts[n], start,
             starts[n + 2],
             rollout=rollout, backend=backend,
@@ -279,7 +279,7 @@ def sweep(case, lo, hi, states, predictions, draft, ask=None, rollout=False, bac
 @pytest.mark.parametrize("stride", [1, 4])
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_a_chain_that_is_solved_stays(stride, backend):
-    """The fixed point is the serial chain, whatever the draft and the interpolation are."""
+    """The fixed point is the serial chain, whatever the draft and the weights are."""
     case, lo, hi = chain(stride=stride)
     states, predictions = torch.zeros(13, 1, 33).double(), torch.zeros(12, 1, 33).double()
     states[0] = case.x[0, :1]
@@ -294,7 +294,7 @@ def test_a_chain_that_is_solved_stays(stride, backend):
 
 def test_a_draft_that_is_the_model_solves_at_once():
     case, lo, hi = chain()
-    case.interpolation = torch.tensor([[0.0, 1.0]]).double().repeat(12, 1)
+    case.weights = torch.tensor([[0.0, 1.0]]).double().repeat(12, 1)
     model = lambda i, x: torch.tanh(x + 0.1 * i)  # noqa: E731
     states = case.x[:, :1].clone()
     serial = [states[0]]
@@ -326,7 +326,7 @@ def test_a_linear_draft_is_a_newton_scan():
 def test_secants_know_a_linear_remainder():
     """As many secants as the remainder has directions: the sweep is exact though the draft is zero."""
     case, lo, hi = chain(steps=6, size=8, secants=2)
-    case.interpolation = torch.tensor([[0.0, 1.0]]).double().repeat(6, 1)
+    case.weights = torch.tensor([[0.0, 1.0]]).double().repeat(6, 1)
     g = torch.Generator().manual_seed(0)
     left, right = (torch.randn(8, 2, generator=g).double() for _ in range(2))
     slope = torch.zeros(6, 1).double()
@@ -335,7 +335,7 @@ def test_secants_know_a_linear_remainder():
     z, remainder = torch.zeros(3, *shape).double(), torch.zeros(3, *shape).double()
     filled, secant_weights = torch.zeros(6, 1).int(), torch.zeros(6, 1, 2, 2).double()
     anchor_rows, draft_cache, zero = torch.arange(6), torch.zeros(shape).double(), torch.zeros(1, 8).double()
-    corrections, carry = torch.zeros(2, 1, 8).double(), torch.zeros(2, 1, 1, 8).double()
+    correction, carry = torch.zeros(2, 1, 8).double(), torch.zeros(2, 1, 1, 8).double()
     start, basis = case.x[0, :1], [torch.randn(8, generator=g).double() for _ in range(2)]
     serial = [start]
     for i in range(6):
@@ -354,7 +354,7 @@ def test_secants_know_a_linear_remainder():
     for n in range(count):
         sums = [torch.zeros(6, 1).double() for _ in range(2)]
         draft_scan(
-            states, predictions, zero, draft_cache, corrections, case.interpolation, case.a, case.b, slope, lo, hi,
+            states, predictions, zero, draft_cache, correction, case.weights, case.a, case.b, slope, lo, hi,
             *sums, carry, z, remainder, secant_weights, 2, n, n - 1, n, n + 1,
         )  # fmt: skip
         torch.testing.assert_close(states[n + 1], serial[n + 1], rtol=1e-6, atol=1e-6)
@@ -364,17 +364,16 @@ def arguments(lags=2):
     case = Case(6, 9, 2, lags, dtype=torch.float64, history=2)
     count = len(case.anchor_rows)
     shape = (count, 2, 9)
-    given = {
+    return {
         "states": case.x, "predictions": case.rounds[0], "draft_output": case.draft_output[0],
-        "draft_cache": torch.zeros(shape).double(), "corrections": torch.zeros(2, 2, 9).double(),
-        "interpolation": case.interpolation, "state_coef": case.a, "model_coef": case.b, "slope": case.slope,
+        "draft_cache": torch.zeros(shape).double(), "correction": torch.zeros(2, 2, 9).double(),
+        "weights": case.weights, "state_coef": case.a, "model_coef": case.b, "slope": case.slope,
         "lo": case.lo, "hi": case.hi, "sq_diff": torch.zeros(6, 2).double(),
         "sq_norm": torch.zeros(6, 2).double(), "carry": torch.zeros(2, lags, 2, 9).double(),
         "z": torch.zeros(3, *shape).double(), "remainder": torch.zeros(3, *shape).double(),
         "secant_weights": torch.zeros(count, 2, 2, 2).double(), "column": 1, "anchor": 0, "previous_start": -1,
         "start": 0, "stop": 2,
     }  # fmt: skip
-    return given
 
 
 def test_opcheck():
@@ -387,7 +386,7 @@ def test_opcheck():
 
 WRONG = {
     "draft_output": torch.zeros(2, 9), "draft_cache": torch.zeros(2, 9).double(),
-    "corrections": torch.zeros(3, 2, 9).double(), "interpolation": torch.zeros(6, 3), "slope": torch.zeros(5, 1),
+    "correction": torch.zeros(3, 2, 9).double(), "weights": torch.zeros(6, 3), "slope": torch.zeros(5, 1),
     "carry": torch.zeros(2, 2, 2, 9),
     "z": torch.zeros(9, 4, 2, 9).double(), "remainder": torch.zeros(2, 4, 2, 9).double(),
     "secant_weights": torch.zeros(4, 2, 2, 2), "column": 3, "anchor": 4, "previous_start": 0, "start": 3, "stop": 7,

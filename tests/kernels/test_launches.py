@@ -84,20 +84,20 @@ def test_triton_newton_by_products_is_seven(launches, problem, monkeypatch):
 
 
 def test_triton_draft_is_one_for_every_call_of_it(launches, problem):
-    """Two before a pass, one after each call of the draft, one for the norms when all are made."""
+    """Two before a sweep, one after each call of the draft, one for the norms when all are made."""
     run = problem(5, 2, 17).serve("triton")
     device, scan = run.states.device, run.scan()
-    z, rest = (torch.zeros(3, 2, 2, 17, device=device) for _ in range(2))
-    made, turn, carry = (torch.zeros(2, *shape, device=device) for shape in ((2, 17), (2, 17), (1, 2, 17)))
-    weights = torch.zeros(2, 2, 2, 2, dtype=torch.float64, device=device)
-    at, filled = torch.tensor([0, 3], device=device), torch.zeros(2, 2, dtype=torch.int32, device=device)
-    draft_secants(*scan[:2], made, at, *scan[4:6], z, rest, filled, weights, 0, backend="triton")
+    z, remainder = (torch.zeros(3, 2, 2, 17, device=device) for _ in range(2))
+    cache, correction, carry = (torch.zeros(2, *shape, device=device) for shape in ((2, 17), (2, 17), (1, 2, 17)))
+    fit = torch.zeros(2, 2, 2, 2, dtype=torch.float64, device=device)
+    rows, filled = torch.tensor([0, 3], device=device), torch.zeros(2, 2, dtype=torch.int32, device=device)
+    draft_secants(*scan[:2], cache, rows, *scan[4:6], z, remainder, filled, fit, 0, backend="triton")
     workspace = torch.zeros(1 << 12, dtype=torch.uint8, device=device)
-    shares, slope = torch.ones(5, 2, device=device), torch.zeros(5, 1, device=device)
-    for number, (previous, start, stop) in enumerate([(-1, 0, 3), (0, 3, 5)]):
+    weights, slope = torch.ones(5, 2, device=device), torch.zeros(5, 1, device=device)
+    for anchor, (previous_start, start, stop) in enumerate([(-1, 0, 3), (0, 3, 5)]):
         draft_scan(
-            *scan[:2], made[0], made, turn, shares, *scan[2:4], slope, *scan[4:], carry, z, rest, weights, 0, number,
-            previous, start, stop, last=number == 1, drift=run.drift, workspace=workspace, backend="triton",
+            *scan[:2], cache[0], cache, correction, weights, *scan[2:4], slope, *scan[4:], carry, z, remainder, fit, 0,
+            anchor, previous_start, start, stop, last=anchor == 1, drift=run.drift, workspace=workspace, **ON,
         )  # fmt: skip
     assert launches == [
         "draft_gram_kernel", "draft_weights_kernel", "draft_scan_kernel", "draft_scan_kernel", "newton_norms_kernel"

@@ -55,7 +55,7 @@ def test_cpp_marks_as_the_reference(steps, batch, kind):
     assert torch.equal(actual[1].nan_to_num(), given[1].nan_to_num())
 
 
-def test_judge_steps_is_known_to_torch():
+def test_opcheck_and_bad_arguments():
     given, strict = rows_to_mark(9, 2)
     torch.library.opcheck(torch.ops.deqdiff_fast.mark_converged.default, (*given, strict, 1e-3, 1e-6))
     with pytest.raises(ValueError, match=r"previous: expected shape \(9, 2\), got \(8, 2\)"):
