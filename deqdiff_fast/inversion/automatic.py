@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..planner import measure as cost
-from ..planner.decide import Curve
+from ..planner.cost_curve import Curve
 from .base import Outcome, Task
 from .equilibrium import Equilibrium
 from .fixed_point import FixedPoint
@@ -111,7 +111,7 @@ class Automatic:
 
     def _predict(self, task: Task) -> tuple[dict[str, float], Record, Curve, int]:
         """Seconds of each method, what they were predicted from, what calls cost, and evaluations to measure that."""
-        kept, signature = cost.kept_beside(task.model), cost.signature_of(task.image, task.model_kwargs)
+        kept, signature = cost.shared_with_model(task.model), cost.signature_of(task.image, task.model_kwargs)
         kind = (task.batch, task.schedule.num_steps, task.schedule.name, task.schedule.stochastic, task.tol)
         with _LOCK:
             record: Record = kept.setdefault(("inversion", signature, *kind, self), Record())
