@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 
-FEWER_ROWS = 0.95  # a smaller piece must make a round this much cheaper, for every call has costs that no curve shows
+# Costs are noisy: what differs from what is simpler or in use must promise to take at most this part of its time.
+MARGIN = 0.95
 
 
 class Curve:
@@ -33,6 +34,11 @@ class Curve:
         (*_, n), (*_, last) = self.sizes, self.seconds
         return last / n if len(self.sizes) == 1 else (last - self.seconds[-2]) / (n - self.sizes[-2])
 
+    @property
+    def full(self) -> bool:
+        """Whether a further row costs about what the mean one does: larger calls will not be cheaper."""
+        return len(self.sizes) > 1 and self.slope > MARGIN * self.seconds[-1] / self.largest
+
     def __call__(self, rows: float) -> float:
         sizes, seconds = self.sizes, self.seconds
         if rows <= sizes[0]:
@@ -53,6 +59,6 @@ class Curve:
         """The rows in one call with which that many rows take the shortest, at most `limit`."""
         best = top = min(rows, limit or rows)
         for piece in self.sizes:
-            if piece < top and self.in_pieces(rows, piece) < FEWER_ROWS * self.in_pieces(rows, best):
+            if piece < top and self.in_pieces(rows, piece) < MARGIN * self.in_pieces(rows, best):
                 best = piece
         return best

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..plan import Candidate, Plan, RoundEstimate
-from .cost_curve import Curve
+from .cost_curve import MARGIN, Curve
 
-MARGIN = (
-    0.95  # another way must promise to take at most this part of the time of the present one: predictions are noisy
-)
 REACH = 4  # predictions are trusted up to this many times the largest batch that was measured
-OPTIMISM = 0.25  # a measurement must pay if further rows cost this part of what the last ones did
 COARSE_ROWS, COARSE = 9, 0.75  # coarse rounds, of about 9 timesteps, must cost less than this part of a full one
 
 
@@ -21,18 +17,10 @@ COARSE_ROWS, COARSE = 9, 0.75  # coarse rounds, of about 9 timesteps, must cost 
 class PlannerInputs:
     """Everything that a decision rests on.
 
-    Args:
-        steps: T.
-        batch: B.
-        step: seconds of one step of the serial chain; None where it was not measured.
-        calls: seconds of a model call; None where none was measured.
-        expect: what a solve with that window takes.
-        overhead: seconds of a round outside of the model, given its rows.
-        correction: measured over predicted seconds of solves with that window.
-        fits: whether the solver's memory for that window is there.
-        limit: most rows in one call.
-        max_rounds: most rounds that are allowed.
-        previous: the window chosen last.
+    step: seconds of one step of the serial chain. calls: seconds of a model call. overhead: seconds of a round outside
+    of the model, given its rows. expect: what a solve with that window takes. correction: measured over predicted
+    seconds of solves with that window. fits: whether the solver's memory for that window is there. limit: most rows in
+    one call. max_rounds: most rounds that are allowed. previous: the window chosen last.
     """
 
     steps: int
@@ -139,22 +127,3 @@ def coarse_pays(plan: Plan) -> bool:
         return True
     calls, rows = Curve(dict(plan.measured)), plan.steps * plan.batch
     return calls(min(COARSE_ROWS * plan.batch, rows)) < COARSE * calls.in_pieces(rows, plan.chosen.piece or rows)
-
-
-def promising(inputs: PlannerInputs, sizes: list[int]) -> bool:
-    """Whether it may pay to measure calls of one of so many rows.
-
-    It does if a solve that makes such calls would be chosen, did their further rows cost only `OPTIMISM` times as much
-    as the last ones (nothing, where only one size was measured).
-    """
-    calls, now = inputs.calls, decide(inputs).chosen.seconds
-    if calls is None or now is None:
-        return False
-    known = dict(zip(calls.sizes, calls.seconds))
-    each = OPTIMISM * calls.slope if len(known) > 1 else 0.0
-    for rows in reversed(sizes):  # on a device with room the largest tells at once
-        seconds = calls.seconds[-1] + each * (rows - calls.largest)
-        then = decide(replace(inputs, calls=Curve(known | {rows: seconds}))).chosen
-        if then.window * inputs.batch > calls.largest and (then.seconds or 0.0) < MARGIN * now:
-            return True
-    return False

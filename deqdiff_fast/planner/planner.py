@@ -13,7 +13,6 @@ from torch import Tensor
 from ..engine.options import DEFAULT_TOL, Options
 from ..engine.system import System
 from ..engine.workspace import Workspace
-from ..model.padding import is_compiled
 from ..plan import Plan, RoundEstimate
 from ..solver.draft import Drafted
 from .decide import PlannerInputs, candidate, decide, predict
@@ -24,7 +23,7 @@ from .round_model import Expectation, average
 PROBING = 0.03  # of the time spent sampling may go into measuring and planning
 REINVESTED = 0.1  # of the time saved against the serial chain may go there too
 REFRESH = 16  # solves after which a plan is made anew, and, of those by rounds, the serial chain is timed again
-OUTLIER_RATIO = 1.25  # a time that far off what was expected makes a new plan; a correction must be seen twice
+OUTLIER_RATIO = 1.25  # a time that far off what was expected makes a new plan; a correction must be measured twice
 CORRECTION_DECAY = 0.98  # left of corrections after a serial solve: what was slow once is tried again some time
 MOST_CORRECTION = 10.0  # beyond which a time was no solver's
 ROUND_OVERHEAD = 1.5  # of what a serial step spends outside of the model: a round also tests and shifts its window
@@ -37,18 +36,12 @@ _LOCK = threading.RLock()  # what is learned is shared between samplers, and so 
 class WorkloadStats:
     """What is known about one kind of request to one sampler: sample shape, batch, dtype, device, kinds of kwargs.
 
-    Attributes:
-        costs: of model calls and serial steps, shared with other batches and schedules.
-        expectation: of rounds, shared with other batches.
-        plan: the last one; age: solves since it was made, REFRESH where something else was learned since.
-        corrections: measured over predicted seconds of solves of all timesteps (True) and of a window (False).
-        measure_budget: seconds that may still be spent on measuring and planning.
-        probe_cost: seconds that the next measurement takes at most.
-        exhausted: whether no further measurement could change the plan.
-        solver_bytes: memory of a solve by its window.
-        draft_seconds: of a draft, if there is one, for a timestep of a round, on the mean.
-        suspect: whether the last solve by rounds took quite another time than those before.
-        unchecked: solves by rounds since the serial chain was timed.
+    costs: shared with other batches and schedules. age: solves since the plan was made, REFRESH where something was
+    learned since. corrections: measured over predicted seconds of solves of all timesteps (True) and of a window
+    (False). measure_budget: seconds that may still be spent on measuring and planning. probe_cost: what the next
+    measurement takes at most; infinite where none helps. solver_bytes: memory of a solve, by its window. draft_seconds:
+    of a draft, if there is one, for a timestep of a round, on the mean. suspect: whether the last solve by rounds took
+    quite another time than those before. unchecked: solves by rounds since the serial chain was timed.
     """
 
     costs: Costs
@@ -58,7 +51,6 @@ class WorkloadStats:
     corrections: dict[bool, float] = field(default_factory=dict)
     measure_budget: float = 0.0
     probe_cost: float = 0.0
-    exhausted: bool = False
     solver_bytes: dict[int, int] = field(default_factory=dict)
     draft_seconds: float = 0.0
     suspect: bool = False
@@ -85,7 +77,6 @@ class Planner:
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.perf_counter) -> None:
         self.options, self.clock = options, clock
-        self.padded = is_compiled(options.model)
         self._shared = shared_with_model(options.model)
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
@@ -107,22 +98,22 @@ class Planner:
                 stats = self._shared.setdefault(key, WorkloadStats(costs, self._expectation))
         return Workload(noise, model_kwargs, warm, stats)
 
-    def plan(self, load: Workload) -> Plan:
+    def plan(self, workload: Workload) -> Plan:
         """The plan for such a request, made anew where what it rests on has changed."""
-        stats = load.stats
+        stats = workload.stats
         with _LOCK:
             if stats.plan is None or (stats.age >= REFRESH and stats.measure_budget >= 0):
-                stats.plan, stats.age = decide(self.inputs(load, stats.plan)), 0
+                stats.plan, stats.age = decide(self.inputs(workload, stats.plan)), 0
             return stats.plan
 
-    def forced(self, load: Workload, window: int) -> Plan:
+    def forced(self, workload: Workload, window: int) -> Plan:
         """The plan with that window, whatever is faster."""
-        inputs = self.inputs(load)
+        inputs = self.inputs(workload)
         return replace(decide(inputs), chosen=candidate(inputs, window), reason="it is being tried")
 
-    def inputs(self, load: Workload, previous: Plan | None = None) -> PlannerInputs:
+    def inputs(self, workload: Workload, previous: Plan | None = None) -> PlannerInputs:
         """All that a decision rests on."""
-        stats, batch, noise, steps = load.stats, load.batch, load.noise, self.options.schedule.num_steps
+        stats, batch, noise, steps = workload.stats, workload.batch, workload.noise, self.options.schedule.num_steps
         step, calls, limit = stats.costs.step(batch), stats.costs.curve(), self.options.row_limit(noise)
         inside = 0.0 if calls is None else calls.in_pieces(batch, calls.best_piece(batch, limit))
         outside = 0.0 if step is None else max(step - inside, 0.0)
@@ -137,68 +128,64 @@ class Planner:
             batch=batch,
             step=step,
             calls=calls,
-            expect=lambda window: stats.expectation(window, batch, load.warm),
+            expect=lambda window: stats.expectation(window, batch, workload.warm),
             overhead=lambda rows: ROUND_OVERHEAD * outside + rows * row,
             correction=correction,
-            fits=lambda window: self._fits(load, window),
+            fits=lambda window: self._fits(workload, window),
             limit=limit,
             max_rounds=self.options.round_limit(),
             previous=None if previous is None else previous.chosen.window,
         )
 
-    def _fits(self, load: Workload, window: int) -> bool:
+    def _fits(self, workload: Workload, window: int) -> bool:
         """Whether the solver's memory for that window, or even for all timesteps, is there."""
-        usable, known = usable_bytes(load.noise.device), load.stats.solver_bytes
+        usable, known = usable_bytes(workload.noise.device), workload.stats.solver_bytes
         for size in (self.options.schedule.num_steps, window):
             if size not in known:
-                system = self.options.system(load.noise, load.model_kwargs)
+                system = self.options.system(workload.noise, workload.model_kwargs)
                 layout = Workspace.layout(system, self.options.solver, size, self.options.backend).layout()
                 known[size] = layout[1]
             if known[size] <= usable:
                 return True
         return False
 
-    def forget_plan(self, stats: WorkloadStats) -> None:
-        """Something was learned: the next plan is made anew."""
-        stats.age = REFRESH
-
-    def record_first_steps(self, load: Workload, system: System, step: float) -> None:
+    def record_first_steps(self, workload: Workload, system: System, step: float) -> None:
         """The first steps of an unmeasured chain took so long each; measures a call, and the draft, beside them."""
-        stats, solver, noise = load.stats, self.options.solver, load.noise
-        rows = min(load.batch, self.options.row_limit(noise) or load.batch)
+        stats, solver, noise = workload.stats, self.options.solver, workload.noise
+        rows = min(workload.batch, self.options.row_limit(noise) or workload.batch)
         call = time_call(system, noise, rows, self.clock)
         if system.draft is not None:
             steps = system.num_steps
             asked = solver.anchors(steps, system.schedule.stochastic).count if isinstance(solver, Drafted) else steps
             stats.draft_seconds = asked / steps * time_draft(system.draft, noise, self.clock)
         with _LOCK:
-            stats.costs.set_step(load.batch, step)
+            stats.costs.set_step(workload.batch, step)
             stats.costs.set_call(rows, min(call, step))
             stats.measure_budget += PROBING * step * system.num_steps
-            self.forget_plan(stats)
+            stats.age = REFRESH
 
-    def record_serial(self, load: Workload, steps: int, seconds: float) -> None:
+    def record_serial(self, workload: Workload, steps: int, seconds: float) -> None:
         """That many serial steps took so long."""
-        stats = load.stats
+        stats = workload.stats
         with _LOCK:
-            stats.costs.learn_step(load.batch, seconds / steps)
+            stats.costs.learn_step(workload.batch, seconds / steps)
             stats.measure_budget += PROBING * seconds
             stats.corrections = {whole: 1 + CORRECTION_DECAY * (c - 1) for whole, c in stats.corrections.items()}
             self._compare(stats, seconds)
 
     def record_rounds(
-        self, load: Workload, window: int, taken: RoundEstimate, seconds: float, complete: bool, gave_up: bool
+        self, workload: Workload, window: int, taken: RoundEstimate, seconds: float, complete: bool, gave_up: bool
     ) -> None:
         """A solve with that window took so many rounds and evaluations, and so long.
 
         complete: it began at the noise. gave_up: it was given up, so its time is believed however surprising it is.
         """
-        stats = load.stats
+        stats = workload.stats
         with _LOCK:
-            inputs = self.inputs(load)
+            inputs = self.inputs(workload)
             predicted, whole = predict(inputs, window, taken), window >= inputs.steps
             if complete:
-                stats.expectation.learn(window, load.batch, taken, load.warm)
+                stats.expectation.learn(window, workload.batch, taken, workload.warm)
             saved = 0.0 if inputs.step is None else max(inputs.step * inputs.steps - seconds, 0.0)
             stats.measure_budget += PROBING * seconds + REINVESTED * saved
             if predicted is None:
@@ -221,14 +208,14 @@ class Planner:
             stats.unchecked += 1
             return stats.suspect or stats.unchecked > REFRESH
 
-    def record_check(self, load: Workload, step: float) -> None:
+    def record_check(self, workload: Workload, step: float) -> None:
         """Some serial steps at the beginning of a solve took so long each."""
-        stats = load.stats
+        stats = workload.stats
         with _LOCK:
-            old = stats.costs.step(load.batch) or step
-            stats.costs.set_step(load.batch, average(old, step) if _alike(step, old) else step)
+            old = stats.costs.step(workload.batch) or step
+            stats.costs.set_step(workload.batch, average(old, step) if _alike(step, old) else step)
             stats.unchecked = 0
-            self.forget_plan(stats)
+            stats.age = REFRESH
 
     def _compare(self, stats: WorkloadStats, seconds: float) -> None:
         predicted = None if stats.plan is None else stats.plan.chosen.seconds

@@ -6,9 +6,8 @@ import math
 
 from ..engine.system import System
 from ..model.padding import padded_sizes
-from .decide import promising
 from .measure import measure
-from .planner import Planner, Workload
+from .planner import REFRESH, Planner, Workload
 
 REPEATS, WARMUP_SECONDS = 5, 0.25  # a warm-up times each thing so often, or less where that takes so long
 
@@ -26,39 +25,35 @@ def sizes(batch: int, steps: int, limit: int | None, padded: bool = False) -> li
     return [batch << k for k in range(top.bit_length()) if batch << k < top] + [top]
 
 
-def may_probe(load: Workload) -> bool:
-    """A quick look, for every solve, at whether `measure_sizes` could do anything."""
-    return not load.stats.exhausted and load.stats.measure_budget > load.stats.probe_cost
+def may_probe(workload: Workload) -> bool:
+    """A quick test, for every solve, whether `measure_sizes` could do anything."""
+    return workload.stats.measure_budget > workload.stats.probe_cost
 
 
-def measure_sizes(planner: Planner, load: Workload, system: System, warmup: bool = False) -> None:
-    """Measure batches, each twice as large as the one before, as long as a larger one may change the plan.
+def measure_sizes(planner: Planner, workload: Workload, system: System, warmup: bool = False) -> None:
+    """Measure batches, each about twice as large as the one before, until the device is full.
 
     warmup: from the smallest on, several times each; else those larger than what is known, while the measure budget
     pays for them if every row costs as much as those of the largest size known, which is more than it will.
     """
-    stats, started = load.stats, planner.clock()
-    todo = sizes(load.batch, system.num_steps, planner.options.row_limit(load.noise), planner.padded)
-    while todo:
-        curve = stats.costs.curve()
-        assert curve is not None  # a step was timed, and a call with it
-        if not warmup:
-            todo = [rows for rows in todo if rows > curve.largest]
-        if not (warmup and todo[0] == load.batch) and not promising(planner.inputs(load, stats.plan), todo):
+    stats, started = workload.stats, planner.clock()
+    todo = sizes(workload.batch, system.num_steps, planner.options.row_limit(workload.noise), system.padded)
+    known = stats.costs.curve()
+    assert known is not None  # a step was timed, and a call with it
+    for rows in [rows for rows in todo if warmup or rows > known.largest]:
+        if known.full and rows > known.largest:
             break
-        rows = todo.pop(0)
         repeats, seconds = REPEATS, WARMUP_SECONDS
         if not warmup:
-            bound = rows * curve(curve.largest) / curve.largest
+            bound = rows * known(known.largest) / known.largest
             left = stats.measure_budget - (planner.clock() - started)
             if bound > left:
                 stats.probe_cost = bound
                 return
             repeats, seconds = 1, left / 2  # the first call of a size prepares as well
-        cost = measure(system, load.noise, rows, repeats=repeats, budget=seconds, clock=planner.clock)
-        planner.forget_plan(stats)
+        cost = measure(system, workload.noise, rows, repeats=repeats, budget=seconds, clock=planner.clock)
+        stats.age = REFRESH
         if cost == math.inf:
             break
-        stats.costs.set_call(rows, cost)
-        stats.probe_cost = 0.0
-    stats.exhausted = True
+        known = stats.costs.set_call(rows, cost)
+    stats.probe_cost = math.inf

@@ -18,9 +18,9 @@ from ..model.padding import padded_sizes
 from ..plan import Plan
 from ..solver.picard import Picard
 from .measure import time_call
-from .planner import Planner, Workload
+from .planner import REFRESH, Planner, Workload
 from .probe import REPEATS, WARMUP_SECONDS, measure_sizes
-from .run import TIMED_STEPS, Job, solve_in_rounds, time_steps
+from .run import TIMED_STEPS, solve_in_rounds, time_steps
 
 NEAR = 1.5  # solves are tried that are predicted to take at most this many times what the serial chain does
 
@@ -34,20 +34,20 @@ def compile_sizes(options: Options, system: System, noise: Tensor) -> None:
 
 def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None) -> Plan:
     """Measure calls and steps, then make the solves that look good, once to prepare and some times to learn from."""
-    options, load = planner.options, planner.workload(noise, model_kwargs)
+    options, workload = planner.options, planner.workload(noise, model_kwargs)
     draw: Callable[[], torch.Generator] = lambda: torch.Generator(noise.device).manual_seed(0)  # noqa: E731
     with torch.no_grad():
         system = options.system(noise, model_kwargs)
         compile_sizes(options, system, noise)
-        planner.record_first_steps(load, system, _step_seconds(planner, system, noise, draw()))
-        measure_sizes(planner, load, system, warmup=True)
-        serial, *solves = planner.plan(load).candidates
+        planner.record_first_steps(workload, system, _step_seconds(planner, system, noise, draw()))
+        measure_sizes(planner, workload, system, warmup=True)
+        serial, *solves = planner.plan(workload).candidates
         for solve in solves:
             if solve.seconds is not None and solve.seconds <= NEAR * (serial.seconds or 0.0):
-                _try(planner, load, Request(noise, draw()), solve.window)
-        load.stats.measure_budget = 0.0
-        planner.forget_plan(load.stats)
-        return planner.plan(load)
+                _try(planner, workload, Request(noise, draw()), solve.window)
+        workload.stats.measure_budget = 0.0
+        workload.stats.age = REFRESH
+        return planner.plan(workload)
 
 
 def _step_seconds(planner: Planner, system: System, noise: Tensor, generator: torch.Generator) -> float:
@@ -64,10 +64,10 @@ def _step_seconds(planner: Planner, system: System, noise: Tensor, generator: to
     return median(taken)
 
 
-def _try(planner: Planner, load: Workload, request: Request, window: int) -> None:
+def _try(planner: Planner, workload: Workload, request: Request, window: int) -> None:
     """Solve with that window some times, and learn from all but the first."""
-    plan, began = planner.forced(load, window), planner.clock()
+    plan, began = planner.forced(workload, window), planner.clock()
     for k in range(1 + REPEATS):
         if k < 2 or planner.clock() - began < WARMUP_SECONDS:
-            system = planner.options.system(load.noise, load.model_kwargs)
-            solve_in_rounds(planner, Job(load, request, time.perf_counter(), first=k == 0), plan, system)
+            system = planner.options.system(workload.noise, workload.model_kwargs)
+            solve_in_rounds(planner, workload, request, plan, system, time.perf_counter(), believed=k > 0)

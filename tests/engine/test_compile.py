@@ -73,12 +73,12 @@ def test_whatever_window_the_planner_takes(compiled, ddim):
     sampler = dq.DEQSampler(model, ddim(40))
     sampler.warmup((12,), batch=2)
     count, planner, start = len(traced), sampler.planner, torch.randn(2, 12)
-    load = planner.workload(start, None)
+    workload = planner.workload(start, None)
     with torch.no_grad():
         for window in (2, 3, 4, 6, 8, 12, 16, 24, 32, 40):
-            load.stats.plan, load.stats.age = planner.forced(load, window), 0
+            workload.stats.plan, workload.stats.age = planner.forced(workload, window), 0
             # else a hiccup would have it think again
-            load.stats.suspect, load.stats.unchecked, load.stats.measure_budget = False, 0, -math.inf
+            workload.stats.suspect, workload.stats.unchecked, workload.stats.measure_budget = False, 0, -math.inf
             assert sampler.sample(start).stats.window == window
     assert len(traced) == count
 

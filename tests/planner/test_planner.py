@@ -13,7 +13,7 @@ import deqdiff_fast as dq
 from deqdiff_fast.plan import RoundEstimate
 from deqdiff_fast.planner import planner as planning
 from deqdiff_fast.planner.cost_curve import Curve
-from deqdiff_fast.planner.decide import PlannerInputs, decide, predict, promising, rows_of_rounds, windows
+from deqdiff_fast.planner.decide import PlannerInputs, decide, predict, rows_of_rounds, windows
 from deqdiff_fast.planner.free_memory import free_bytes
 from deqdiff_fast.planner.measure import signature_of
 from deqdiff_fast.planner.monitor import give_up, work_left
@@ -101,10 +101,12 @@ def test_a_choice_is_kept_until_another_is_clearly_better():
     assert decide(inputs(near, **full_only, previous=100)).chosen.window == 100
 
 
-def test_only_sizes_that_may_change_the_choice_are_promising():
-    assert all(promising(inputs({1: 1.0}), [rows]) for rows in (2, 64))
-    assert not promising(inputs({1: 1.0, 8: 8.0}), [16])
-    assert all(promising(inputs({1: 1.0, 8: 1.0}), [rows]) for rows in (16, 64))
+def test_larger_batches_are_measured_until_the_device_is_full():
+    assert not Curve({1: 1.0}).full
+    assert Curve({1: 1.0, 8: 8.0}).full
+    assert not Curve({1: 1.0, 8: 1.0}).full
+    assert not Curve({1: 1.0, 2: 1.6}).full
+    assert Curve({1: 1.0, 8: 1.0, 64: 8.0}).full
 
 
 def test_curve():
@@ -435,8 +437,8 @@ def test_coarse_rounds_where_rows_cost_something(machine, noise):
     steep, slow = machine(lambda n: 4.0 + 0.02 * n)  # a batch pays, and so does a smaller one
     for sampler in (quick, slow):
         sampler.warmup((3, 8, 8), batch=2)
-        load = sampler.planner.workload(noise(2), None)
-        load.stats.plan, load.stats.age = sampler.planner.forced(load, 50), 0
+        workload = sampler.planner.workload(noise(2), None)
+        workload.stats.plan, workload.stats.age = sampler.planner.forced(workload, 50), 0
     fast, careful = solve(flat, quick, noise(2)), solve(steep, slow, noise(2))
     assert fast.stats.window == careful.stats.window == 50
     assert fast.stats.coarse_rounds == 0
