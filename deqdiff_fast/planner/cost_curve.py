@@ -34,11 +34,6 @@ class Curve:
         (*_, n), (*_, last) = self.sizes, self.seconds
         return last / n if len(self.sizes) == 1 else (last - self.seconds[-2]) / (n - self.sizes[-2])
 
-    @property
-    def full(self) -> bool:
-        """Whether a further row costs about what the mean one does: larger calls will not be cheaper."""
-        return len(self.sizes) > 1 and self.slope > MARGIN * self.seconds[-1] / self.largest
-
     def __call__(self, rows: float) -> float:
         sizes, seconds = self.sizes, self.seconds
         if rows <= sizes[0]:

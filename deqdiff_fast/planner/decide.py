@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..plan import Candidate, Plan, RoundEstimate
 from .cost_curve import MARGIN, Curve
 
+OPTIMISM = 0.25  # a measurement must pay if further rows cost this part of what the last ones did
 REACH = 4  # predictions are trusted up to this many times the largest batch that was measured
 COARSE_ROWS, COARSE = 9, 0.75  # coarse rounds, of about 9 timesteps, must cost less than this part of a full one
 
@@ -127,3 +128,19 @@ def coarse_pays(plan: Plan) -> bool:
         return True
     calls, rows = Curve(dict(plan.measured)), plan.steps * plan.batch
     return calls(min(COARSE_ROWS * plan.batch, rows)) < COARSE * calls.in_pieces(rows, plan.chosen.piece or rows)
+
+
+def promising(inputs: PlannerInputs, sizes: list[int]) -> list[int]:
+    """Those calls of so many rows that it may pay to measure: a solve that makes them would be chosen, did their
+    further rows cost only `OPTIMISM` times as much as the last ones (nothing, where only one size was measured)."""
+    calls, now = inputs.calls, decide(inputs).chosen.seconds
+    if calls is None or now is None:
+        return []
+    known, found = dict(zip(calls.sizes, calls.seconds)), []
+    each = OPTIMISM * calls.slope if len(known) > 1 else 0.0
+    for rows in sizes:
+        seconds = calls.seconds[-1] + each * (rows - calls.largest)
+        then = decide(replace(inputs, calls=Curve(known | {rows: seconds}))).chosen
+        if then.window * inputs.batch > calls.largest and (then.seconds or 0.0) < MARGIN * now:
+            found.append(rows)
+    return found

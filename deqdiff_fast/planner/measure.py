@@ -42,10 +42,10 @@ class Costs:
         """Seconds of one serial step of `batch` samples, None where it was never measured."""
         return self._steps.get(batch)
 
-    def set_call(self, rows: int, seconds: float) -> Curve:
-        """A call of that many rows takes so long. Returns the curve then."""
-        self._calls = self._calls | {rows: seconds}
-        return Curve(self._calls)
+    def set_call(self, rows: int, seconds: float) -> None:
+        """A call of that many rows takes so long; infinite, where it ran out of memory, tells nothing."""
+        if math.isfinite(seconds):
+            self._calls = self._calls | {rows: seconds}
 
     def set_step(self, batch: int, seconds: float) -> None:
         """Serial steps, a few of them just now, take so long each."""

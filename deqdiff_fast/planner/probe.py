@@ -6,6 +6,7 @@ import math
 
 from ..engine.system import System
 from ..model.padding import padded_sizes
+from .decide import promising
 from .measure import measure
 from .planner import REFRESH, Planner, Workload
 
@@ -31,29 +32,32 @@ def may_probe(workload: Workload) -> bool:
 
 
 def measure_sizes(planner: Planner, workload: Workload, system: System, warmup: bool = False) -> None:
-    """Measure batches, each about twice as large as the one before, until the device is full.
+    """Measure batches as long as a larger one may change the plan.
 
-    warmup: from the smallest on, several times each; else those larger than what is known, while the measure budget
-    pays for them if every row costs as much as those of the largest size known, which is more than it will.
+    warmup: one size after the other, several times each. Else the largest that the measure budget pays for if every row
+    costs as much as those of the largest size known, which is more than it will: one slow call of few rows then does
+    not speak against many.
     """
-    stats, started = workload.stats, planner.clock()
+    stats, started, first = workload.stats, planner.clock(), warmup
     todo = sizes(workload.batch, system.num_steps, planner.options.row_limit(workload.noise), system.padded)
-    known = stats.costs.curve()
-    assert known is not None  # a step was timed, and a call with it
-    for rows in [rows for rows in todo if warmup or rows > known.largest]:
-        if known.full and rows > known.largest:
+    while todo:
+        known = stats.costs.curve()
+        assert known is not None  # a step was timed, and a call with it
+        rows, repeats, seconds = todo[0], REPEATS, WARMUP_SECONDS
+        useful = promising(planner.inputs(workload, stats.plan), todo)
+        if not (useful or first):
             break
-        repeats, seconds = REPEATS, WARMUP_SECONDS
         if not warmup:
-            bound = rows * known(known.largest) / known.largest
-            left = stats.measure_budget - (planner.clock() - started)
-            if bound > left:
-                stats.probe_cost = bound
+            each, left = known(known.largest) / known.largest, stats.measure_budget - (planner.clock() - started)
+            affordable = [n for n in useful if n * each <= left]
+            if not affordable:
+                stats.probe_cost = useful[0] * each
                 return
-            repeats, seconds = 1, left / 2  # the first call of a size prepares as well
+            rows, repeats, seconds = affordable[-1], 1, left / 2  # the first call of a size prepares as well
         cost = measure(system, workload.noise, rows, repeats=repeats, budget=seconds, clock=planner.clock)
         stats.age = REFRESH
         if cost == math.inf:
             break
-        known = stats.costs.set_call(rows, cost)
+        stats.costs.set_call(rows, cost)
+        first, todo = False, [n for n in todo if n > rows]
     stats.probe_cost = math.inf

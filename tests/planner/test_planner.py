@@ -13,7 +13,7 @@ import deqdiff_fast as dq
 from deqdiff_fast.plan import RoundEstimate
 from deqdiff_fast.planner import planner as planning
 from deqdiff_fast.planner.cost_curve import Curve
-from deqdiff_fast.planner.decide import PlannerInputs, decide, predict, rows_of_rounds, windows
+from deqdiff_fast.planner.decide import PlannerInputs, decide, predict, promising, rows_of_rounds, windows
 from deqdiff_fast.planner.free_memory import free_bytes
 from deqdiff_fast.planner.measure import signature_of
 from deqdiff_fast.planner.monitor import give_up, work_left
@@ -101,12 +101,10 @@ def test_a_choice_is_kept_until_another_is_clearly_better():
     assert decide(inputs(near, **full_only, previous=100)).chosen.window == 100
 
 
-def test_larger_batches_are_measured_until_the_device_is_full():
-    assert not Curve({1: 1.0}).full
-    assert Curve({1: 1.0, 8: 8.0}).full
-    assert not Curve({1: 1.0, 8: 1.0}).full
-    assert not Curve({1: 1.0, 2: 1.6}).full
-    assert Curve({1: 1.0, 8: 1.0, 64: 8.0}).full
+def test_only_sizes_that_may_change_the_choice_are_promising():
+    assert promising(inputs({1: 1.0}), [2, 64]) == [2, 64]
+    assert promising(inputs({1: 1.0, 8: 8.0}), [16]) == []
+    assert promising(inputs({1: 1.0, 8: 1.0}), [16, 64]) == [16, 64]
 
 
 def test_curve():
