@@ -134,15 +134,14 @@ def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter
 def measure(
     system: System, noise: Tensor, rows: int, *, repeats: int, budget: float, clock: Clock = time.perf_counter
 ) -> float:
-    """Least seconds of up to `repeats` calls after a first one, which prepares; fewer once `budget` seconds are spent.
+    """Least seconds of a call, which prepares, and up to `repeats` more; fewer once `budget` seconds are spent.
 
     The least, since a call that was disturbed would rule out all larger ones; solves that are tried put it right.
     """
-    first = time_call(system, noise, rows, clock)
-    taken: list[float] = []
-    while len(taken) < repeats and first + sum(taken) < budget:
+    taken = [time_call(system, noise, rows, clock)]
+    while len(taken) <= repeats and sum(taken) < budget:
         taken.append(time_call(system, noise, rows, clock))
-    return min(taken, default=first)
+    return min(taken)
 
 
 def _synchronize(device: torch.device) -> None:

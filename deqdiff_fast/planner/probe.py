@@ -53,7 +53,7 @@ def measure_sizes(planner: Planner, workload: Workload, system: System, warmup: 
             if not affordable:
                 stats.probe_cost = useful[0] * each
                 return
-            rows, repeats, seconds = affordable[-1], 1, left / 2  # the first call of a size prepares as well
+            rows, repeats, seconds = affordable[-1], 1, left / 3  # a second call is worth as much again
         cost = measure(system, workload.noise, rows, repeats=repeats, budget=seconds, clock=planner.clock)
         stats.age = REFRESH
         if cost == math.inf:
