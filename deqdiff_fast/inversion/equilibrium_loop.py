@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine.options import FLOOR
 from ..engine.system import System
-from ..kernels.judge_steps import SLOWEST
+from ..kernels.stopping import MAX_RATE
 from ..loop.window import Window
 from ..schedule import SpectralSlope
 from .base import InversionProblem, InversionStats, noise_and_trajectory
@@ -135,7 +135,7 @@ class EquilibriumLoop:
 
     def _stalled(self, b: int, value: float) -> bool:
         """Whether `value` has not become clearly smaller for too long."""
-        if value < SLOWEST * self.best[b]:
+        if value < MAX_RATE * self.best[b]:
             self.best[b], self.since[b] = value, self.stats.rounds
         patience = self.method.patience * (TAIL_PATIENCE if self.window.hi[b] > self.steps - self.tail else 1)
         return self.stats.rounds - self.since[b] >= patience

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._types import FrozenNoise
 from ..gradient.fixed_point_map import draw_drift
-from ..kernels.judge_steps import SLOWEST
+from ..kernels.stopping import MAX_RATE
 from ..kernels.stopping import TINY
 from ..schedule import Schedule
 from .base import InversionInfo, InversionProblem, InversionStats, Method, MethodResult
@@ -93,7 +93,7 @@ class _MultistepSolve:
             change = self._image_error(miss)
             better = (change < best).to(best_trajectory.device)
             best_trajectory[:, better] = trajectory[:, better]
-            since = 0 if bool((change < SLOWEST * best).any()) else since + 1
+            since = 0 if bool((change < MAX_RATE * best).any()) else since + 1
             best = torch.minimum(change, best)
             if bool((best <= CHANGE_TOL * problem.tol).all()) or since >= PATIENCE or self._rounds_left() == 0:
                 break
