@@ -6,12 +6,12 @@ from statistics import median
 from typing import Any
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]], str]
-Rows = list[dict[str, Any]]
+Measurements = list[dict[str, Any]]
 
 BETTER_THAN_DDIM, DEPTH, EVALUATIONS = 20, 4, 20  # what equilibrium inversion is held to
 
 
-def round_trips(rows: Rows) -> Table:
+def round_trips(rows: Measurements) -> Table:
     """The direct methods: errors through the serial chain, against those of DDIM inversion, and sequential depth."""
     header = (
         "T", "method", "median error", "largest error", "converged", "DDIM's error / error", "rounds",
@@ -35,7 +35,7 @@ def round_trips(rows: Rows) -> Table:
     )  # fmt: skip
 
 
-def descents(rows: Rows) -> Table:
+def descents(rows: Measurements) -> Table:
     """All methods on the same images; the descents from the same noise."""
     header = (
         "T", "method", "optimizer steps", "squared loss", "relative error", "evaluations / image",
@@ -61,7 +61,7 @@ def descents(rows: Rows) -> Table:
     )
 
 
-def comparison(rows: Rows) -> Table:
+def comparison(rows: Measurements) -> Table:
     """What it takes to get to the loss of the paper's method, without what back-propagation recomputes."""
     header = ("T", "loss", "bptt", "phantom", "implicit", "equilibrium", "bptt / equilibrium", f"{EVALUATIONS} times")
     cells = []
@@ -75,16 +75,16 @@ def comparison(rows: Rows) -> Table:
             other = _partner(members, row, name)
             taken[name] = (None, False) if other is None else _evaluations_to(other, target)
         base, mine = taken["bptt"], taken["equilibrium"]
-        ratio = verdict = ""
+        ratio = decision = ""
         if base[0] is not None and mine[0] is not None:
             ratio = f"{'> ' if not base[1] else ''}{base[0] / mine[0]:.1f}" if mine[1] else "not reached"
             enough = base[0] >= EVALUATIONS * mine[0]
-            verdict = "FAIL" if not mine[1] or (base[1] and not enough) else "PASS" if enough else "open"
+            decision = "FAIL" if not mine[1] or (base[1] and not enough) else "PASS" if enough else "open"
         shown = [
             "" if value is None else f"{'' if reached else '> '}{value / count:.0f}"
             for value, reached in taken.values()
         ]
-        cells.append((str(row["steps"]), f"{target:.3g}", *shown, ratio, verdict))
+        cells.append((str(row["steps"]), f"{target:.3g}", *shown, ratio, decision))
     return (
         header,
         cells,
@@ -95,7 +95,7 @@ def comparison(rows: Rows) -> Table:
     )
 
 
-def _partner(rows: Rows, row: dict[str, Any], name: str) -> dict[str, Any] | None:
+def _partner(rows: Measurements, row: dict[str, Any], name: str) -> dict[str, Any] | None:
     return next((other for other in rows if other["method"] == name and other["steps"] == row["steps"]), None)
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.loop import device as loop
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.solver import draft as drafted
 
 from ._common import environment, markdown, note, summary, write_json
@@ -146,7 +146,7 @@ class Operations(TorchDispatchMode):
 def launch_row(solver: str) -> dict[str, Any]:
     """Launches of one round beside the model, all timesteps at once: the solver's step, the verdict, the window."""
     mode, rounds = Operations(), []
-    before, step, host = solve.lookahead_policy, loop._Loop.step, drafted.on_host
+    before, step, host = solve.lookahead_policy, loop.DeviceLoop.step, drafted.on_host
 
     def watched(self: Any, round: int) -> None:
         mode.found.clear()
@@ -160,13 +160,13 @@ def launch_row(solver: str) -> dict[str, Any]:
         lambda x, t: 0.9 * x, dq.Schedule.ddim(alphas, torch.arange(12).flip(0) * 80), solver=solver, window=12,
         draft=(lambda x, t: x) if solver == "draft" else None,
     )  # fmt: skip
-    solve.lookahead_policy, loop._Loop.step = lambda system, request: Lookahead(near=0.0), watched
+    solve.lookahead_policy, loop.DeviceLoop.step = lambda system, request: Lookahead(near=0.0), watched
     drafted.on_host = lambda chain: False  # every round is the same work, as on a device
     try:
         with mode:
             sampler.sample(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)))
     finally:
-        solve.lookahead_policy, loop._Loop.step, drafted.on_host = before, step, host
+        solve.lookahead_policy, loop.DeviceLoop.step, drafted.on_host = before, step, host
     last = rounds[-1]
     ours = {op: count * LAUNCHES[op] + (op == "draft_scan") for op, count in last.items() if op in LAUNCHES}
     return {"part": "launches", "solver": solver, "triton": ours,

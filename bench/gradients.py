@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import deqdiff_fast as dq
+from deqdiff_fast._types import unwrap_output
 from deqdiff_fast.gradient import NAMED, resolve
+from deqdiff_fast.inversion.counting_model import CountingModel
+from deqdiff_fast.schedule.chain import serial_chain
 from deqdiff_fast.solver import NAMED as SOLVERS
 
 from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
@@ -40,23 +43,16 @@ class MixtureModule(nn.Module):
         return self.mixture(x, t)
 
 
-class Counted(nn.Module):
-    """Counts rows, forwards and backwards."""
+class CountingModule(nn.Module):
+    """Counts rows, forwards and backwards, of a model whose parameters the sampler must see."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.evaluations, self.backpropagations = model, 0, 0
+        self.model, self.count = model, CountingModel(model)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        self.evaluations += len(x)
-        out = self.model(x, t)
-        value: Tensor = getattr(out, "sample", out)
-        if value.requires_grad:
-            value.register_hook(self._note)
+        value: Tensor = self.count(x, t)
         return value
-
-    def _note(self, grad: Tensor) -> None:
-        self.backpropagations += len(grad)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,24 +101,26 @@ def run(args: argparse.Namespace) -> int:
 
 def _serial(model: nn.Module, schedule: dq.Schedule, noise: Tensor, target: Tensor) -> Sequence[Tensor]:
     """The gradients by autograd through the plain chain."""
+
+    def predict(state: Tensor, i: int) -> Tensor:
+        t = schedule.timesteps[i].to(noise.device).expand(len(noise))
+        value: Tensor = unwrap_output(model(state.view_as(noise) * schedule.input_scale[i], t))
+        return value.flatten(1)
+
     x = noise.requires_grad_(True)
-    state = x
-    for i in range(schedule.num_steps):
-        out = model(state * schedule.input_scale[i], schedule.timesteps[i].to(noise.device).expand(len(noise)))
-        prediction = getattr(out, "sample", out)
-        state = schedule.state_coef[i, 0] * state + schedule.model_coef[i, 0] * prediction
-    return torch.autograd.grad((state - target).square().sum(), [x, *model.parameters()])
+    sample = serial_chain(schedule, x.flatten(1), predict)[-1].view_as(target)
+    return torch.autograd.grad((sample - target).square().sum(), [x, *model.parameters()])
 
 
 def _measure(
     args: argparse.Namespace, model: nn.Module, schedule: dq.Schedule, problem: Problem, mode: str, noise: Tensor,
     target: Tensor, expected: Sequence[Tensor],
 ) -> dict[str, Any]:  # fmt: skip
-    counted = Counted(model)
+    counted = CountingModule(model)
     sampler = dq.DEQSampler(
         counted,
         schedule,
-        solver="quasi-newton",
+        solver=args.solver,
         tol=args.tol,
         gradient=mode,
         max_batch=args.max_batch,
@@ -139,8 +137,8 @@ def _measure(
     end = time.perf_counter()
     return {
         "noise": _apart(got[:1], expected[:1]), "parameters": _apart(got[1:], expected[1:]),
-        "rounds": solution.stats.rounds, "evaluations": counted.evaluations,
-        "backpropagations": counted.backpropagations, "forward": middle - begin, "backward": end - middle,
+        "rounds": solution.stats.rounds, "evaluations": counted.count.evals,
+        "backpropagations": counted.count.backpropagations, "forward": middle - begin, "backward": end - middle,
         "warnings": [str(warning.message) for warning in caught],
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
-from deqdiff_fast.inversion.counting import Counted
+from deqdiff_fast.inversion.counting_model import CountingModel
 from deqdiff_fast.presets import inversion_preset
 from deqdiff_fast.solver import NAMED as SOLVERS
 
@@ -106,10 +106,10 @@ def _options(args: argparse.Namespace, name: str, noise: Tensor, problem: Proble
 
 
 @dataclass
-class Watch:
-    """Keeps the running noise of a solve, for curves that are computed afterwards; stops what takes too long."""
+class CurveRecorder:
+    """Stores the running noise of a solve, for curves that are computed afterwards; stops what takes too long."""
 
-    model: Counted
+    model: CountingModel
     images: int
     limit: float
     ends_only: bool = False
@@ -133,7 +133,7 @@ def _measure(
     schedule = problem.schedule(steps, args.eta)
     noise = problem.noise(range(seeds.start + OTHER_NOISE, seeds.stop + OTHER_NOISE)).to(target)
     noise = noise * schedule.init_noise_sigma
-    model = Counted(problem.model)
+    model = CountingModel(problem.model)
     inverter = dq.DEQInverter(model, schedule, max_batch=args.max_batch, **_options(args, name, noise, problem))
     serial = dq.DEQSampler(problem.model, schedule, max_batch=args.max_batch)
 
@@ -141,20 +141,20 @@ def _measure(
         made = serial.serial(start, generator=problem.generators(seeds)).sample
         return (made - target).flatten(1).double().square().sum(1).tolist()
 
-    watch = Watch(model, len(target), args.seconds if name in DESCENTS else float("inf"), args.ends_only)
-    found = inverter.invert(target, generator=problem.generators(seeds) if args.eta else None, callback=watch)
+    recorder = CurveRecorder(model, len(target), args.seconds if name in DESCENTS else float("inf"), args.ends_only)
+    found = inverter.invert(target, generator=problem.generators(seeds) if args.eta else None, callback=recorder)
     stats = found.stats
     own = stats.model_evals - getattr(stats, "backpropagations", 0)
     curve = [
         (seconds, evals, forward, median(losses(start)), rounds)
-        for seconds, evals, forward, rounds, start in watch.points
+        for seconds, evals, forward, rounds, start in recorder.points
     ]
     final = losses(found.noise)
-    curve.append((watch.seconds, stats.model_evals, own, median(final), stats.rounds))
+    curve.append((recorder.seconds, stats.model_evals, own, median(final), stats.rounds))
     return {
         "steps": steps, "table": table, "method": name, "images": len(target), "losses": final,
         "errors": found.error.tolist(), "converged": found.converged.tolist(), "evaluations": stats.model_evals,
         "forward_evaluations": own, "backpropagations": getattr(stats, "backpropagations", 0),
-        "rounds": stats.rounds, "optimizer_steps": getattr(stats, "steps", 0), "seconds": watch.seconds,
+        "rounds": stats.rounds, "optimizer_steps": getattr(stats, "steps", 0), "seconds": recorder.seconds,
         "stop_reason": stats.stop_reason, "notes": stats.notes, "curve": curve,
     }  # fmt: skip

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,10 +59,9 @@ def run(args: argparse.Namespace) -> int:
     from diffusers.utils import logging
     from transformers.utils import logging as more_logging
 
-    from . import _tiny_pipelines as tiny
-
     logging.set_verbosity_error()
     more_logging.set_verbosity_error()
+    tiny = _tiny_pipelines()
     names = args.families or list(tiny.BUILDERS)
     if missing := [name for name in names if name not in tiny.BUILDERS]:
         raise ValueError(f"--families: expected some of {', '.join(tiny.BUILDERS)}, got {', '.join(missing)}")
@@ -89,6 +90,17 @@ def run(args: argparse.Namespace) -> int:
     )
     print("text encoders and decoder are part of it on both sides. Error: relative L2 of the worse sample.")
     return 0
+
+
+def _tiny_pipelines() -> ModuleType:
+    """tests/tiny_pipelines.py of this checkout."""
+    file = Path(__file__).resolve().parents[1] / "tests" / "tiny_pipelines.py"
+    spec = importlib.util.spec_from_file_location("tiny_pipelines", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _schedulers(name: str) -> tuple[str, ...]:

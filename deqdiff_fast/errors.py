@@ -18,6 +18,17 @@ class NonFiniteError(DeqDiffError, FloatingPointError):
         super().__init__(message)
         self.step, self.timestep, self.round, self.sample = step, timestep, round, sample
 
+    @classmethod
+    def at_step(
+        cls, what: str, *, step: int, num_steps: int, timestep: float, round: int, sample: int
+    ) -> NonFiniteError:
+        """The error with its standard message. what: what happened, say "the model returned NaN or Inf"."""
+        message = (
+            f"{what} at timestep {timestep:g} (step {step} of {num_steps}) in round {round}, sample {sample}; check "
+            "the model's inputs and dtype, and that the schedule's prediction_type is the model's"
+        )
+        return cls(message, step=step, timestep=timestep, round=round, sample=sample)
+
 
 class NotConvergedError(DeqDiffError, RuntimeError):
     """The solve used up its rounds and `on_failure="raise"`. `solution` holds the best iterate."""

@@ -25,8 +25,12 @@ _PACKAGES = (
 
 
 def collect() -> dict[str, Any]:
-    """The facts as plain data, ready for JSON: versions, extension, devices, backends (name -> "available" or why not),
-    the statistics of the default solver memory, in bytes, and the size of the caches of compiled code on disk."""
+    """What is installed and works here.
+
+    Returns:
+        Plain data, ready for JSON: versions, platform, extension, devices, backends (name -> "available" or why not),
+        the statistics of the default solver memory in bytes, and the size of the caches of compiled code on disk.
+    """
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "platform": platform.platform(),
@@ -105,6 +109,7 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the facts. Returns the exit status: 0, or 2 where arguments were given."""
     if argv is None:
         argv = sys.argv[1:]
     if argv:

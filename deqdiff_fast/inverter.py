@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ._types import Backend, Generators, Model, OnFailure
 from .engine import arguments
-from .engine.options import CPU_ELEMENTS, CPU_ROWS
-from .errors import ConvergenceWarning, NotConvergedError
+from .engine.reporting import ProgressBar, report_not_converged
+from .engine.row_limit import row_limit
 from .inversion import resolve
-from .inversion.base import DEFAULT_TOL, InversionInfo, InversionStats, Method, Outcome, Task
-from .inversion.measure import settle
+from .inversion.base import DEFAULT_TOL, InversionInfo, InversionProblem, InversionStats, Method
+from .inversion.verification import verify_and_refine
 from .memory import SolverMemory, default_memory
 from .schedule import Schedule, SpectralSlope
 from .schedule.noise import check_generator
@@ -45,18 +43,26 @@ class Inversion:
 
 
 class DEQInverter:
-    """Find the noise that a sampling chain maps to an image.
+    """Find the noise that a sampling chain maps to an image, eta and multistep rules included.
 
-    model, schedule: as for `DEQSampler`; the chain is the one that is inverted, eta and multistep rules included.
-    method: "equilibrium", "fixed_point", "auto" (the faster of these two here), "ddim" or "gradient" (descent), with
-    its options as further keyword arguments, or a method object.
-    tol: relative L2 error allowed between the image and what the serial chain makes of the noise (None: 1e-3).
-    max_rounds: model calls that wait for each other before giving up (None: the method's own limit). window: timesteps
-    solved at a time, or "auto". spectrum: the data's power spectrum, a better start and slope. max_batch, backend,
-    memory: as for `DEQSampler`. on_failure: what to do when the tolerance is missed: finish one step after the other
-    and hand over the best noise ("serial"), raise NotConvergedError ("raise"), or warn ("warn").
+    The system of Pokle, Geng, Kolter 2022, arXiv 2210.12867, with the image given and the noise unknown.
 
-    Raises TypeError for unknown arguments and ValueError for bad values.
+    Args:
+        model, schedule: as for `DEQSampler`.
+        method: "equilibrium", "fixed_point", "auto" (the faster of these two here), "ddim" (approximate) or "gradient"
+            (descent); or a method object.
+        tol: relative L2 error allowed between the image and what the serial chain makes of the noise (None: 1e-3).
+        max_rounds: model calls that wait for each other before giving up (None: the method's own limit).
+        window: timesteps solved at a time, or "auto".
+        spectrum: the data's power spectrum, a better start and slope.
+        max_batch, backend, memory: as for `DEQSampler`.
+        on_failure: what to do when the tolerance is missed: finish one step after the other and hand over the best
+            noise ("serial"), raise NotConvergedError ("raise"), or warn ("warn").
+        **options: of a method given by its name, see `Equilibrium`, `FixedPoint`, `DDIMInversion` and `Optimise`.
+
+    Raises:
+        TypeError: an unknown argument, or one of a wrong type.
+        ValueError: a bad value.
     """
 
     def __init__(
@@ -102,47 +108,45 @@ class DEQInverter:
     ) -> Inversion:
         """Find the noise of each image of a batch.
 
-        image: (B, *shape), finite, floating point, as the chain would return it (pixels in [-1, 1], or latents).
-        model_kwargs: passed to every model call, as in `DEQSampler.sample`. generator: of the frozen noise of a
-        stochastic schedule, which must have one; it is not advanced, so that the same generator given to the sampler
-        afterwards draws the same noise. callback: called as the solve goes on with an `InversionInfo`; returning True
-        stops it. progress: a bar. init_trajectory: (T + 1, B, *shape), a starting guess.
+        Args:
+            image: (B, *shape), finite, floating point, as the chain would return it (pixels in [-1, 1], or latents).
+            model_kwargs: passed to every model call, as in `DEQSampler.sample`.
+            generator: of the frozen noise of a stochastic schedule, which must have one. It is not advanced, so that
+                the same generator given to the sampler afterwards draws the same noise.
+            callback: called as the solve goes on with an `InversionInfo`; returning True stops it.
+            progress: show a bar.
+            init_trajectory: (T + 1, B, *shape), a starting guess.
 
-        Returns an `Inversion`. Its error is always measured with the serial chain; those T calls are counted in
-        `stats.verify_evals`. Raises ValueError, TypeError, NonFiniteError, ModelOutputError, NotConvergedError.
+        Returns:
+            An `Inversion`. Its error is always measured with the serial chain; those T calls are counted in
+            `stats.verify_evals`.
+
+        Raises:
+            ValueError, TypeError: a bad argument.
+            NonFiniteError: the model returned NaN or Inf.
+            ModelOutputError: the model returned something that is not a prediction.
+            NotConvergedError: the tolerance is missed and `on_failure` is "raise".
         """
         self._check(image, model_kwargs, generator, callback, init_trajectory)
-        clock = time.perf_counter()
-        with torch.no_grad(), _Reporter(callback, progress) as report:
-            task = self._task(image, model_kwargs, generator, report, init_trajectory)
-            outcome = self.method.solve(task)
-            return self._conclude(task, outcome, clock)
-
-    def _conclude(self, task: Task, outcome: Outcome, clock: float) -> Inversion:
-        """Measure, and raise or warn where the tolerance is missed."""
-        reconstruction, error = settle(task, self.method, outcome)
-        stats = outcome.stats
-        stats.wall_seconds = time.perf_counter() - clock
-        converged = error <= task.tol
-        result = Inversion(outcome.noise, reconstruction, error, converged, stats, outcome.trajectory)
+        start_time = time.perf_counter()
+        with torch.no_grad(), ProgressBar(progress, "inverting", "state") as bar:
+            report = _reporter(bar, callback) if progress or callback is not None else None
+            problem = InversionProblem(
+                model=self.model, schedule=self.schedule, image=image, model_kwargs=model_kwargs, generator=generator,
+                tol=self.tol, max_rounds=self.max_rounds, window=self.window, backend=self.backend,
+                on_failure=self.on_failure, max_batch=row_limit(self.max_batch, image), memory=self.memory,
+                spectrum=self.spectrum, report=report, init_trajectory=init_trajectory,
+            )  # fmt: skip
+            found = self.method.solve(problem)
+            reconstruction, error = verify_and_refine(problem, self.method, found)
+        stats, converged = found.stats, error <= self.tol
+        stats.wall_seconds = time.perf_counter() - start_time
+        result = Inversion(found.noise, reconstruction, error, converged, stats, found.trajectory)
         if self.method.exact and not bool(converged.all()) and self.on_failure != "serial":
-            message = (
-                f"{int((~converged).sum())} of {task.batch} images are not reproduced to {task.tol:g} (largest error "
-                f"{float(error.max()):.1e}) after {stats.rounds} rounds; raise max_rounds or loosen tol"
-            )
-            if self.on_failure == "raise":
-                raise NotConvergedError(message, result)
-            warnings.warn(message, ConvergenceWarning, stacklevel=3)
+            worst = f"largest error {float(error.max()):.1e}"
+            failure = f"images are not reproduced to {self.tol:g} ({worst}) after {stats.rounds} rounds"
+            report_not_converged(result, self.on_failure, failure, "raise max_rounds or loosen tol", stacklevel=2)
         return result
-
-    def _task(self, image: Tensor, model_kwargs: Any, generator: Any, report: Any, init: Tensor | None) -> Task:
-        limit = self.max_batch
-        if limit is None and image.device.type == "cpu":
-            limit = max(CPU_ROWS, CPU_ELEMENTS // max(image[:1].numel(), 1))
-        return Task(
-            self.model, self.schedule, image, model_kwargs, generator, self.tol, self.max_rounds, self.window,
-            self.backend, self.on_failure, limit, self.memory, self.spectrum, report if report.wanted else None, init,
-        )  # fmt: skip
 
     def _check(self, image: object, model_kwargs: Any, generator: Any, callback: Any, init: Tensor | None) -> None:
         arguments.check_image(image)
@@ -169,23 +173,12 @@ class DEQInverter:
             raise ValueError(f"image: expected values within {limit:g} of zero ({why}), got {largest:g}")
 
 
-class _Reporter:
-    """The user's callback and the progress bar; a context manager, so that the bar is closed whatever happens."""
+def _reporter(bar: ProgressBar, callback: Callback | None) -> Callback:
+    """What a method calls after every round."""
 
-    def __init__(self, callback: Callback | None, bar: bool) -> None:
-        self.callback, self.wanted = callback, bar or callback is not None
-        self.bar: Any = tqdm(unit="state", desc="inverting") if bar else None
+    def report(info: InversionInfo) -> object:
+        total = info.num_steps * len(info.front)
+        bar.show(int(info.front.sum()), info.residual, total=total, round=info.round)
+        return None if callback is None else callback(info)
 
-    def __enter__(self) -> _Reporter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, info: InversionInfo) -> object:
-        if self.bar is not None:
-            self.bar.total = info.num_steps * len(info.front)
-            self.bar.update(int(info.front.sum()) - self.bar.n)
-            self.bar.set_postfix(round=info.round, residual=f"{float(info.residual.max()):.1e}")
-        return None if self.callback is None else self.callback(info)
+    return report

@@ -13,7 +13,7 @@ the serial chain. The noise starts at random, as in the paper (its code offers D
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .gradient.phantom import Phantom
 from .solver.anderson import Anderson
@@ -21,16 +21,17 @@ from .solver.anderson import Anderson
 PAPER_SOLVER = "deq-ddim"
 PAPER_TOLERANCE = 1e-3
 PAPER_ROUNDS = 15
+AnyPreset = TypeVar("AnyPreset")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a run of the paper needs but the seed. `model` is a hub name, `spacing` picks the timesteps."""
+    """Everything that a run of the paper needs but the seed."""
 
     name: str
-    model: str
-    steps: int
-    spacing: str
+    model: str  # on the Hugging Face hub
+    steps: int  # T
+    spacing: str  # of `timesteps`
     eta: float = 0.0
     solver: str = PAPER_SOLVER
     tol: float = PAPER_TOLERANCE
@@ -51,9 +52,7 @@ PRESETS = {
 
 def preset(name: str) -> Preset:
     """The preset called `name`. Raises ValueError, which lists the names there are."""
-    if name not in PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    return _find(PRESETS, name)
 
 
 def inversion_solver() -> Anderson:
@@ -69,15 +68,15 @@ class InversionPreset:
     """Everything that an inversion of the paper needs but images and seed; the model is that of the `Preset`."""
 
     name: str
-    steps: int
-    lr: float
-    epochs: int
+    steps: int  # T
+    lr: float  # of Adam
+    epochs: int  # steps of Adam, at most
     baseline_lr: float
     baseline_epochs: int
     eta: float = 0.0
     spacing: str = "leading"
-    stop: float = 0.5
-    tau: float = 0.1
+    stop: float = 0.5  # squared loss at which it ends
+    tau: float = 0.1  # damping of the phantom gradient
     phantom_steps: int = 1
 
     def options(self) -> dict[str, Any]:
@@ -120,6 +119,10 @@ INVERSION_PRESETS = {
 
 def inversion_preset(name: str) -> InversionPreset:
     """The inversion preset called `name`. Raises ValueError, which lists the names there are."""
-    if name not in INVERSION_PRESETS:
-        raise ValueError(f"preset: expected one of {', '.join(INVERSION_PRESETS)}, got {name!r}")
-    return INVERSION_PRESETS[name]
+    return _find(INVERSION_PRESETS, name)
+
+
+def _find(presets: dict[str, AnyPreset], name: str) -> AnyPreset:
+    if name not in presets:
+        raise ValueError(f"preset: expected one of {', '.join(presets)}, got {name!r}")
+    return presets[name]

@@ -21,42 +21,48 @@ from .planner.planner import Planner
 from .planner.run import compile_sizes, solve_planned, warm_up
 from .schedule import Schedule, SpectralSlope
 from .solution import Callback, Solution
-from .solver.draft import Drafted
 
 ADJOINT_TOL = 1e-4
 
 
 class DEQSampler:
-    """Solve the whole sampling chain as one fixed-point system (Pokle, Geng, Kolter 2022, arXiv 2210.12867).
+    """The sample of a diffusion chain, all timesteps solved at once (Pokle, Geng, Kolter 2022, arXiv 2210.12867).
 
-    model: `model(x, t, **model_kwargs)` -> prediction, a tensor or an object with `.sample`; x: (n, *shape), t: (n,), n
-    any batch size. It must treat the rows of a batch independently and be deterministic (no dropout, no batch norm in
-    training mode). schedule: see `Schedule`.
-    solver: "auto", "quasi-newton", "picard", "anderson", "triangular", or published methods for comparison,
-    "deq-ddim", "paradigms", "parataa", "parareal"; or a solver object. "auto" is "quasi-newton", or "draft" where there
-    is one. With window="auto" it plans: `sample` does what is predicted to be the fastest, rounds over all timesteps or
-    over a window, or the serial chain; see `plan` and `warmup`.
-    tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim":
-    the paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety` times that,
-    or, with a draft, where they fall so fast that less than that is left.
-    max_rounds: batched model calls before giving up (None: the solver's own limit, else T). The serial chain, where it
-    is planned, does not count as giving up.
-    window: number of timesteps solved at a time, or "auto": planned if the solver is "auto" too, else all of them.
-    on_failure: what to do when the rounds run out: finish the chain one step after the other ("serial"), raise
-    NotConvergedError ("raise"), or warn and return the best iterate ("warn").
-    spectrum: the data's power spectrum (`SpectralSlope`), a better slope for "auto" and
-    `QuasiNewton(slope="spectral")`. draft: a cheap stand-in for the model, called like it, for fewer rounds (see
-    `Drafted`; `ConvDraft` is one to train). max_batch: most rows in one model call (None: all of them on a GPU; on a
-    CPU 2^18 elements and at least 64 rows, since more only push the activations out of the cache). backend: "auto",
-    "reference", "cpp" or "triton". gradient: "implicit", the adjoint system solved like the chain itself; "phantom",
-    "unrolled", "reversible", or an object (`Implicit`, `Phantom`, `Unrolled`, `Reversible`). memory: a
-    `SolverMemory` of one's own; by default all samplers share one pool. deterministic: sums are added in a fixed order
-    whatever is given. cuda_graph: True records the model and the solver's step as CUDA graphs and replays them, for a
-    few padded batch sizes, and keeps their memory with the sampler; "auto" does so from the second solve of a shape on,
-    for an nn.Module in evaluation mode that is not compiled, on CUDA only; what cannot be recorded is called plainly,
-    with a line in the log. A compiled model (torch.compile) is called with the padded sizes only, whatever is given.
+    Args:
+        model: `model(x, t, **model_kwargs)` -> prediction, a tensor or an object with `.sample`; x: (n, *shape), t:
+            (n,), n any batch size. It must treat the rows of a batch independently and be deterministic (no dropout, no
+            batch norm in training mode).
+        schedule: see `Schedule`.
+        solver: "auto", "quasi-newton", "picard", "anderson", "triangular", or published methods for comparison,
+            "deq-ddim", "paradigms", "parataa", "parareal"; or a solver object. "auto" is "quasi-newton", or "draft"
+            where there is one. With window="auto" it plans: `sample` does what is predicted to be the fastest, rounds
+            over all timesteps or over a window, or the serial chain; see `plan` and `warmup`.
+        tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim":
+            the paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety`
+            times that, or, with a draft, where they fall so fast that less than that is left.
+        max_rounds: batched model calls before giving up (None: the solver's own limit, else T). The serial chain, where
+            it is planned, does not count as giving up.
+        window: number of timesteps solved at a time, or "auto": planned if the solver is "auto" too, else all of them.
+        backend: "auto", "reference", "cpp" or "triton".
+        gradient: "implicit", the adjoint system solved like the chain itself; "phantom", "unrolled", "reversible", or
+            an object (`Implicit`, `Phantom`, `Unrolled`, `Reversible`).
+        on_failure: what to do when the rounds run out: finish the chain one step after the other ("serial"), raise
+            NotConvergedError ("raise"), or warn and return the best iterate ("warn").
+        max_batch: most rows in one model call (None: all of them on a GPU; on a CPU 2^18 elements and at least 64 rows,
+            since more only push the activations out of the cache).
+        cuda_graph: True records the model and the solver's step as CUDA graphs and replays them, for a few padded batch
+            sizes, and keeps their memory with the sampler; "auto" does so from the second solve of a shape on, for an
+            nn.Module in evaluation mode that is not compiled, on CUDA only; what cannot be recorded is called plainly,
+            with a line in the log. A compiled model (torch.compile) is called with the padded sizes only, whatever is
+            given.
+        deterministic: sums are added in a fixed order whatever is given.
+        spectrum: the data's power spectrum, a better slope for "auto" and `QuasiNewton(slope="spectral")`.
+        draft: a cheap stand-in for the model, called like it, for fewer rounds (see `Drafted`; `ConvDraft` is one to
+            train).
+        memory: a `SolverMemory` of one's own; by default all samplers share one pool.
 
-    Raises TypeError for unknown arguments and ValueError for bad values.
+    Raises:
+        TypeError: unknown arguments. ValueError: bad values.
     """
 
     def __init__(
@@ -104,17 +110,26 @@ class DEQSampler:
     ) -> Solution:
         """Solve the chain that starts at `noise`.
 
-        noise: (B, *shape), the initial state of the chain, floating point. model_kwargs: passed to every model call;
-        tensors whose first dimension is B belong to the samples and are repeated for the timesteps of a batch.
-        generator: for the frozen noise of stochastic schedules, one or one for each sample; the draws are those of a
-        serial sampler. callback: called after every round, and every step that is finished serially, with a
-        `RoundInfo`; returning True stops. progress: a bar.
-        init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
+        Differentiable with respect to noise, the parameters of the model (an nn.Module) and tensors in model_kwargs. A
+        model whose parameters need no gradient is best called under torch.no_grad(): nothing is stored then.
 
-        Differentiable with respect to noise, the parameters of the model (an nn.Module) and tensors in model_kwargs.
-        A model whose parameters need no gradient is best called under torch.no_grad(): nothing is kept then.
+        Args:
+            noise: (B, *shape), the initial state of the chain, floating point.
+            model_kwargs: passed to every model call; tensors whose first dimension is B belong to the samples and are
+                repeated for the timesteps of a batch.
+            generator: for the frozen noise of stochastic schedules, one or one for each sample; the draws are those of
+                a serial sampler.
+            callback: called after every round, and every step that is finished serially, with a `RoundInfo`; returning
+                True stops.
+            progress: whether to show a bar.
+            init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
+            return_trajectory: whether the solution holds all states.
 
-        Returns a `Solution`. Raises NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError.
+        Returns:
+            A `Solution`.
+
+        Raises:
+            NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError.
         """
         self.options.check_request(noise, model_kwargs, generator)
         arguments.check_trajectory(init_trajectory, noise, self.schedule.num_steps)
@@ -127,7 +142,7 @@ class DEQSampler:
         kwargs = [x for x in (*tree_leaves(model_kwargs), *own) if isinstance(x, Tensor) and x.requires_grad]
         if not (noise.requires_grad or parameters or kwargs):
             return self._solve(request, model_kwargs)
-        options, request.keep = self.options, True
+        options, request.return_trajectory = self.options, True
         solution = self.gradient.attach(
             Problem(
                 options.system(noise, model_kwargs), noise, parameters,
@@ -151,9 +166,9 @@ class DEQSampler:
         """Solve the adjoint chain with this sampler's settings; returns its trajectory (T + 1, B, D)."""
         options = self.options
         tol = tol or min(ADJOINT_TOL, options.tol or ADJOINT_TOL)
-        plain = getattr(self.solver, "slope", None) in ("auto", "scalar", None)  # a spectrum has the shape of an image
+        plain = self.solver.slope in ("auto", "scalar", None)  # a spectrum has the shape of an image
         # neither a draft nor a solver that makes its own rounds, which may want more of a chain than an adjoint one has
-        plain = plain and not isinstance(self.solver, Drafted) and not hasattr(self.solver, "drive")
+        plain = plain and not self.solver.needs_draft and not self.solver.makes_rounds
         solver = self.solver if plain and self.solver.max_rounds is None else "quasi-newton"
         sampler = DEQSampler(
             model, schedule, solver=solver, tol=tol, max_batch=options.max_batch, backend=options.backend
@@ -176,7 +191,7 @@ class DEQSampler:
         """The plain chain, one model call after the other; arguments and result as for `sample`."""
         self.options.check_request(noise, model_kwargs, generator)
         system = self.options.system(noise, model_kwargs, serial=True)
-        request = Request(noise, generator, callback, progress, keep=return_trajectory)
+        request = Request(noise, generator, callback, progress, return_trajectory=return_trajectory)
         return solve_serially(system, self.options, request)
 
     def plan(

@@ -178,7 +178,7 @@ def _relative_error() -> Callable[[Tensor, Tensor], Tensor]:
 
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
-    """Builders of tiny diffusers pipelines; they belong to the benchmarks, which are no package of the wheel."""
+    """Builders of tiny diffusers pipelines, for tests of several folders and for the benchmarks."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
-    return load_module(Path(__file__).resolve().parent.parent / "bench" / "_tiny_pipelines.py", "tiny_pipelines")
+    return load_module(Path(__file__).with_name("tiny_pipelines.py"), "tiny_pipelines")

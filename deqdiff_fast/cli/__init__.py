@@ -24,6 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run` to the function that does the work."""
     parser = _Parser(prog="deqdiff-fast", description="Sample diffusion models in parallel rounds.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is chosen on the way")
@@ -43,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((k for k, word in enumerate(words) if not word.startswith("-")), len(words))
     # What follows `bench` is for the benchmark's own parser, options first included, which argparse cannot express.
-    own, rest = (words[: command + 1], words[command + 1 :]) if words[command:][:1] == ["bench"] else (words, [])
+    own, bench_args = (words[: command + 1], words[command + 1 :]) if words[command:][:1] == ["bench"] else (words, [])
     args = build_parser().parse_args(own)
-    args.rest = rest
+    args.bench_args = bench_args
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("deqdiff_fast").setLevel(logging.INFO if args.verbose else logging.WARNING)
     try:

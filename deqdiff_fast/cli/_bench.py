@@ -13,6 +13,7 @@ from ._output import CommandError
 
 
 def add_parser(commands: Any) -> None:
+    """Add `bench`, whose options are the benchmarks' own."""
     parser = commands.add_parser(
         "bench",
         help="run the benchmarks of a source checkout",
@@ -33,6 +34,6 @@ def run(args: argparse.Namespace) -> int:
     module = importlib.util.module_from_spec(spec)
     sys.modules["bench"] = module
     spec.loader.exec_module(module)
-    sys.argv = ["bench", *args.rest]
+    sys.argv = ["bench", *args.bench_args]
     runpy.run_module("bench", run_name="__main__")
     return 0

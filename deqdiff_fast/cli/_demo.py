@@ -18,6 +18,7 @@ NAMES = {"pictures": "samples.png", "plot": "convergence.png", "table": "results
 
 
 def add_parser(commands: Any) -> None:
+    """Add `demo` and its options."""
     parser = commands.add_parser(
         "demo",
         help="serial and parallel side by side",
@@ -36,7 +37,7 @@ def add_parser(commands: Any) -> None:
 
 
 @dataclass
-class Row:
+class TableRow:
     """One line of the table."""
 
     solver: str
@@ -50,6 +51,7 @@ class Row:
     curve: list[float] = field(default_factory=list)
 
     def cells(self) -> tuple[str, ...]:
+        """The texts under HEADER."""
         error = "-" if self.error is None else f"{self.error:.1e}"
         pixel = "-" if self.pixel is None else str(self.pixel)
         counts = (str(self.images), str(self.rounds), str(self.evals), f"{self.seconds:.1f}")
@@ -60,7 +62,7 @@ PIXEL = "largest pixel difference (1/255)"
 HEADER = ("solver", "images", "rounds", "model evaluations", "seconds", "relative error", PIXEL, "")
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[TableRow]) -> str:
     """An aligned markdown table."""
     lines = [HEADER, *(row.cells() for row in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(HEADER))]
@@ -71,6 +73,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Sample, compare, and write pictures, plot and table. Returns the exit status."""
     started = time.monotonic()
     args.curve_images = min(args.curve_images, args.images)
     paths = {what: args.out / name for what, name in NAMES.items()}
@@ -91,9 +94,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.images} images, DDIM, {args.steps} timesteps, {size}, {problem.device}")
     serial = solve_serially(problem, args.images)
     stats = serial.stats
-    rows = [Row("serial chain", args.images, args.steps, stats.model_evals, stats.wall_seconds, note="the reference")]
+    row = TableRow("serial chain", args.images, args.steps, stats.model_evals, stats.wall_seconds, note="the reference")
     main_row, sample = _measure(problem, serial.sample, args.images, args.solver, args.tol)
-    rows.append(main_row)
+    rows = [row, main_row]
     _images.save(_images.panels(serial.sample, sample), paths["pictures"])
     print(f"wrote {paths['pictures']}")
     curves = [name for name in CURVES if name != "draft" or problem.draft is not None]
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(problem: Any, reference: Any, images: int, solver: str, tol: float | None) -> tuple[Row, Any]:
+def _measure(problem: Any, reference: Any, images: int, solver: str, tol: float | None) -> tuple[TableRow, Any]:
     """Solve the first `images` chains and compare with the reference after every round. Returns row and samples."""
     from . import _images
     from ._run import solve
@@ -113,11 +116,11 @@ def _measure(problem: Any, reference: Any, images: int, solver: str, tol: float 
     wanted, curve = reference[:images], []
     solution = solve(
         problem, images, label=solver, solver=solver, tol=tol, window=problem.schedule.num_steps,
-        watch=lambda info: curve.append(float(_images.relative_error(info.sample(), wanted).max())),
+        on_round=lambda info: curve.append(float(_images.relative_error(info.sample(), wanted).max())),
     )  # fmt: skip
     stats = solution.stats
     name = stats.solver if solver == "auto" else solver
-    row = Row(name, images, stats.rounds, stats.model_evals, stats.wall_seconds, curve=curve[: stats.rounds])
+    row = TableRow(name, images, stats.rounds, stats.model_evals, stats.wall_seconds, curve=curve[: stats.rounds])
     row.error = float(_images.relative_error(solution.sample, wanted).max())
     row.pixel = _images.largest_difference(solution.sample, wanted)
     if stats.finished_serially:
@@ -125,7 +128,7 @@ def _measure(problem: Any, reference: Any, images: int, solver: str, tol: float 
     return row, solution.sample
 
 
-def _report(args: argparse.Namespace, rows: list[Row], paths: dict[str, Path], where: str, seconds: float) -> None:
+def _report(args: argparse.Namespace, rows: list[TableRow], paths: dict[str, Path], where: str, seconds: float) -> None:
     from ._plot import Curve, convergence_plot
 
     curves = [Curve(row.solver, row.curve) for row in rows[2:]]
@@ -140,7 +143,7 @@ def _report(args: argparse.Namespace, rows: list[Row], paths: dict[str, Path], w
     print(f"wrote {paths['table']}\n\n{table}\n\n{notes}\nThe demo took {seconds:.0f} s.")
 
 
-def _notes(args: argparse.Namespace, rows: list[Row], where: str) -> list[str]:
+def _notes(args: argparse.Namespace, rows: list[TableRow], where: str) -> list[str]:
     """What a reader of the table must know."""
     notes = [
         f"DDIM, {args.steps} timesteps, eta 0, seed {args.seed}, on {where}. Relative errors and pixel "

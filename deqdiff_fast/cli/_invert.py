@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ COMPARED = ("ddim", "fixed_point", "equilibrium")
 
 
 def add_parser(commands: Any) -> None:
+    """Add `invert` and its options."""
     parser = commands.add_parser(
         "invert",
         help="find the noise behind images",
@@ -42,6 +42,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Invert, and write noise, picture and plot. Returns the exit status."""
     missing = [path for path in args.images if not path.is_file()]
     if missing:
         raise CommandError(f"{missing[0]}: there is no such file")
@@ -86,26 +87,19 @@ def run(args: argparse.Namespace) -> int:
 
 def invert(problem: Any, image: Any, method: str, args: argparse.Namespace) -> Any:
     """One inversion, with a bar over final states."""
-    from tqdm import tqdm
-
     from ..inverter import DEQInverter
+    from ._run import progress
 
-    total = problem.schedule.num_steps * len(image)
-    with tqdm(total=total, desc=method, unit="state", file=sys.stderr, dynamic_ncols=True) as bar:
-
-        def watch(info: Any) -> None:
-            bar.set_postfix_str(f"round {info.round}, residual {float(info.residual.max()):.1e}", refresh=False)
-            bar.update(int(info.front.sum()) - bar.n)
-
+    with progress(problem, len(image), method, "state", lambda info: f"round {info.round}") as advance:
         inverter = DEQInverter(
             problem.model, problem.schedule, method, tol=args.tol, max_rounds=args.max_rounds, window=args.window,
             **problem.kwargs,
         )  # fmt: skip
-        return inverter.invert(image, generator=problem.streams(len(image)), callback=watch)
+        return inverter.invert(image, generator=problem.streams(len(image)), callback=advance)
 
 
 def read(paths: list[Path], shape: tuple[int, ...], resize: bool) -> Any:
-    """(B, C, H, W) in [-1, 1]. Raises CommandError for a file that is no picture or has another size."""
+    """(B, C, H, W) float64 in [-1, 1]. Raises CommandError for a file that is no picture or has another size."""
     import numpy as np
     import torch
     from PIL import Image, UnidentifiedImageError
@@ -131,6 +125,7 @@ def read(paths: list[Path], shape: tuple[int, ...], resize: bool) -> Any:
 
 
 def summary(name: str, result: Any, args: argparse.Namespace) -> str:
+    """One sentence about an inversion."""
     stats, error = result.stats, result.error
     count = len(error)
     text = (

@@ -7,12 +7,14 @@ import math
 
 
 def positive_int(text: str) -> int:
+    """A whole number >= 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
     return int(text)
 
 
 def positive_float(text: str) -> float:
+    """A number > 0."""
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
@@ -20,6 +22,7 @@ def positive_float(text: str) -> float:
 
 
 def fraction(text: str) -> float:
+    """A number from 0 to 1."""
     value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
@@ -27,6 +30,7 @@ def fraction(text: str) -> float:
 
 
 def window(text: str) -> int | str:
+    """A whole number >= 1, or 'auto'."""
     return text if text == "auto" else positive_int(text)
 
 

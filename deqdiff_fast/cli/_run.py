@@ -1,9 +1,10 @@
-"""What `sample` and `demo` share: a model with its schedule and noise, and one solve with a progress bar."""
+"""What the commands share: a model with its schedule and noise, solves of it, and their progress bar."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +18,7 @@ from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
 from ._output import CommandError
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
 @dataclass
@@ -35,10 +31,8 @@ class Problem:
     seed: int
     device: torch.device
     dtype: torch.dtype
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Of samplers and inverters."""
-    draft: Any = None
-    """Of samplers."""
+    kwargs: dict[str, Any] = field(default_factory=dict)  # of samplers and inverters
+    draft: Any = None  # of samplers
 
     def streams(self, batch: int) -> list[torch.Generator]:
         """A fresh generator for each image."""
@@ -52,10 +46,12 @@ class Problem:
         return noise.to(self.device, self.dtype), streams
 
     def sampler(self, **settings: Any) -> DEQSampler:
+        """That of the chain; `settings` win over the problem's own."""
         return DEQSampler(self.model, self.schedule, **{**self.kwargs, "draft": self.draft, **settings})
 
 
 def pick_device(name: str) -> torch.device:
+    """The device called `name`, or "auto". Raises CommandError for one that is not usable here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -97,27 +93,40 @@ def solve(
     batch: int,
     *,
     label: str,
-    watch: Callable[[RoundInfo], None] | None = None,
+    on_round: Callable[[RoundInfo], None] | None = None,
     **settings: Any,
 ) -> Solution:
     """One parallel solve; the bar counts final timesteps and shows round, converged samples and residual."""
     noise, streams = problem.noise(batch)
     sampler = problem.sampler(**settings)
-    total = problem.schedule.num_steps * batch
-    with tqdm(total=total, desc=label, unit="row", file=sys.stderr, dynamic_ncols=True) as bar:
+
+    def text(info: RoundInfo) -> str:
+        done = int((info.front >= info.num_steps).sum())
+        return f"round {info.round}/{info.max_rounds}, converged {done}/{batch}"
+
+    with progress(problem, batch, label, "row", text) as advance:
 
         def callback(info: RoundInfo) -> None:
-            done = int((info.front >= info.num_steps).sum())
-            bar.set_postfix_str(
-                f"round {info.round}/{info.max_rounds}, converged {done}/{batch}, "
-                f"residual {float(info.residual.max()):.1e}",
-                refresh=False,
-            )
-            bar.update(int(info.front.sum()) - bar.n)
-            if watch is not None:
-                watch(info)
+            advance(info)
+            if on_round is not None:
+                on_round(info)
 
         return sampler.sample(noise, generator=streams, callback=callback)
+
+
+@contextmanager
+def progress(
+    problem: Problem, batch: int, label: str, unit: str, text: Callable[[RoundInfo], str]
+) -> Iterator[Callable[[RoundInfo], None]]:
+    """A bar over the final timesteps of all samples, as a callback; `text` and the residual stand behind it."""
+    total = problem.schedule.num_steps * batch
+    with tqdm(total=total, desc=label, unit=unit, file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def advance(info: RoundInfo) -> None:
+            bar.set_postfix_str(f"{text(info)}, residual {float(info.residual.max()):.1e}", refresh=False)
+            bar.update(int(info.front.sum()) - bar.n)
+
+        yield advance
 
 
 def solve_serially(problem: Problem, batch: int) -> Solution:

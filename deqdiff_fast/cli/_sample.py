@@ -16,6 +16,7 @@ DEFAULTS = {"model": "bundled", "steps": 50, "eta": 0.0, "solver": "auto"}
 
 
 def add_parser(commands: Any) -> None:
+    """Add `sample` and its options."""
     parser = commands.add_parser(
         "sample",
         help="draw samples in parallel rounds",
@@ -65,6 +66,7 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Sample, and write picture and plot. Returns the exit status."""
     settle(args)
     check_picture("--out", args.out)
     check_picture("--plot", args.plot)
@@ -85,14 +87,14 @@ def run(args: argparse.Namespace) -> int:
     reference = solve_serially(problem, args.batch) if args.compare_serial else None
     errors: list[float] = []
 
-    def watch(info: Any) -> None:
+    def on_round(info: Any) -> None:
         if reference is not None and args.plot is not None:
             errors.append(float(_images.relative_error(info.sample(), reference.sample).max()))
 
     if args.plot is not None and args.window == "auto":  # the serial chain has nothing to plot
         args.window = problem.schedule.num_steps
     solution = solve(
-        problem, args.batch, label="sampling", watch=watch, solver=args.solver, tol=args.tol,
+        problem, args.batch, label="sampling", on_round=on_round, solver=args.solver, tol=args.tol,
         max_rounds=args.max_rounds, window=args.window,
     )  # fmt: skip
     if reference is None:
@@ -111,12 +113,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(solution: Any, steps: int, batch: int) -> str:
+    """One sentence about a solve."""
     stats = solution.stats
-    made = f"solver {stats.solver}, window {stats.window}"
+    how = f"solver {stats.solver}, window {stats.window}"
     if stats.plan is not None:
-        made = f"{'serial chain' if stats.solver == 'serial' else made}, since {stats.plan.reason}"
+        how = f"{'serial chain' if stats.solver == 'serial' else how}, since {stats.plan.reason}"
     text = (
-        f"{batch} image{'s' * (batch != 1)}, {steps} timesteps, {made}: "
+        f"{batch} image{'s' * (batch != 1)}, {steps} timesteps, {how}: "
         f"{stats.rounds} rounds, {stats.model_evals} model evaluations"
         f"{f' and {stats.draft_evals} of its draft' if stats.draft_evals else ''}, {stats.wall_seconds:.2f} s"
     )
@@ -130,6 +133,7 @@ def summary(solution: Any, steps: int, batch: int) -> str:
 
 
 def comparison(solution: Any, reference: Any) -> str:
+    """One sentence about a solve against the serial chain."""
     from . import _images
 
     error = float(_images.relative_error(solution.sample, reference.sample).max())

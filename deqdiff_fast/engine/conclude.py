@@ -3,60 +3,57 @@
 from __future__ import annotations
 
 import time
-import warnings
 
 import torch
 
 from .._types import OnFailure
-from ..errors import ConvergenceWarning, NotConvergedError
 from ..solution import Solution, Stats
-from .serial import Report, finish
+from .reporting import report_not_converged
+from .serial import Report, finish_serially
 from .workspace import Workspace
 
 
 def conclude(
     work: Workspace,
-    fronts: list[int],
+    front: list[int],
     stopped: bool,
     stats: Stats,
-    clock: float,
-    keep: bool,
+    started: float,
+    return_trajectory: bool,
     on_failure: OnFailure,
     report: Report,
     gave_up: bool = False,
 ) -> Solution:
-    """The solution of a loop that has left sample b final up to state fronts[b].
+    """The solution of a loop that has left sample b final up to state front[b].
 
-    clock: `time.perf_counter()` at the start. keep: return the trajectory. report: called
-    after every step that is finished serially; returning True stops. gave_up: the loop ended because finishing serially
-    is faster. Raises NotConvergedError.
+    Args:
+        stopped: whether a callback asked for the end.
+        started: `time.perf_counter()` at the start.
+        report: called after every step that is finished serially; returning True stops.
+        gave_up: the loop ended because finishing serially is faster.
+
+    Raises:
+        NotConvergedError: rows are left and `on_failure` is "raise".
     """
     system, chain = work.system, work.chain
-    left = max(system.num_steps - front for front in fronts)
-    rounds_ran_out = left > 0 and not stopped
+    rounds_ran_out = min(front) < system.num_steps and not stopped
     if rounds_ran_out:
         stats.stop_reason = "replanned" if gave_up else "max_rounds"
         if gave_up or on_failure == "serial":
-            stats.finished_serially, stopped = finish(work, fronts, stats.rounds, report)
+            stats.finished_serially, stopped = finish_serially(work, front, stats.rounds, report)
     if stopped:
         stats.stop_reason = "callback"
-    done = torch.tensor([front == system.num_steps for front in fronts])
+    done = torch.tensor([final == system.num_steps for final in front])
     stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
     stats.draft_evals = 0 if system.draft is None else system.draft.evals
-    shape = (system.batch, *system.shape)
-    trajectory = None
-    if keep:
-        trajectory = system.from_basis(chain.states.flatten(0, 1)).view(-1, *shape).to(system.model_dtype)
-    sample = system.from_basis(chain.states[-1]).view(shape).to(system.model_dtype)
-    stats.wall_seconds = time.perf_counter() - clock
-    solution = Solution(sample, done, stats, trajectory)
+    sample = system.from_basis(chain.states[-1]).view(system.batch, *system.shape).to(system.model_dtype)
+    stats.wall_seconds = time.perf_counter() - started
+    solution = Solution(sample, done, stats, work.trajectory() if return_trajectory else None)
     if rounds_ran_out and not gave_up and on_failure != "serial":
         worst = float(stats.residual_trace[-1].max()) if len(stats.residual_trace) else float("nan")
-        message = (
-            f"{int((~done).sum())} of {system.batch} samples did not converge in {stats.rounds} rounds (largest "
-            f"residual {worst:.1e}); raise max_rounds, loosen tol, or use on_failure='serial'"
-        )
-        if on_failure == "raise":
-            raise NotConvergedError(message, solution)
-        warnings.warn(message, ConvergenceWarning, stacklevel=5)
+        report_not_converged(
+            solution, on_failure,
+            f"samples did not converge in {stats.rounds} rounds (largest residual {worst:.1e})",
+            "raise max_rounds, loosen tol, or use on_failure='serial'", stacklevel=5,
+        )  # fmt: skip
     return solution

@@ -48,7 +48,7 @@ class CudaRecorder:
 
 
 class Graphs:
-    """Plays pieces of device work: as they are the first time, recorded from the second time on.
+    """Runs pieces of device work: as they are the first time, recorded from the second time on.
 
     outputs: what a "model" piece writes. Its first replay must reproduce the plain call, for a model may do something
     that a recording does not see; if it does not, or cannot be recorded, it is called plainly, and the log says why.
@@ -62,11 +62,11 @@ class Graphs:
         self.refused: dict[str, str] = {}
         """Kind of work -> why it is not recorded."""
 
-    def play(self, key: Key, work: Work) -> None:
+    def replay(self, key: Key, work: Work) -> None:
         """Do `work`, which asks the same of the device whenever it comes under this key."""
         if key in self.replays:
-            replay, counted = self.replays[key]
-            replay()
+            recorded, counted = self.replays[key]
+            recorded()
             self._count([before + more for before, more in zip(self._counts(), counted)])
         elif key not in self.seen or key[0] in self.refused:
             self.seen.add(key)  # the first call is plain: libraries and kernels set themselves up in it

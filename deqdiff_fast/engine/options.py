@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._types import Backend, Generators, Model, OnFailure
 from ..loop.base import Solver
+from ..loop.stopping import StoppingRule
 from ..memory import SolverMemory, default_memory
 from ..model.batched import BatchedModel
 from ..model.draft_calls import DraftCalls
@@ -19,10 +20,10 @@ from ..solver import resolve
 from ..solver.draft import Drafted
 from . import arguments
 from .graph_cache import GraphCache
+from .row_limit import row_limit
 from .system import System
 
 DEFAULT_TOL = 1e-2
-CPU_ROWS, CPU_ELEMENTS = 64, 1 << 18
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7}  # what rounding alone leaves of a residual
 
 
@@ -43,7 +44,7 @@ class Options:
     deterministic: bool
     spectrum: SpectralSlope | None
     memory: SolverMemory
-    residents: GraphCache
+    graph_cache: GraphCache
     planned: bool
     """solver="auto" with window="auto": each solve is made as is predicted to be the fastest."""
     draft: Model | None = None
@@ -61,17 +62,16 @@ class Options:
         if draft is not None:
             arguments.check_draft(draft)
             resolved = Drafted() if isinstance(solver, str) and solver == "auto" else resolved
-        elif isinstance(resolved, Drafted):
+        elif resolved.needs_draft:
             raise ValueError("solver: 'draft' needs DEQSampler(draft=...), a cheap stand-in for the model; got None")
         if spectrum is not None and not isinstance(spectrum, SpectralSlope):
             raise TypeError(f"spectrum: expected a SpectralSlope or None, got {type(spectrum).__name__}")
-        if spectrum is None and getattr(resolved, "slope", None) == "spectral":
+        if spectrum is None and isinstance(resolved.slope, str) and resolved.slope == "spectral":
             raise ValueError(
                 "solver: slope='spectral' needs DEQSampler(spectrum=SpectralSlope...) to take the slope from"
             )
         window = arguments.window(given["window"])
-        if hasattr(resolved, "check"):
-            resolved.check(schedule.num_steps, schedule.lags, window)
+        resolved.check(schedule.num_steps, schedule.lags, window)
         return cls(
             model=model,
             schedule=schedule,
@@ -83,7 +83,7 @@ class Options:
             on_failure=arguments.choice("on_failure", given["on_failure"], ("serial", "raise", "warn")),
             max_batch=arguments.count("max_batch", given["max_batch"]),
             cuda_graph=arguments.cuda_graph(given["cuda_graph"]),
-            residents=GraphCache(given["cuda_graph"]),
+            graph_cache=GraphCache(given["cuda_graph"]),
             deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
             spectrum=spectrum,
             memory=memory if memory is not None else default_memory(),
@@ -93,22 +93,17 @@ class Options:
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative residual below which the solve ends, for states of that dtype."""
-        default = getattr(self.solver, "tol", None)
-        if self.tol is None and default is not None:
-            return float(default)
+        if self.tol is None and self.solver.tol is not None:
+            return float(self.solver.tol)
         return max(self.solver.safety * (DEFAULT_TOL if self.tol is None else self.tol), self.floor(dtype))
 
-    def freeze(self, dtype: torch.dtype) -> float:
-        """What a timestep may have left to go, relative to its size, to be final while later ones are not."""
-        return self.solver.freeze * self.left(dtype)
-
-    def reach(self, dtype: torch.dtype) -> float:
-        """The relative residual at which a sample may end where its residuals fall fast enough."""
-        return getattr(self.solver, "reach", 0.0) * self.left(dtype)
-
-    def left(self, dtype: torch.dtype) -> float:
-        """The relative error allowed in a sample."""
-        return self.tolerance(dtype) / self.solver.safety
+    def stopping_rule(self, dtype: torch.dtype) -> StoppingRule:
+        """When rows and samples are done, for states of that dtype."""
+        solver, finish = self.solver, self.tolerance(dtype)
+        allowed = finish / solver.safety  # the relative error allowed in a sample
+        return StoppingRule(
+            solver.freeze * allowed, finish, self.floor(dtype), solver.reach * allowed, allowed, solver.by_step
+        )
 
     @staticmethod
     def floor(dtype: torch.dtype) -> float:
@@ -117,28 +112,25 @@ class Options:
 
     def round_limit(self) -> int:
         """Most model calls that wait for each other, before the rest is finished otherwise."""
-        steps, most = self.schedule.num_steps, getattr(self.solver, "most_rounds", None)
-        own = getattr(self.solver, "max_rounds", None) or (most(steps) if most is not None else steps)
-        return int(self.max_rounds or own)
+        return int(self.max_rounds or self.solver.max_rounds or self.solver.round_limit(self.schedule.num_steps))
 
     def row_limit(self, noise: Tensor) -> int | None:
         """Most rows in one model call."""
-        limit = self.max_batch
-        if limit is None and noise.device.type == "cpu":
-            limit = max(CPU_ROWS, CPU_ELEMENTS // max(noise[:1].numel(), 1))
+        limit = row_limit(self.max_batch, noise)
         known = [rows for rows in (limit, self.learned.get("max_batch")) if rows is not None]
         return min(known, default=None)
 
     def slope(self, noise: Tensor) -> SpectralSlope | str | None:
         """The slope that the solver wants; raises ValueError where the spectrum is one of other samples."""
-        slope = getattr(self.solver, "slope", "scalar")
+        slope = self.solver.slope
         if isinstance(slope, str) and slope in ("auto", "spectral"):
             slope = self.spectrum if self.spectrum is not None else "scalar"
         if isinstance(slope, SpectralSlope) and noise.dim() > 1 and slope.shape != tuple(noise.shape[1:]):
             raise ValueError(
                 f"noise: expected samples of the spectrum's shape {slope.shape}, got {tuple(noise.shape[1:])}"
             )
-        return slope
+        chosen: SpectralSlope | str | None = slope
+        return chosen
 
     def check_request(self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators) -> None:
         """Raises ValueError or TypeError where a solve cannot begin."""
@@ -151,7 +143,7 @@ class Options:
         slope = "scalar" if serial else self.slope(noise)
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
         system.on_shrink = lambda rows: self.learned.update(max_batch=rows)
-        if isinstance(self.solver, Drafted) and self.draft is not None and not serial:
+        if self.solver.needs_draft and self.draft is not None and not serial:
             rows = BatchedModel(self.draft, self.schedule, noise, model_kwargs, system.max_batch)
             system.draft = DraftCalls(rows)
         if self.planned and not serial:  # windows come and go: a compiled model is to see the same sizes in all of them

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..loop.window import Window
 from ..solution import Callback, RoundInfo
+from .reporting import ProgressBar
 from .workspace import Workspace
 
 
@@ -18,21 +16,17 @@ class Reporter:
 
     def __init__(self, work: Workspace, tolerance: float, limit: int, callback: Callback | None, bar: bool) -> None:
         self.work, self.tolerance, self.limit, self.callback = work, tolerance, limit, callback
-        self.total = work.system.num_steps * work.system.batch
-        self.bar: Any = tqdm(total=self.total, unit="state", desc="solving") if bar else None
+        self.bar = ProgressBar(bar, "solving", "state", work.system.num_steps * work.system.batch)
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.__exit__(*exc)
 
     def __call__(self, round: int, where: Window | list[int], residual: Tensor) -> object:
         front = where.lo if isinstance(where, Window) else where
-        if self.bar is not None:
-            self.bar.update(sum(front) - self.bar.n)
-            self.bar.set_postfix(round=round, residual=f"{float(residual.max()):.1e}")
+        self.bar.show(sum(front), residual, round=round)
         if self.callback is None:
             return None
         return self.callback(self._info(round, list(front), where, residual))

@@ -17,37 +17,37 @@ from .workspace import Workspace
 Report = Callable[[int, "list[int]", Tensor], object]
 
 
-def finish(
-    work: Workspace, fronts: list[int], round: int, report: Report | None, until: int | None = None
+def finish_serially(
+    work: Workspace, front: list[int], round: int, report: Report | None, until: int | None = None
 ) -> tuple[int, bool]:
-    """Take every sample b from state fronts[b] to the end (or to state `until`), one model call a step; `fronts` is
+    """Take every sample b from state front[b] to the end (or to state `until`), one model call a step; `front` is
     moved along.
 
     Returns the number of steps made and whether `report` asked to stop. Raises NonFiniteError, ModelOutputError.
     """
     chain, steps, made = work.chain, work.chain.num_steps, 0
-    for i in range(min(fronts), steps if until is None else until):
-        who = [b for b, front in enumerate(fronts) if front == i]
-        together = len(who) == chain.batch
-        flat = None if together else torch.tensor([i * chain.batch + b for b in who])
-        work.evaluate(Rows(flat, i, i + 1, len(who)), round + made + 1)
+    for i in range(min(front), steps if until is None else until):
+        samples = [b for b, final in enumerate(front) if final == i]
+        together = len(samples) == chain.batch
+        flat = None if together else torch.tensor([i * chain.batch + b for b in samples])
+        work.evaluate(Rows(flat, i, i + 1, len(samples)), round + made + 1)
         made += 1
         chain.lo.fill_(i)
         if together:
             chain.hi.fill_(i + 1)
         else:
-            chain.hi.copy_(torch.tensor([i + (front == i) for front in fronts], dtype=torch.int32))
+            chain.hi.copy_(torch.tensor([i + (final == i) for final in front], dtype=torch.int32))
         ddim_update(
             chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
             chain.sq_diff, chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
-        norms = chain.sq_norm[i] if together else chain.sq_norm[i, who]
+        norms = chain.sq_norm[i] if together else chain.sq_norm[i, samples]
         if not math.isfinite(float(norms.sum())) and not bool(norms.isfinite().all()):
-            bad = who[int((~norms.isfinite()).int().argmax())]
+            bad = samples[int((~norms.isfinite()).int().argmax())]
             raise _error(work, i, bad, round + made)
-        for b in who:
-            fronts[b] = i + 1
-        if report is not None and report(round + made, fronts, torch.zeros(chain.batch)) is True:
+        for b in samples:
+            front[b] = i + 1
+        if report is not None and report(round + made, front, torch.zeros(chain.batch)) is True:
             return made, True
     return made, False
 
@@ -69,11 +69,9 @@ def non_finite(work: Workspace, step: int, sample: int, round: int) -> NonFinite
 
 
 def _error(work: Workspace, step: int, sample: int, round: int) -> NonFiniteError:
-    timestep = float(work.system.times[step])
     broken = not bool(work.chain.predictions[step, sample].isfinite().all())
     what = "the model returned NaN or Inf" if broken else "the chain overflowed"
-    return NonFiniteError(
-        f"{what} at timestep {timestep:g} (step {step} of {work.system.num_steps}) in round {round}, sample {sample}; "
-        "check the model's inputs and dtype, and that the schedule's prediction_type is the model's",
-        step=step, timestep=timestep, round=round, sample=sample,
-    )  # fmt: skip
+    timestep = float(work.system.times[step])
+    return NonFiniteError.at_step(
+        what, step=step, num_steps=work.system.num_steps, timestep=timestep, round=round, sample=sample
+    )

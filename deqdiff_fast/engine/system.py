@@ -86,7 +86,7 @@ class System(BatchedModel):
             clean = clean.clamp(-self.schedule.clip.range, self.schedule.clip.range)
         return clean.view(self.batch, *self.shape).to(self.model_dtype)
 
-    def scratch(self, backend: str) -> int:
+    def scratch_bytes(self, backend: str) -> int:
         """Bytes of `chain.scratch` for the guesses and for serial steps."""
         size = (self.num_steps, self.batch, self.numel)
         linear: int = newton_scan_bytes(*size, 0, 1, self.dtype, self.dtype, self.device, backend)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._types import Generators, Rows
-from ..loop.base import Bounds, Chain, Size, Solver, repeat_rows
-from ..loop.coarse_grids import CoarseRounds, PartialSolver, grid_sizes
-from ..loop.task import Play, run_eager
+from ..loop.base import Bounds, Chain, ProblemSize, Solver
+from ..loop.coarse_grids import CoarseRounds
+from ..loop.rows import repeat_rows
+from ..loop.task import Replay, run_eager
 from ..memory import Lease, MemoryPlan, SolverMemory
 from ..schedule.cache import cached
 from ..schedule.noise import fill_drift
-from ..solver.draft import Drafted
 from .initial_guess import extrapolate, gaussian_guess
 from .system import System
 
@@ -30,7 +30,7 @@ class Workspace:
     memory: Any
     system: System
     solver: Solver
-    ascent: CoarseRounds | None = None
+    coarse: CoarseRounds | None = None
     """The rounds on coarse grids that the solver wants first."""
     warm: bool = False
 
@@ -56,22 +56,20 @@ class Workspace:
             window_scratch=lease.get("window_scratch"),
             draft=system.draft,
         )
-        held = solver.start(lease)
-        if hasattr(solver, "init_constants"):
-            solver.init_constants(chain, held)
-        work = cls(lease, chain, held, system, solver)
-        grids = grid_sizes(solver, chain.num_steps, window, system.schedule.stochastic)
+        memory_of_solver = solver.start(lease)
+        solver.init_constants(chain, memory_of_solver)
+        work = cls(lease, chain, memory_of_solver, system, solver)
+        grids = solver.coarse_grids(chain.num_steps, window, system.schedule.stochastic)
         if grids:
-            weight = system.denoised_coef[:, 1]
-            keep = partial(cached, system.schedule)
-            work.ascent = CoarseRounds(chain, cast(PartialSolver, solver), held, lease["coarse"], weight, grids, keep)
+            q, cache = system.denoised_coef[:, 1], partial(cached, system.schedule)
+            work.coarse = CoarseRounds(chain, solver, memory_of_solver, lease["coarse"], q, grids, cache)
         return work
 
     def restart(self) -> None:
         """Forget a solve; the memory stays where it is."""
         self.memory = self.solver.start(self.lease)
-        if self.ascent is not None:
-            self.ascent.memory = self.memory
+        if self.coarse is not None:
+            self.coarse.memory = self.memory
 
     @staticmethod
     def layout(system: System, solver: Solver, window: int, backend: str) -> MemoryPlan:
@@ -85,27 +83,18 @@ class Workspace:
         plan.add("sq_diff", (steps, batch), system.accumulator)
         plan.add("sq_norm", (steps, batch), system.accumulator)
         system.plan(plan, min(window * batch, system.max_batch or window * batch))
-        grids = grid_sizes(solver, steps, window, system.schedule.stochastic)
+        grids = solver.coarse_grids(steps, window, system.schedule.stochastic)
         if grids:
             plan.add("coarse", (1 + max(grids), batch, numel), system.dtype)
         if window < steps:
             plan.add("window_scratch", (3, batch, numel), system.dtype)
-        lags = system.state_coef.shape[1]
-        size = Size(
-            steps,
-            window,
-            batch,
-            numel,
-            system.dtype,
-            system.accumulator,
-            lags,
-            system.device,
-            backend,
-            system.schedule.stochastic,
-        )
-        solver.plan(plan, size)
+        size = ProblemSize(
+            steps, window, batch, numel, system.dtype, system.accumulator, system.state_coef.shape[1], system.device,
+            backend, system.schedule.stochastic,
+        )  # fmt: skip
+        solver.plan_memory(plan, size)
         # one for all ops: they run one after the other, on one stream
-        scratch = max(system.scratch(backend), getattr(solver, "scratch", lambda size: 0)(size))
+        scratch = max(system.scratch_bytes(backend), solver.scratch_bytes(size))
         if scratch:
             plan.add("scratch", (scratch,), torch.uint8)
         return plan
@@ -120,19 +109,20 @@ class Workspace:
             if self.system.basis is not None:
                 self.system.basis.forward(self.chain.drift.flatten(0, 1))
 
-    def guess(self, kind: str, init: Tensor | None, play: Play = run_eager) -> None:
+    def guess(self, init: Tensor | None, replay: Replay = run_eager) -> None:
         """States 1..T: a given trajectory, copies of the noise, the chain of the draft, or that of Gaussian data."""
         chain = self.chain
         self.warm = init is not None
         if init is not None:
             rows = init[1:].reshape(chain.num_steps * chain.batch, -1).to(self.system.device, self.system.dtype)
             chain.states[1:].copy_(self.system.to_basis(rows).view_as(chain.states[1:]))
-        elif kind == "copy":
+        elif self.solver.guess == "copy":
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
-        elif kind == "draft":
-            play(("guess", 0), lambda: self._chart([0] * chain.batch, [chain.num_steps] * chain.batch))
+        elif self.solver.guess == "draft":
+            whole = [0] * chain.batch, [chain.num_steps] * chain.batch
+            replay(("guess", 0), lambda: self.solver.rollout(chain, self.memory, *whole))
         else:
-            play(("guess", 0), lambda: gaussian_guess(chain, self.system.diagonal_slope))
+            replay(("guess", 0), lambda: gaussian_guess(chain, self.system.diagonal_slope))
 
     def resume(self, other: Workspace, front: int) -> None:
         """Take over a chain of the same system whose first `front` steps are made; later states are extrapolated."""
@@ -144,19 +134,22 @@ class Workspace:
             chain.drift.copy_(done.drift)
         self.rebuild([front] * chain.batch, [chain.num_steps] * chain.batch, True)
 
-    def _chart(self, old: Bounds, new: Bounds) -> None:
-        """States old[b] < i <= new[b] <- the draft's chain, by the solver that has one."""
-        cast(Drafted, self.solver).chart(self.chain, self.memory, old, new)
-
     def evaluate(self, rows: Rows, round: int) -> None:
+        """Predictions of those rows from their states."""
         self.system.evaluate(self.chain.states, self.lease["predictions"], rows, self.lease, round)
 
     def rebuild(self, old: Bounds, new: Bounds, broken: bool) -> None:
+        """States of rows old[b] <= i < new[b], which enter the window or were lost to an overflow."""
         if self.warm and not broken:
             return  # a given trajectory is the better guess
         if self.solver.guess == "copy" and not broken:
             repeat_rows(self.chain, old, new)
         elif self.solver.guess == "draft":
-            self._chart(old, new)
+            self.solver.rollout(self.chain, self.memory, old, new)
         else:
             extrapolate(self.chain, self.system.diagonal_slope, old, new)
+
+    def trajectory(self) -> Tensor:
+        """(T + 1, B, *shape), a copy in the model's dtype."""
+        states = self.system.from_basis(self.chain.states.flatten(0, 1))
+        return states.view(-1, self.system.batch, *self.system.shape).to(self.system.model_dtype)

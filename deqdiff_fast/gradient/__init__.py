@@ -19,7 +19,12 @@ NAMED: dict[str, Callable[[], Gradient]] = {
 
 
 def resolve(gradient: str | Gradient) -> Gradient:
-    """A gradient mode from a name or an object. Raises ValueError with the known names, TypeError for anything else."""
+    """A gradient mode from a name or an object.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+        TypeError: neither a name nor an object with a method `attach`.
+    """
     if isinstance(gradient, str):
         if gradient not in NAMED:
             raise ValueError(f"gradient: expected one of {', '.join(map(repr, NAMED))} or an object, got {gradient!r}")

@@ -20,11 +20,13 @@ parallel to that tolerance (None: the sampler's choice)."""
 
 @dataclass
 class Problem:
-    """One differentiable solve. noise: (B, *shape); parameters: those of the model that need a gradient."""
+    """One differentiable solve."""
 
     system: System
     noise: Tensor
+    """(B, *shape), the initial state of the chain."""
     parameters: list[Tensor]
+    """Those of the model that need a gradient."""
     solve: Callable[[], Solution]
     """The sampler's own solve; its solution holds the trajectory."""
     adjoint: Adjoint
@@ -35,6 +37,7 @@ class Problem:
     on_failure: OnFailure = "serial"
     generator: Generators = None
     init_trajectory: Tensor | None = None
+    """(T + 1, B, *shape), a starting guess."""
     callback: Callback | None = None
     progress: bool = False
 
@@ -43,8 +46,18 @@ class Gradient(Protocol):
     """A way to differentiate the sample with respect to noise, model parameters and tensors in model_kwargs."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As it is shown in `Stats.solver` and in messages."""
+        ...
 
     def attach(self, problem: Problem) -> Solution:
-        """The solution, with its trajectory, whose `sample` carries this mode's gradient."""
+        """Solve, and attach this mode's gradient.
+
+        Returns:
+            The solution, with its trajectory; its `sample` has a `grad_fn`.
+
+        Raises:
+            NonFiniteError: the model returned NaN or Inf.
+            NotConvergedError: the solve failed and `problem.on_failure` is "raise".
+        """
         ...

@@ -20,17 +20,25 @@ from torch import Tensor
 
 from ..schedule import Schedule
 from ..solution import Solution
+from .at_solution import differentiate_at_solution
 from .base import Adjoint, Problem
-from .equilibrium import at_equilibrium
-from .rows import Rows
+from .batched_vjp import BatchedVJP
+from .scan_adjoint import scan_adjoint
 
 
 @dataclass(frozen=True)
 class Implicit:
-    """Exact to a tolerance, in the memory of one trajectory, whatever the rounds were.
+    """The exact gradient of the chain, to a tolerance, in the memory of one trajectory however many rounds there were.
 
-    tol: relative error allowed in the gradient at the solution found (None: the sampler's `tol`, and 1e-4 at most). A
-    descent gets along with 1e-2, which takes fewer vector-Jacobian products. One step at a time there is none.
+    Implicit differentiation at the fixed point (Bai et al. 2019, arXiv 1909.01377, theorem 1).
+
+    Args:
+        tol: relative L2 error allowed in the gradient at the solution found (None: the sampler's `tol`, and 1e-4 at
+            most). Gradient descent gets along with 1e-2, which takes fewer vector-Jacobian products. Ignored where the
+            adjoint is taken one step at a time, which is exact.
+
+    Raises:
+        ValueError: `tol` is not a finite number > 0 or None.
     """
 
     tol: float | None = None
@@ -45,6 +53,7 @@ class Implicit:
         return "implicit"
 
     def attach(self, problem: Problem) -> Solution:
+        """Solve with the sampler; backward solves the adjoint chain. See `Gradient.attach`."""
         serial = problem.system.schedule.lags > 1
 
         def solve() -> Solution:
@@ -53,12 +62,12 @@ class Implicit:
             serial = serial or solution.stats.stop_reason == "serial"
             return solution
 
-        def cotangents(rows: Rows, states: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        def cotangents(vjp: BatchedVJP, states: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
             if serial:
-                return _serial(rows, states, start)
-            return _parallel(rows, states, start, problem.adjoint, self.tol)
+                return _serial(vjp, states, start)
+            return _parallel(vjp, states, start, problem.adjoint, self.tol)
 
-        return at_equilibrium(replace(problem, solve=solve), cotangents)
+        return differentiate_at_solution(replace(problem, solve=solve), cotangents)
 
 
 def adjoint_schedule(schedule: Schedule) -> Schedule:
@@ -79,30 +88,30 @@ def adjoint_schedule(schedule: Schedule) -> Schedule:
     )
 
 
-def _parallel(rows: Rows, states: Tensor, start: Tensor, adjoint: Adjoint, tol: float | None) -> tuple[Tensor, Tensor]:
+def _parallel(
+    vjp: BatchedVJP, states: Tensor, start: Tensor, adjoint: Adjoint, tol: float | None
+) -> tuple[Tensor, Tensor]:
     """The recursion of a one-step schedule, by the parallel solver."""
-    system = rows.system
+    system = vjp.system
 
     def model(y: Tensor, step: Tensor, sample: Tensor) -> Tensor:
-        return rows.vjp(states[step, sample], step, sample, y.flatten(1)).view_as(y)
+        return vjp.vjp(states[step, sample], step, sample, y.flatten(1)).view_as(y)
 
     # gradients of mean losses are tiny, and the solver's sanity checks think in units of one
     scale = start.norm(dim=1, keepdim=True).clamp_min(torch.finfo(system.dtype).tiny) / system.numel**0.5
-    who = torch.arange(system.batch, device=system.device)
-    lam = adjoint(model, adjoint_schedule(system.schedule), start / scale, {"sample": who}, tol).flip(0) * scale
-    weights: Tensor = system.model_coef.to(system.dtype)[:, 0, None, None] * lam[1:]
-    return lam[0], weights
+    kwargs = {"sample": vjp.samples}
+    lam = adjoint(model, adjoint_schedule(system.schedule), start / scale, kwargs, tol).flip(0) * scale
+    to_predictions: Tensor = system.model_coef.to(system.dtype)[:, 0, None, None] * lam[1:]
+    return lam[0], to_predictions
 
 
-def _serial(rows: Rows, states: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """The recursion one step at a time, for any lag."""
-    system, schedule = rows.system, rows.system.schedule
-    lam, weights = torch.zeros_like(states), torch.zeros_like(states[1:])
-    lam[-1] = start
-    who = torch.arange(system.batch, device=system.device)
-    for i in reversed(range(system.num_steps)):
-        for lag in range(min(schedule.lags, i + 1)):
-            lam[i - lag] += float(schedule.state_coef[i, lag]) * lam[i + 1]
-            weights[i - lag] += float(schedule.model_coef[i, lag]) * lam[i + 1]
-        lam[i] += rows.vjp(states[i], torch.full_like(who, i), who, weights[i])
-    return lam[0], weights
+def _serial(vjp: BatchedVJP, states: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The recursion one step at a time, for any number of lags."""
+
+    def at_step(i: int, cotangent: Tensor) -> Tensor:
+        return vjp.vjp(states[i], torch.full_like(vjp.samples, i), vjp.samples, cotangent)
+
+    direct = torch.zeros_like(states)
+    direct[-1] = start
+    to_states, to_predictions = scan_adjoint(vjp.system.schedule, direct, at_step)
+    return to_states[0], to_predictions

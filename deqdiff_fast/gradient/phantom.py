@@ -15,18 +15,26 @@ import torch
 from torch import Tensor
 
 from ..solution import Solution
+from .at_solution import differentiate_at_solution
 from .base import Problem
-from .equilibrium import at_equilibrium
-from .rows import Rows, scan_adjoint
+from .batched_vjp import BatchedVJP
+from .scan_adjoint import scan_adjoint
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """tau: damping in (0, 1]; steps: damped rounds, each but one with one batched vector-Jacobian product.
+    """The gradient of a few damped rounds at the solution: a cheap direction to descend along, not an exact gradient.
 
-    The default is that of Pokle et al. 2022 (arXiv 2210.12867). With one step the noise's gradient holds no Jacobian
-    of the model at all: it is tau times the product of the state coefficients times dL/dx_T. tau = 1 with T + 1 steps
-    is exact. A cheap direction to descend along, not a gradient to compare with one.
+    Geng et al. 2021, arXiv 2111.05177; the default is that of Pokle et al. 2022, arXiv 2210.12867. With one step the
+    gradient of the noise holds no Jacobian of the model at all: it is tau times the product of the state coefficients
+    times dL/dx_T. tau = 1 with T + 1 steps is exact.
+
+    Args:
+        tau: damping in (0, 1].
+        steps: damped rounds, each but one with one batched vector-Jacobian product.
+
+    Raises:
+        ValueError: a setting is out of its range.
     """
 
     tau: float = 0.1
@@ -43,16 +51,17 @@ class Phantom:
         return f"phantom(tau={self.tau:g}, steps={self.steps})"
 
     def attach(self, problem: Problem) -> Solution:
-        return at_equilibrium(problem, self._cotangents)
+        """Solve with the sampler; backward runs the damped rounds. See `Gradient.attach`."""
+        return differentiate_at_solution(problem, self._cotangents)
 
-    def _cotangents(self, rows: Rows, states: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        u, noise, weights = torch.zeros_like(states), torch.zeros_like(start), torch.zeros_like(states[1:])
+    def _cotangents(self, vjp: BatchedVJP, states: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        u, to_noise, to_predictions = torch.zeros_like(states), torch.zeros_like(start), torch.zeros_like(states[1:])
         u[-1] = start
         for step in range(self.steps):
-            mu, weight = scan_adjoint(rows.system, u)
-            noise += self.tau * mu[0]
-            weights += self.tau * weight
+            to_states, cotangent = scan_adjoint(vjp.system.schedule, u)
+            to_noise += self.tau * to_states[0]
+            to_predictions += self.tau * cotangent
             if step + 1 < self.steps:
                 u *= 1 - self.tau
-                u[:-1] += self.tau * rows.pull_back(states[:-1], weight, [], to_states=True)[0]
-        return noise, weights
+                u[:-1] += self.tau * vjp.vjp_sums(states[:-1], cotangent, [], to_states=True)[0]
+        return to_noise, to_predictions

@@ -23,26 +23,24 @@ _CONDITIONS = {"UNet2DConditionModel": "encoder_hidden_states", "DiTTransformer2
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What was loaded. sample_shape: (C, H, W). conditional: the inputs that the model needs besides x and t, or ""."""
+    """What was loaded."""
 
     name: str
     model_class: str
     scheduler_class: str
-    sample_shape: tuple[int, ...]
-    parameters: int
-    conditional: str
+    sample_shape: tuple[int, ...]  # (C, H, W)
+    parameters: int  # their number
+    conditional: str  # the inputs that the model needs besides x and t, or ""
 
 
 class LoadedModel(NamedTuple):
-    """`model(x, t)`, in eval mode and without gradients for its weights; its diffusers scheduler; what it is; and the
-    power spectrum of its samples and its draft, where the folder holds them (spectrum.safetensors, see
-    `SpectralSlope.save`; draft.safetensors, see `ConvDraft.save`)."""
+    """What `load_model` found."""
 
-    model: torch.nn.Module
-    scheduler: Any
+    model: torch.nn.Module  # `model(x, t)`, in eval mode and without gradients for its weights
+    scheduler: Any  # of diffusers
     info: ModelInfo
-    spectrum: SpectralSlope | None
-    draft: ConvDraft | None
+    spectrum: SpectralSlope | None  # of its samples, where the folder has a spectrum.safetensors
+    draft: ConvDraft | None  # of it, where the folder has a draft.safetensors
 
 
 def bundled_model() -> Path:
@@ -59,10 +57,17 @@ def load_model(
 ) -> LoadedModel:
     """Load the denoiser and the scheduler of a diffusers pipeline, and nothing else of it.
 
-    name_or_folder: "bundled", a folder or a hub name. The folder holds `unet/` or `transformer/` and `scheduler/`, or
-    is flat, with config.json, weights and scheduler_config.json side by side. Weights are converted to `dtype`
-    whatever they were saved in. Raises FileNotFoundError or OSError if there is nothing to load, ValueError if it is
-    no diffusers model, ImportError without diffusers.
+    Args:
+        name_or_folder: "bundled", a folder or a hub name. The folder holds `unet/` or `transformer/` and `scheduler/`,
+            or is flat, with config.json, weights and scheduler_config.json side by side. It may also hold
+            spectrum.safetensors (see `SpectralSlope.save`) and draft.safetensors (see `ConvDraft.save`).
+        device: of the model.
+        dtype: of the weights, whatever they were saved in.
+
+    Raises:
+        FileNotFoundError, OSError: there is nothing to load.
+        ValueError: it is no diffusers model.
+        ImportError: diffusers is not installed.
     """
     library = _library()
     source = _source(name_or_folder)
@@ -95,10 +100,17 @@ def ddim_schedule(
 ) -> Schedule:
     """DDIM on the noise schedule of any diffusers scheduler that has one (Song et al. 2020, arXiv 2010.02502).
 
-    steps: number of timesteps T. spacing: "leading", "trailing", "linspace", "quad", or None: the scheduler's own.
-    clip: clamp the predicted clean sample as the scheduler's config says (None), or never (False). A scheduler without
-    `alphas_cumprod` (flow matching, EDM) is taken as it is, which leaves nothing for the other arguments to change.
-    Raises ValueError for settings that cannot be combined, NotAffineError as `Schedule.from_diffusers`.
+    Args:
+        scheduler: one without `alphas_cumprod` (flow matching, EDM) is taken as it is, which leaves nothing for the
+            other arguments to change.
+        steps: number of timesteps T.
+        eta: 0 is deterministic, 1 ancestral.
+        spacing: "leading", "trailing", "linspace", "quad", or None for the scheduler's own.
+        clip: None clamps the denoised estimate as the scheduler's config says, False never does.
+
+    Raises:
+        ValueError: settings that cannot be combined.
+        NotAffineError: as `Schedule.from_diffusers`.
     """
     if not hasattr(scheduler, "alphas_cumprod"):
         if eta or spacing:

@@ -14,18 +14,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from .._types import Model
 from ..engine import arguments
+from ..model.sample_kwargs import select_rows
 from ..planner.measure import signature_of
 from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
 
-_AGREE = 1e-2  # relative: far above what another batch size does to rounding, far below a wrong condition
+_ROW_TOLERANCE = 1e-2  # relative: far above what another batch size does to rounding, far below a wrong condition
 _OPTIONS = tuple(list(inspect.signature(DEQSampler).parameters)[2:])
-_PASSED: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
+_VERIFIED: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
 _log = logging.getLogger("deqdiff_fast")
 
 
@@ -45,21 +45,28 @@ def sample_deq(
 ) -> Tensor:
     """The result of k-diffusion's `sample_euler` (without churn) or `sample_dpmpp_2m`, solved for all sigmas at once.
 
-    model: `model(x, sigma, **extra_args) -> denoised`, x: (n, *shape), sigma: (n,), in the dtype of x. The rows of one
-    call are at several noise levels: a model that looks at `sigma[0]` only, or that keeps masks for B rows in itself,
-    gives wrong results. verify=True compares one such call with separate ones first (at the first, middle and last
-    sigma: 4 calls, 6 B rows) and refuses what differs; once for a model and a kind of arguments.
-    x: (B, *shape), the state at sigmas[0]. sigmas: (T + 1,), strictly descending. extra_args: tensors of first
-    dimension B belong to the samples and are repeated for the timesteps of a call, lists and dicts included.
-    callback: called with a dict of x, i, sigma, sigma_hat and denoised for every step in order, once it is final; more
-    than one after the same round, say. Its result is ignored; what it raises ends the solve. disable: True hides the
-    progress bar, None hides it where stderr is no terminal.
-    method: "euler" or "dpmpp_2m", for models with x0 + sigma noise and for flow matching alike. report: is given the
-    `Solution` with its stats.
-    options: those of `DEQSampler`, by keyword.
+    Args:
+        model: `model(x, sigma, **extra_args) -> denoised`, x: (n, *shape), sigma: (n,), in the dtype of x. The rows of
+            one call are at several noise levels: a model that reads `sigma[0]` only, or that stores masks for B rows in
+            itself, gives wrong results.
+        x: (B, *shape), the state at sigmas[0].
+        sigmas: (T + 1,), strictly descending.
+        extra_args: passed to every call; tensors of first dimension B, in lists and dicts too, belong to the samples.
+        callback: called with a dict of x, i, sigma, sigma_hat and denoised for every step in order, once it is final;
+            several times after the same round, say. Its result is ignored; what it raises ends the solve.
+        disable: True hides the progress bar, None where stderr is no terminal.
+        method: "euler" or "dpmpp_2m", for models with x0 + sigma noise and for flow matching alike.
+        verify: compare one call on several noise levels with separate ones first (at the first, middle and last sigma:
+            4 calls, 6 B rows) and refuse what differs; once for a model and a kind of arguments.
+        report: is given the `Solution` with its stats.
+        **options: those of `DEQSampler`, by keyword.
 
-    Returns x at sigmas[-1]: (B, *shape). Raises TypeError for unknown options, ValueError for bad values and for a
-    model that fails the comparison, and what `DEQSampler.sample` raises.
+    Returns:
+        (B, *shape), x at sigmas[-1].
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: a bad value, or a model that fails the comparison. And what `DEQSampler.sample` raises.
     """
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
@@ -72,11 +79,11 @@ def sample_deq(
     if len(sigmas) <= 1:
         return x  # nothing to do, as in k-diffusion
     levels = torch.as_tensor(sigmas)
-    contract, extra = _Contract(model), _extra(extra_args)
-    sampler = DEQSampler(contract, Schedule.from_sigmas(levels, method), **options)
+    denoiser, extra = _DenoiserModel(model), _extra(extra_args)
+    sampler = DEQSampler(denoiser, Schedule.from_sigmas(levels, method), **options)
     if verify and len(x):
-        _check_once(contract, x, levels, extra)
-    steps = None if callback is None else _Steps(callback, levels)
+        _check_once(denoiser, x, levels, extra)
+    steps = None if callback is None else _StepCallback(callback, levels)
     solution = sampler.sample(x, extra, callback=steps, progress=_shown(disable))
     stats = solution.stats
     _log.info("sample_deq: %d steps in %d rounds, %d evaluations", len(levels) - 1, stats.rounds, stats.model_evals)
@@ -85,7 +92,7 @@ def sample_deq(
     return solution.sample
 
 
-class _Contract:
+class _DenoiserModel:
     """The model as the sampler calls it: sigma in the dtype of x, as k-diffusion's `sigma * x.new_ones(B)` is."""
 
     def __init__(self, model: Model) -> None:
@@ -97,7 +104,7 @@ class _Contract:
         return self.model(x, sigma.to(x.dtype), **extra_args)
 
 
-class _Steps:
+class _StepCallback:
     """Calls the user's callback for every step that has become final for all samples, in order."""
 
     def __init__(self, callback: Callable[[dict[str, Any]], Any], sigmas: Tensor) -> None:
@@ -112,16 +119,16 @@ class _Steps:
             )
 
 
-def _check_once(contract: _Contract, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
+def _check_once(denoiser: _DenoiserModel, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
     """`check_rows`, but for a model object that has passed it with such arguments."""
     ends = (float(sigmas[0]), float(sigmas[-2]), len(sigmas))
     asked = (signature_of(x, extra_args), len(x), ends)
     try:
-        passed = _PASSED.setdefault(contract.model, set())
+        passed = _VERIFIED.setdefault(denoiser.model, set())
     except TypeError:  # neither hashed nor weakly referenced
         passed = set()
     if asked not in passed:
-        check_rows(contract, x, sigmas, extra_args)
+        check_rows(denoiser, x, sigmas, extra_args)
         passed.add(asked)
 
 
@@ -140,7 +147,7 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
     rows = rows.to(x.device)
     state, time, single = torch.cat(states)[rows], torch.cat(times)[rows], torch.cat(apart)[rows].flatten(1).double()
     try:
-        together = _call(model, state, time, _pick(kwargs, batch, rows % batch))
+        together = _call(model, state, time, select_rows(kwargs, batch, rows % batch))
     except Exception as error:
         raise ValueError(
             f"model: it works on one noise level, but not on a batch of {len(levels)} levels x {batch} samples "
@@ -149,7 +156,7 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
     difference = (together.flatten(1).double() - single).norm(dim=1)
     size = torch.maximum(single.norm(dim=1), 1e-4 * state.flatten(1).double().norm(dim=1))
     worst = float((difference / size).max())
-    if not worst <= _AGREE:
+    if not worst <= _ROW_TOLERANCE:
         raise ValueError(
             f"model: its rows are not independent: a batch of several noise levels differs from separate calls by "
             f"{worst:.1e} (relative). It probably reads sigma[0] for all rows (conditioning windows, timestep ranges) "
@@ -164,18 +171,6 @@ def _call(model: Model, x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Ten
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"model: expected the denoised sample, a tensor of shape {tuple(x.shape)}, got {got}")
     return out
-
-
-def _pick(kwargs: dict[str, Any], batch: int, rows: Tensor) -> dict[str, Any]:
-    """extra_args for rows of the given samples, as the sampler does it."""
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
-            return value.index_select(0, rows.to(value.device))
-        return value
-
-    picked: dict[str, Any] = tree_map(pick, kwargs)
-    return picked
 
 
 def _extra(extra_args: object) -> dict[str, Any]:

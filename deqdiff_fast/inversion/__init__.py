@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .automatic import Automatic
-from .base import InversionInfo, InversionStats, Method, Outcome, Task
+from .base import InversionInfo, InversionProblem, InversionStats, Method, MethodResult
 from .ddim import DDIMInversion
 from .equilibrium import Equilibrium
 from .fixed_point import FixedPoint
@@ -23,20 +23,21 @@ NAMED: dict[str, Any] = {
 def resolve(method: str | Method, options: dict[str, Any]) -> Method:
     """A method object from a name and its options, or the object itself.
 
-    Raises ValueError with the known names or for a bad option, TypeError for an option that the method does not have.
+    Raises:
+        ValueError: an unknown name; the message lists the known ones. Or a bad option.
+        TypeError: an option that the method does not have, or `method` is neither a name nor a method object.
     """
     if isinstance(method, str):
         if method not in NAMED:
             raise ValueError(
                 f"method: expected one of {', '.join(map(repr, NAMED))} or a method object, got {method!r}"
             )
-        kind = NAMED[method]
-        known = list(kind.__dataclass_fields__)
+        known = list(NAMED[method].__dataclass_fields__)
         unknown = [name for name in options if name not in known]
         if unknown:
             raise TypeError(f"{unknown[0]}: method {method!r} has no such option; it takes {', '.join(known)}")
-        made: Method = kind(**options)
-        return made
+        resolved: Method = NAMED[method](**options)
+        return resolved
     if not callable(getattr(method, "solve", None)):
         raise TypeError(f"method: expected a name or a method object, got {type(method).__name__}")
     if options:
@@ -51,11 +52,11 @@ __all__ = [
     "Equilibrium",
     "FixedPoint",
     "InversionInfo",
+    "InversionProblem",
     "InversionStats",
     "Method",
+    "MethodResult",
     "Optimise",
     "OptimiseStats",
-    "Outcome",
-    "Task",
     "resolve",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,8 +14,9 @@ from ..engine.system import SANE_RMS, System
 from ..engine.workspace import Workspace
 from ..errors import NonFiniteError
 from ..memory import SolverMemory
+from ..model.sample_kwargs import select_rows
 from ..schedule import Schedule, SpectralSlope
-from ..schedule.noise import fill_drift
+from ..schedule.noise import fill_drift, freeze
 from ..solution import RoundInfo, Stats
 from ..solver.picard import Picard
 
@@ -24,8 +25,11 @@ DEFAULT_TOL = 1e-3
 
 @dataclass
 class InversionStats(Stats):
-    """How an inversion went. `rounds` counts the model calls that waited for each other, chunks of one batch as one,
-    serial steps included; the check of the result is counted apart."""
+    """How an inversion went.
+
+    `rounds` counts the model calls that waited for each other, chunks of one batch as one, serial steps included; the
+    check of the result is counted apart.
+    """
 
     verify_evals: int = 0
     """Model evaluations of the serial chain that measured `Inversion.error`."""
@@ -33,7 +37,7 @@ class InversionStats(Stats):
     """What was done besides the ordinary iteration, in words: rows finished one after the other, damping, restarts."""
 
     def add(self, more: InversionStats) -> None:
-        """Count another solve of the same task too, and keep its notes."""
+        """Count another solve of the same problem too, and append its notes."""
         for name in ("rounds", "model_evals", "model_calls", "repairs", "finished_serially"):
             setattr(self, name, getattr(self, name) + getattr(more, name))
         self.notes += more.notes
@@ -49,8 +53,8 @@ class InversionInfo(RoundInfo):
 
 
 @dataclass
-class Task:
-    """One inversion to do: images, the chain that they are the end of, and the limits set by the user."""
+class InversionProblem:
+    """Images, the chain that they are the end of, and the limits set by the user."""
 
     model: Model
     schedule: Schedule
@@ -69,31 +73,48 @@ class Task:
     memory: SolverMemory
     spectrum: SpectralSlope | None
     report: Callable[[InversionInfo], object] | None
-    """The user's callback and the progress bar; True asks to stop."""
-    init: Tensor | None = None
-    """(T + 1, B, *shape) starting trajectory, or None."""
+    """The user's callback and the progress bar; True asks to stop. Methods call `notify`."""
+    init_trajectory: Tensor | None = None
+    """(T + 1, B, *shape), a starting guess, or None."""
 
     @property
     def batch(self) -> int:
         return self.image.shape[0]
 
     def generators(self) -> Generators:
-        """Copies in the state of the user's generators: every chain of this task draws the same noise."""
+        """Copies in the state of the user's generators: every chain of this problem draws the same noise."""
         if self.generator is None or isinstance(self.generator, FrozenNoise):
             return self.generator
-        copies = [torch.Generator(g.device) for g in _listed(self.generator)]
-        for copy, original in zip(copies, _listed(self.generator), strict=True):
-            copy.set_state(original.get_state())
-        return copies if isinstance(self.generator, (list, tuple)) else copies[0]
+        if isinstance(self.generator, (list, tuple)):
+            return [_copy(generator) for generator in self.generator]
+        return _copy(self.generator)
+
+    def with_frozen_noise(self) -> InversionProblem:
+        """The same problem with its noise drawn beforehand."""
+        shape, dtype, device = tuple(self.image.shape), self.image.dtype, self.image.device
+        return replace(self, generator=freeze(self.schedule, shape, self.generators(), dtype, device))
+
+    def select(self, samples: Tensor) -> InversionProblem:
+        """That of some of the samples, (m,) indices on the CPU, with their noise drawn beforehand."""
+        at, frozen = samples.to(self.image.device), self.with_frozen_noise().generator
+        return replace(
+            self,
+            image=self.image[at],
+            model_kwargs=select_rows(self.model_kwargs or {}, self.batch, samples),
+            generator=frozen.select(at) if isinstance(frozen, FrozenNoise) else None,
+            init_trajectory=None if self.init_trajectory is None else self.init_trajectory[:, at],
+        )
 
     def system(self, slope: SpectralSlope | str | None = "scalar") -> System:
         """The chain as a system; `slope` chooses the basis and the diagonal slope."""
         return System(self.model, self.schedule, self.image, self.model_kwargs, self.max_batch, slope)
 
-    def open(self, system: System, solver: Any = None, window: int = 1) -> Workspace:
+    def open_workspace(self, system: System, solver: Any = None, window: int = 1) -> Workspace:
         """Leased memory with the image as state T and the frozen noise in place; the other states are zero.
 
-        solver: anything with `plan` and `start`, for memory of its own.
+        Args:
+            solver: anything with `plan` and `start`, for memory of its own.
+            window: timesteps in one model call.
         """
         work = Workspace.open(system, solver or Picard(), window, self.memory, self.backend)
         chain = work.chain
@@ -106,13 +127,25 @@ class Task:
                 system.basis.forward(chain.drift.flatten(0, 1))
         return work
 
+    def notify(
+        self, round: int, limit: int, front: Tensor, residual: Tensor, tolerance: float, noise: Callable[[], Tensor]
+    ) -> bool:
+        """Report a round of at most `limit`, see `InversionInfo`; whether the user asks to stop. noise: makes the
+        running noise."""
+        if self.report is None:
+            return False
+        info = InversionInfo(round, limit, self.schedule.num_steps, front, residual, tolerance, _sample=noise)
+        return self.report(info) is True
 
-def _listed(generator: Any) -> list[torch.Generator]:
-    return list(generator) if isinstance(generator, (list, tuple)) else [generator]
+
+def _copy(generator: torch.Generator) -> torch.Generator:
+    copy = torch.Generator(generator.device)
+    copy.set_state(generator.get_state())
+    return copy
 
 
 @dataclass
-class Outcome:
+class MethodResult:
     """What a method found; how good it is, the inverter measures."""
 
     noise: Tensor
@@ -135,38 +168,41 @@ class Method(Protocol):
         """Whether missing the tolerance is a failure, or the nature of the method."""
         ...
 
-    def solve(self, task: Task) -> Outcome:
+    def solve(self, problem: InversionProblem) -> MethodResult:
         """Find the noise. Called under torch.no_grad(), with at least one image."""
         ...
 
 
-def read_out(work: Workspace) -> tuple[Tensor, Tensor]:
-    """(noise, trajectory), copied out of the slab, in the coordinates and dtype of the model."""
+def noise_and_trajectory(work: Workspace) -> tuple[Tensor, Tensor]:
+    """(noise, trajectory), copied out of the solver's memory, in the coordinates and dtype of the model."""
     system = work.system
     shape = (system.num_steps + 1, system.batch, *system.shape)
     trajectory = system.from_basis(work.chain.states.flatten(0, 1)).view(shape).to(system.model_dtype)
     return trajectory[0], trajectory
 
 
-def check_finite(work: Workspace, states: Tensor, step: int, missed: Tensor, round: int) -> None:
+def check_finite(work: Workspace, states: Tensor, step: int, residual: Tensor, round: int) -> None:
     """Raise NonFiniteError where the model made NaN or Inf of an ordinary input.
 
-    states: (B, D), what the model was given at that step; missed: (B,) the residuals.
     A state that an expanding iteration has driven out of the model's range is not the model's fault.
+
+    Args:
+        states: (B, D), what the model was given at that step.
+        residual: (B,) of that step.
     """
-    broken = ~missed.isfinite()
+    broken = ~residual.isfinite()
     if not bool(broken.any()):
         return
-    chain = work.chain
     sane = states.square().mean(1).sqrt() <= SANE_RMS
-    fault = broken & sane & ~chain.predictions[step].isfinite().all(1)
+    fault = broken & sane & ~work.chain.predictions[step].isfinite().all(1)
     if bool(fault.any()):
-        timestep, sample = float(work.system.times[step]), int(fault.int().argmax())
-        raise NonFiniteError(
-            f"the model returned NaN or Inf at timestep {timestep:g} (step {step} of {work.system.num_steps}) in round "
-            f"{round}, sample {sample}; check the model's inputs and dtype",
-            step=step, timestep=timestep, round=round, sample=sample,
+        raise NonFiniteError.at_step(
+            "the model returned NaN or Inf", step=step, num_steps=work.system.num_steps,
+            timestep=float(work.system.times[step]), round=round, sample=int(fault.int().argmax()),
         )  # fmt: skip
 
 
-__all__ = ["DEFAULT_TOL", "InversionInfo", "InversionStats", "Method", "Outcome", "Task", "check_finite", "read_out"]
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value!r}")

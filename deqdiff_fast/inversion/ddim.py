@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Outcome, Task
+from .base import InversionProblem, MethodResult
 from .fixed_point import FixedPoint
 
 
 @dataclass(frozen=True)
 class DDIMInversion:
-    """x_i = (x_{i+1} - b_i eps_i(x_{i+1}) - drift_i) / a_i, one model call a step (Song et al. 2020, arXiv 2010.02502;
-    Dhariwal and Nichol 2021, arXiv 2105.05233, appendix F). The prediction belongs at x_i: the difference is the error.
+    """x_i = (x_{i+1} - b_i eps_i(x_{i+1}) - drift_i) / a_i, one model call a step: fast and approximate.
+
+    The prediction belongs at x_i: the difference is the error. Song et al. 2020, arXiv 2010.02502; Dhariwal and Nichol
+    2021, arXiv 2105.05233, appendix F.
     """
 
     name = "ddim"
     exact = False
 
-    def solve(self, task: Task) -> Outcome:
-        outcome = FixedPoint(iterations=1, sweeps=1).solve(task)
-        outcome.stats.solver = self.name
-        outcome.stats.stop_reason = "approximate"
-        return outcome
+    def solve(self, problem: InversionProblem) -> MethodResult:
+        """Find the noise, see `Method.solve`."""
+        result = FixedPoint(iterations=1, sweeps=1).solve(problem)
+        result.stats.solver = self.name
+        result.stats.stop_reason = "approximate"
+        return result

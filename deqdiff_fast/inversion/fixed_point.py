@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -11,21 +10,27 @@ from torch import Tensor
 from .._types import Rows
 from ..engine.workspace import Workspace
 from . import multistep
-from .base import InversionInfo, InversionStats, Outcome, Task, check_finite, read_out
+from .base import InversionProblem, InversionStats, MethodResult, check_count, check_finite, noise_and_trajectory
 
-WIDE = 1e8  # a variance at which all of the data is signal
-SAFETY = 0.03  # part of the tolerance that one step may miss: the misses add up on their way to the image
+WIDE_VARIANCE = 1e8  # at which all of the data is signal
+STEP_TOL = 0.03  # part of the tolerance that one step may miss: the misses add up on their way to the image
 
 
 @dataclass(frozen=True)
 class FixedPoint:
     """x_i <- (x_{i+1} - b_i eps_i(x_i) - drift_i) / a_i, repeated for each step until it holds, image first.
 
-    eps: the noise prediction, whatever the model predicts.
-    iterations: most model calls in one step; a step ends sooner once it misses x_{i+1} by less than 0.03 `tol`,
-    relative. AIDI, Pan et al. 2023, arXiv 2309.04907, equation 8; ReNoise, Garibi et al. 2024, arXiv 2403.14602.
-    sweeps: most passes over a multistep schedule, see `multistep.solve`. The iteration
-    diverges where |b_i d eps/dx| > |a_i|; the best state of such a step is kept.
+    eps is the noise prediction, whatever the model predicts. The iteration diverges where |b_i d eps/dx| > |a_i|; the
+    best state of such a step is returned. AIDI, Pan et al. 2023, arXiv 2309.04907, equation 8; ReNoise, Garibi et al.
+    2024, arXiv 2403.14602.
+
+    Args:
+        iterations: most model calls in one step; a step ends sooner once it misses x_{i+1} by less than 0.03 `tol`,
+            relative.
+        sweeps: most passes over a multistep schedule, see `multistep.solve`.
+
+    Raises:
+        ValueError: a setting is not an int >= 1.
     """
 
     iterations: int = 50
@@ -35,51 +40,51 @@ class FixedPoint:
     exact = True
 
     def __post_init__(self) -> None:
-        for field in ("iterations", "sweeps"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field}: expected an int >= 1, got {value!r}")
+        check_count("iterations", self.iterations)
+        check_count("sweeps", self.sweeps)
 
-    def solve(self, task: Task) -> Outcome:
-        if task.schedule.lags > 1:
-            return multistep.solve(self, task, self.sweeps)
-        clock = time.perf_counter()
-        system = task.system()
-        work = task.open(system)
+    def solve(self, problem: InversionProblem) -> MethodResult:
+        """Find the noise, see `Method.solve`."""
+        if problem.schedule.lags > 1:
+            return multistep.solve(self, problem, self.sweeps)
+        system = problem.system()
+        work = problem.open_workspace(system)
         stats = InversionStats(self.name, 1)
         with work.lease:
-            walk = _Walk(self, task, work, stats)
-            converged = walk.run()
-            noise, trajectory = read_out(work)
-        stats.stop_reason = "callback" if walk.asked else "converged" if bool(converged.all()) else "max_rounds"
+            converged = _SerialInversion(self, problem, work, stats).run()
+            noise, trajectory = noise_and_trajectory(work)
         stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
-        stats.wall_seconds = time.perf_counter() - clock
-        return Outcome(noise, trajectory, converged, stats)
+        return MethodResult(noise, trajectory, converged, stats)
 
 
-class _Walk:
+class _SerialInversion:
     """One solve."""
 
-    def __init__(self, method: FixedPoint, task: Task, work: Workspace, stats: InversionStats) -> None:
-        self.method, self.task, self.work, self.stats = method, task, work, stats
-        self.schedule, self.chain = task.schedule, work.chain
+    def __init__(self, method: FixedPoint, problem: InversionProblem, work: Workspace, stats: InversionStats) -> None:
+        self.method, self.problem, self.work, self.stats = method, problem, work, stats
+        self.schedule, self.chain = problem.schedule, work.chain
         # d x_{i+1} / d x_i with the noise prediction held fixed: the limit of wide data
-        factor = self.schedule.state_coef[:, 0] + self.schedule.model_coef[:, 0] * self.schedule.slope(WIDE)
+        factor = self.schedule.state_coef[:, 0] + self.schedule.model_coef[:, 0] * self.schedule.slope(WIDE_VARIANCE)
         self.factor = torch.where(factor.abs() > 1e-6, factor, 1.0).tolist()
-        self.limit = task.max_rounds or task.schedule.num_steps * method.iterations
-        self.stopped = self.asked = False  # whether it ends here, and whether the user asked for that
+        self.limit = problem.max_rounds or problem.schedule.num_steps * method.iterations
 
     def run(self) -> Tensor:
-        """(B,) whether every step held to tolerance."""
-        chain, steps = self.chain, self.schedule.num_steps
-        bound = SAFETY * self.task.tol
-        worst = torch.zeros(chain.batch, dtype=torch.float64)
+        """(B,) whether every step is within its tolerance."""
+        steps, stats, bound = self.schedule.num_steps, self.stats, STEP_TOL * self.problem.tol
+        worst = torch.zeros(self.chain.batch, dtype=torch.float64)
+        stopped = callback_stopped = False
         for i in reversed(range(steps)):
             worst = torch.maximum(worst, self.step(i, bound))
-            if self._report(steps - i, worst):
+            front = torch.full((self.chain.batch,), steps - i)
+            callback_stopped = self.problem.notify(
+                stats.rounds, self.limit, front, worst, bound, lambda: noise_and_trajectory(self.work)[0]
+            )
+            stopped = callback_stopped or stats.rounds >= self.limit
+            if stopped:
                 break
-        held = worst <= bound
-        return held & (not self.stopped)
+        converged = (worst <= bound) & (not stopped)
+        stats.stop_reason = "callback" if callback_stopped else "converged" if bool(converged.all()) else "max_rounds"
+        return converged
 
     def step(self, i: int, bound: float) -> Tensor:
         """Solve for state i given state i + 1. Returns (B,) the relative residual of the best state, on the CPU."""
@@ -94,29 +99,13 @@ class _Walk:
             self.work.evaluate(Rows(None, i, i + 1, chain.batch), self.stats.rounds + 1)
             self.stats.rounds += 1
             miss = known - a * x - b * chain.predictions[i]
-            new, missed = x + miss / self.factor[i], miss.norm(dim=1) / scale
-            check_finite(self.work, x, i, missed, self.stats.rounds)
-            better = missed < least
+            new, residual = x + miss / self.factor[i], miss.norm(dim=1) / scale
+            check_finite(self.work, x, i, residual, self.stats.rounds)
+            better = residual < least
             best = torch.where(better[:, None], new, best)
-            least = torch.where(better, missed, least)
+            least = torch.where(better, residual, least)
             if self.method.iterations == 1 or bool((least <= bound).all()) or self.stats.rounds >= self.limit:
                 break
-            x = torch.where(((missed <= bound) | ~missed.isfinite())[:, None], x, new)
+            x = torch.where(((residual <= bound) | ~residual.isfinite())[:, None], x, new)
         chain.states[i].copy_(best)
         return least.double().cpu()
-
-    def _report(self, done: int, residual: Tensor) -> bool:
-        if self.task.report is not None:
-            chain = self.chain
-            info = InversionInfo(
-                round=self.stats.rounds,
-                max_rounds=self.limit,
-                num_steps=self.schedule.num_steps,
-                front=torch.full((chain.batch,), done),
-                residual=residual,
-                tolerance=SAFETY * self.task.tol,
-                _sample=lambda: read_out(self.work)[0],
-            )
-            self.asked = self.task.report(info) is True
-        self.stopped = self.asked or self.stopped or self.stats.rounds >= self.limit
-        return self.stopped

@@ -1,34 +1,35 @@
-"""What a solver sees of a problem, and what the loop asks of a solver. Neither knows diffusion."""
+"""The contract between the loop and a solver: what a solver sees of a problem, and what it may be asked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .._types import DraftRows
-from ..kernels import copy_rows
+
+if TYPE_CHECKING:
+    from .task import Progress, Task
 
 Bounds = list[int] | Tensor
 """One row for every sample: on the host, or (B,) int32 where only the device knows them."""
 
 
-class Plan(Protocol):
-    """A memory plan: named tensors that will live in one slab."""
+class MemoryRequest(Protocol):
+    """Collects named tensors that will live in one slab."""
 
     def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Any: ...
 
 
-class Lease(Protocol):
-    """A slab cut into the named tensors of a plan."""
+class LeasedTensors(Protocol):
+    """A slab cut into the named tensors of a request."""
 
     def __getitem__(self, name: str) -> Tensor: ...
 
 
-class Size(NamedTuple):
+class ProblemSize(NamedTuple):
     """What a solver must know to ask for memory."""
 
     num_steps: int
@@ -41,30 +42,31 @@ class Size(NamedTuple):
     device: torch.device = torch.device("cpu")
     backend: str = "auto"
     noisy: bool = False
+    """Whether the chain adds noise."""
 
 
 @dataclass
 class Chain:
     """A triangular affine system in its working memory: X[i+1] = sum_l a[i,l] X[i-l] + b[i,l] E[i-l] + drift[i].
 
-    states X: (T+1, B, D); predictions E: (T, B, D), row i evaluated at X[i]. Rows lo[b] <= i < hi[b] are being solved.
+    States X: (T+1, B, D); predictions E: (T, B, D), row i evaluated at X[i]. Rows lo[b] <= i < hi[b] are being solved.
     """
 
     states: Tensor
     predictions: Tensor
-    state_coef: Tensor
-    model_coef: Tensor
+    state_coef: Tensor  # (T, L) a
+    model_coef: Tensor  # (T, L) b
     slope: Tensor  # (T, 1) or (T, D): the diagonal part of d prediction / d state
     step_variance: Tensor  # (T, 1) > 0: variance per element of the noise of each step, were the chain stochastic
-    denoised_coef: Tensor  # (T, 2) [p, q]: p X + q E changes little from one step to the next
-    drift: Tensor | None
-    lo: Tensor
-    hi: Tensor
-    sq_diff: Tensor
-    sq_norm: Tensor
+    denoised_coef: Tensor  # (T, 2) [p, q]: p X + q E, the denoised estimate, changes little from step to step
+    drift: Tensor | None  # (T, B, D) the frozen noise of every step times its coefficient
+    lo: Tensor  # (B,) int32
+    hi: Tensor  # (B,) int32
+    sq_diff: Tensor  # (T, B) squared length of the last step of each row
+    sq_norm: Tensor  # (T, B) squared size of its new state
     window: int
     backend: str
-    scratch: Tensor | None = None  # (N,) uint8 for the ops, at least as much as `Solver.scratch` asks for
+    scratch: Tensor | None = None  # (N,) uint8 for the ops, at least as much as `Solver.scratch_bytes` asks for
     window_scratch: Tensor | None = None  # (3, B, D) for what enters a sliding window
     draft: DraftRows | None = None
 
@@ -77,132 +79,116 @@ class Chain:
         return self.predictions.shape[1]
 
 
-def history_dtype(given: torch.dtype | None, size: Size) -> torch.dtype:
-    """What a history is stored in: what was asked for, else the dtype of the states."""
-    return size.dtype if given is None else given
+class Solver:
+    """One way to solve a chain: the base class of every solver, the library's own and yours.
 
-
-def check_history_dtype(given: torch.dtype | None) -> None:
-    """Raises ValueError for what the kernels do not store."""
-    if given not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"history_dtype: expected torch.float32, bfloat16, float16 or None, got {given!r}")
-
-
-def ring_rows(old: list[int], new: list[int], width: int) -> Iterator[tuple[int, slice, slice]]:
-    """(sample, rows, slots) for rows old[b] <= i < new[b], cut where the ring of `width` slots wraps around."""
-    for b, (start, stop) in enumerate(zip(old, new)):
-        while start < stop:
-            end = min(stop, start + width - start % width)
-            yield b, slice(start, end), slice(start % width, start % width + end - start)
-            start = end
-
-
-def move_rows(target: Tensor, ring: Tensor, old: Bounds, new: Bounds, backend: str) -> None:
-    """target[i, b] <- ring[i % S, b] for rows old[b] <= i < new[b]; target: (R, B, D), ring: (S, B, D)."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        copy_rows(target, ring, old, new, backend=backend)
-        return
-    assert isinstance(old, list)
-    assert isinstance(new, list)
-    for b, rows, slots in ring_rows(old, new, ring.shape[0]):
-        target[rows, b].copy_(ring[slots, b])
-
-
-def bounds_tensor(bounds: Bounds, like: Tensor) -> Tensor:
-    """(B,) int32 on the device of `like`, without waiting for it where one bound serves all samples."""
-    if isinstance(bounds, Tensor):
-        return bounds
-    if len(set(bounds)) == 1:
-        return torch.full_like(like, bounds[0])
-    return torch.tensor(bounds, dtype=like.dtype, device=like.device)
-
-
-def row_numbers(row: Tensor, batch: int) -> Tensor:
-    """row[b] * B + b: where row[b] of sample b is found in a time-major tensor flattened to (rows * B, D)."""
-    return row.long() * batch + torch.arange(batch, device=row.device)
-
-
-def repeat_rows(chain: Chain, old: Bounds, new: Bounds) -> None:
-    """States old[b] < i <= new[b] become copies of state old[b]."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        out = None if chain.window_scratch is None else chain.window_scratch[0]
-        last = torch.index_select(chain.states.flatten(0, 1), 0, row_numbers(old, chain.batch), out=out)
-        copy_rows(chain.states[1:], last[None], old, new, backend=chain.backend)
-        return
-    assert isinstance(old, list)
-    assert isinstance(new, list)
-    for b, (start, stop) in enumerate(zip(old, new)):
-        chain.states[start + 1 : stop + 1, b] = chain.states[start, b]
-
-
-def forget_rows(filled: Tensor, old: Bounds, new: Bounds) -> None:
-    """filled[i % W, b] <- 0 for rows old[b] <= i < new[b]; filled: (W, B)."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        slots = torch.arange(filled.shape[0], device=filled.device)[:, None]
-        filled.masked_fill_((slots - old).remainder(filled.shape[0]) < new - old, 0)
-        return
-    assert isinstance(old, list)
-    assert isinstance(new, list)
-    for b, _, used in ring_rows(old, new, filled.shape[0]):
-        filled[used, b] = 0
-
-
-class Solver(Protocol):
-    """One way to solve a chain. Solvers hold settings only; their memory is in the lease.
-
-    What is said here every solver has; beyond that it is a `Stepper`, or a `Driver` that makes its rounds itself. A
-    method `check(steps, lags, window)`, if there is one, raises ValueError for chains that it cannot solve.
+    A solver holds settings only, usually as the fields of a frozen dataclass; its memory is asked for in `plan_memory`
+    and handed to the methods of a round. Write `step`; everything else has a default. See "Extending" in the
+    documentation.
     """
 
-    @property
-    def name(self) -> str: ...
+    # Settings that the loop, the engine and the planner read.
+    guess: str = "gaussian"
+    """The starting trajectory: "gaussian", the chain of unit Gaussian data; "copy", the noise everywhere; "draft",
+    the chain of the draft, by `rollout`."""
+    max_rounds: int | None = None
+    """Rounds before giving up, where the sampler is given no limit. None: `round_limit`."""
+    tol: float | None = None
+    """Relative residual at which a solve ends, where the sampler is given no tolerance. None: the sampler's default."""
+    safety: float = 0.1
+    """Largest relative residual at which a solve may end, per unit of relative error allowed in the sample."""
+    freeze: float = 0.003
+    """What an early timestep may have left to go when it is taken for final, in the same unit."""
+    reach: float = 0.0
+    """A sample may also end at residuals up to `reach` times the tolerance where they fall so fast that less than the
+    tolerance is left to go. 0: never."""
+    strict: float | None = None
+    """What part of `freeze` the rows of a stalled sample are held to. None: stalls are not looked for."""
+    slope: Any = "scalar"
+    """The diagonal slope of `Chain.slope`: "scalar", "spectral", "auto", a `SpectralSlope`, or None for zero."""
+    by_step: bool = False
+    """Whether rows are judged by the length of their last step alone, and not by what they have left to go."""
+    makes_rounds: bool = False
+    """Whether the solver makes its rounds itself, in `solve`, because they are not one call on all active rows."""
+    needs_draft: bool = False
+    """Whether it wants `Chain.draft`, a cheap stand-in for the model."""
 
     @property
-    def guess(self) -> str:
-        """The starting trajectory that the solver wants: "gaussian", "copy" or, of a solver that has one, "draft"."""
-        ...
+    def name(self) -> str:
+        """What results call it."""
+        return type(self).__name__.lower()
 
-    @property
-    def max_rounds(self) -> int | None: ...
+    def period(self) -> int:
+        """`step`, `settle` and `enter` are the same device work in rounds k and k + period, so that it may be recorded
+        and replayed; they must not read bounds that are tensors then: `rows.move_rows` and `rows.clear_rows` take both
+        kinds. 0: not recorded."""
+        return 0
 
-    @property
-    def safety(self) -> float:
-        """Largest relative residual at which a solve may end, per unit of relative error allowed in the sample."""
-        ...
+    def check(self, steps: int, lags: int, window: int | str) -> None:
+        """Raises ValueError for chains that it cannot solve."""
 
-    @property
-    def freeze(self) -> float:
-        """What an early timestep may have left to go when it is taken for final, in the same unit."""
-        ...
+    def round_limit(self, steps: int) -> int:
+        """Rounds after which every chain of that many steps is solved."""
+        return steps
 
-    def plan(self, plan: Plan, size: Size) -> None:
-        """Ask for the solver's own memory."""
-        ...
+    def coarse_grids(self, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
+        """Numbers of intervals of the coarse grids that the first rounds evaluate, one round a grid; see
+        `coarse_grids.CoarseRounds`. A solver that wants some has `step_interpolated`."""
+        return ()
 
-    def start(self, lease: Lease) -> Any:
-        """Forget everything; the returned memory is handed to the methods of a round."""
-        ...
+    def without_coarse_grids(self) -> Solver:
+        """The same solver, all of whose rounds are full."""
+        return self
 
+    def plan_memory(self, request: MemoryRequest, size: ProblemSize) -> None:
+        """Ask for the solver's own memory: request.add(name, shape, dtype)."""
 
-class Stepper(Solver, Protocol):
-    """A way to turn the predictions of all active rows into the next iterate: the solvers of `iterate`'s own loop.
+    def scratch_bytes(self, size: ProblemSize) -> int:
+        """Bytes of `Chain.scratch` that its ops want as their `workspace`."""
+        return 0
 
-    A solver may have an int attribute `period`: `step`, `settle` and `enter` are then the same device work in rounds k
-    and k + period, and may be recorded once and replayed. `settle` and `enter` must not read bounds that are tensors:
-    `move_rows` and `forget_rows` take both kinds. With an attribute `by_step` that is True, rows are judged by the
-    length of their last step alone, not by what they have left to go at the rate at which their steps get shorter. With
-    a method `scratch(size: Size) -> int`, `chain.scratch` has at least so many bytes for the `workspace` of its ops. A
-    method `init_constants(chain, memory)` is called once for every slab: what it writes there stays, from solve to solve.
-    """
+    def start(self, tensors: LeasedTensors) -> Any:
+        """Begin a solve: forget everything. What it returns is the `memory` of the methods below."""
+        return None
+
+    def init_constants(self, chain: Chain, memory: Any) -> None:
+        """Called once for every slab: what is written to `memory` here stays, from solve to solve."""
 
     def step(self, chain: Chain, memory: Any, round: int) -> None:
-        """Predictions -> next states of rows [lo, hi), with sq_diff and sq_norm of the plain step against the old."""
-        ...
+        """Predictions -> next states of rows lo <= i < hi, with sq_diff and sq_norm of the plain step against the old.
+
+        The row lo must take the plain step: the serial chain's own, by which every round makes a state exact.
+        """
+        raise TypeError(f"{type(self).__name__} has neither step() nor solve()")
+
+    def step_interpolated(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None:
+        """`step`, where only rows evaluated: (T,) bool hold what the model said and the others are interpolated."""
+        self.step(chain, memory, round)
 
     def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:
-        """Rows old[b] <= i < new[b] are final: states[i+1] becomes the plain step from the last evaluation."""
-        ...
+        """Rows old[b] <= i < new[b] are final: states[i+1] must become the plain step from the last evaluation. Nothing
+        to do where `step` has left it there."""
 
     def enter(self, chain: Chain, memory: Any, old: Bounds, new: Bounds) -> None:
         """Rows old[b] <= i < new[b] have entered the window or were rebuilt: drop what is remembered of them."""
-        ...
+
+    def solve(self, task: Task) -> Progress:
+        """All rounds, of a solver that `makes_rounds`."""
+        raise TypeError(f"{type(self).__name__} does not make its rounds itself")
+
+    # Of solvers with a draft.
+    def draft_calls(self, steps: int, stochastic: bool) -> int:
+        """Timesteps of a round at which the draft is asked."""
+        return 0
+
+    def draft_predictions(self, chain: Chain, memory: Any) -> Tensor | None:
+        """(T, B, D): what the draft predicts at the states as they are; None without a draft."""
+        return None
+
+    def snap_to_anchors(self, chain: Chain, wanted: list[int]) -> list[int]:
+        """Which timesteps a coarse grid evaluates in the place of those wanted."""
+        return wanted
+
+    def rollout(self, chain: Chain, memory: Any, old: Bounds, new: Bounds) -> None:
+        """States old[b] < i <= new[b] <- the chain of the draft alone: the guess where `guess` is "draft"."""
+        raise TypeError(f"{type(self).__name__} has no draft")

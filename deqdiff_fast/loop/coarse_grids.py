@@ -11,7 +11,6 @@ iteration in multigrid methods (Brandt 1977) and of ParaSolver (ICLR 2025).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -19,33 +18,22 @@ import torch
 from torch import Tensor
 
 from .._types import Rows
-from .base import Chain
-from .stopping import TINY
-from .task import Evaluate, Play, run_eager
+from .base import Chain, Solver
+from .stopping import relative_steps
+from .task import Evaluate, Replay, Report, run_eager
 from .window import Window
 
-LONG = 256  # timesteps of a long chain
-ROUGH = 8  # the fewest intervals of a grid on a chain that adds noise
+FEWEST = 8  # intervals of a grid on a chain that adds noise
 
 
-class PartialSolver(Protocol):
-    """A solver that can make a step from predictions of which some were never asked of the model.
-
-    With a method `draft_predictions(chain, memory) -> (T, B, D)`, that is what R is the remainder of, in place of c X; with
-    `snap_to_anchors(chain, wanted)`, that says which timesteps are asked in the place of those wanted.
-    """
-
-    def step_interpolated(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None: ...
-
-
-class Keep(Protocol):
-    """`cache.cached` for the chain's schedule."""
+class Cache(Protocol):
+    """`make()`, or what it returned for that key before."""
 
     def __call__(self, key: Hashable, make: Callable[[], Grid]) -> Grid: ...
 
 
-def make_anew(key: Hashable, make: Callable[[], Grid]) -> Grid:
-    """Keeps nothing."""
+def uncached(key: Hashable, make: Callable[[], Grid]) -> Grid:
+    """A `Cache` that remembers nothing."""
     return make()
 
 
@@ -53,91 +41,86 @@ class Grid(NamedTuple):
     """What one coarse round evaluates; everything lies on the device already, so that no round waits for it."""
 
     rows: Rows
-    at: Tensor  # (n,) int64, the timesteps
+    timesteps: Tensor  # (n,) int64
     evaluated: Tensor  # (T,) bool, where they are
-    share: Tensor  # (T, n), see `interpolation`
+    interpolation: Tensor  # (T, n), see `interpolation`
 
 
 class CoarseRounds:
-    """The rounds on coarse grids that come before the loop; the window is the whole chain."""
+    """The rounds on coarse grids that come before the loop; the window is the whole chain.
+
+    Args:
+        remainder: (1 + the largest of intervals, B, D) scratch.
+        weight: (T,) q_i, see above.
+        intervals: of each grid, one round a grid; see `Solver.coarse_grids`.
+        cache: remembers what follows from the weight.
+    """
 
     def __init__(
         self,
         chain: Chain,
-        solver: PartialSolver,
+        solver: Solver,
         memory: Any,
-        rest: Tensor,
+        remainder: Tensor,
         weight: Tensor,
         intervals: tuple[int, ...],
-        keep: Keep = make_anew,
+        cache: Cache = uncached,
     ) -> None:
-        """rest: (1 + the largest of intervals, B, D) scratch. weight: (T,) q_i, see above. intervals: see `grid_sizes`.
-        keep: remembers what follows from the weight."""
-        self.chain, self.solver, self.memory, self.rest, self.keep = chain, solver, memory, rest, keep
+        self.chain, self.solver, self.memory, self.remainder, self.cache = chain, solver, memory, remainder, cache
         made = {count: self._grid(count, weight) for count in intervals}
         self.grids = [made[count] for count in intervals]
         self.residuals = torch.empty(len(intervals), chain.batch, dtype=chain.sq_diff.dtype, device=chain.lo.device)
         self.trace: list[Tensor] = []
+        """(B,) each, of every round until the next run."""
 
     def _grid(self, intervals: int, weight: Tensor) -> Grid:
         chain, steps, device = self.chain, self.chain.num_steps, self.chain.states.device
-        ask = getattr(self.solver, "snap_to_anchors", lambda chain, wanted: wanted)
-        step: list[int] = ask(chain, grid(steps, intervals))
+        chosen = self.solver.snap_to_anchors(chain, grid(steps, intervals))
 
         def make() -> Grid:
-            at = torch.tensor(step, device=device)
+            at = torch.tensor(chosen, device=device)
             flat = (at[:, None] * chain.batch + torch.arange(chain.batch, device=device)).flatten()
-            rows = Rows(flat, step[0], step[-1] + 1, len(flat))
+            rows = Rows(flat, chosen[0], chosen[-1] + 1, len(flat))
             evaluated = torch.zeros(steps, dtype=torch.bool, device=device).index_fill_(0, at, True)
-            return Grid(rows, at, evaluated, interpolation(step, steps, weight).to(self.rest))
+            return Grid(rows, at, evaluated, interpolation(chosen, steps, weight).to(self.remainder))
 
-        return self.keep(("grid", tuple(step), chain.batch, device, self.rest.dtype), make)
+        return self.cache(("grid", tuple(chosen), chain.batch, device, self.remainder.dtype), make)
 
-    def run(
-        self, evaluate: Evaluate, report: Callable[[int, Window, Tensor], object] | None, play: Play = run_eager
-    ) -> bool:
-        """Make the rounds; `report` as for `iterate`, or None where nobody watches. Returns whether it asks to stop.
-
-        The residuals, (B,) each, are in `trace` until the next run.
-        """
+    def run(self, evaluate: Evaluate, report: Report | None, replay: Replay = run_eager) -> bool:
+        """Make the rounds; report: None where nobody watches. Returns whether it asks to stop."""
         chain, self.trace = self.chain, []
         chain.lo.fill_(0), chain.hi.fill_(chain.num_steps)
         window = Window(chain.num_steps, chain.batch, chain.window)
         for round, place in enumerate(self.grids, 1):
             evaluate(place.rows, round)
-            play(("coarse", round), partial(self._advance, place, round))
+            replay(("coarse", round), partial(self._advance, place, round))
             self.trace.append(self.residuals[round - 1])
             if report is not None and report(round, window, self.trace[-1].cpu()) is True:
                 return True
         return False
 
     def _advance(self, place: Grid, round: int) -> None:
-        chain = self.chain
-        self._fill(place)
-        self.solver.step_interpolated(chain, self.memory, round, place.evaluated)
-        torch.amax((chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_(), 0, out=self.residuals[round - 1])
+        """The solver's step for a grid whose predictions are there."""
+        self._interpolate(place)
+        self.solver.step_interpolated(self.chain, self.memory, round, place.evaluated)
+        torch.amax(relative_steps(self.chain), 0, out=self.residuals[round - 1])
 
-    def _fill(self, place: Grid) -> None:
+    def _interpolate(self, place: Grid) -> None:
         """Predictions of every row from those of the grid."""
-        chain, rest = self.chain, self.rest[: len(place.at)]
-        draft_predictions = getattr(self.solver, "draft_predictions", None)
-        known = None if draft_predictions is None else draft_predictions(chain, self.memory)
-        torch.index_select(chain.predictions, 0, place.at, out=rest)
-        if known is None:
-            rest.addcmul_(chain.slope[place.at, None], chain.states[place.at], value=-1)
+        chain, remainder = self.chain, self.remainder[: len(place.timesteps)]
+        linear = self.solver.draft_predictions(chain, self.memory)
+        torch.index_select(chain.predictions, 0, place.timesteps, out=remainder)
+        if linear is None:
+            slope = chain.slope[place.timesteps, None]
+            remainder.addcmul_(slope, chain.states[place.timesteps], value=-1)
         else:
-            rest.sub_(known[place.at])
-        rest.nan_to_num_(0.0, 0.0, 0.0)  # what the model has failed on is for the full rounds to find and to report
-        torch.mm(place.share, rest.flatten(1), out=chain.predictions.flatten(1))
-        if known is None:
+            remainder.sub_(linear[place.timesteps])
+        remainder.nan_to_num_(0.0, 0.0, 0.0)  # what the model has failed on is for the full rounds to find and report
+        torch.mm(place.interpolation, remainder.flatten(1), out=chain.predictions.flatten(1))
+        if linear is None:
             chain.predictions.addcmul_(chain.slope[:, None], chain.states[:-1])
         else:
-            chain.predictions.add_(known)
-
-
-def without_coarse(solver: Any) -> Any:
-    """The same solver, all of whose rounds are full."""
-    return replace(solver, coarse=())
+            chain.predictions.add_(linear)
 
 
 def grid(steps: int, intervals: int) -> list[int]:
@@ -146,7 +129,7 @@ def grid(steps: int, intervals: int) -> list[int]:
 
 
 def interpolation(step: list[int], steps: int, weight: Tensor) -> Tensor:
-    """(steps, n): the shares of n timesteps, the first and the last of the chain among them, in every timestep; linear
+    """(steps, n): how much of n timesteps, the first and the last of the chain among them, is in every timestep; linear
     between neighbours in what was multiplied by weight: (steps,), where that is not 0; like the weight."""
     known, row = torch.tensor(step, device=weight.device), torch.arange(steps, device=weight.device)
     left = (torch.searchsorted(known, row, right=True) - 1).clamp_max_(max(len(step) - 2, 0))
@@ -158,27 +141,16 @@ def interpolation(step: list[int], steps: int, weight: Tensor) -> Tensor:
     return share.to(safe) * safe[known] / safe[:, None]
 
 
-def grid_sizes(solver: Any, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
-    """The numbers of intervals of the grids, one round each, that a solver asks for on a chain of that many steps.
+def usable_grids(wanted: tuple[int, ...], steps: int, smooth: bool, fit: bool = False) -> tuple[int, ...]:
+    """The numbers of intervals among those wanted that leave out at least half of the timesteps.
 
-    Those of `solver.coarse` that leave out at least half of the timesteps. Where noise is added on the way the
-    remainder is rough: there only the finest grid that leaves out three fifths is worth its round, for what coarser
-    ones find between their timesteps is wrong by more than what it replaces, and none is with fewer than `ROUGH`
-    intervals. None where a window slides, or where `solver.coarse` is empty.
-
-    With a draft, the first grid that is too fine is made to fit, if it is then finer than the one before by half; and
-    a long chain, for which further grids cost little, has grids of its own, several where it adds noise too: what a
-    draft leaves of a prediction follows the noise less.
+    Where noise is added on the way (not smooth) the remainder is rough: there only the finest grid that leaves out
+    three fifths is worth its round, for what coarser ones find between their timesteps is wrong by more than what it
+    replaces, and none is with fewer than `FEWEST` intervals. fit: the first grid that is too fine is made to fit, if it
+    is then finer than the one before by half.
     """
-    if window < steps or not getattr(solver, "coarse", ()):
-        return ()
-    drafted = hasattr(solver, "draft_predictions")
-    long = drafted and steps >= LONG
-    smooth = long or not stochastic
-    name = "coarse" if not long else "coarse_noisy" if stochastic else "coarse_long"
-    wanted: tuple[int, ...] = getattr(solver, name, ())
     finest = steps // 2 - 1 if smooth else 2 * steps // 5 - 1
-    usable = [count for count in wanted if count <= finest and (smooth or count >= ROUGH)]
-    if drafted and len(usable) < len(wanted) and 2 * finest >= 3 * max(usable, default=ROUGH):
+    usable = [count for count in wanted if count <= finest and (smooth or count >= FEWEST)]
+    if fit and len(usable) < len(wanted) and 2 * finest >= 3 * max(usable, default=FEWEST):
         usable.append(finest)
     return tuple(usable) if smooth or not usable else (max(usable),)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from .._types import Rows
 from ..errors import NonFiniteError
-from .base import Bounds, Chain, Solver, Stepper
+from .base import Bounds, Chain, Solver
+from .device_state import DeviceState
+from .stopping import StoppingRule
 from .window import Window
 
 Evaluate = Callable[[Rows, int], None]
+"""evaluate(rows, round): fills the predictions of those rows."""
 Rebuild = Callable[[Bounds, Bounds, bool], None]
-Play = Callable[[tuple[str, int], Callable[[], None]], None]
+"""rebuild(old, new, broken): guesses the states of rows old[b] <= i < new[b], which enter the window or were lost to an
+overflow."""
+Diagnose = Callable[[int, int, int], "NonFiniteError | None"]
+"""diagnose(step, sample, round): the error, where a non-finite row is the model's fault."""
+Report = Callable[[int, Window, Tensor], object]
+"""report(round, window, residual): called after every round; returning True stops."""
+Replay = Callable[[tuple[str, int], Callable[[], None]], None]
+"""replay(key, work): run a piece of device work that repeats under that key."""
 
 
 def run_eager(key: tuple[str, int], work: Callable[[], None]) -> None:
@@ -23,37 +33,59 @@ def run_eager(key: tuple[str, int], work: Callable[[], None]) -> None:
     work()
 
 
+@dataclass(frozen=True)
+class Lookahead:
+    """How far the host runs ahead of a device: one round, but none when the end is near.
+
+    near: a round whose largest residual is below `near` times the one to finish at may be the last, or the one before.
+    A model call too many costs more than a wait then, so the host waits for the round just queued. 0: it never does.
+    """
+
+    near: float = 30.0
+
+
+@dataclass
+class DeviceWork:
+    """How work on a device is queued. lookahead None: the host looks at every round before the next one."""
+
+    lookahead: Lookahead | None = None
+    pad: Callable[[int], int] = int
+    """Rows of a model call -> rows that it is made with."""
+    replay: Replay = run_eager
+    state: DeviceState | None = None
+    """The loop's memory on the device, where its work is recorded."""
+
+
 @dataclass
 class Task:
-    """A system to solve; see `iterate` for the fields."""
+    """A system to solve."""
 
     chain: Chain
-    solver: Stepper
+    solver: Solver
     memory: Any
     evaluate: Evaluate
     rebuild: Rebuild
-    diagnose: Callable[[int, int, int], NonFiniteError | None]
-    freeze: float
-    finish: float
+    diagnose: Diagnose
+    report: Report
+    rule: StoppingRule
     max_rounds: int
-    report: Callable[[int, Window, Tensor], object]
-    floor: float = 0.0
     start: int = 0
-    made: int = 0
-    """Rounds before this loop."""
-    pad: Callable[[int], int] = int
-    play: Play = run_eager
-    board: Any = None
-    """The `late.DeviceState` of a loop whose work is recorded."""
+    """How many rows are final already."""
+    rounds_before: int = 0
+    """Rounds before this loop, which count."""
+    longest: Tensor | None = None
+    """(B,), the longest steps of the round before, if there was one."""
     warm: bool = False
-    reach: float = 0.0
-    left: float = 0.0
-    before: Tensor | None = None
+    """Whether the states hold a trajectory that the caller gave."""
+    device: DeviceWork = field(default_factory=DeviceWork)
 
-    def ends(self) -> tuple[float, float, float]:
-        """finish, reach, left; rows that enter a window say nothing about how fast the others settle."""
-        whole = self.chain.window >= self.chain.num_steps
-        return self.finish, self.reach if whole else 0.0, self.left if whole else 0.0
+    def restart_sample(self, window: Window, sample: int) -> None:
+        """Make all rows of a sample active again, where the window holds them all; what is remembered of them goes."""
+        if window.width < window.num_steps or window.lo[sample] == window.num_steps:
+            return
+        window.lo[sample], window.hi[sample] = self.start, window.num_steps
+        old = [self.start if b == sample else window.num_steps for b in range(len(window.lo))]
+        self.solver.enter(self.chain, self.memory, old, [window.num_steps] * len(old))
 
 
 @dataclass
@@ -63,24 +95,9 @@ class Progress:
     window: Window
     rounds: int = 0
     trace: list[Tensor] = field(default_factory=list)
+    """(B,) each: the longest relative step of every round."""
     repairs: int = 0
     stopped: bool = False
+    """Whether `report` asked for the end."""
     padding: int = 0
     """Rows that the model was called on without need: the host did not know yet that they were final."""
-
-
-class Driver(Solver, Protocol):
-    """A solver that makes its rounds itself, because they are not one model call on all active rows."""
-
-    def drive(self, task: Task) -> Progress:
-        """Solve `task.chain` in place: `iterate`, which says what the task holds."""
-        ...
-
-
-def restart_sample(task: Task, window: Window, sample: int) -> None:
-    """Make all rows of a sample active again, where the window holds them all; what was remembered of them is gone."""
-    if window.width < window.num_steps or window.lo[sample] == window.num_steps:
-        return
-    window.lo[sample], window.hi[sample] = task.start, window.num_steps
-    old = [task.start if b == sample else window.num_steps for b in range(len(window.lo))]
-    task.solver.enter(task.chain, task.memory, old, [window.num_steps] * len(old))

@@ -18,6 +18,7 @@ class Window:
 
     @property
     def done(self) -> bool:
+        """Whether every row of every sample is final."""
         return min(self.lo) >= self.num_steps
 
     @property
@@ -36,26 +37,3 @@ class Window:
         picked = active.nonzero()
         flat = (picked[:, 0] + int(step[0])) * len(self.lo) + picked[:, 1]
         return Rows(flat, int(step[0]), int(step[-1]) + 1, len(flat))
-
-    def advance(self, residual: list[list[float]], freeze: float, finish: list[float]) -> list[float]:
-        """Slide past what has converged; residual[b][i], Inf from a broken row on. Returns the largest of each sample.
-
-        Row lo[b] was evaluated at a final state, so it is final now whatever its residual. Where it moved by more than
-        `freeze`, the rows after it were evaluated at a state that is out of date, and their residuals say nothing: none
-        of them is final. Else a row is final when its residual is at most `freeze` and all rows before it are final: an
-        error that is frozen early is carried along and may grow, so `freeze` is strict. All rows up to the sample are
-        final when none, the first included, is above `finish[b]`: what is left in them shrinks in the last step once
-        more. On a device `kernels.advance_window` decides the same.
-        """
-        worst = [0.0] * len(self.lo)
-        for b, (lo, hi) in enumerate(zip(self.lo, self.hi)):
-            if lo == self.num_steps:
-                continue
-            found, front = residual[b], lo
-            while front < hi and found[front] <= freeze:
-                front += 1
-            front, worst[b] = max(front, lo + 1), max(found[lo:hi])
-            if hi == self.num_steps and worst[b] <= finish[b]:
-                front = self.num_steps
-            self.lo[b], self.hi[b] = front, min(self.num_steps, front + self.width)
-        return worst

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .pool import Lease, MemoryPlan, SolverMemory, default_memory
+from .plan import MemoryPlan
+from .pool import Lease, SolverMemory, default_memory
 
 __all__ = ["Lease", "MemoryPlan", "SolverMemory", "default_memory"]

@@ -1,4 +1,4 @@
-"""Solver memory: everything a solve needs in one slab, planned before the first round and reused by later solves."""
+"""Leases of slabs: from the C++ arena on the CPU, from torch's allocator elsewhere and without the extension."""
 
 from __future__ import annotations
 
@@ -14,53 +14,22 @@ import torch
 from torch import Tensor
 
 from ..errors import StaleLeaseError
-from .host_arena import HostArena
+from .plan import ALIGNMENT, MemoryPlan
 
 logger = logging.getLogger("deqdiff_fast")
 
 DEFAULT_BYTE_BUDGET = 1 << 30
+_HOST_COUNTERS = ("bytes", "idle_bytes", "high_water", "leases", "reuses", "active")
+_DEVICE_COUNTERS = ("device_bytes", "device_high_water", "device_leases")
 
 
 def _arena_class() -> Any:
-    """`_C.Arena`, or the Python arena where the extension is missing."""
+    """`_C.Arena`, or None where the extension is missing: host memory is then torch's, too."""
     try:
         return importlib.import_module("deqdiff_fast._C").Arena
     except ImportError as error:
         logger.debug("solver memory without the C++ extension (%s)", error)
-        return HostArena
-
-
-class MemoryPlan:
-    """Named tensors that will live in one slab, each aligned to 256 bytes."""
-
-    def __init__(self) -> None:
-        self._entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-
-    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> MemoryPlan:
-        """Plan a tensor; returns the plan. Raises ValueError on a repeated name or a negative size."""
-        if name in self._entries:
-            raise ValueError(f"name: {name!r} is already in the plan; every tensor needs its own name")
-        shape = tuple(int(size) for size in shape)
-        if any(size < 0 for size in shape):
-            raise ValueError(f"shape: expected sizes >= 0 for {name!r}, got {shape}")
-        self._entries[name] = (shape, dtype)
-        return self
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """{name: (shape, dtype)} in the order of addition."""
-        return dict(self._entries)
-
-    def layout(self) -> tuple[dict[str, int], int]:
-        """({name: offset in bytes}, total bytes)."""
-        sizes = [(name, math.prod(shape) * dtype.itemsize) for name, (shape, dtype) in self._entries.items()]
-        offsets, total = _arena_class().plan(sizes)
-        return dict(offsets), int(total)
+        return None
 
 
 class Lease:
@@ -77,18 +46,24 @@ class Lease:
         self._lock = threading.Lock()
         self.nbytes = max(total, 1)
         self.device = device
-        self._raw, slab, self.generation = memory._take(self.nbytes, device)
+        self._arena_lease, slab, self.generation = memory._take(self.nbytes, device)
         self._slab: Tensor | None = slab
 
     @property
     def released(self) -> bool:
+        """Whether the slab was given back."""
         return self._slab is None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor `name` of the plan, on the lease's memory. Raises StaleLeaseError after release, KeyError."""
+        """The tensor `name` of the plan, a view of the slab.
+
+        Raises:
+            StaleLeaseError: the lease was released.
+            KeyError: the plan has no such name.
+        """
         slab = self._slab
         if slab is None:
             raise StaleLeaseError(
@@ -110,10 +85,10 @@ class Lease:
     def release(self) -> None:
         """Give the slab back. Idempotent."""
         with self._lock:
-            slab, raw = self._slab, self._raw
-            self._slab = self._raw = None
+            slab, arena_lease = self._slab, self._arena_lease
+            self._slab = self._arena_lease = None
         if slab is not None:
-            self._memory._give_back(slab, raw)
+            self._memory._give_back(slab, arena_lease)
 
     def __enter__(self) -> Lease:
         return self
@@ -131,17 +106,25 @@ class Lease:
 class SolverMemory:
     """Slabs that solves lease. Thread safe: two leases never share memory.
 
-    byte_budget: idle host memory kept for later leases, in bytes; slabs above it are freed, the oldest first. poison:
-    fill slabs with NaN on lease and on release, to find reads of memory that nobody wrote. On CUDA a lease is one
-    tensor from torch's own allocator, which does the caching (and sees it inside graph captures).
+    On the CPU slabs come from the C++ arena, which reuses them. On other devices, and where the extension is missing, a
+    slab is one tensor of torch's own allocator, which does the caching (and, on CUDA, sees it inside graph captures).
+
+    Args:
+        byte_budget: idle memory that the arena keeps for later leases, in bytes; slabs above it are freed, the oldest
+            first.
+        poison: fill slabs with NaN (bytes 0xFF) on lease and on release, to find reads of memory that nobody wrote.
+
+    Raises:
+        ValueError: `byte_budget` is not an int >= 0.
     """
 
     def __init__(self, byte_budget: int = DEFAULT_BYTE_BUDGET, *, poison: bool = False) -> None:
         if not isinstance(byte_budget, int) or byte_budget < 0:
             raise ValueError(f"byte_budget: expected an int >= 0, got {byte_budget!r}")
-        self._arena = _arena_class()(byte_budget)
-        self._lock = threading.Lock()
-        self._device = {"device_bytes": 0, "device_high_water": 0, "device_leases": 0}
+        arena = _arena_class()
+        self._arena = None if arena is None else arena(byte_budget)
+        self._lock = threading.RLock()  # reentrant: the garbage collector may release a lease while it is held
+        self._counters = dict.fromkeys(_HOST_COUNTERS + _DEVICE_COUNTERS, 0)
         self._poison = False
         self.set_poison(poison)
 
@@ -150,43 +133,67 @@ class SolverMemory:
         return Lease(self, plan, torch.device(device))
 
     def stats(self) -> dict[str, int]:
-        """Host memory: bytes held (leased and idle), idle_bytes, high_water, leases granted, reuses among them, active
-        leases. Device memory: device_bytes leased, device_high_water, device_leases granted."""
+        """Counters of what was leased.
+
+        Returns:
+            Of the host: `bytes` held (leased and idle), `idle_bytes`, `high_water` of `bytes`, `leases` granted,
+            `reuses` of a slab among them, `active` leases. Of devices: `device_bytes` leased, `device_high_water`,
+            `device_leases` granted.
+        """
         with self._lock:
-            return {**self._arena.stats(), **self._device}
+            return self._counters | ({} if self._arena is None else self._arena.stats())
 
     def set_poison(self, on: bool) -> None:
         """Switch the filling of slabs with NaN (bytes 0xFF) on or off."""
         self._poison = bool(on)
-        self._arena.set_poison(self._poison)
+        if self._arena is not None:
+            self._arena.set_poison(self._poison)
 
     def trim(self) -> None:
-        """Free all idle host memory."""
-        self._arena.trim()
+        """Free all idle host memory of the arena."""
+        if self._arena is not None:
+            self._arena.trim()
 
     def _take(self, nbytes: int, device: torch.device) -> tuple[Any, Tensor, int]:
-        if device.type == "cpu":
-            raw = self._arena.lease(nbytes)
-            view = getattr(raw, "view", None)
-            return raw, torch.frombuffer(raw if view is None else view(), dtype=torch.uint8), raw.generation
-        slab = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        """The arena's lease, where there is one, the slab: (nbytes,) uint8, and the lease's number."""
+        if device.type == "cpu" and self._arena is not None:
+            arena_lease = self._arena.lease(nbytes)
+            return arena_lease, torch.frombuffer(arena_lease, dtype=torch.uint8), arena_lease.generation
+        if device.type == "cpu":  # torch aligns host memory to 64 bytes only
+            slab = _host_bytes(nbytes + ALIGNMENT)
+            slab = slab[-slab.data_ptr() % ALIGNMENT :][:nbytes]
+        else:
+            slab = torch.empty(nbytes, dtype=torch.uint8, device=device)
         if self._poison:
             slab.fill_(0xFF)
-        with self._lock:
-            counts = self._device
-            counts["device_leases"] += 1
-            counts["device_bytes"] += nbytes
-            counts["device_high_water"] = max(counts["device_high_water"], counts["device_bytes"])
-            return None, slab, counts["device_leases"]
+        return None, slab, self._count(device, nbytes)
 
-    def _give_back(self, slab: Tensor, raw: Any) -> None:
-        if raw is not None:
-            raw.release()
+    def _give_back(self, slab: Tensor, arena_lease: Any) -> None:
+        if arena_lease is not None:
+            arena_lease.release()
             return
         if self._poison:
             slab.fill_(0xFF)
+        self._count(slab.device, -slab.numel())
+
+    def _count(self, device: torch.device, nbytes: int) -> int:
+        """Count a lease of torch's memory, or with minus its size the end of one; returns how many were granted."""
+        prefix = "" if device.type == "cpu" else "device_"
         with self._lock:
-            self._device["device_bytes"] -= slab.numel()
+            counters = self._counters
+            counters[f"{prefix}leases"] += nbytes > 0
+            counters[f"{prefix}bytes"] += nbytes
+            counters[f"{prefix}high_water"] = max(counters[f"{prefix}high_water"], counters[f"{prefix}bytes"])
+            if not prefix:
+                counters["active"] += 1 if nbytes > 0 else -1
+            return counters[f"{prefix}leases"]
+
+
+def _host_bytes(count: int) -> Tensor:
+    try:
+        return torch.empty(count, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise MemoryError(f"solver memory: {error}") from error
 
 
 _default: SolverMemory | None = None

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from .._types import Model, Rows, unwrap_output
 from ..errors import ModelOutputError
@@ -18,6 +17,7 @@ from ..schedule import Basis, Schedule
 from ..schedule.cache import cached
 from .outputs import output_fault
 from .padding import is_compiled, out_of_memory, padded_sizes
+from .sample_kwargs import select_rows
 
 _log = logging.getLogger("deqdiff_fast")
 
@@ -191,12 +191,7 @@ class BatchedModel:
         if key is not None and self._expanded is not None and self._expanded[0] == key:
             return self._expanded[1]
 
-        def expand(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch:
-                return value.index_select(0, sample.to(value.device))
-            return value
-
-        expanded: dict[str, Any] = tree_map(expand, self.model_kwargs)
+        expanded: dict[str, Any] = select_rows(self.model_kwargs, self.batch, sample)
         self._expanded = (key, expanded) if key is not None else None
         return expanded
 

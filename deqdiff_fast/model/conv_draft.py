@@ -1,4 +1,4 @@
-"""A draft: a small network that foretells roughly what a diffusion model says, for `DEQSampler(draft=...)`.
+"""A small network that predicts roughly what a diffusion model will, for `DEQSampler(draft=...)`.
 
 Fixed: the best linear prediction for data of a known power spectrum (`SpectralSlope`). Learned: what a few convolutions
 add to it, for edges and textures are not Gaussian. Any other callable that is much cheaper than the model may take its
@@ -22,16 +22,21 @@ from ..schedule import SpectralSlope
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PATCH = 2  # pixels of a block that the convolutions see as channels
 BASIS = ("channels", "rows", "columns")
-WAVES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # frequencies in which the noise level is written, over a quarter of log-SNR
+WAVES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # frequencies of the sinusoidal embedding of a quarter of log-SNR
 
 
 class ConvDraft(nn.Module):
-    """draft(x, t) -> prediction, for images or latents of a DDPM noise schedule: x: (n, C, H, W), H and W even.
+    """draft(x, t) -> prediction, for images or latents of a DDPM noise schedule; untrained, the linear prediction.
 
-    alphas_cumprod: (N,), the model's. prediction_type: what the model predicts, "epsilon", "v_prediction" or "sample".
-    spectrum: of the model's samples; it sets the shape. width: channels of the convolutions; depth: their number
-    between the first and the last. Untrained it is the linear prediction. t: (n,) integers, or floats between them.
-    Conditions are taken and ignored. Raises ValueError.
+    Args:
+        alphas_cumprod: (N,) in (0, 1), the model's.
+        prediction_type: what the model predicts, "epsilon", "v_prediction" or "sample".
+        spectrum: of the model's samples; it sets the shape (C, H, W), H and W even.
+        width: channels of the convolutions.
+        depth: number of convolutions between the first and the last.
+
+    Raises:
+        ValueError: a bad argument, by name.
     """
 
     def __init__(
@@ -65,15 +70,24 @@ class ConvDraft(nn.Module):
         self.level = nn.Sequential(nn.Linear(1 + 2 * len(WAVES), 64), nn.SiLU(), nn.Linear(64, 2 * width * (depth + 1)))
 
     def forward(self, x: Tensor, t: Tensor, *conditions: Any, **more: Any) -> Tensor:
-        """(n, C, H, W) -> the same, in the dtype of x."""
-        given, x = x.dtype, x.to(self.last.weight.dtype)
+        """The prediction.
+
+        Args:
+            x: (n, C, H, W).
+            t: (n,) timesteps, integers or floats between them.
+            *conditions, **more: ignored; a draft is called as the model is.
+
+        Returns:
+            (n, C, H, W) in the dtype of x.
+        """
+        dtype, x = x.dtype, x.to(self.last.weight.dtype)
         level = self._level(t)
-        signal, noise, *spread = (level[:, k, None, None, None] for k in range(4))
+        signal, noise, *ratios = (level[:, k, None, None, None] for k in range(4))
         scales, shifts = level[:, 4:, None, None].chunk(2, 1)
         scale, shift = scales.chunk(self.depth + 1, 1), shifts.chunk(self.depth + 1, 1)
-        velocity = self._linear(x, *spread)
-        clean = torch.addcmul(signal * x, noise, velocity, value=-1)
-        hidden = self.first(F.pixel_unshuffle(torch.cat([velocity, clean], 1), PATCH))
+        velocity = self._linear(x, *ratios)
+        denoised = torch.addcmul(signal * x, noise, velocity, value=-1)
+        hidden = self.first(F.pixel_unshuffle(torch.cat([velocity, denoised], 1), PATCH))
         hidden = F.silu(torch.addcmul(shift[0], hidden, scale[0]))
         for k, conv in enumerate(self.inner, 1):
             hidden = hidden + F.silu(torch.addcmul(shift[k], conv(hidden), scale[k]))
@@ -82,29 +96,29 @@ class ConvDraft(nn.Module):
             velocity = torch.addcmul(noise * x, signal, velocity)
         elif self.prediction_type == "sample":
             velocity = torch.addcmul(signal * x, noise, velocity, value=-1)
-        return velocity.to(given)
+        return velocity.to(dtype)
 
     def _level(self, t: Tensor) -> Tensor:
-        """(n, 4 + 2 width (depth + 1)): all that depends on the timestep alone, see `_of_level`.
+        """(n, 4 + 2 width (depth + 1)): all that depends on the noise level alone, see `_level_terms`.
 
         A draft is called on one sample at a time, over and over, and two fifths of its operations would go into these
         few numbers: for the schedule's own timesteps they are looked up.
         """
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.level.parameters())
         if t.is_floating_point() or learning or torch.compiler.is_compiling():
-            return self._of_level(self._log_snr(t))
-        held = (*self.level.parameters(), self.get_buffer("log_snr"))
-        now = tuple((p.device, p.dtype, p.data_ptr(), 0 if p.is_inference() else p._version) for p in held)
-        if self._table is None or self._table[0] != now:
-            self._table = now, self._of_level(self.get_buffer("log_snr"))
+            return self._level_terms(self._log_snr(t))
+        sources = (*self.level.parameters(), self.get_buffer("log_snr"))
+        state = tuple((p.device, p.dtype, p.data_ptr(), 0 if p.is_inference() else p._version) for p in sources)
+        if self._table is None or self._table[0] != state:
+            self._table = state, self._level_terms(self.get_buffer("log_snr"))
         return self._table[1][t.long()]
 
-    def _of_level(self, log_snr: Tensor) -> Tensor:
+    def _level_terms(self, log_snr: Tensor) -> Tensor:
         """(n,) -> signal, noise, noise / signal, signal / noise, and scales and shifts of the convolutions."""
         signal, noise = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
-        scales, shifts = self.level(self._waves(log_snr)).chunk(2, 1)
-        spread = [signal, noise, noise / signal, signal / noise]
-        return torch.cat([torch.stack(spread, 1), 1 + scales, shifts], 1)
+        scales, shifts = self.level(self._embedding(log_snr)).chunk(2, 1)
+        terms = torch.stack([signal, noise, noise / signal, signal / noise], 1)
+        return torch.cat([terms, 1 + scales, shifts], 1)
 
     def _log_snr(self, t: Tensor) -> Tensor:
         """(n,) log(alpha / (1 - alpha)), linear between the schedule's own timesteps."""
@@ -114,16 +128,17 @@ class ConvDraft(nn.Module):
         below = t.floor().long().clamp(0, len(table) - 2)
         return torch.lerp(table[below], table[below + 1], (t - below).to(table.dtype))
 
-    def _waves(self, log_snr: Tensor) -> Tensor:
+    def _embedding(self, log_snr: Tensor) -> Tensor:
+        """(n,) -> (n, 1 + 2 len(WAVES)), sinusoidal."""
         level = log_snr[:, None] / 4
         angles = level * self.get_buffer("waves")
         return torch.cat([level, angles.sin(), angles.cos()], 1)
 
-    def _linear(self, x: Tensor, noisy: Tensor, clear: Tensor) -> Tensor:
-        """signal z - noise clean as expected of x = signal clean + noise z, were the data Gaussian (Wiener): in the
+    def _linear(self, x: Tensor, noise_to_signal: Tensor, signal_to_noise: Tensor) -> Tensor:
+        """signal z - noise x0 as expected of x = signal x0 + noise z, were the data Gaussian (Wiener filter): in the
         basis of the spectrum, x times signal noise (1 - variance) / (signal^2 variance + noise^2)."""
         variance, matrices = self.get_buffer("variance"), [self.get_buffer(name) for name in BASIS]
-        gain = self.get_buffer("excess") / torch.addcmul(noisy, clear, variance)
+        gain = self.get_buffer("excess") / torch.addcmul(noise_to_signal, signal_to_noise, variance)
         return self._rotate(self._rotate(x, *matrices) * gain, *(matrix.T for matrix in matrices))
 
     @staticmethod
@@ -144,7 +159,14 @@ class ConvDraft(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> ConvDraft:
-        """Read what `save` wrote; in eval mode, without gradients. Raises ValueError for another kind of file."""
+        """Read a file that `save` wrote.
+
+        Returns:
+            The draft in eval mode, without gradients for its weights.
+
+        Raises:
+            ValueError: another kind of file.
+        """
         with safe_open(str(path), "pt") as file:
             facts = json.loads((file.metadata() or {}).get("conv_draft", "null"))
             if facts is None:

@@ -12,9 +12,10 @@ from .batched import BatchedModel
 
 
 class DraftCalls:
-    """What `Chain.draft` is: a draft called on rows of the chain, as the model is (input scale, clipping, conditions).
+    """A draft called on rows of a chain, as the model is: input scale, clipping, conditions. See `DraftRows`.
 
-    model: the draft on the rows of the chain, in the model's own basis.
+    Args:
+        model: the draft in the place of the model, in the model's own basis.
     """
 
     def __init__(self, model: BatchedModel) -> None:
@@ -29,16 +30,16 @@ class DraftCalls:
 
     def row(self, step: int, states: Tensor) -> Tensor:
         """(B, D) states at that timestep -> (B, D) predictions."""
-        return self._ask(states, self._step[step : step + 1].expand(len(states)), self._sample, "row")
+        return self._predict(states, self._step[step : step + 1].expand(len(states)), self._sample, "row")
 
     def rows(self, states: Tensor, steps: Tensor) -> Tensor:
         """(n, B, D) states at timesteps steps: (n,) -> (n, B, D) predictions."""
         step, sample = steps.repeat_interleave(self.model.batch), self._sample.repeat(len(steps))
         flat = states.flatten(0, 1)
-        made = [self._ask(flat[a:b], step[a:b], sample[a:b], None) for a, b in self.model.chunks(len(flat))]
-        return torch.cat(made).view_as(states)
+        chunks = [self._predict(flat[a:b], step[a:b], sample[a:b], None) for a, b in self.model.chunks(len(flat))]
+        return torch.cat(chunks).view_as(states)
 
-    def _ask(self, states: Tensor, step: Tensor, sample: Tensor, key: Any) -> Tensor:
+    def _predict(self, states: Tensor, step: Tensor, sample: Tensor, key: Any) -> Tensor:
         self.evals += len(states)
         try:
             return self.model.predict(states, step, self.model.expand_kwargs(sample, key))

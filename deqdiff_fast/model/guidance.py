@@ -17,20 +17,24 @@ from .._types import Model, unwrap_output
 def guided(model: Model, cond: Any, uncond: Any, scale: float | Tensor, rescale: float = 0.0) -> Guided:
     """A model for `DEQSampler` whose prediction is u + scale (c - u), with u and c from one call on twice the rows.
 
-    model: called as model(x, t, cond) where the conditioning is a tensor, model(x, t, **cond) where it is a dict of
-    keyword arguments (nested dicts and lists are fine); rows are ordered [uncond, cond]. cond, uncond: tensors, or
-    dicts with the same keys. A tensor has one row for each sample, (B, ...), or one row for all of them, (1, ...); the
-    two branches agree in everything but values. Anything that is not a tensor must be equal in both and is passed on.
-    scale: the guidance scale, a number or (B,), one for each sample; at exactly 1 the unconditional branch is not
-    evaluated. rescale: guidance_rescale phi in [0, 1], section 3.4 of Lin et al. 2023 (arXiv 2305.08891): the result's
-    standard deviation over each sample moves by phi towards that of c. Guidance: Ho and Salimans 2022,
-    arXiv 2207.12598, where their w is scale - 1.
+    Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, where their w is scale - 1). Differentiable with
+    respect to the model's parameters, cond, uncond and a tensor scale. `max_batch` of the sampler counts rows before
+    doubling; `model_kwargs` of `sample` go to both branches. Give the returned object itself to the sampler: in another
+    function around it nobody can tell which row belongs to which sample.
 
-    `max_batch` of the sampler counts rows before doubling. `model_kwargs` of `sample` go to both branches.
-    Differentiable with respect to the model's parameters, cond, uncond and a tensor scale. Give the returned object
-    itself to the sampler: in another function around it nobody can tell which row belongs to which sample.
+    Args:
+        model: called as model(x, t, cond) where the conditioning is a tensor, model(x, t, **cond) where it is a dict of
+            keyword arguments (nested dicts and lists are fine); rows are ordered [uncond, cond].
+        cond, uncond: tensors, or dicts with the same keys. A tensor has one row for each sample, (B, ...), or one row
+            for all of them, (1, ...); the two branches agree in everything but values. Anything that is not a tensor
+            must be equal in both and is passed on.
+        scale: the guidance scale, a number or (B,), one for each sample; at exactly 1 the unconditional branch is not
+            evaluated.
+        rescale: guidance_rescale phi in [0, 1] (Lin et al. 2023, arXiv 2305.08891, section 3.4): the result's standard
+            deviation over each sample moves by phi towards that of c.
 
-    Raises TypeError and ValueError, naming the argument.
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
     """
     return Guided(model, cond, uncond, scale, rescale)
 
@@ -122,12 +126,7 @@ class Guided:
         low, high = self._call(torch.cat([x, x]), torch.cat([t, t]), both, given["shared"], layout).chunk(2)
         if isinstance(scale, Tensor):
             scale = scale.to(low.dtype).view(-1, *[1] * (low.dim() - 1))
-        out: Tensor = low + scale * (high - low)
-        if self.rescale == 0.0:
-            return out
-        axes = tuple(range(1, out.dim()))
-        ratio = high.std(dim=axes, keepdim=True) / out.std(dim=axes, keepdim=True)
-        return out * (self.rescale * ratio + (1 - self.rescale))
+        return combine(low, high, scale, self.rescale)
 
     def _call(self, x: Tensor, t: Tensor, rows: list[Tensor], shared: list[Tensor], layout: _Layout) -> Tensor:
         given = {_ROW: iter(rows), _SHARED: iter(shared)}
@@ -140,6 +139,18 @@ class Guided:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"model: expected a tensor of {len(x)} rows or an object with .sample, got {got}")
         return value
+
+
+def combine(negative: Tensor, positive: Tensor, scale: float | Tensor, rescale: float) -> Tensor:
+    """negative + scale (positive - negative), each (n, *shape), as diffusers computes it (Ho and Salimans 2022, arXiv
+    2207.12598); its standard deviation over each sample moved by `rescale` towards that of `positive` (Lin et al. 2023,
+    arXiv 2305.08891, section 3.4)."""
+    guided = negative + scale * (positive - negative)
+    if rescale > 0.0:
+        axes = tuple(range(1, guided.dim()))
+        ratio = positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+        guided = rescale * (guided * ratio) + (1 - rescale) * guided
+    return guided
 
 
 def _repeat(value: Tensor, batch: int) -> Tensor:

@@ -16,7 +16,6 @@ from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..model.padding import is_compiled
 from ..plan import Plan, RoundEstimate
-from ..solver.draft import Drafted
 from . import measure as cost
 from .decide import PlannerInputs, decide, predict
 from .free_memory import usable_bytes
@@ -163,7 +162,7 @@ class Planner:
         call = cost.time_call(system, noise, rows, self.clock)
         if system.draft is not None:
             steps, solver = system.num_steps, self.options.solver
-            asked = solver.anchors(steps, system.schedule.stochastic).count if isinstance(solver, Drafted) else steps
+            asked = solver.draft_calls(steps, system.schedule.stochastic) or steps
             site.draft = asked / steps * cost.time_draft(system.draft, noise, self.clock)
         with self._lock:
             site.costs.set_step(site.batch, step)

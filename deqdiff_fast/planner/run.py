@@ -14,11 +14,10 @@ from torch import Tensor
 from ..engine.conclude import conclude
 from ..engine.options import Options
 from ..engine.progress import Reporter
-from ..engine.serial import Report, finish
-from ..engine.solve import Request, nothing, solve_rounds, solve_serially
+from ..engine.serial import Report, finish_serially
+from ..engine.solve import Head, Request, no_samples, solve_rounds, solve_serially
 from ..engine.system import System
 from ..engine.workspace import Workspace
-from ..loop.coarse_grids import without_coarse
 from ..model.padding import padded_sizes
 from ..plan import Plan, RoundEstimate
 from ..solution import Solution, Stats
@@ -56,7 +55,7 @@ def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, An
     """As the planner thinks best. Raises what `DEQSampler.sample` raises."""
     noise = request.noise
     if noise.shape[0] == 0:
-        return nothing(noise, Stats(solver="serial", window=1, stop_reason="serial"))
+        return no_samples(noise, Stats(solver="serial", window=1, stop_reason="serial"))
     site = planner.site(noise, model_kwargs, request.init_trajectory is not None)
     job = Job(site, request, model_kwargs)
     with torch.no_grad():
@@ -87,11 +86,12 @@ def _in_rounds(
     """By rounds; lead: a workspace in which the first `front` steps were made already."""
     options, request, start = planner.options, job.request, planner.clock()
     if not coarse_pays(plan):
-        options = replace(options, solver=without_coarse(options.solver))
+        options = replace(options, solver=options.solver.without_coarse_grids())
     made, system.max_batch = system.model_evals, plan.chosen.piece
     stats = Stats(solver=options.solver.name, window=plan.chosen.window, plan=plan)
     monitor = SlowSolveMonitor(plan, job.site.costs.step(job.site.batch) or 0.0, front, planner.clock)
-    solution = solve_rounds(system, options, request, stats, job.wall, lead, front, monitor)
+    head = None if lead is None else Head(lead, front)
+    solution = solve_rounds(system, options, request, stats, job.wall, head, monitor)
     if stats.stop_reason != "callback" and not job.first:
         seconds, rows, share = planner.clock() - start - monitor.outside, stats.model_evals - made, 1.0
         if monitor.gave_up:  # it counts with what it would still have taken
@@ -136,9 +136,9 @@ def _serial_start(planner: Planner, job: Job) -> Solution:
             site.allowance -= planner.clock() - started
             if not stats.plan.serial and max(fronts) < steps:
                 return _in_rounds(planner, job, stats.plan, system, work, max(fronts))
-            _, stopped = finish(work, fronts, max(fronts), report)
+            _, stopped = finish_serially(work, fronts, max(fronts), report)
         stats.rounds = stats.finished_serially = max(fronts)
-        return conclude(work, fronts, stopped, stats, job.wall, request.keep, options.on_failure, report)
+        return conclude(work, fronts, stopped, stats, job.wall, request.return_trajectory, options.on_failure, report)
 
 
 def time_steps(
@@ -154,7 +154,7 @@ def time_steps(
         since[0] = clock()
         return answer
 
-    _, stopped = finish(work, fronts, 0, timed, until=until)
+    _, stopped = finish_serially(work, fronts, 0, timed, until=until)
     return taken[1:] or taken, stopped
 
 

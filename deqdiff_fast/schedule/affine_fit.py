@@ -98,10 +98,10 @@ def _prune(terms: Tensor, target: Tensor, coef: Tensor, tolerance: float) -> Ten
     """Drop every term without which the fit still holds, oldest first."""
     terms = terms.clone()
     for column in [*range(terms.shape[1] - 1, 0, -1), 0]:
-        kept = terms[:, column].clone()
+        removed = terms[:, column].clone()
         terms[:, column] = 0
         smaller = _solve(terms, target)
         needed = _error(terms, target, smaller) > tolerance
-        terms[needed, column] = kept[needed]
+        terms[needed, column] = removed[needed]
         coef = torch.where(needed[:, None], coef, smaller)
     return torch.where((terms != 0).any(2), coef, 0)

@@ -1,4 +1,4 @@
-"""What follows from a schedule alone and is wanted in every solve: made once, cached as long as the schedule lives."""
+"""What follows from a schedule alone and every solve needs: computed once, cached as long as the schedule lives."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .schedule import Schedule
 MOST = 16  # of one schedule: batch sizes, dtypes, devices
 _cached: WeakKeyDictionary[Schedule, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
 _lock = threading.Lock()
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 
-def cached(schedule: Schedule, key: Hashable, make: Callable[[], T]) -> T:
+def cached(schedule: Schedule, key: Hashable, make: Callable[[], Value]) -> Value:
     """`make()`, or what it returned for that key before; nobody may write to it.
 
-    Made as ordinary tensors, also under `torch.inference_mode`, for a later solve may be one with gradients. Where
-    somebody looks at every operation (a compiler, a dispatch mode) nothing is cached: it may be tensors of a kind of
-    their own.
+    Computed as ordinary tensors, also under `torch.inference_mode`, for a later solve may be one with gradients. Where
+    operations are traced or intercepted (a compiler, a dispatch mode) nothing is cached, for tensors may then be of
+    another kind.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return make()
     with _lock:
-        held = _cached.setdefault(schedule, OrderedDict())
-        if key in held:
-            held.move_to_end(key)
-            found: T = held[key]
+        entries = _cached.setdefault(schedule, OrderedDict())
+        if key in entries:
+            entries.move_to_end(key)
+            found: Value = entries[key]
             return found
     with torch.inference_mode(False), torch.no_grad():
-        made = make()
+        value = make()
     with _lock:
-        held[key] = made
-        while len(held) > MOST:
-            held.popitem(last=False)
-    return made
+        entries[key] = value
+        while len(entries) > MOST:
+            entries.popitem(last=False)
+    return value

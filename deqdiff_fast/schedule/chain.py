@@ -35,11 +35,9 @@ def serial_chain(
             x = x + float(schedule.model_coef[i, lag]) * outs[i - lag]
         finite = x.detach().isfinite().all(dim=1)
         if not bool(finite.all()):
-            bad, timestep = int((~finite).int().argmax()), float(schedule.timesteps[i])
-            raise NonFiniteError(
-                f"NaN or Inf in the chain at timestep {timestep:g} (step {i} of {schedule.num_steps}), sample {bad}; "
-                "check the model's inputs and dtype, and that the schedule's prediction_type is the model's",
-                step=i, timestep=timestep, round=i + 1, sample=bad,
+            raise NonFiniteError.at_step(
+                "NaN or Inf in the chain", step=i, num_steps=schedule.num_steps, timestep=float(schedule.timesteps[i]),
+                round=i + 1, sample=int((~finite).int().argmax()),
             )  # fmt: skip
         states.append(x)
     return states
@@ -61,8 +59,8 @@ def draw_samples(
         out: Tensor = unwrap_output(model((x * scale[i]).view(noise.shape), t, **kwargs)).flatten(1).to(noise.dtype)
         if clip is None:
             return out
-        clean = coef[i][0] * x + coef[i][1] * out
-        clipped: Tensor = out + clip[1][i] * (clean.clamp(-clip[0], clip[0]) - clean)
+        denoised = coef[i][0] * x + coef[i][1] * out
+        clipped: Tensor = out + clip[1][i] * (denoised.clamp(-clip[0], clip[0]) - denoised)
         return clipped
 
     with torch.no_grad():

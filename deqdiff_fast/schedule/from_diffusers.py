@@ -19,8 +19,7 @@ from ..errors import NotAffineError
 from . import noise_levels as levels
 from .affine_fit import Recursion, fit
 from .clip import Clip
-from .probe import WHOLE, Chain, Part, run, step_accepts
-from .tables import denoised_coef
+from .probe import ALL_STEPS, ProbeRun, StepRange, run, step_accepts
 
 _MAX_LAGS = 16  # PNDM with its Runge-Kutta start looks back 11 calls, everything else at most 5
 _FIT_TOLERANCE = 1e-10
@@ -49,12 +48,16 @@ REFUSED = {
 
 
 def scheduler_fields(
-    scheduler: Any, num_inference_steps: int | None = None, *, part: Part = WHOLE, **kwargs: Any
+    scheduler: Any, num_inference_steps: int | None = None, *, step_range: StepRange = ALL_STEPS, **kwargs: Any
 ) -> dict[str, Any]:
-    """The fields of a `Schedule`; see `Schedule.from_diffusers`.
+    """The fields of a `Schedule`, for three to four runs of the chain on 192 numbers and no model call.
 
-    Costs three to four runs of the chain on 192 numbers, no model call. part: the steps of the chain that are made,
-    where that is not all of them (image-to-image starts late).
+    Args:
+        scheduler, num_inference_steps, **kwargs: as in `Schedule.from_diffusers`.
+        step_range: the steps of the chain that are made, where that is not all of them (image-to-image starts late).
+
+    Raises:
+        NotAffineError, TypeError, ValueError: as `Schedule.from_diffusers`.
     """
     name = type(scheduler).__name__
     for base in type(scheduler).__mro__:
@@ -68,7 +71,7 @@ def scheduler_fields(
     step_kwargs, set_kwargs = _split(scheduler, kwargs)
     _check_config(name, scheduler.config)
     try:
-        return _build(scheduler, num_inference_steps, part, set_kwargs, step_kwargs)
+        return _build(scheduler, num_inference_steps, step_range, set_kwargs, step_kwargs)
     except NotAffineError as error:
         raise NotAffineError(f"{name} cannot be solved in parallel with this configuration: {error}") from error
 
@@ -100,37 +103,34 @@ def _check_config(name: str, config: Any) -> None:
 
 
 def _build(
-    scheduler: Any, count: int | None, part: Part, set_kwargs: dict[str, Any], step_kwargs: dict[str, Any]
+    scheduler: Any, count: int | None, step_range: StepRange, set_kwargs: dict[str, Any], step_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     clip_key = next((key for key in ("clip_sample", "clip_denoised") if scheduler.config.get(key)), None)
     plain = _prepared(scheduler, count, set_kwargs, {clip_key: False} if clip_key else {})
-    chain = _probe(plain, step_kwargs, part, seed=0)
+    probe = _probe(plain, step_kwargs, step_range, seed=0)
     # alternate columns between fit and hold-out, so that both see the small and the large sample
-    order = torch.cat([torch.arange(k, chain.states.shape[1], 2) for k in (0, 1)])
-    recursion = fit(chain.states[:, order], chain.outputs[:, order], chain.noises[:, order], max_lags=_MAX_LAGS,
+    order = torch.cat([torch.arange(k, probe.states.shape[1], 2) for k in (0, 1)])
+    recursion = fit(probe.states[:, order], probe.outputs[:, order], probe.noises[:, order], max_lags=_MAX_LAGS,
                     tolerance=_FIT_TOLERANCE)  # fmt: skip
-    _verify(recursion, _probe(plain, step_kwargs, part, seed=1))
-    steps = torch.stack(chain.timesteps)
+    _verify(recursion, _probe(plain, step_kwargs, step_range, seed=1))
+    steps = torch.stack(probe.timesteps)
     steps = steps.to(torch.float64 if steps.is_floating_point() else torch.int64)
     fields = {
         "timesteps": steps,
-        "input_scale": chain.input_scale,
+        "input_scale": probe.input_scale,
         "state_coef": recursion.state_coef,
         "model_coef": recursion.model_coef,
         "noise_coef": recursion.noise_coef,
-        "draws": chain.draws,
+        "draws": probe.draws,
         "name": f"{type(scheduler).__name__}({len(steps)})",
         "init_noise_sigma": float(getattr(plain, "init_noise_sigma", 1.0)),
-        **levels.describe(plain, chain, recursion, part.start, exact_x0=clip_key is not None),
+        **levels.describe(plain, probe, recursion, step_range.start, exact_x0=clip_key is not None),
     }
     if clip_key is None:
         return fields
-    clipped = _probe(_prepared(scheduler, count, set_kwargs, {}), step_kwargs, part, seed=2)
+    clipped = _probe(_prepared(scheduler, count, set_kwargs, {}), step_kwargs, step_range, seed=2)
     bound = float(scheduler.config.get("clip_sample_range", 1.0))
-    pq = fields["x0_coef"]
-    if pq is None:
-        pq = denoised_coef(fields["signal"][:-1], fields["sigma"][:-1], fields["prediction_type"])
-    gain = _clip_gain(recursion, clipped, pq, bound, clip_key)
+    gain = _clip_gain(recursion, clipped, levels.x0_coef(fields), bound, clip_key)
     if not bool((gain.abs() > _VERIFY_TOLERANCE).any()):  # the key exists but step() does not look at it (CogVideoX)
         return fields
     return fields | {"clip": Clip(bound, gain)}
@@ -157,45 +157,45 @@ def _prepared(scheduler: Any, count: int | None, set_kwargs: dict[str, Any], con
     return own
 
 
-def _probe(prepared: Any, step_kwargs: dict[str, Any], part: Part, seed: int) -> Chain:
+def _probe(prepared: Any, step_kwargs: dict[str, Any], step_range: StepRange, seed: int) -> ProbeRun:
     try:
-        return run(copy.deepcopy(prepared), step_kwargs, seed, _PROBE_SCALE, part)
+        return run(copy.deepcopy(prepared), step_kwargs, seed, _PROBE_SCALE, step_range)
     except NotAffineError:
         raise
     except Exception as error:  # whatever a scheduler raises on a configuration that it does not support
         raise NotAffineError(f"its step() raised {type(error).__name__}: {error}") from error
 
 
-def _verify(recursion: Recursion, chain: Chain) -> None:
-    replay = recursion.replay(chain.states[0], chain.outputs, chain.noises)
-    scale = chain.states.abs().cummax(dim=0).values.amax(1)
-    error = (replay - chain.states).abs().amax(1) / scale
+def _verify(recursion: Recursion, probe: ProbeRun) -> None:
+    replay = recursion.replay(probe.states[0], probe.outputs, probe.noises)
+    scale = probe.states.abs().cummax(dim=0).values.amax(1)
+    error = (replay - probe.states).abs().amax(1) / scale
     if not bool(error.max() <= _VERIFY_TOLERANCE):
         raise NotAffineError(f"an independent run differs from the fitted recursion by {error.max():.1e} (relative) at "
                              f"step {int(error.argmax()) - 1}")  # fmt: skip
 
 
-def _clip_gain(recursion: Recursion, chain: Chain, pq: Tensor, bound: float, key: str) -> Tensor:
+def _clip_gain(recursion: Recursion, probe: ProbeRun, pq: Tensor, bound: float, key: str) -> Tensor:
     """gain (T,) of `Clip`, found on one half of the columns of a clipped run and verified on all of them."""
     reason = f"its clipping is not a correction of the denoised estimate; set {key}=False"
     lags = recursion.state_coef.shape[1]
     outputs: list[Tensor] = []
     gains: list[Tensor] = []
-    for i, raw in enumerate(chain.outputs):
-        x0 = pq[i, 0] * chain.states[i] + pq[i, 1] * raw
+    for i, raw in enumerate(probe.outputs):
+        x0 = pq[i, 0] * probe.states[i] + pq[i, 1] * raw
         change = x0.clamp(-bound, bound) - x0
-        rest = chain.states[i + 1] - recursion.noise_coef[i] * chain.noises[i] - recursion.model_coef[i, 0] * raw
+        remainder = probe.states[i + 1] - recursion.noise_coef[i] * probe.noises[i] - recursion.model_coef[i, 0] * raw
         for lag in range(min(lags, i + 1)):
-            rest = rest - recursion.state_coef[i, lag] * chain.states[i - lag]
+            remainder = remainder - recursion.state_coef[i, lag] * probe.states[i - lag]
             if lag:
-                rest = rest - recursion.model_coef[i, lag] * outputs[i - lag]
-        lever = recursion.model_coef[i, 0] * change
+                remainder = remainder - recursion.model_coef[i, lag] * outputs[i - lag]
+        effect = recursion.model_coef[i, 0] * change
         even = slice(0, None, 2)
-        gain = rest[even] @ lever[even] / lever[even].square().sum()
+        gain = remainder[even] @ effect[even] / effect[even].square().sum()
         if not bool(gain.isfinite()):  # the output does not act at once; later steps see the corrected one
             gain = 1 / pq[i, 1]
-        scale = chain.states[i : i + 2].abs().amax(0) + lever.abs() + raw.abs()
-        if not bool(gain.isfinite()) or bool(((rest - gain * lever).abs() > _VERIFY_TOLERANCE * scale).any()):
+        scale = probe.states[i : i + 2].abs().amax(0) + effect.abs() + raw.abs()
+        if not bool(gain.isfinite()) or bool(((remainder - gain * effect).abs() > _VERIFY_TOLERANCE * scale).any()):
             raise NotAffineError(f"at step {i} {reason}")
         gains.append(gain)
         outputs.append(raw + gain * change)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import NotAffineError
 from .affine_fit import Recursion
 from .path_error import path_error
-from .probe import Chain, chain_timesteps
+from .probe import ProbeRun, chain_timesteps
 from .tables import PREDICTION_TYPES, denoised_coef
 
 _LOG = logging.getLogger("deqdiff_fast")
@@ -39,13 +39,17 @@ def prediction_types(scheduler: Any) -> list[str]:
     return [kind]
 
 
-def describe(scheduler: Any, chain: Chain, recursion: Recursion, start: int, exact_x0: bool) -> dict[str, Any]:
+def describe(scheduler: Any, probe: ProbeRun, recursion: Recursion, start: int, exact_x0: bool) -> dict[str, Any]:
     """signal, sigma, prediction_type and x0_coef (None where the prediction type says it, unless exact_x0).
 
-    start: which of the scheduler's timesteps the chain begins with.
+    Args:
+        start: which of the scheduler's timesteps the chain begins with.
+
+    Raises:
+        NotAffineError: no reading of the scheduler's tables fits.
     """
     best: tuple[float, dict[str, Any]] | None = None
-    for fields in _readings(scheduler, chain, recursion, start, exact_x0):
+    for fields in _readings(scheduler, probe, recursion, start, exact_x0):
         miss = _path_error(recursion, fields)
         if best is None or miss < best[0]:
             best = miss, fields
@@ -60,10 +64,10 @@ def describe(scheduler: Any, chain: Chain, recursion: Recursion, start: int, exa
 
 
 def _readings(
-    scheduler: Any, chain: Chain, recursion: Recursion, start: int, exact_x0: bool
+    scheduler: Any, probe: ProbeRun, recursion: Recursion, start: int, exact_x0: bool
 ) -> Iterator[dict[str, Any]]:
-    measured = measured_x0(chain)
-    candidates = _levels(scheduler, chain, start, measured)
+    measured = measured_x0(probe)
+    candidates = _levels(scheduler, probe, start, measured)
     for kind in prediction_types(scheduler):
         for signal, sigma in candidates:
             fields = {"signal": signal, "sigma": sigma, "prediction_type": kind}
@@ -90,40 +94,43 @@ def _preconditioned(scheduler: Any, sigma: Tensor) -> Tensor:
                         scheduler.precondition_outputs(zero, one, sigma)], dim=1)  # fmt: skip
 
 
-def measured_x0(chain: Chain) -> Tensor | None:
+def measured_x0(probe: ProbeRun) -> Tensor | None:
     """(T, 2) [p, q] of pred_original_sample = p x + q o, or None where step() does not return it or adds noise."""
-    if chain.denoised is None:
+    if probe.denoised is None:
         return None
-    terms = torch.stack([chain.states[:-1], chain.outputs], dim=2)
+    terms = torch.stack([probe.states[:-1], probe.outputs], dim=2)
     size = terms.norm(dim=1, keepdim=True)
-    found = torch.linalg.lstsq(terms / size, chain.denoised[:, :, None], rcond=1e-13, driver="gelsd").solution
-    residual = (chain.denoised - (terms / size @ found)[:, :, 0]).norm(dim=1)
-    if bool((residual > 1e-9 * (chain.denoised.norm(dim=1) + 1)).any()):
+    found = torch.linalg.lstsq(terms / size, probe.denoised[:, :, None], rcond=1e-13, driver="gelsd").solution
+    residual = (probe.denoised - (terms / size @ found)[:, :, 0]).norm(dim=1)
+    if bool((residual > 1e-9 * (probe.denoised.norm(dim=1) + 1)).any()):
         return None
     pq: Tensor = found[:, :, 0] / size[:, 0]
-    pq[pq.abs() < 1e-12 * pq.abs().amax(1, keepdim=True)] = 0  # rounding where one of the two plays no part
+    pq[pq.abs() < 1e-12 * pq.abs().amax(1, keepdim=True)] = 0  # rounding where one of the two enters with nothing
     return pq
 
 
 def _path_error(recursion: Recursion, fields: dict[str, Any]) -> float:
     """The largest one of the chain under this reading; infinite where the reading is not a finite one."""
-    pq = fields["x0_coef"]
-    if pq is None:
-        pq = denoised_coef(fields["signal"][:-1], fields["sigma"][:-1], fields["prediction_type"])
     step = (recursion.state_coef, recursion.model_coef, recursion.noise_coef)
-    return float(path_error(fields["signal"], fields["sigma"], *step, pq).max())
+    return float(path_error(fields["signal"], fields["sigma"], *step, x0_coef(fields)).max())
 
 
-def _levels(scheduler: Any, chain: Chain, start: int, measured: Tensor | None) -> list[Levels]:
+def x0_coef(fields: dict[str, Any]) -> Tensor:
+    """(T, 2) [p, q] of x0 = p x + q o under this reading."""
+    pq: Tensor | None = fields["x0_coef"]
+    return denoised_coef(fields["signal"][:-1], fields["sigma"][:-1], fields["prediction_type"]) if pq is None else pq
+
+
+def _levels(scheduler: Any, probe: ProbeRun, start: int, measured: Tensor | None) -> list[Levels]:
     """Candidates (signal, sigma), both (T+1,), most likely first."""
     out: list[Levels] = []
     every = torch.stack(chain_timesteps(scheduler)).to(torch.float64)
-    count, total = len(chain.timesteps), len(every)
-    part = slice(start, start + count + 1)
-    steps = every[part]
+    count, total = len(probe.timesteps), len(every)
+    present = slice(start, start + count + 1)
+    steps = every[present]
     sigmas = _table(scheduler, "sigmas")
     if sigmas is not None and len(sigmas) == total + 1:
-        sigmas = sigmas[part]
+        sigmas = sigmas[present]
     if measured is not None:  # KDPM2 interleaves two tables of sigmas, so read them off the estimate: signal 1 and
         ratio = -measured[:, 1] / measured[:, 0]  # epsilon: sigma; v_prediction: sigma sqrt(1 + sigma^2)
         if scheduler.config.get("prediction_type") == "v_prediction":
@@ -140,12 +147,12 @@ def _levels(scheduler: Any, chain: Chain, start: int, measured: Tensor | None) -
             out.append(_preserving(torch.cat([first[None], abar[:count]])))
         final = torch.as_tensor([float(getattr(scheduler, "final_alpha_cumprod", 1.0))], dtype=torch.float64)
         out.append(_preserving(torch.cat([abar, final])[: count + 1]))
-    times = torch.as_tensor(scheduler.timesteps).to("cpu", torch.float64)[part]
+    times = torch.as_tensor(scheduler.timesteps).to("cpu", torch.float64)[present]
     if hasattr(scheduler, "_alpha_cumprod"):  # Wuerstchen: a function of the continuous time
         out.append(_preserving(scheduler._alpha_cumprod(times, torch.device("cpu")).to(torch.float64)))
     alphas, betas = _table(scheduler, "alphas"), _table(scheduler, "betas")
     if alphas is not None and betas is not None and len(alphas) == len(betas) == total + 1:  # IPNDM: not variances
-        out.append((alphas[part], betas[part]))
+        out.append((alphas[present], betas[present]))
     if scheduler.config.get("prediction_type") == "trigflow":
         out.append((times.cos().clamp_min(0), times.sin() * float(scheduler.config.sigma_data)))
     return [(a, s) for a, s in out if bool((a.isfinite() & s.isfinite() & (a >= 0) & (s >= 0) & (a + s > 0)).all())]

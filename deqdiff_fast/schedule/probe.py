@@ -19,14 +19,14 @@ _OTHER = (torch.rand, torch.rand_like, torch.randint, torch.bernoulli, torch.mul
 _CASTS = (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type)
 
 
-class Part(NamedTuple):
+class StepRange(NamedTuple):
     """Steps start <= i < stop of a chain; stop = None: to its end."""
 
     start: int = 0
     stop: int | None = None
 
 
-WHOLE = Part()
+ALL_STEPS = StepRange()
 
 
 class _Probing(TorchFunctionMode):
@@ -56,8 +56,8 @@ class _Probing(TorchFunctionMode):
 
 
 @dataclass
-class Chain:
-    """One probe run. K = 192 columns: the two samples of SHAPE, flattened. Float64."""
+class ProbeRun:
+    """What went in and out of a scheduler. K = 192 columns: the two samples of SHAPE, flattened. Float64."""
 
     timesteps: list[Tensor]  # what step() and the model are given
     input_scale: Tensor  # (T,)
@@ -70,19 +70,16 @@ class Chain:
 
 @dataclass
 class Adapter:
-    """What a pipeline does around step() that the generic loop does not.
+    """What a pipeline does around step() that the generic loop does not."""
 
-    drop_last: the last entry of scheduler.timesteps is the end point, not a call. batched: step() wants t per sample.
-    extra: (timesteps, i) -> keyword arguments of step() that vary along the chain.
-    """
-
-    drop_last: bool = False
-    batched: bool = False
+    drop_last: bool = False  # the last entry of scheduler.timesteps is the end point, not a call
+    batched: bool = False  # step() wants t per sample
     extra: Callable[[list[Tensor], int], dict[str, Any]] | None = None
+    """(timesteps, i) -> keyword arguments of step() that vary along the chain."""
 
 
-def _unclip(steps: list[Tensor], i: int) -> dict[str, Any]:
-    return {"prev_timestep": steps[i + 1] if i + 1 < len(steps) else None}
+def _unclip(timesteps: list[Tensor], i: int) -> dict[str, Any]:
+    return {"prev_timestep": timesteps[i + 1] if i + 1 < len(timesteps) else None}
 
 
 ADAPTERS = {
@@ -94,6 +91,7 @@ DEFAULT_ADAPTER = Adapter()
 
 
 def adapter_of(scheduler: Any) -> Adapter:
+    """That of the scheduler's class, or of the nearest base class that has one."""
     return next((ADAPTERS[c.__name__] for c in type(scheduler).__mro__ if c.__name__ in ADAPTERS), DEFAULT_ADAPTER)
 
 
@@ -111,13 +109,15 @@ def chain_timesteps(scheduler: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def run(scheduler: Any, step_kwargs: dict[str, Any], seed: int, output_scale: float = 1.0, part: Part = WHOLE) -> Chain:
+def run(
+    scheduler: Any, step_kwargs: dict[str, Any], seed: int, output_scale: float = 1.0, steps: StepRange = ALL_STEPS
+) -> ProbeRun:
     """Step through the chain with random outputs. The scheduler is used up: pass a fresh copy.
 
     The second sample is `output_scale` times larger throughout, so that a bound anywhere in step() is met.
     """
     adapter = adapter_of(scheduler)
-    steps = chain_timesteps(scheduler)[part.start : part.stop]
+    timesteps = chain_timesteps(scheduler)[steps.start : steps.stop]
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.tensor([1.0, output_scale], dtype=torch.float64).view(2, 1, 1, 1)
 
@@ -128,14 +128,14 @@ def run(scheduler: Any, step_kwargs: dict[str, Any], seed: int, output_scale: fl
     scales, states, outputs, noises, draws = [], [x], [], [], []
     denoised: list[Any] = []
     probing = _Probing()
-    for i, t in enumerate(steps):
+    for i, t in enumerate(timesteps):
         output, probing.noise, probing.draws = draw(), draw(), 0
-        extra = adapter.extra(steps, i) if adapter.extra else {}
+        extra = adapter.extra(timesteps, i) if adapter.extra else {}
         with probing:
             scales.append(_input_scale(scheduler, x, t))
             when = t.expand(SHAPE[0]) if adapter.batched else t
             result = scheduler.step(output.clone(), when, x.clone(), **step_kwargs, **extra)
-        x = result.prev_sample if hasattr(result, "prev_sample") else result[0]
+        x = next_state(result)
         if not isinstance(x, Tensor) or x.shape != SHAPE or x.dtype != torch.float64:
             what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise NotAffineError(f"step {i} does not return a state like its input but {what}")
@@ -149,8 +149,8 @@ def run(scheduler: Any, step_kwargs: dict[str, Any], seed: int, output_scale: fl
         draws.append(probing.draws > 0)
         denoised.append(getattr(result, "pred_original_sample", None))
     whole = all(isinstance(d, Tensor) and d.shape == SHAPE for d in denoised)
-    return Chain(
-        timesteps=steps,
+    return ProbeRun(
+        timesteps=timesteps,
         input_scale=torch.tensor(scales, dtype=torch.float64),
         states=torch.stack(states).flatten(1),
         outputs=torch.stack(outputs).flatten(1),
@@ -158,6 +158,11 @@ def run(scheduler: Any, step_kwargs: dict[str, Any], seed: int, output_scale: fl
         draws=torch.tensor(draws),
         denoised=torch.stack(denoised).flatten(1).to(torch.float64) if whole else None,
     )
+
+
+def next_state(result: Any) -> Any:
+    """x_{i+1} in what a scheduler's `step` returns."""
+    return result.prev_sample if hasattr(result, "prev_sample") else result[0]
 
 
 def _input_scale(scheduler: Any, x: Tensor, t: Tensor) -> float:

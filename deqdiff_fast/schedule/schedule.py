@@ -25,24 +25,30 @@ _IDENTITY_TOLERANCE = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A sampling chain as float64 CPU tables. T steps, L lags (L = 1 for one-step methods).
+    """A sampling chain as float64 CPU tables, of T steps and L lags (L = 1 for one-step methods).
 
-    Build one with `ddim`, `ddpm`, `from_sigmas` or `from_diffusers`; the constructor takes any tables and checks
-    shapes, finiteness and lags. The tables are private copies; do not write to them.
+    Build one with `ddim`, `ddpm`, `from_sigmas` or `from_diffusers`; the constructor takes any tables. They are copied;
+    do not write to the copies.
 
-    timesteps: (T,) int64 or float64, what the model is called with, in chain order.
-    input_scale: (T,), the model sees input_scale[i] * x_i.
-    state_coef, model_coef: (T, L), entries with i - l < 0 are zero. The prediction type is absorbed.
-    noise_coef: (T,).
-    signal, sigma: (T+1,), x_i = signal_i x0 + sigma_i eps in state coordinates; index T is the sample.
-    prediction_type: "epsilon" (o = eps), "sample" (o = x0), "v_prediction" (o = signal eps - sigma x0, with signal and
-        sigma normalised to signal^2 + sigma^2 = 1) or "flow" (o = eps - x0).
-    clip: see `Clip`.
-    init_noise_sigma: standard deviation of x_0. A chain starts from the *state* x_0, so draw
-        `torch.randn(...) * schedule.init_noise_sigma`, as diffusers pipelines do with the attribute of the same name.
-    x0_coef: (T, 2) [p, q] of x0 = p x + q o where they do not follow from the prediction type (EDM preconditioning).
-    draws: (T,) bool, the steps at which the generator is asked for noise, in chain order, one tensor of the state's
-        shape each. Default: where noise_coef is not zero. A step with draws but zero noise_coef discards its noise.
+    Args:
+        timesteps: (T,) int64 or float64, what the model is called with, in chain order.
+        input_scale: (T,), the model sees input_scale[i] * x_i.
+        state_coef, model_coef: (T, L), entries with i - l < 0 are zero. The prediction type is absorbed.
+        noise_coef: (T,).
+        signal, sigma: (T+1,), x_i = signal_i x0 + sigma_i eps in state coordinates; index T is the sample.
+        prediction_type: "epsilon" (o = eps), "sample" (o = x0), "v_prediction" (o = signal eps - sigma x0, with signal
+            and sigma normalised to signal^2 + sigma^2 = 1) or "flow" (o = eps - x0).
+        clip: clipping of the denoised estimate, see `Clip`.
+        name: for messages and statistics.
+        init_noise_sigma: standard deviation of x_0. A chain starts from the *state* x_0, so draw `torch.randn(...) *
+            schedule.init_noise_sigma`, as diffusers pipelines do with the attribute of the same name.
+        x0_coef: (T, 2) [p, q] of x0 = p x + q o where they do not follow from the prediction type (EDM
+            preconditioning).
+        draws: (T,) bool, the steps at which the generator is asked for noise, in chain order, one tensor of the state's
+            shape each; None: where noise_coef is not zero. A step with draws but zero noise_coef discards its noise.
+
+    Raises:
+        ValueError: wrong shapes, values that are not finite, or coefficients of states before x_0.
     """
 
     timesteps: Tensor
@@ -107,10 +113,18 @@ class Schedule:
         return tables.denoised_coef(self.signal[:-1], self.sigma[:-1], self.prediction_type)
 
     def slope(self, variance: float | Tensor = 1.0) -> Tensor:
-        """(T,) float64: c_i with E[o_i | x_i] = c_i x_i for zero-mean Gaussian data of that variance.
+        """The c_i with E[o_i | x_i] = c_i x_i for zero-mean Gaussian data.
 
-        With variance: (D,), one for each coefficient, (T, D). x_i is in state coordinates (before input_scale).
         E[x0 | x] = signal v / (signal^2 v + sigma^2) x, and x0 = p x + q o; 0 where the output does not enter x0.
+
+        Args:
+            variance: v >= 0, of the data: a number, or (D,), one for each coefficient.
+
+        Returns:
+            (T,) or (T, D) float64. x_i is in state coordinates (before input_scale).
+
+        Raises:
+            ValueError: a negative variance.
         """
         v = torch.as_tensor(variance, dtype=torch.float64)
         if not bool((v >= 0).all()):
@@ -149,12 +163,18 @@ class Schedule:
         final_alpha_cumprod: float = 1.0,
         prediction_type: str = "epsilon",
     ) -> Schedule:
-        """DDIM (Song et al. 2020, arXiv 2010.02502, equation 12); eta scales the noise of equation 16, 1 is ancestral.
+        """DDIM (Song et al. 2020, arXiv 2010.02502, equation 12).
 
-        alphas_cumprod: (N,) in (0, 1); timesteps: (T,) int, descending, in 0..N-1 (a repeated one is a step that does
-        nothing); final_alpha_cumprod: cumulative alpha of the sample (alphas_cumprod[0] is what diffusers calls
-        set_alpha_to_one=False). A zero terminal signal-to-noise ratio works with "v_prediction" and "sample".
-        Raises ValueError.
+        Args:
+            alphas_cumprod: (N,) in (0, 1). A zero terminal signal-to-noise ratio works with "v_prediction" and
+                "sample".
+            timesteps: (T,) int, descending, in 0..N-1 (a repeated one is a step that does nothing).
+            eta: scales the noise of equation 16; 0 is deterministic, 1 ancestral.
+            final_alpha_cumprod: cumulative alpha of the sample; diffusers' set_alpha_to_one=False is alphas_cumprod[0].
+            prediction_type: "epsilon", "v_prediction" or "sample".
+
+        Raises:
+            ValueError: a bad argument, by name.
         """
         return cls._checked(tables.ddim_tables(alphas_cumprod, timesteps, eta, final_alpha_cumprod, prediction_type))
 
@@ -169,8 +189,12 @@ class Schedule:
     ) -> Schedule:
         """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, equations 6 and 7), any subset of timesteps.
 
-        Arguments as in `ddim`. variance: "fixed_small" (the posterior's, beta-tilde) or "fixed_large" (beta, no noise
-        at the last step). Raises ValueError.
+        Args:
+            alphas_cumprod, timesteps, final_alpha_cumprod, prediction_type: as in `ddim`.
+            variance: "fixed_small" (the posterior's, beta-tilde) or "fixed_large" (beta, no noise at the last step).
+
+        Raises:
+            ValueError: a bad argument, by name.
         """
         fields = tables.ddpm_tables(alphas_cumprod, timesteps, final_alpha_cumprod, prediction_type, variance)
         return cls._checked(fields) if variance == "fixed_small" else cls(**fields)  # fixed_large widens the marginals
@@ -186,17 +210,25 @@ class Schedule:
         timesteps: Tensor | Sequence[float] | None = None,
         input_scale: Tensor | Sequence[float] | None = None,
     ) -> Schedule:
-        """Euler (Karras et al. 2022, arXiv 2206.00364, algorithm 2 without churn) or DPM-Solver++(2M) over sigmas.
+        """Euler or DPM-Solver++(2M) over noise levels, for k-diffusion and flow-matching models.
 
-        sigmas: (T+1,), strictly descending, the last usually 0 (k-diffusion's get_sigmas_*); the model is called at the
-        first T. method: "euler" or "dpmpp_2m" (arXiv 2211.01095, algorithm 2; first order at the first step and at a
-        step to 0, as in k-diffusion's sample_dpmpp_2m).
-        flow=False: x = x0 + sigma eps, start from randn * sigmas[0] (`init_noise_sigma`). The default model is
-        k-diffusion's `model(x, sigma) -> denoised`: prediction_type "sample", input_scale 1, timesteps = sigmas. With
-        prediction_type "epsilon" or "v_prediction" the model sees x / sqrt(sigma^2 + 1); pass `timesteps` if it was
-        trained on integer timesteps.
-        flow=True: x = (1 - sigma) x0 + sigma eps, the output is eps - x0, timesteps = 1000 sigma by default.
-        Raises ValueError.
+        Args:
+            sigmas: (T+1,), strictly descending, the last usually 0 (k-diffusion's get_sigmas_*); the model is called at
+                the first T.
+            method: "euler" (Karras et al. 2022, arXiv 2206.00364, algorithm 2 without churn) or "dpmpp_2m" (Lu et al.
+                2022, arXiv 2211.01095, algorithm 2; first order at the first step and at a step to 0, as in
+                k-diffusion's sample_dpmpp_2m).
+            prediction_type: None for "flow" where `flow`, else for "sample", as k-diffusion's `model(x, sigma) ->
+                denoised`.
+            flow: True: x = (1 - sigma) x0 + sigma eps, as in flow matching. False: x = x0 + sigma eps, start from
+                randn * sigmas[0] (`init_noise_sigma`).
+            timesteps: (T,), what the model is called with; None for 1000 sigma where `flow`, else for sigma. Pass it
+                for a model that was trained on integer timesteps.
+            input_scale: (T,), what the model's input is multiplied with; None for 1, and for 1 / sqrt(sigma^2 + 1)
+                without `flow` where the prediction type is "epsilon" or "v_prediction".
+
+        Raises:
+            ValueError: a bad argument, by name.
         """
         fields = tables.sigma_tables(sigmas, method, prediction_type, flow, timesteps, input_scale)
         start = torch.hypot(fields["signal"][0], fields["sigma"][0]) if flow else fields["sigma"][0]
@@ -204,11 +236,16 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls, scheduler: Any, num_inference_steps: int | None = None, **kwargs: Any) -> Schedule:
-        """The chain of a diffusers scheduler, found by probing its `step()`; see `from_diffusers`.
+        """The chain of a diffusers scheduler, found by probing its `step()` without any model.
 
-        The scheduler itself is not changed. kwargs go to `set_timesteps` (timesteps=, sigmas=, mu=, ...) or to `step`
-        (eta=, s_churn=, ...), by name. num_inference_steps=None without timesteps or sigmas uses the timesteps that the
-        scheduler already holds. Raises NotAffineError with the reason, and the config key to change, when the scheduler
-        cannot be expressed exactly.
+        Args:
+            scheduler: any that is affine in states, outputs and noise; it is not changed.
+            num_inference_steps: T; None, without timesteps or sigmas, for the timesteps that the scheduler already has.
+            **kwargs: of its `set_timesteps` (timesteps=, sigmas=, mu=, ...) or `step` (eta=, s_churn=, ...), by name.
+
+        Raises:
+            NotAffineError: it cannot be expressed exactly, with the reason and the config key to change.
+            TypeError: no scheduler, or an unknown keyword argument.
+            ValueError: a bad number of steps, or none where the scheduler has no timesteps yet.
         """
         return cls(**scheduler_fields(scheduler, num_inference_steps, **kwargs))

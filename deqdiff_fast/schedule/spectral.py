@@ -33,10 +33,17 @@ def dct_matrix(n: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SpectralSlope:
-    """The variance of every coefficient of the data. Build one with `fit` or `from_model`, keep it with `save`.
+    """The power spectrum of the data, from which follows the slope of the best diagonal linear model.
 
-    variance: (*shape) float64, in the basis. channels: (C, C) float64 orthonormal, rows are the decorrelated channels.
-    shape is (C, ...) with any number of spatial axes, or (C,) for data without any.
+    Build one with `fit` or `from_model`, keep it with `save`.
+
+    Args:
+        variance: (*shape), > 0, of every coefficient in the basis; shape is (C, ...) with any number of spatial axes,
+            or (C,) for data without any. Kept in float64 on the CPU.
+        channels: (C, C) orthonormal, rows are the decorrelated channels.
+
+    Raises:
+        ValueError: a wrong shape, variances that are not finite and > 0, or channels that are not orthonormal.
     """
 
     variance: Tensor
@@ -58,12 +65,21 @@ class SpectralSlope:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """(C, ...), of one sample."""
         return tuple(self.variance.shape)
 
     @classmethod
     def fit(cls, samples: Tensor) -> SpectralSlope:
-        """From samples or latents (N, C, ...), N >= 2: channel covariance, then variances averaged over rings of equal
-        frequency, so that a few samples are enough."""
+        """From samples: channel covariance, then variances averaged over rings of equal frequency.
+
+        The averages make a few samples enough.
+
+        Args:
+            samples: (N, C, ...) images or latents, N >= 2.
+
+        Raises:
+            ValueError: fewer than 2 samples, or values that are not finite.
+        """
         if samples.dim() < 2 or samples.shape[0] < 2 or not bool(samples.isfinite().all()):
             raise ValueError(
                 f"samples: expected at least 2 finite samples (N, C, ...), got shape {tuple(samples.shape)}"
@@ -91,10 +107,13 @@ class SpectralSlope:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> SpectralSlope:
-        """From `count` samples of a model, drawn with a (short) schedule one step after the other.
+        """From samples of a model, drawn by the serial chain of a (short) schedule.
 
         Args:
+            model: `model(x, t, **model_kwargs)`, as for `DEQSampler`.
+            schedule: the chain.
             shape: (C, ...), of one sample.
+            count: how many samples, all in one batch.
             seed: of the noise.
             model_kwargs: passed to every call, `count` samples at a time.
             device, dtype: of the draw.
@@ -112,15 +131,16 @@ class SpectralSlope:
 
     @classmethod
     def load(cls, path: str | Path) -> SpectralSlope:
-        """Read what `save` wrote."""
+        """Read a file that `save` wrote."""
         stored = load_file(str(path))
         return cls(stored["variance"], stored["channels"])
 
     def basis(self) -> Basis:
+        """The change of basis between samples and coefficients."""
         return Basis(self.channels, self.shape)
 
     def slope(self, schedule: Schedule) -> Tensor:
-        """(T, D) float64: c_i of every coefficient."""
+        """(T, D) float64: c_i of every coefficient, see `Schedule.slope`."""
         return schedule.slope(self.variance.flatten())
 
 
@@ -151,7 +171,7 @@ class Basis:
         axes = list(self.shape)
         for matrix in reversed(matrices):
             torch.mm(rows.view(-1, axes[-1]), matrix, out=spare.view(-1, axes[-1]))
-            axes = [axes[-1], *axes[:-1]]  # the last axis goes to the front: after one turn each, the order is restored
+            axes = [axes[-1], *axes[:-1]]  # the last axis goes to the front: after all of them the order is restored
             rows.view(-1, axes[0], math.prod(axes[1:])).copy_(
                 spare.view(-1, math.prod(axes[1:]), axes[0]).transpose(1, 2)
             )

@@ -30,6 +30,7 @@ def vector(name: str, value: Tensor | Sequence[float], *, at_least: int = 1) -> 
 
 
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -56,11 +57,20 @@ def check_values(fields: dict[str, Tensor], lags: int) -> None:
 
 
 def timesteps(num_train: int, n: int, spacing: str = "leading") -> Tensor:
-    """`n` of the timesteps 0..num_train-1, descending, int64 (n,).
+    """A descending choice of the timesteps a model was trained on.
 
-    leading, trailing, linspace: as in diffusers (Lin et al. 2023, arXiv 2305.08891, Table 2); quad: as in DDIM
-    (Song et al. 2020, arXiv 2010.02502, appendix D.2), which repeats small timesteps when n is close to num_train
-    (a repeated timestep is a step that does nothing). Raises ValueError for a bad size or an unknown spacing.
+    Args:
+        num_train: the model's timesteps are 0..num_train-1.
+        n: how many to choose, 1 to num_train.
+        spacing: "leading", "trailing" or "linspace" as in diffusers (Lin et al. 2023, arXiv 2305.08891, Table 2);
+            "quad" as in DDIM (Song et al. 2020, arXiv 2010.02502, appendix D.2), which repeats small timesteps when n
+            is close to num_train (a repeated timestep is a step that does nothing).
+
+    Returns:
+        (n,) int64.
+
+    Raises:
+        ValueError: a bad size or an unknown spacing.
     """
     choice("spacing", spacing, SPACINGS)
     if not 1 <= n <= num_train:
@@ -146,11 +156,11 @@ def ddim_tables(
     visited, abar = _cumulative_alphas(alphas_cumprod, steps, final, kind)
     now, after = abar[:-1], abar[1:]
     noise = eta * ((1 - after) / (1 - now) * (1 - now / after)).clamp_min(0).sqrt()
-    rest = 1 - after - noise.square()
-    if bool((rest < -1e-12).any()):
+    variance = 1 - after - noise.square()  # of the part of the next state along the predicted noise
+    if bool((variance < -1e-12).any()):
         raise ValueError(f"eta: expected a value <= 1, or one whose noise stays below the next level, got {eta}")
-    keep = rest.clamp_min(0).sqrt() / (1 - now).sqrt()
-    a, c = keep, after.sqrt() - now.sqrt() * keep
+    a = variance.clamp_min(0).sqrt() / (1 - now).sqrt()
+    c = after.sqrt() - now.sqrt() * a
     return _variance_preserving(visited, abar, a, c, noise, kind) | {"name": f"ddim(eta={eta:g})"}
 
 
@@ -238,8 +248,8 @@ def step_variance(signal: Tensor, sigma: Tensor) -> Tensor:
     al. 2020, eq. 7. Where it is not positive, as in a last step to sigma' = 0, the smallest positive one of the chain,
     else 1. signal, sigma: (T + 1,).
     """
-    kept = (sigma[1:] * signal[:-1] / (signal[1:] * sigma[:-1])).square()
-    variance = sigma[1:].square() * (1 - kept)
+    unchanged = (sigma[1:] * signal[:-1] / (signal[1:] * sigma[:-1])).square()
+    variance = sigma[1:].square() * (1 - unchanged)
     usable = variance.isfinite() & (variance > 0)
     smallest = variance[usable].min() if bool(usable.any()) else torch.ones((), dtype=variance.dtype)
     return torch.where(usable, variance, smallest)

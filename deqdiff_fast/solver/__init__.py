@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..loop.base import Solver
 from .anderson import Anderson
@@ -26,7 +27,7 @@ NAMED: dict[str, Callable[[], Solver]] = {
 }
 
 
-def resolve(solver: str | Solver) -> Solver:
+def resolve(solver: str | Solver | Any) -> Solver:
     """A solver object from a name or an object. Raises ValueError with the known names, TypeError for anything else."""
     if isinstance(solver, str):
         if solver not in NAMED:
@@ -34,10 +35,12 @@ def resolve(solver: str | Solver) -> Solver:
                 f"solver: expected one of {', '.join(map(repr, NAMED))} or a solver object, got {solver!r}"
             )
         return NAMED[solver]()
-    own = ("drive",) if hasattr(solver, "drive") else ("step", "settle", "enter")
-    missing = [name for name in ("plan", "start", *own) if not callable(getattr(solver, name, None))]
-    if missing:
-        raise TypeError(f"solver: {type(solver).__name__} is not a solver, it has no {', '.join(missing)}")
+    if not isinstance(solver, Solver):
+        got = solver.__name__ if isinstance(solver, type) else type(solver).__name__
+        raise TypeError(
+            f"solver: expected a name or an object of a class derived from deqdiff_fast.solver.Solver, got {got}; see "
+            "'Extending' in the documentation"
+        )
     return solver
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import anderson_step, anderson_step_bytes
-from ..loop.base import Bounds, Chain, Lease, Plan, Size, check_history_dtype, forget_rows, history_dtype, move_rows
+from ..loop.base import Bounds, Chain, LeasedTensors, MemoryRequest, ProblemSize, Solver
+from ..loop.rows import clear_rows, move_rows
+from .settings import check_history_dtype, check_max_rounds, history_dtype
 
 Scope = Literal["timestep", "trajectory", "triangular"]
 
@@ -22,18 +24,30 @@ class AndersonMemory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Anderson:
+class Anderson(Solver):
     """Anderson mixing, G = F - X: alpha minimises |G alpha|^2 + ridge with sum alpha = 1, then X <- F alpha.
 
-    history: iterates kept (1 to 8). scope: one alpha per (timestep, sample) (Pokle et al. 2022, arXiv 2210.12867,
-    eq. 9), per trajectory, or per prefix of the trajectory ("triangular", Tang et al. 2024, arXiv 2402.09970).
-    ridge: relative to the Gram's own diagonal, or absolute if `relative_ridge=False`. damping: weight of the plain
-    steps against the old iterates, 1 = plain steps only. stale: a kept iterate whose squared residual is more than
-    this many times the newest one's is left out. The timestep next to the known state always takes the plain step. tol:
-    residual at which a timestep is final if the sampler is given no tolerance of its own. safety: see `Solver`; small,
-    because mixing can make residuals small before errors are. history_dtype: what the residuals G are stored in (None:
-    as the states); bfloat16 halves their memory and traffic. The plain steps F stay as wide as the states: what is
-    mixed are their differences, which a narrow dtype would lose.
+    The timestep next to the known state always takes the plain step.
+
+    Args:
+        history: iterates kept, 1 to 8.
+        scope: one alpha per (timestep, sample), "timestep" (Pokle et al. 2022, arXiv 2210.12867, eq. 9); per
+            trajectory, "trajectory"; or per prefix of the trajectory, "triangular" (Tang et al. 2024, arXiv
+            2402.09970).
+        ridge: relative to the Gram's own diagonal, or absolute if `relative_ridge=False`.
+        damping: weight of the plain steps against the old iterates, 1 for plain steps only.
+        stale: a kept iterate whose squared residual is more than this many times the newest one's is left out.
+        max_rounds: rounds before giving up, None for T.
+        guess: "gaussian" or "copy", see `Solver`.
+        safety, freeze: see `Solver`; small, because mixing can make residuals small before errors are.
+        tol: residual at which a timestep is final if the sampler is given no tolerance of its own.
+        label: the name in results.
+        history_dtype: what the residuals G are stored in (None: as the states); bfloat16 halves their memory and
+            traffic. The plain steps F stay as wide as the states: what is mixed are their differences, which a narrow
+            dtype would lose.
+
+    Raises:
+        ValueError: a bad setting, by its name.
     """
 
     history: int = 5
@@ -64,14 +78,12 @@ class Anderson:
         if self.guess not in ("gaussian", "copy"):
             raise ValueError(f"guess: expected 'gaussian' or 'copy', got {self.guess!r}")
         check_history_dtype(self.history_dtype)
-        if self.max_rounds is not None and not self.max_rounds >= 1:
-            raise ValueError(f"max_rounds: expected an int >= 1 or None, got {self.max_rounds!r}")
+        check_max_rounds(self.max_rounds)
 
     @property
     def name(self) -> str:
         return self.label or f"anderson-{self.scope}"
 
-    @property
     def period(self) -> int:
         return self.history
 
@@ -97,22 +109,22 @@ class Anderson:
         """
         return cls(scope="triangular", history=3, guess="copy", label="parataa")
 
-    def plan(self, plan: Plan, size: Size) -> None:
+    def plan_memory(self, request: MemoryRequest, size: ProblemSize) -> None:
         m, w, b = self.history, size.window, size.batch
-        plan.add("anderson.f", (m, w, b, size.numel), size.dtype)
-        plan.add("anderson.g", (m, w, b, size.numel), history_dtype(self.history_dtype, size))
-        plan.add("anderson.gram", (w, b, m, m), size.accumulator)
-        plan.add("anderson.filled", (w, b), torch.int32)
+        request.add("anderson.f", (m, w, b, size.numel), size.dtype)
+        request.add("anderson.g", (m, w, b, size.numel), history_dtype(self.history_dtype, size))
+        request.add("anderson.gram", (w, b, m, m), size.accumulator)
+        request.add("anderson.filled", (w, b), torch.int32)
 
-    def scratch(self, size: Size) -> int:
+    def scratch_bytes(self, size: ProblemSize) -> int:
         found: int = anderson_step_bytes(
             size.num_steps, size.batch, size.numel, self.history, size.dtype, history_dtype(self.history_dtype, size),
             size.device, size.backend,
         )  # fmt: skip
         return found
 
-    def start(self, lease: Lease) -> AndersonMemory:
-        memory = AndersonMemory(*(lease[f"anderson.{name}"] for name in AndersonMemory._fields))
+    def start(self, tensors: LeasedTensors) -> AndersonMemory:
+        memory = AndersonMemory(*(tensors[f"anderson.{name}"] for name in AndersonMemory._fields))
         memory.filled.zero_()
         return memory
 
@@ -129,4 +141,4 @@ class Anderson:
         move_rows(chain.states[1:], memory.f[round % self.history], old, new, chain.backend)
 
     def enter(self, chain: Chain, memory: AndersonMemory, old: Bounds, new: Bounds) -> None:
-        forget_rows(memory.filled, old, new)
+        clear_rows(memory.filled, old, new)

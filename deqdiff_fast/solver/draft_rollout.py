@@ -10,45 +10,48 @@ from torch import Tensor
 from ..kernels import draft_scan
 from ..kernels.draft_scan.reference import WILD
 from ..loop.base import Chain
-from .anchors import Piece
+from .anchors import Segment
 
 
 @dataclass
-class DraftedMemory:
-    """A: the number of anchors. Tensors as for `kernels.draft_secants` and `kernels.draft_scan`, but `now`."""
+class DraftMemory:
+    """A: the number of anchors. Tensors as for `kernels.draft_secants` and `kernels.draft_scan`, the last one aside."""
 
     z: Tensor  # (H + 1, A, B, D)
-    rest: Tensor  # (H + 1, A, B, D)
+    remainder: Tensor  # (H + 1, A, B, D)
     filled: Tensor  # (A, B) int32
-    weights: Tensor  # (A, B, H, H)
-    made: Tensor  # (A, B, D), if `known`
-    turn: Tensor  # (2, B, D)
-    at: Tensor  # (A,) int64
-    shares: Tensor  # (T, 2)
-    between: Tensor  # (T, A) what every timestep takes from the anchors on both sides of it
+    secant_weights: Tensor  # (A, B, H, H)
+    draft_cache: Tensor  # (A, B, D) what the draft predicts at the states as they are, if `cache_valid`
+    correction: Tensor  # (2, B, D)
+    anchor_rows: Tensor  # (A,) int64
+    weights: Tensor  # (T, 2)
+    interpolation: Tensor  # (T, A) what every timestep takes from the anchors on both sides of it
     carry: Tensor  # (2, L, B, D)
-    now: Tensor  # (T, B, D) what the draft foretells
-    known: bool = False
+    predictions: Tensor  # (T, B, D) what the draft predicts at every timestep
+    cache_valid: bool = False
 
 
-def sweep(
-    chain: Chain, memory: DraftedMemory, pieces: list[Piece], lo: Tensor, hi: Tensor, first: int, column: int,
-    charting: bool,
+def make_pass(
+    chain: Chain, memory: DraftMemory, segments: list[Segment], lo: Tensor, hi: Tensor, first: int, column: int,
+    rollout: bool,
 ) -> None:  # fmt: skip
-    """Pieces that follow one another, for rows lo[b] <= i < hi[b]; first: no row before it is solved for."""
+    """Segments that follow one another, for rows lo[b] <= i < hi[b].
+
+    first: no row before it is solved for. column: of the rings. rollout: the chain of the draft alone.
+    """
     assert chain.draft is not None
     before = -1
-    for k, (number, start, stop) in enumerate(pieces):
-        said = chain.draft.row(start, chain.states[start]) if start >= first else None
+    for k, (number, start, stop) in enumerate(segments):
+        draft_output = chain.draft.row(start, chain.states[start]) if start >= first else None
         draft_scan(
-            chain.states, chain.predictions, said, memory.made, memory.turn, memory.shares, chain.state_coef,
-            chain.model_coef, chain.slope, lo, hi, chain.sq_diff, chain.sq_norm, memory.carry, memory.z, memory.rest,
-            memory.weights, column, number, before, start, stop, charting=charting, last=k == len(pieces) - 1,
-            drift=chain.drift, workspace=chain.scratch, backend=chain.backend,
+            chain.states, chain.predictions, draft_output, memory.draft_cache, memory.correction, memory.weights,
+            chain.state_coef, chain.model_coef, chain.slope, lo, hi, chain.sq_diff, chain.sq_norm, memory.carry,
+            memory.z, memory.remainder, memory.secant_weights, column, number, before, start, stop, charting=rollout,
+            last=k == len(segments) - 1, drift=chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
         before = start
 
 
-def heard(said: Tensor, slope: Tensor, states: Tensor) -> Tensor:
-    """What a draft says, and where that cannot be used what is right for unit Gaussian data."""
-    return torch.where(said.abs() < WILD, said, slope * states)
+def sanitized(draft_output: Tensor, slope: Tensor, states: Tensor) -> Tensor:
+    """What a draft predicts, and where that cannot be used what is right for unit Gaussian data."""
+    return torch.where(draft_output.abs() < WILD, draft_output, slope * states)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import ddim_update, ddim_update_bytes
-from ..loop.base import Bounds, Chain, Lease, Plan, Size
+from ..loop.base import Chain, LeasedTensors, MemoryRequest, ProblemSize, Solver
+from .settings import check_max_rounds
 
 
 class ParadigmsMemory(NamedTuple):
     increments: Tensor  # (T, B, D) of the single steps, the model's part left out
     coef: Tensor  # (T, L) state_coef, less the state that an increment starts from
-    carry: Tensor  # (T, L) what a sum of increments is as a chain: the state before, as it is
+    sum_coef: Tensor  # (T, L) what a sum of increments is as a chain: the state before, as it is
     bound: Tensor  # (T, 1) D var
 
 
 @dataclass(frozen=True)
-class Paradigms:
+class Paradigms(Solver):
     """Parallel sampling by Picard iteration (Shih et al. 2023, arXiv 2305.16317, algorithm 1), for comparison.
 
     As in the paper: every state starts as a copy of the noise; a round adds up the increments of the single steps, all
@@ -38,52 +39,48 @@ class Paradigms:
     smallest other one stands in; and |x|^2 stands in for D var where it is smaller, so that a tolerance means something
     whatever the states' scale.
 
-    tol: the rule's own tolerance, used if the sampler is given none. Without it rows are held to a tenth of the
-    sampler's tolerance, so that the sample is within it. max_rounds: see `DEQSampler`.
+    Args:
+        tol: the rule's own tolerance, used if the sampler is given none. Without it rows are held to a tenth of the
+            sampler's tolerance, so that the sample is within it.
+        max_rounds: see `DEQSampler`.
 
-    Raises ValueError for a tol that is not > 0 or max_rounds below 1.
+    Raises:
+        ValueError: a tol that is not > 0, or max_rounds below 1.
     """
 
     tol: float | None = None
     max_rounds: int | None = None
-    guess: ClassVar[str] = "copy"
-    period: ClassVar[int] = 1
-    by_step: ClassVar[bool] = True
+    guess: str = field(default="copy", init=False)
+    by_step: bool = field(default=True, init=False)
+    safety: float = field(default=0.1, init=False)
+    """The rule as it is where its tolerance was given; else a tenth: what rows are off by adds up along the chain, to
+    3.6 times the tolerance on the bundled model."""
+    freeze: float = field(default=0.1, init=False)
 
     def __post_init__(self) -> None:
         if self.tol is not None and not 0 < self.tol < float("inf"):
             raise ValueError(f"tol: expected a number > 0 or None, got {self.tol!r}")
-        if self.max_rounds is not None and not self.max_rounds >= 1:
-            raise ValueError(f"max_rounds: expected an int >= 1 or None, got {self.max_rounds!r}")
+        check_max_rounds(self.max_rounds)
+        for name in ("safety", "freeze"):
+            object.__setattr__(self, name, 1.0 if self.tol is not None else 0.1)
 
-    @property
-    def name(self) -> str:
-        return "paradigms"
+    def period(self) -> int:
+        return 1
 
-    @property
-    def safety(self) -> float:
-        """The rule as it is where its tolerance was given; else a tenth: what rows are off by adds up along the chain,
-        to 3.6 times the tolerance on the bundled model."""
-        return 1.0 if self.tol is not None else 0.1
+    def plan_memory(self, request: MemoryRequest, size: ProblemSize) -> None:
+        request.add("paradigms.increments", (size.num_steps, size.batch, size.numel), size.dtype)
+        request.add("paradigms.coef", (size.num_steps, size.lags), size.dtype)
+        request.add("paradigms.sum_coef", (size.num_steps, size.lags), size.accumulator)
+        request.add("paradigms.bound", (size.num_steps, 1), size.accumulator)
 
-    @property
-    def freeze(self) -> float:
-        return self.safety
-
-    def plan(self, plan: Plan, size: Size) -> None:
-        plan.add("paradigms.increments", (size.num_steps, size.batch, size.numel), size.dtype)
-        plan.add("paradigms.coef", (size.num_steps, size.lags), size.dtype)
-        plan.add("paradigms.carry", (size.num_steps, size.lags), size.accumulator)
-        plan.add("paradigms.bound", (size.num_steps, 1), size.accumulator)
-
-    def scratch(self, size: Size) -> int:
+    def scratch_bytes(self, size: ProblemSize) -> int:
         found: int = ddim_update_bytes(size.num_steps, size.batch, size.numel, size.dtype, size.device, size.backend)
         return found
 
-    def start(self, lease: Lease) -> ParadigmsMemory:
-        memory = ParadigmsMemory(*(lease[f"paradigms.{name}"] for name in ParadigmsMemory._fields))
-        memory.carry.zero_()
-        memory.carry[:, 0] = 1
+    def start(self, tensors: LeasedTensors) -> ParadigmsMemory:
+        memory = ParadigmsMemory(*(tensors[f"paradigms.{name}"] for name in ParadigmsMemory._fields))
+        memory.sum_coef.zero_()
+        memory.sum_coef[:, 0] = 1
         return memory
 
     def step(self, chain: Chain, memory: ParadigmsMemory, round: int) -> None:
@@ -96,14 +93,8 @@ class Paradigms:
         if chain.drift is not None:
             increments.add_(chain.drift)
         ddim_update(
-            chain.states, chain.predictions, memory.carry, chain.model_coef, chain.lo, chain.hi, chain.sq_diff,
+            chain.states, chain.predictions, memory.sum_coef, chain.model_coef, chain.lo, chain.hi, chain.sq_diff,
             chain.sq_norm, increments, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
         torch.mul(chain.step_variance, chain.states.shape[2], out=memory.bound)
         torch.minimum(chain.sq_norm, memory.bound, out=chain.sq_norm)
-
-    def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:
-        """The states are the plain step already."""
-
-    def enter(self, chain: Chain, memory: Any, old: Bounds, new: Bounds) -> None:
-        """Nothing to forget."""

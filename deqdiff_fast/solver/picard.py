@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..kernels import ddim_update, ddim_update_bytes
-from ..loop.base import Bounds, Chain, Lease, Plan, Size
+from ..loop.base import Chain, ProblemSize, Solver
 
 
 @dataclass(frozen=True)
-class Picard:
-    """Fixed-point iteration on the whole window (Shih et al. 2023, arXiv 2305.16317, without their stale rows)."""
+class Picard(Solver):
+    """Fixed-point iteration on the whole window (Shih et al. 2023, arXiv 2305.16317, without their stale rows).
+
+    Args:
+        max_rounds: rounds before giving up, None for T.
+        guess: "gaussian" or "copy", see `Solver`.
+        safety, freeze: see `Solver`.
+    """
 
     max_rounds: int | None = None
     guess: str = "gaussian"
-    period: ClassVar[int] = 1
     safety: float = 0.3
     freeze: float = 0.003
 
-    @property
-    def name(self) -> str:
-        return "picard"
+    def period(self) -> int:
+        return 1
 
-    def plan(self, plan: Plan, size: Size) -> None:
-        """Nothing to remember."""
-
-    def scratch(self, size: Size) -> int:
+    def scratch_bytes(self, size: ProblemSize) -> int:
         found: int = ddim_update_bytes(size.num_steps, size.batch, size.numel, size.dtype, size.device, size.backend)
         return found
-
-    def start(self, lease: Lease) -> None:
-        return None
 
     def step(self, chain: Chain, memory: Any, round: int) -> None:
         ddim_update(
             chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
             chain.sq_diff, chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
-
-    def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:
-        """The states are the plain step already."""
-
-    def enter(self, chain: Chain, memory: Any, old: Bounds, new: Bounds) -> None:
-        """Nothing to forget."""

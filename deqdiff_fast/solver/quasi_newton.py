@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import newton_scan, newton_scan_bytes
-from ..loop.base import Bounds, Chain, Lease, Plan, Size, check_history_dtype, forget_rows, history_dtype
-from .settings import check_settings
+from ..loop.base import Bounds, Chain, LeasedTensors, MemoryRequest, ProblemSize, Solver
+from ..loop.coarse_grids import usable_grids
+from ..loop.rows import clear_rows
+from .settings import check_history_dtype, check_secant_settings, history_dtype
 
 
 class NewtonMemory(NamedTuple):
@@ -21,21 +23,29 @@ class NewtonMemory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QuasiNewton:
+class QuasiNewton(Solver):
     """X <- the exact solution of the chain whose predictions are linear, E + J (x - X), around the last evaluation.
 
-    J is a diagonal slope plus a multisecant correction from the last `history` rounds (0 to 7, 0 = slope alone).
-    slope: "scalar", the slope of unit Gaussian data; "spectral" or a `SpectralSlope`, one slope for every coefficient
-    of the data's spectrum ("spectral" wants the sampler to be given one); "auto", spectral where the sampler was given
-    one, else scalar; None, no slope. The fixed point does not depend on J. Sources: Lim et al. 2024, arXiv 2309.12252;
-    Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009.
+    J is a diagonal slope plus a multisecant correction from the last rounds. The fixed point does not depend on J.
+    Sources: Lim et al. 2024, arXiv 2309.12252; Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009.
 
-    coarse: numbers of intervals of the grids of timesteps that the first rounds evaluate, one round a grid, of which
-    those count that leave out half of the timesteps or more, and where noise is added on the way only the finest that
-    leaves out three fifths (see `nested.grid_sizes`); () for none. It saves model evaluations and costs a round at times.
-    ridge: of the secant fit, relative. floor: shortest step worth keeping, relative to the state. safety, freeze: see
-    `Solver`; strict: see `contraction.StallDetector`. history_dtype: what the rings are stored in (None: as the states);
-    bfloat16 halves their memory and traffic and blunts the secants, but cannot move the fixed point.
+    Args:
+        history: rounds whose secants are kept, 0 to 7; 0 for the slope alone.
+        slope: "scalar", the slope of unit Gaussian data; "spectral" or a `SpectralSlope`, one slope for every
+            coefficient of the data's spectrum ("spectral" wants the sampler to be given one); "auto", spectral where
+            the sampler was given one, else scalar; None, no slope.
+        ridge: of the secant fit, relative.
+        floor: shortest step worth keeping, relative to the state.
+        max_rounds, tol, guess, safety, freeze, strict: see `Solver`.
+        coarse: numbers of intervals of the grids of timesteps that the first rounds evaluate, one round a grid, of
+            which those count that leave out half of the timesteps or more, and where noise is added on the way only the
+            finest that leaves out three fifths (see `coarse_grids.usable_grids`); () for none. It saves model
+            evaluations and costs a round at times.
+        history_dtype: what the history is stored in (None: as the states); bfloat16 halves its memory and traffic and
+            blunts the secants, but cannot move the fixed point.
+
+    Raises:
+        ValueError: a bad setting, by its name.
     """
 
     history: int = 3
@@ -52,7 +62,7 @@ class QuasiNewton:
     history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self.history, self.ridge, self.floor, self.coarse, self.max_rounds)
+        check_secant_settings(self.history, self.ridge, self.floor, self.coarse, self.max_rounds)
         if isinstance(self.slope, str) and self.slope not in ("auto", "scalar", "spectral"):
             raise ValueError(
                 f"slope: expected 'auto', 'scalar', 'spectral', a SpectralSlope or None, got {self.slope!r}"
@@ -66,27 +76,32 @@ class QuasiNewton:
         kind = self.slope if isinstance(self.slope, str) else "plain" if self.slope is None else "spectral"
         return f"quasi-newton-{kind}"
 
-    @property
     def period(self) -> int:
         return self.history + 1
 
-    def plan(self, plan: Plan, size: Size) -> None:
+    def coarse_grids(self, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
+        return usable_grids(self.coarse, steps, smooth=not stochastic) if window >= steps else ()
+
+    def without_coarse_grids(self) -> QuasiNewton:
+        return replace(self, coarse=())
+
+    def plan_memory(self, request: MemoryRequest, size: ProblemSize) -> None:
         ring = (self.history + 1, size.window, size.batch, size.numel)
         stored = history_dtype(self.history_dtype, size)
-        plan.add("newton.z", ring, stored)
-        plan.add("newton.e", ring, stored)
-        plan.add("newton.filled", ring[1:3], torch.int32)
-        plan.add("newton.before", ring[1:3], torch.int32)
+        request.add("newton.z", ring, stored)
+        request.add("newton.e", ring, stored)
+        request.add("newton.filled", ring[1:3], torch.int32)
+        request.add("newton.before", ring[1:3], torch.int32)
 
-    def scratch(self, size: Size) -> int:
+    def scratch_bytes(self, size: ProblemSize) -> int:
         found: int = newton_scan_bytes(
             size.num_steps, size.batch, size.numel, self.history, size.lags, size.dtype,
             history_dtype(self.history_dtype, size), size.device, size.backend,
         )  # fmt: skip
         return found
 
-    def start(self, lease: Lease) -> NewtonMemory:
-        memory = NewtonMemory(*(lease[f"newton.{name}"] for name in NewtonMemory._fields))
+    def start(self, tensors: LeasedTensors) -> NewtonMemory:
+        memory = NewtonMemory(*(tensors[f"newton.{name}"] for name in NewtonMemory._fields))
         memory.filled.zero_()
         return memory
 
@@ -107,8 +122,5 @@ class QuasiNewton:
         self.step(chain, memory, round)
         torch.where(missing, before.add_(1).clamp_max_(self.history + 1), memory.filled, out=memory.filled)
 
-    def settle(self, chain: Chain, memory: NewtonMemory, round: int, old: Bounds, new: Bounds) -> None:
-        """The states come from the last evaluation already, plain step and linear correction together."""
-
     def enter(self, chain: Chain, memory: NewtonMemory, old: Bounds, new: Bounds) -> None:
-        forget_rows(memory.filled, old, new)
+        clear_rows(memory.filled, old, new)

@@ -24,9 +24,15 @@ _PROMPTS = "a batch of several prompts; sample them one after the other"
 
 
 def refuse(model: Any, x: Any, extra_args: dict[str, Any]) -> None:
-    """Raise ValueError for what is wrong when the rows of a call are at several noise levels.
+    """Refuse what is wrong when the rows of a call are at several noise levels.
 
-    model: ComfyUI's KSamplerX0Inpaint around a guider with `conds`, {name: list of conditionings}. x: (B, ...).
+    Args:
+        model: ComfyUI's KSamplerX0Inpaint around a guider with `conds`, {name: list of conditionings}.
+        x: (B, ...).
+        extra_args: those of the sampler.
+
+    Raises:
+        ValueError: with the reason.
     """
     guider = getattr(model, "inner_model", model)
     conds = getattr(guider, "conds", None)
@@ -55,11 +61,11 @@ def refuse(model: Any, x: Any, extra_args: dict[str, Any]) -> None:
 def sample_deq(
     model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None, disable: Any = None, **options: Any
 ) -> Any:
-    """`deqdiff_fast.integrations.k_diffusion.sample_deq` after a look at ComfyUI's own conditioning."""
+    """`deqdiff_fast.integrations.k_diffusion.sample_deq` after a check of ComfyUI's own conditioning."""
     refuse(model, x, extra_args or {})
-    kept = getattr(getattr(model, "inner_model", None), "inner_model", None)
-    if kept is not None:
-        model.base_model = kept  # the guider is made anew for every run: what was measured stays with its network
+    network = getattr(getattr(model, "inner_model", None), "inner_model", None)
+    if network is not None:
+        model.base_model = network  # the guider is made anew for every run: what was measured stays with its network
     return k_diffusion.sample_deq(model, x, sigmas, extra_args, callback, disable, **options)
 
 
@@ -88,14 +94,8 @@ class DEQSamplerNode:
         self, method: str, tol: float, window: int, max_rounds: int, max_batch: int, verify: bool
     ) -> tuple[Any]:
         """The sampler as an object that ComfyUI's sampling nodes take."""
-        options = {
-            "method": method,
-            "tol": tol,
-            "window": window or "auto",
-            "max_rounds": max_rounds or None,
-            "max_batch": max_batch,
-            "verify": verify,
-        }
+        options = {"method": method, "tol": tol, "window": window or "auto", "max_rounds": max_rounds or None}
+        options |= {"max_batch": max_batch, "verify": verify}
         return (comfy.samplers.KSAMPLER(sample_deq, options),)
 
 

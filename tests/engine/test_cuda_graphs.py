@@ -14,7 +14,7 @@ import deqdiff_fast as dq
 from deqdiff_fast.engine import graph_cache as resident
 from deqdiff_fast.engine import solve
 from deqdiff_fast.engine.cuda_graphs import Graphs
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.model.padding import padded_sizes
 from deqdiff_fast.solver import draft as drafted
 
@@ -139,7 +139,7 @@ def test_replayed_rounds_with_a_draft(recorded, monkeypatch, ddim, net, relative
         assert out.stats.model_evals == expected.stats.model_evals
         assert out.stats.draft_evals == expected.stats.draft_evals > 0
     assert net.python_calls == draft.python_calls == 0
-    (kept,) = sampler.options.residents._kept.values()
+    (kept,) = sampler.options.graph_cache._cached.values()
     assert not kept.graphs.refused
     kinds = {kind for kind, _ in kept.graphs.replays}
     assert kinds == {"guess", "model", "step"} | ({"coarse"} if window == "auto" else set())
@@ -260,7 +260,7 @@ def test_plays_plainly_then_recorded():
 
     graphs = Graphs(TapeRecorder(), out, [(counts, "model_calls")])
     for _ in range(4):
-        graphs.play(("step", 0), work)
+        graphs.replay(("step", 0), work)
     assert out.tolist() == [4, 4]
     assert len(calls) == 2
     assert counts.model_calls == 4
@@ -273,7 +273,7 @@ def test_without_a_device(ddim, net):
     sampler = dq.DEQSampler(net, ddim(12), solver="quasi-newton", cuda_graph="auto")
     for _ in range(2):
         assert sampler.sample(torch.randn(2, 12)).converged.all()
-    assert not sampler.options.residents._kept
+    assert not sampler.options.graph_cache._cached
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -286,6 +286,6 @@ def test_on_cuda(ddim, net, relative_error, solver):
         net.python_calls = 0
         out = sampler.sample(start)
         assert relative_error(out.sample.cpu(), sampler.serial(start).sample.cpu()).max() < 1e-4
-    (kept,) = sampler.options.residents._kept.values()
+    (kept,) = sampler.options.graph_cache._cached.values()
     assert not kept.graphs.refused
     assert kept.graphs.replays

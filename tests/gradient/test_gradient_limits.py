@@ -72,12 +72,12 @@ def test_a_callback_sees_and_stops_their_rounds(ddim, mode, bent):
     model, schedule, seen = bent(), ddim(12), []
     start = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
-    def watch(info):
+    def record(info):
         seen.append((info.round, float(info.residual.max())))
         assert info.preview().shape == info.sample().shape == start.shape
         return info.round == 3
 
-    out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-12, gradient=mode).sample(start, callback=watch)
+    out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-12, gradient=mode).sample(start, callback=record)
     assert [number for number, _ in seen] == [1, 2, 3]
     assert seen[-1][1] < seen[0][1]
     assert out.stats.stop_reason == "callback"
@@ -108,7 +108,7 @@ def test_a_reversal_that_loses_its_way_says_so(ddim, monkeypatch, bent):
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "said"),
+    ("make", "error", "message"),
     [
         (lambda: dq.Implicit(tol=0), ValueError, "tol"),
         (lambda: dq.Implicit(tol="1e-3"), ValueError, "tol"),
@@ -123,8 +123,8 @@ def test_a_reversal_that_loses_its_way_says_so(ddim, monkeypatch, bent):
         (lambda: dq.Reversible("0.5"), ValueError, "relaxation"),
     ],
 )
-def test_bad_settings(make, error, said):
-    with pytest.raises(error, match=said):
+def test_bad_settings(make, error, message):
+    with pytest.raises(error, match=message):
         make()
 
 

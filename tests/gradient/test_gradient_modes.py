@@ -168,7 +168,7 @@ def test_phantom_with_one_step_holds_no_jacobian(ddim, bent):
     """The paper's setting: tau times the state coefficients' product, and no backward pass of the model."""
     schedule, backward = ddim(10), []
 
-    class Watched(type(bent())):
+    class RecordsBackward(type(bent())):
         def forward(self, x, t):
             out = super().forward(x, t)
             if out.requires_grad:
@@ -176,7 +176,7 @@ def test_phantom_with_one_step_holds_no_jacobian(ddim, bent):
             return out
 
     start = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    model = Watched().requires_grad_(False)
+    model = RecordsBackward().requires_grad_(False)
     out = dq.DEQSampler(model, schedule, solver="quasi-newton", gradient="phantom", tol=1e-6).sample(start)
     (got,) = torch.autograd.grad(out.sample.square().sum(), start)
     assert torch.allclose(got, 0.1 * float(schedule.state_coef.prod()) * 2 * out.sample.detach())

@@ -26,14 +26,6 @@ def parallel(pipe, **options):
     return dq.integrations.diffusers.parallelize(pipe, **({"solver": "quasi-newton", "tol": 1e-4} | options))
 
 
-@pytest.fixture
-def make(tiny, tmp_path):
-    def make(name: str, rule: str | None = None, **config):
-        return tiny.build(name, tmp_path, rule, **config)
-
-    return make
-
-
 DPM, EULER, FLOW = "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
 V = {"prediction_type": "v_prediction"}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -176,14 +168,14 @@ def test_the_pipeline_stays_what_it_was(make, tiny, tmp_path):
     assert isinstance(pipe, diffusers.StableDiffusionPipeline)
     during = {}
 
-    def look(pipe, index, timestep, tensors):
+    def check(pipe, index, timestep, tensors):
         during.update(unet=isinstance(pipe.unet, diffusers.UNet2DConditionModel), device=pipe.device, dtype=pipe.dtype)
         during.update(
             scheduler=isinstance(pipe.scheduler, diffusers.EulerDiscreteScheduler), parts=len(pipe.components)
         )
         return {}
 
-    tiny.call(pipe, **tiny.arguments("sd"), callback_on_step_end=look)
+    tiny.call(pipe, **tiny.arguments("sd"), callback_on_step_end=check)
     assert during == {
         "unet": True, "scheduler": True, "device": torch.device("cpu"), "dtype": torch.float32,
         "parts": len(pipe.components),

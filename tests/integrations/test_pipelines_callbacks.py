@@ -18,14 +18,6 @@ def parallel(pipe, **options):
     return dq.integrations.diffusers.parallelize(pipe, **({"solver": "quasi-newton", "tol": 1e-4} | options))
 
 
-@pytest.fixture
-def make(tiny, tmp_path):
-    def make(name: str, rule: str | None = None, **config):
-        return tiny.build(name, tmp_path, rule, **config)
-
-    return make
-
-
 DPM, EULER, FLOW = "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
 
 
@@ -36,14 +28,14 @@ def test_callbacks_see_every_timestep_in_order_with_its_latents(make, tiny, rela
     seen: dict[str, list] = {"plain": [], "parallel": []}
     for kind, pipe in (("plain", make(name, rule)), ("parallel", parallel(make(name, rule)))):
 
-        def watch(pipe_, index, timestep, tensors, pipe=pipe, kind=kind):
+        def record(pipe_, index, timestep, tensors, pipe=pipe, kind=kind):
             assert pipe_ is pipe
             assert sorted(tensors) == ["latents", "prompt_embeds"]
             seen[kind].append((index, float(timestep), tensors["latents"].clone()))
             return {}
 
         inputs = ["latents", "prompt_embeds"]
-        tiny.call(pipe, **tiny.arguments(name), callback_on_step_end=watch, callback_on_step_end_tensor_inputs=inputs)
+        tiny.call(pipe, **tiny.arguments(name), callback_on_step_end=record, callback_on_step_end_tensor_inputs=inputs)
     assert len(seen["plain"]) >= tiny.STEPS // 2
     assert [row[:2] for row in seen["parallel"]] == [row[:2] for row in seen["plain"]]
     for ours, reference in zip(seen["parallel"], seen["plain"], strict=True):
@@ -78,11 +70,11 @@ def test_a_running_solve_can_be_interrupted(make, tiny):
     assert latents.isfinite().all()
     states = []
 
-    def keep(pipe, index, timestep, tensors):
+    def store(pipe, index, timestep, tensors):
         states.append(tensors["latents"])
         return {}
 
-    tiny.call(make("sd"), **tiny.arguments("sd"), callback_on_step_end=keep)
+    tiny.call(make("sd"), **tiny.arguments("sd"), callback_on_step_end=store)
     assert min(float((state - latents).norm() / state.norm()) for state in states) < 1e-3
 
 

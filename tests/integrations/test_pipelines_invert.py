@@ -19,14 +19,6 @@ V = {"prediction_type": "v_prediction"}
 
 
 @pytest.fixture
-def make(tiny, tmp_path):
-    def make(name: str, rule: str | None = None, **config):
-        return tiny.build(name, tmp_path, rule, **config)
-
-    return make
-
-
-@pytest.fixture
 def images(tiny):
     size = tiny.SIZE
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -97,10 +89,10 @@ def test_beyond_float32_an_image_inverts_in_float64(make, images, relative_error
 def test_what_the_sampler_made_inverts_in_float32(make, images, relative_error, rule, scale):
     pipe, given, size = make("sdxl", rule), settings("sdxl", scale), images.shape[-1]
     full = given | {"prompt": ["a cat"] * 2, "negative_prompt": ["blurry"] * 2, "height": size, "width": size}
-    made = pipe(generator=torch.Generator().manual_seed(3), output_type="latent", **full).images
-    found = invert(pipe, made, "a cat", **given)
+    image = pipe(generator=torch.Generator().manual_seed(3), output_type="latent", **full).images
+    found = invert(pipe, image, "a cat", **given)
     assert found.converged.all()
-    assert relative_error(pipe(latents=found.noise, output_type="latent", **full).images, made).max() < 1e-3
+    assert relative_error(pipe(latents=found.noise, output_type="latent", **full).images, image).max() < 1e-3
 
 
 def test_one_picture_of_any_kind_and_a_parallel_pipeline(make, images, relative_error):

@@ -7,7 +7,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.inversion import Optimise
-from deqdiff_fast.inversion.counting import Counted
+from deqdiff_fast.inversion.counting_model import CountingModel
 from deqdiff_fast.presets import INVERSION_PRESETS, inversion_preset
 
 LBFGS = {"optimizer": torch.optim.LBFGS, "lr": 1.0, "steps": 12}
@@ -31,8 +31,8 @@ def images(ddim, noise):
     def make(steps=8, batch=3, eta=0.0, seed=0, model=None, **kwargs):
         schedule, start = ddim(steps, eta=eta), noise(batch, (2, 4, 4), seed)
         draws = torch.Generator().manual_seed(5) if eta else None
-        made = dq.DEQSampler(model or Bend(), schedule).serial(start, kwargs or None, draws).sample
-        return schedule, start, made
+        image = dq.DEQSampler(model or Bend(), schedule).serial(start, kwargs or None, draws).sample
+        return schedule, start, image
 
     return make
 
@@ -206,11 +206,11 @@ def test_a_callback_sees_and_stops(images):
     schedule, start, image = images()
     seen = []
 
-    def watch(info):
+    def record(info):
         seen.append((info.residual.max().item(), info.noise().shape))
         return len(seen) == 3
 
-    found = invert(schedule, image, initial=start + 0.3, steps=50).invert(image, callback=watch)
+    found = invert(schedule, image, initial=start + 0.3, steps=50).invert(image, callback=record)
     assert len(seen) == 3
     assert seen[2][0] < seen[0][0]
     assert seen[0][1] == image.shape
@@ -235,7 +235,7 @@ def test_a_model_with_parameters_gets_no_gradients(images, ddim):
 
 
 def test_counting():
-    model = Counted(lambda x, t: (2 * x,))
+    model = CountingModel(lambda x, t: (2 * x,))
     x = torch.ones(3, 2, requires_grad=True)
     out = model(x, torch.zeros(3))
     torch.autograd.grad(out.sum(), x)
@@ -244,7 +244,7 @@ def test_counting():
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"gradient": "exact"}, ValueError, "gradient"),
         ({"optimizer": 3}, TypeError, "optimizer"),
@@ -261,8 +261,8 @@ def test_counting():
         ({"epochs": 3}, TypeError, "epochs"),
     ],
 )
-def test_bad_options(ddim, options, error, said):
-    with pytest.raises(error, match=said):
+def test_bad_options(ddim, options, error, message):
+    with pytest.raises(error, match=message):
         dq.DEQInverter(Bend(), ddim(5), method="gradient", **options)
 
 

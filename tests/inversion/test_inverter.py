@@ -153,7 +153,7 @@ def test_editing_starts_from_the_trajectory(mixture, ddim):
     assert again.stats.rounds < inv.stats.rounds
 
 
-class Wild:
+class Folding:
     """A model whose step folds and expands: no nearby state maps to a given image."""
 
     def __call__(self, x, t):
@@ -163,7 +163,7 @@ class Wild:
 @pytest.mark.parametrize("method", ["equilibrium", "fixed_point", "ddim"])
 def test_a_hopeless_inversion_is_said(ddim, method):
     image = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    inv = dq.DEQInverter(Wild(), ddim(10), method, max_rounds=40).invert(image)
+    inv = dq.DEQInverter(Folding(), ddim(10), method, max_rounds=40).invert(image)
     assert not inv.converged.any()
     assert inv.noise.isfinite().all()
     assert (inv.error > 1e-3).all()
@@ -187,13 +187,13 @@ def test_on_failure(mixture, ddim):
 def test_callbacks_see_it_and_stop_it(mixture, ddim):
     seen = []
 
-    def watch(info):
+    def record(info):
         seen.append((info.round, info.front.clone(), info.residual.clone()))
         assert info.noise().shape == (2, *SHAPE)
         return len(seen) == 3
 
     image = pictures(mixture(), ddim(20))
-    inv = dq.DEQInverter(mixture(), ddim(20)).invert(image, callback=watch, progress=True)
+    inv = dq.DEQInverter(mixture(), ddim(20)).invert(image, callback=record, progress=True)
     assert [k for k, _, _ in seen] == [1, 2, 3]
     assert inv.stats.rounds == 3
     assert inv.stats.stop_reason == "callback"

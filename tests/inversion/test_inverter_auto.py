@@ -7,7 +7,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.inversion import FixedPoint
-from deqdiff_fast.inversion.automatic import Automatic, Record, RoundEstimate
+from deqdiff_fast.inversion.automatic import Automatic, InversionHistory, InversionWork
 from deqdiff_fast.planner import measure as cost
 
 SHAPE = (3, 8, 8)
@@ -46,12 +46,12 @@ def test_it_learns_what_methods_take(mixture, ddim, image, monkeypatch):
     first = inverter.invert(image).stats.solver
     second = inverter.invert(image).stats.solver
     assert {first, second} == {"equilibrium", "fixed_point"}
-    record = Record()
-    record.learn("equilibrium", RoundEstimate(30, 200), 2.0)
-    assert record.effort["equilibrium"] == RoundEstimate(30, 200)
-    record.learn("equilibrium", RoundEstimate(50, 400), 4.0)
-    assert record.effort["equilibrium"] == RoundEstimate(40, 300)
-    assert record.correction["equilibrium"] == pytest.approx(3.0)
+    history = InversionHistory()
+    history.record("equilibrium", InversionWork(30, 200), 2.0)
+    assert history.work["equilibrium"] == InversionWork(30, 200)
+    history.record("equilibrium", InversionWork(50, 400), 4.0)
+    assert history.work["equilibrium"] == InversionWork(40, 300)
+    assert history.correction["equilibrium"] == pytest.approx(3.0)
 
 
 def test_what_it_measures_is_shared(mixture, ddim, image, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import available_backends
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)

@@ -21,7 +21,8 @@ from deqdiff_fast.kernels import (
     newton_scan,
     newton_scan_bytes,
 )
-from deqdiff_fast.loop.device import Lookahead, _Loop
+from deqdiff_fast.loop.device import DeviceLoop
+from deqdiff_fast.loop.task import Lookahead
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SETTINGS = {"scope": "triangular", "ridge": 1e-3, "relative_ridge": True, "damping": 0.8, "stale": 1e6}
@@ -175,7 +176,7 @@ def test_triton_rounds_allocate_nothing(counter, monkeypatch, ddim, solver, wind
     """The loop that runs on a GPU, from the second round on: nothing at all, or where a window slides no rows; bounds
     and the numbers of what enters, a few for each sample, are new tensors then."""
     monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: Lookahead(near=0.0))
-    mode, rounds, step = counter(1 if window == "auto" else WIDTH), [], _Loop.step
+    mode, rounds, step = counter(1 if window == "auto" else WIDTH), [], DeviceLoop.step
 
     def watched(self, round):
         mode.found.clear()
@@ -184,7 +185,7 @@ def test_triton_rounds_allocate_nothing(counter, monkeypatch, ddim, solver, wind
         mode.counting = False
         rounds.append(list(mode.found))
 
-    monkeypatch.setattr(_Loop, "step", watched)
+    monkeypatch.setattr(DeviceLoop, "step", watched)
     mode.counting = False
     start = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
     options = {"solver": solver, "window": window, "backend": "triton", "tol": 1e-3, "max_rounds": 4}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast.loop.coarse_grids import grid, grid_sizes, interpolation
+from deqdiff_fast.loop.coarse_grids import grid, interpolation
 
 
 def test_doubled_grids_are_nested():
@@ -29,34 +29,34 @@ def test_interpolation_is_exact_for_lines_and_at_its_own_timesteps():
 
 def test_grids_that_are_worth_their_round():
     solver = dq.QuasiNewton(coarse=(4, 8, 16, 64))
-    assert grid_sizes(solver, 9, 9, False) == ()
-    assert grid_sizes(solver, 20, 20, False) == (4, 8)
-    assert grid_sizes(solver, 100, 100, False) == (4, 8, 16)
-    assert grid_sizes(solver, 1000, 1000, False) == (4, 8, 16, 64)
-    assert grid_sizes(solver, 20, 20, True) == ()
-    assert grid_sizes(solver, 30, 30, True) == (8,)
-    assert grid_sizes(solver, 50, 50, True) == (16,)
-    assert grid_sizes(solver, 100, 100, True) == (16,)
-    assert grid_sizes(solver, 1000, 1000, True) == (64,)
-    assert grid_sizes(dq.QuasiNewton(coarse=(4,)), 1000, 1000, True) == ()
-    assert grid_sizes(solver, 1000, 999, False) == ()
-    assert grid_sizes(dq.Picard(), 100, 100, False) == ()
+    assert solver.coarse_grids(9, 9, False) == ()
+    assert solver.coarse_grids(20, 20, False) == (4, 8)
+    assert solver.coarse_grids(100, 100, False) == (4, 8, 16)
+    assert solver.coarse_grids(1000, 1000, False) == (4, 8, 16, 64)
+    assert solver.coarse_grids(20, 20, True) == ()
+    assert solver.coarse_grids(30, 30, True) == (8,)
+    assert solver.coarse_grids(50, 50, True) == (16,)
+    assert solver.coarse_grids(100, 100, True) == (16,)
+    assert solver.coarse_grids(1000, 1000, True) == (64,)
+    assert dq.QuasiNewton(coarse=(4,)).coarse_grids(1000, 1000, True) == ()
+    assert solver.coarse_grids(1000, 999, False) == ()
+    assert dq.Picard().coarse_grids(100, 100, False) == ()
 
 
 def test_grids_beside_a_draft_are_made_to_fit():
     solver = dq.Drafted(coarse=(8, 32))
-    assert grid_sizes(solver, 9, 9, False) == ()
-    assert grid_sizes(solver, 20, 20, False) == (8,)
-    assert grid_sizes(solver, 28, 28, False) == (8, 13)
-    assert grid_sizes(solver, 50, 50, False) == (8, 24)
-    assert grid_sizes(solver, 255, 255, False) == (8, 32)
-    assert grid_sizes(solver, 1000, 1000, False) == (8, 32, 64)
-    assert grid_sizes(solver, 50, 50, True) == (19,)
-    assert grid_sizes(solver, 1000, 1000, True) == (16, 64, 256, 256)
-    assert grid_sizes(solver, 256, 256, True) == (16, 64, 127)
-    assert grid_sizes(dq.Drafted(coarse=(4,)), 50, 50, False) == (4,)
-    assert grid_sizes(dq.Drafted(coarse=()), 50, 50, False) == ()
-    assert grid_sizes(dq.Drafted(coarse=()), 1000, 1000, True) == ()
+    assert solver.coarse_grids(9, 9, False) == ()
+    assert solver.coarse_grids(20, 20, False) == (8,)
+    assert solver.coarse_grids(28, 28, False) == (8, 13)
+    assert solver.coarse_grids(50, 50, False) == (8, 24)
+    assert solver.coarse_grids(255, 255, False) == (8, 32)
+    assert solver.coarse_grids(1000, 1000, False) == (8, 32, 64)
+    assert solver.coarse_grids(50, 50, True) == (19,)
+    assert solver.coarse_grids(1000, 1000, True) == (16, 64, 256, 256)
+    assert solver.coarse_grids(256, 256, True) == (16, 64, 127)
+    assert dq.Drafted(coarse=(4,)).coarse_grids(50, 50, False) == (4,)
+    assert dq.Drafted(coarse=()).coarse_grids(50, 50, False) == ()
+    assert dq.Drafted(coarse=()).coarse_grids(1000, 1000, True) == ()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])

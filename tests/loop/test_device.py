@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import advance_window, copy_rows
-from deqdiff_fast.kernels.advance_window import limit
-from deqdiff_fast.loop.base import forget_rows
-from deqdiff_fast.loop.device import Lookahead, _Loop
+from deqdiff_fast.loop.device import DeviceLoop
+from deqdiff_fast.loop.rows import clear_rows
+from deqdiff_fast.loop.stopping import StoppingRule
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.loop.window import Window
 from deqdiff_fast.solver import draft as drafted
 
@@ -55,7 +56,7 @@ class NoLook(TorchDispatchMode):
 @pytest.fixture
 def unseen(monkeypatch, mixture):
     """A guard that watches the rounds that the host queues, and a model that may look."""
-    guard, model, queue = NoLook(), mixture(), _Loop.queue
+    guard, model, queue = NoLook(), mixture(), DeviceLoop.queue
     guard.looking = True
 
     def watched(self):
@@ -69,7 +70,7 @@ def unseen(monkeypatch, mixture):
         guard.looking = was
         return out
 
-    monkeypatch.setattr(_Loop, "queue", watched)
+    monkeypatch.setattr(DeviceLoop, "queue", watched)
     return guard, private
 
 
@@ -98,8 +99,8 @@ def test_advance_window_decides_as_the_host_does(seed):
         )
         for b, step in first.items():
             residual[step : old_hi[b], b] = float("inf")
-        limits = limit(torch.tensor(worst, dtype=torch.float64), *ends).tolist()
-        worst = window.advance(residual.t().tolist(), 1e-3, limits)
+        rule = StoppingRule(1e-3, ends[0], reach=ends[1], allowed=ends[2])
+        worst = rule.advance(window, residual.t().tolist(), torch.tensor(worst, dtype=torch.float64))
         assert lo.tolist() == window.lo == verdict[0].int().tolist()
         assert hi.tolist() == window.hi == verdict[1].int().tolist()
         assert was[0].tolist() == old_lo
@@ -120,7 +121,7 @@ def test_copies_between_bounds():
     first, last = torch.tensor([0, 3, 5]), torch.tensor([4, 3, 9])
     filled = torch.full((4, 3), 7, dtype=torch.int32)
     copy_rows(target, ring, first.int(), last.int())
-    forget_rows(filled, first.int(), (last - (last > 6).int()).int())
+    clear_rows(filled, first.int(), (last - (last > 6).int()).int())
     for b in range(3):
         inside = range(int(first[b]), int(last[b]))
         for i in range(9):
@@ -223,15 +224,17 @@ def test_out_of_rounds(late, mixture, ddim, noise, relative_error):
 
 # What a device round runs through, and the one place where the host may look.
 HOT = {
-    "deqdiff_fast/solver/late.py": ("queue", "step", "post", "read"),
-    "deqdiff_fast/solver/picard.py": ("step", "settle", "enter"),
+    "deqdiff_fast/loop/device.py": ("queue", "step"),
+    "deqdiff_fast/loop/device_state.py": ("enqueue", "read"),
+    "deqdiff_fast/loop/stopping.py": ("mark_converged", "advance_on_device", "reset_steps"),
+    "deqdiff_fast/solver/picard.py": ("step",),
     "deqdiff_fast/solver/anderson.py": ("step", "settle", "enter"),
-    "deqdiff_fast/solver/quasi_newton.py": ("step", "settle", "enter"),
-    "deqdiff_fast/solver/draft_sweep.py": ("sweep", "heard"),
-    "deqdiff_fast/drafting.py": ("row", "rows", "_ask"),
-    "deqdiff_fast/workspace.py": ("evaluate", "rebuild"),
-    "deqdiff_fast/system.py": ("evaluate", "_evaluate", "_clip", "expand_kwargs", "pad"),
-    "deqdiff_fast/guesses.py": ("_nonlinear_part", "linear_scan"),
+    "deqdiff_fast/solver/quasi_newton.py": ("step", "enter"),
+    "deqdiff_fast/solver/draft_rollout.py": ("make_pass", "sanitized"),
+    "deqdiff_fast/model/draft_calls.py": ("row", "rows", "_ask"),
+    "deqdiff_fast/engine/workspace.py": ("evaluate", "rebuild"),
+    "deqdiff_fast/model/batched.py": ("evaluate", "_evaluate", "_clip", "expand_kwargs", "pad"),
+    "deqdiff_fast/engine/initial_guess.py": ("_nonlinear_part", "linear_scan"),
     "kernels/advance_window/reference.py": ("advance_window",),
     "kernels/advance_window/_triton.py": ("launch",),
     "kernels/judge_steps/reference.py": ("judge_steps",),

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import advance_window
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.stopping import StoppingRule
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.loop.window import Window
 
 SAMPLES = 40
@@ -77,7 +78,8 @@ def test_host_and_device_decide_alike_about_the_first_row(residual, low, front):
     window.lo = [low]
     known = torch.tensor(residual, dtype=torch.float64)
     bad = (~known.isfinite()).cumsum(0) > 0
-    worst = window.advance([torch.where(bad, torch.inf, known).tolist()], 0.01, [0.03])
+    rule, seen = StoppingRule(0.01, 0.03), torch.where(bad, torch.inf, known)
+    worst = rule.advance(window, [seen.tolist()], torch.zeros(1, dtype=torch.float64))
     lo, hi = torch.tensor([low], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
     was, verdict, rows = (
         torch.zeros(2, 1, dtype=torch.int32),

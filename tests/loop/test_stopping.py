@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels.advance_window import limit
 from deqdiff_fast.kernels.judge_steps import FASTEST, SLOWEST
-from deqdiff_fast.loop.device import Lookahead
-from deqdiff_fast.loop.stopping import StallDetector, forget, judge
+from deqdiff_fast.loop.stopping import StallDetector, StoppingRule, reset_steps
+from deqdiff_fast.loop.task import Lookahead
 
 FREEZE, FLOOR = 1e-3, 1e-6
 
@@ -20,10 +21,11 @@ FREEZE, FLOOR = 1e-3, 1e-6
 def judged(*steps):
     """The judgement of the last of one row's steps, as a relative step."""
     previous = torch.empty(1, 1, dtype=torch.float64)
-    forget(previous)
+    reset_steps(previous)
+    rule, one = StoppingRule(FREEZE, 1.0, FLOOR), torch.ones(1, dtype=torch.float64)
     for step in steps:
         diff, norm = torch.tensor([[step**2 * 4.0]], dtype=torch.float64), torch.full((1, 1), 4.0, dtype=torch.float64)
-        judge(diff, norm, previous, FREEZE, FLOOR)
+        rule.mark_converged(SimpleNamespace(sq_diff=diff, sq_norm=norm, backend="auto"), previous, one)
     return float((diff / norm).sqrt())
 
 
@@ -91,11 +93,11 @@ def test_a_sample_that_hangs_on_an_early_choice(monkeypatch, mixture, ddim, rela
 
 def test_a_vigil_names_each_sample_once():
     vigil = StallDetector(3, dq.QuasiNewton(), 1e-3)
-    assert vigil.look([1.0, 1.0, 1.0]) == []
-    assert vigil.look([0.5, 0.95, 2.0]) == [1, 2]
-    assert vigil.look([0.49, 1.0, 3.0]) == [0]
-    assert vigil.look([1.0, 1.0, 1.0]) == []
+    assert vigil.update([1.0, 1.0, 1.0]) == []
+    assert vigil.update([0.5, 0.95, 2.0]) == [1, 2]
+    assert vigil.update([0.49, 1.0, 3.0]) == [0]
+    assert vigil.update([1.0, 1.0, 1.0]) == []
     quiet = StallDetector(1, dq.QuasiNewton(), 1e-3)
-    assert quiet.look([0.9e-3]) == []
-    assert quiet.look([0.9e-3]) == []
-    assert StallDetector(1, dq.Picard(), 1e-3).look([1.0]) == []
+    assert quiet.update([0.9e-3]) == []
+    assert quiet.update([0.9e-3]) == []
+    assert StallDetector(1, dq.Picard(), 1e-3).update([1.0]) == []

@@ -9,7 +9,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.model.padding import is_compiled, out_of_memory, padded_sizes
 
 
@@ -35,7 +35,7 @@ def test_few_sizes():
         assert worst < limit / 4 + 1
 
 
-@pytest.mark.parametrize("policy", [None, Lookahead()], ids=["host", "late"])
+@pytest.mark.parametrize("policy", [None, Lookahead()], ids=["host", "lookahead"])
 @pytest.mark.parametrize(("window", "max_batch"), [("auto", None), (11, None), ("auto", 16)])
 def test_a_compiled_model_sees_the_padded_sizes_only(monkeypatch, ddim, relative_error, policy, window, max_batch):
     monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: policy)

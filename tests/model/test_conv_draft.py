@@ -44,16 +44,16 @@ def test_untrained_it_is_the_linear_prediction(abar, ddim, noise, prediction):
 
 def test_prediction_types_say_the_same(abar, noise):
     x, t = noise(3), torch.tensor([3, 500, 999])
-    clean = {}
+    denoised = {}
     alpha, sigma = (root[t].float()[:, None, None, None] for root in (abar.sqrt(), (1 - abar).sqrt()))
     for kind in ("epsilon", "v_prediction", "sample"):
-        said = trained(abar, kind)(x, t)
-        clean[kind] = {
+        output = trained(abar, kind)(x, t)
+        denoised[kind] = {
             "epsilon": lambda e: (x - sigma * e) / alpha, "v_prediction": lambda v: alpha * x - sigma * v,
             "sample": lambda c: c,
-        }[kind](said) * alpha  # fmt: skip
-    assert torch.allclose(clean["epsilon"], clean["sample"], atol=1e-4)
-    assert torch.allclose(clean["v_prediction"], clean["sample"], atol=1e-4)
+        }[kind](output) * alpha  # fmt: skip
+    assert torch.allclose(denoised["epsilon"], denoised["sample"], atol=1e-4)
+    assert torch.allclose(denoised["v_prediction"], denoised["sample"], atol=1e-4)
 
 
 def test_it_is_on_disk_what_it_was(abar, noise, tmp_path):
@@ -76,8 +76,8 @@ def test_rows_times_and_dtypes(abar, noise):
     alone = torch.cat([draft(x[k : k + 1], t[k : k + 1]) for k in range(4)])
     assert torch.allclose(draft(x, t), alone, atol=1e-5)
     assert torch.allclose(draft(x, t.float()), alone, atol=1e-4)
-    between = draft(x[:1], torch.tensor([500.5]))
-    assert not torch.allclose(between, draft(x[:1], torch.tensor([500])), atol=1e-7)
+    interpolated = draft(x[:1], torch.tensor([500.5]))
+    assert not torch.allclose(interpolated, draft(x[:1], torch.tensor([500])), atol=1e-7)
     assert draft(x.bfloat16(), t).dtype == torch.bfloat16
     assert torch.allclose(draft(x, t, torch.ones(4, 5), labels=torch.ones(4)), draft(x, t))
 

@@ -7,7 +7,8 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.loop.coarse_grids import CoarseRounds
-from deqdiff_fast.loop.device import AsyncReadback, _Loop
+from deqdiff_fast.loop.device import DeviceLoop
+from deqdiff_fast.loop.device_state import AsyncReadback
 from deqdiff_fast.model.draft_calls import DraftCalls
 
 
@@ -114,7 +115,7 @@ def test_a_broken_model_is_named(device, ddim):
 @pytest.mark.parametrize("solver", ["quasi-newton", "draft", "triangular", "picard", "paradigms"])
 def test_the_host_waits_for_no_round(device, monkeypatch, ddim, solver, window):
     """Neither on coarse grids nor in the loop, whose verdicts come by mail."""
-    device.watch(monkeypatch, _Loop, "queue", "round")
+    device.watch(monkeypatch, DeviceLoop, "queue", "round")
     device.watch(monkeypatch, CoarseRounds, "run", "coarse")
     device.watch(monkeypatch, AsyncReadback, "read", "mail")
     stats = sampled(device, ddim(60), solver=solver, window=window)
@@ -127,7 +128,7 @@ def test_the_host_waits_for_no_round(device, monkeypatch, ddim, solver, window):
 def test_one_launch_between_two_calls_of_a_draft(device, monkeypatch, ddim):
     """Beside the draft's own work and the look-up of its timestep: what the solver adds is one kernel for each call,
     and a handful of operations for each round."""
-    device.watch(monkeypatch, _Loop, "queue", "round")
+    device.watch(monkeypatch, DeviceLoop, "queue", "round")
     device.watch(monkeypatch, DraftCalls, "row", "row")
     stats = sampled(device, ddim(100), solver="draft", window=100)
     rounds, row = stats.rounds - stats.coarse_rounds, device.launches["row"]

@@ -7,8 +7,8 @@ import gc
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast.schedule import cache as kept_module
-from deqdiff_fast.schedule.cache import MOST, kept
+from deqdiff_fast.schedule import cache
+from deqdiff_fast.schedule.cache import MOST, cached
 
 
 def test_made_once_for_each_key(ddim):
@@ -18,23 +18,23 @@ def test_made_once_for_each_key(ddim):
         made.append(None)
         return torch.zeros(3)
 
-    first = kept(schedule, "a", make)
-    assert kept(schedule, "a", make) is first
-    assert kept(schedule, "b", make) is not first
-    assert kept(other, "a", make) is not first
+    first = cached(schedule, "a", make)
+    assert cached(schedule, "a", make) is first
+    assert cached(schedule, "b", make) is not first
+    assert cached(other, "a", make) is not first
     assert len(made) == 3
     for k in range(MOST + 1):
-        kept(schedule, k, make)
-    assert kept(schedule, "a", make) is not first, "the oldest has gone"
+        cached(schedule, k, make)
+    assert cached(schedule, "a", make) is not first, "the oldest has gone"
 
 
 def test_gone_with_the_schedule(ddim):
     schedule = ddim(5)
-    kept(schedule, "a", lambda: torch.zeros(3))
-    before = len(kept_module._kept)
+    cached(schedule, "a", lambda: torch.zeros(3))
+    before = len(cache._cached)
     del schedule
     gc.collect()
-    assert len(kept_module._kept) < before
+    assert len(cache._cached) < before
 
 
 def test_a_solve_without_gradients_leaves_nothing_that_hinders_one_with_them(mixture, ddim, noise):
@@ -58,7 +58,7 @@ def test_batches_and_dtypes_are_told_apart(mixture, ddim, noise):
             assert float((found - serial).norm() / serial.norm()) < 1e-5
 
 
-def test_nothing_is_kept_where_somebody_looks(ddim):
+def test_nothing_is_cached_where_somebody_looks(ddim):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Looking(TorchDispatchMode):
@@ -67,5 +67,5 @@ def test_nothing_is_kept_where_somebody_looks(ddim):
 
     schedule = ddim(5)
     with Looking():
-        first = kept(schedule, "a", lambda: torch.zeros(3))
-    assert kept(schedule, "a", lambda: torch.zeros(3)) is not first
+        first = cached(schedule, "a", lambda: torch.zeros(3))
+    assert cached(schedule, "a", lambda: torch.zeros(3)) is not first

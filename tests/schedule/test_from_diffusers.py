@@ -16,7 +16,7 @@ diffusers = pytest.importorskip("diffusers")
 from deqdiff_fast.errors import NotAffineError  # noqa: E402
 from deqdiff_fast.schedule import Schedule  # noqa: E402
 from deqdiff_fast.schedule.from_diffusers import REFUSED, scheduler_fields  # noqa: E402
-from deqdiff_fast.schedule.probe import Part  # noqa: E402
+from deqdiff_fast.schedule.probe import StepRange  # noqa: E402
 
 diffusers.utils.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -254,7 +254,7 @@ def test_part_of_a_chain_as_image_to_image_runs_it(name):
     start, stop = 4 * scheduler.order, 10 * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
-    schedule = Schedule(**scheduler_fields(scheduler, None, part=Part(start, stop)))
+    schedule = Schedule(**scheduler_fields(scheduler, None, step_range=StepRange(start, stop)))
     assert torch.equal(schedule.timesteps, scheduler.timesteps[start:stop].to(schedule.timesteps.dtype))
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7))
     x, generator = noise * schedule.init_noise_sigma, torch.Generator().manual_seed(11)

@@ -74,8 +74,8 @@ def test_ddpm_is_equation_7_of_the_paper_at_every_step(kind, start):
             before = ABAR[t - 1] if t else torch.tensor(1.0, dtype=torch.float64)
             mean = before.sqrt() * betas[t] / (1 - ABAR[t]) * estimate(x, i)
             mean = mean + (1 - betas[t]).sqrt() * (1 - before) / (1 - ABAR[t]) * x
-            spread = betas[t] * (1 - before) / (1 - ABAR[t]) if variance == "fixed_small" else betas[t]
-            x = mean + (spread.sqrt() if t else 0) * noises[i]
+            added = betas[t] * (1 - before) / (1 - ABAR[t]) if variance == "fixed_small" else betas[t]
+            x = mean + (added.sqrt() if t else 0) * noises[i]
         torch.testing.assert_close(replay(schedule, start, noises), x, rtol=1e-8, atol=1e-10)
         assert not schedule.draws[-1]
 
@@ -139,14 +139,14 @@ def test_dpmpp_2m_is_second_order_and_euler_first():
         sigmas = torch.linspace(0.9, 0.2, n + 1, dtype=torch.float64) if flow else \
             torch.linspace(math.log(10), math.log(0.2), n + 1, dtype=torch.float64).exp()  # fmt: skip
         schedule = Schedule.from_sigmas(sigmas, method=method, flow=flow, prediction_type="sample")
-        spread = (schedule.signal**2 / 4 + schedule.sigma**2).sqrt()
-        states = [spread[0]]
+        deviation = (schedule.signal**2 / 4 + schedule.sigma**2).sqrt()
+        states = [deviation[0]]
         outputs = []
         for i in range(n):
-            outputs.append(schedule.signal[i] / 4 / spread[i] ** 2 * states[i])
+            outputs.append(schedule.signal[i] / 4 / deviation[i] ** 2 * states[i])
             states.append(sum(schedule.state_coef[i, k] * states[i - k] + schedule.model_coef[i, k] * outputs[i - k]
                               for k in range(min(schedule.lags, i + 1))))  # fmt: skip
-        return float((states[-1] - spread[-1]).abs())
+        return float((states[-1] - deviation[-1]).abs())
 
     for flow in (False, True):
         assert 1.8 < error("euler", 100, flow) / error("euler", 200, flow) < 2.2

@@ -11,15 +11,15 @@ CASES = [(1, 1), (2, 5), (20, 1), (50, 2), (60, 7), (100, 4), (1000, 16), (30, 1
 
 
 @pytest.mark.parametrize(("steps", "stride"), CASES)
-def test_pieces_cover_the_chain(steps, stride):
+def test_segments_cover_the_chain(steps, stride):
     anchors = Anchors(steps, stride)
-    assert anchors.at(torch.device("cpu")).tolist() == anchors.known()
+    assert anchors.rows(torch.device("cpu")).tolist() == anchors.known()
     assert anchors.count == len(anchors.known()) <= steps
-    pieces = anchors.pieces(0, steps)
+    pieces = anchors.segments(0, steps)
     assert [i for _, a, b in pieces for i in range(a, b)] == list(range(steps))
     assert [(n, a) for n, a, _ in pieces] == list(enumerate(anchors.known()))
     assert all(b - a <= stride for _, a, b in pieces)
-    some = anchors.pieces(steps // 3, steps // 2 + 1)
+    some = anchors.segments(steps // 3, steps // 2 + 1)
     assert some == [p for p in pieces if p.stop > steps // 3 and p.start < steps // 2 + 1]
 
 
@@ -27,10 +27,10 @@ def test_pieces_cover_the_chain(steps, stride):
 def test_what_is_linear_in_units_of_the_clean_sample_is_exact(steps, stride):
     anchors = Anchors(steps, stride)
     weight = torch.linspace(-1, -0.01, steps, dtype=torch.float64)
-    at = anchors.at(weight.device)
+    at = anchors.rows(weight.device)
     own = torch.searchsorted(at, torch.arange(steps), right=True) - 1  # the last anchor that is not later
     before = (own - 1).clamp_min(0)
-    shares = anchors.shares(weight)
+    shares = anchors.weights(weight)
 
     def taken(values):
         """What every row takes from the two anchors behind it: nothing comes from later ones."""
@@ -46,5 +46,5 @@ def test_what_is_linear_in_units_of_the_clean_sample_is_exact(steps, stride):
 
 
 def test_a_weight_of_zero_divides_nothing():
-    shares = Anchors(40, 4).shares(torch.zeros(40, dtype=torch.float64))
+    shares = Anchors(40, 4).weights(torch.zeros(40, dtype=torch.float64))
     assert shares.isfinite().all()

@@ -7,7 +7,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.schedule.tables import step_variance
 from deqdiff_fast.solver import Paradigms, resolve
 

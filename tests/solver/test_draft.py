@@ -8,7 +8,7 @@ from torch import Tensor
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.solver.anchors import Anchors
 
 TIGHT = {"tol": 1e-4, "max_batch": 512}

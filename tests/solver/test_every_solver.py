@@ -10,7 +10,7 @@ from solvers import SOLVERS
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.solver import NAMED
 
 HOST, DEVICE = None, Lookahead(near=0.0)

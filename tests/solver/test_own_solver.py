@@ -16,7 +16,7 @@ from solvers import RelaxedPicard
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import ddim_update
-from deqdiff_fast.loop.device import Lookahead
+from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.solver import Solver
 
 LOOPS = pytest.mark.parametrize("policy", [None, Lookahead(near=0.0)], ids=["host", "device"])

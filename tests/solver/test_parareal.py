@@ -69,7 +69,7 @@ def test_the_papers_iterates(mixture, ddim, noise, relative_error, steps, blocks
         at += (count - k) + (longest - 1 if k else 0)
         sweeps.append(at)
     assert len(seen) == out.stats.rounds == len(rows) == len(out.stats.residual_trace)
-    assert out.stats.rounds <= solver.most_rounds(steps)
+    assert out.stats.rounds <= solver.round_limit(steps)
     assert out.stats.model_evals == sum(rows)
     whole = sweeps[:2] if count == steps else sweeps[:-1]  # blocks of one step: the second sweep moves nothing
     for k, at in enumerate(whole):
@@ -88,7 +88,7 @@ def test_rounds_and_evaluations(mixture, ddim, noise):
     out = dq.DEQSampler(call, ddim(25), solver="parareal", tol=1e-30, max_batch=7).sample(noise(2).double())
     iteration = [[2 * left] * 4 + [2] * (left - 1) for left in (5, 4, 3, 2, 1)]
     wanted = [2] * 5 + list(itertools.chain(*iteration))
-    assert out.stats.rounds == len(wanted) == Parareal().most_rounds(25)
+    assert out.stats.rounds == len(wanted) == Parareal().round_limit(25)
     pieces = [piece for count in wanted for piece in (7,) * (count // 7) + ((count % 7,) if count % 7 else ())]
     assert rows == pieces
     assert out.stats.model_evals == sum(wanted)
@@ -104,7 +104,7 @@ def test_reaches_the_serial_sample(mixture, ddim, noise, relative_error, steps, 
     assert out.converged.all()
     assert (out.stats.solver, out.stats.stop_reason, out.stats.finished_serially) == ("parareal", "converged", 0)
     assert relative_error(out.sample, serial).max() <= tol
-    most = Parareal().most_rounds(steps)
+    most = Parareal().round_limit(steps)
     assert out.stats.rounds < most or steps == 20  # there the last of its four blocks may be what ends it
     assert out.stats.rounds == most or out.stats.residual_trace[-1].max() <= 0.7 * tol
 

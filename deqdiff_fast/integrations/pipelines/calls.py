@@ -1,4 +1,4 @@
-"""The calls of the denoiser that a pipeline makes for one timestep, recorded, and made again for many at once."""
+"""The calls of the denoiser that a pipeline makes for one timestep: recorded, and repeated for many at once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ..._types import unwrap_output
 from ...model.padding import is_compiled
-from .families import Family
-from .guidance import Guidance
+from ...model.sample_kwargs import select_rows
+from .families import Family, Guidance
 
 
 @dataclass
@@ -25,10 +26,11 @@ class Call:
 
     @classmethod
     def record(cls, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        rest = tree_map(lambda value: value, kwargs)  # containers of its own: some pipelines write into theirs
-        x = args[0] if args else rest.pop(family.inputs)
-        timestep = args[1] if len(args) > 1 else rest.pop("timestep")
-        return cls(x, timestep, rest, [_version(leaf) for leaf in tree_flatten(rest)[0]])
+        """The call that a pipeline makes with these arguments."""
+        extra = tree_map(lambda value: value, kwargs)  # containers of its own: some pipelines write into theirs
+        x = args[0] if args else extra.pop(family.inputs)
+        timestep = args[1] if len(args) > 1 else extra.pop("timestep")
+        return cls(x, timestep, extra, [_version(leaf) for leaf in tree_flatten(extra)[0]])
 
     def same_extra(self, other: Call) -> bool:
         """Whether another call passes the same conditions, none of them written to since this one."""
@@ -66,8 +68,9 @@ class GuidedModel:
         parts: list[Tensor] = []
         for call in self.calls:
             copies = self.copies(call)
-            inputs = {self.family.inputs: torch.cat([x] * copies), "timestep": self.family.clock(t, x).repeat(copies)}
-            output = output_of(self.denoiser(**inputs, **self._expand(call, rows)))
+            times = self.family.model_timestep(t, x).repeat(copies)
+            inputs = {self.family.inputs: torch.cat([x] * copies), "timestep": times}
+            output = unwrap_output(self.denoiser(**inputs, **self._expand(call, rows)))
             parts += self.parts(output, copies, x.shape[1])
         return self.guidance.combine(parts)
 
@@ -82,15 +85,9 @@ class GuidedModel:
         return list(output.chunk(copies))
 
     def _expand(self, call: Call, rows: Tensor) -> dict[str, Any]:
-        total = call.x.shape[0]
         index = torch.cat([rows + k * self.batch for k in range(self.copies(call))])
-
-        def take(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == total:
-                return value.index_select(0, index.to(value.device))
-            return value
-
-        return {k: v if k in self.family.shared else tree_map(take, v) for k, v in call.extra.items()}
+        per_row = {name: value for name, value in call.extra.items() if name not in self.family.shared}
+        return {**call.extra, **select_rows(per_row, len(call.x), index)}
 
     def _check(self, call: Call) -> None:
         total = call.x.shape[0]
@@ -105,9 +102,3 @@ class GuidedModel:
                         f"{name}: expected tensors with one row for each of the {total} rows of a model call, got "
                         f"shape {tuple(leaf.shape)}; which rows belong to which sample is not known"
                     )
-
-
-def output_of(result: Any) -> Tensor:
-    """The tensor in what a model of diffusers returns."""
-    value: Tensor = result[0] if isinstance(result, (tuple, list)) else getattr(result, "sample", result)
-    return value

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .guidance import Guidance
+from ...model.guidance import combine
 
 _ANY = {"generator", "num_inference_steps", "output_type", "return_dict"}
 _TEXT = _ANY | {
@@ -25,28 +25,36 @@ _MMDIT = _TEXT | _SECOND | {"joint_attention_kwargs", "max_sequence_length"}
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """scale and rescale as in diffusers; positive_first: the halves come as (with prompt, without)."""
+
+    scale: float
+    rescale: float
+    positive_first: bool
+
+    def combine(self, parts: list[Tensor]) -> Tensor:
+        """The prediction from one part (no guidance) or two, each (n, *shape)."""
+        if len(parts) == 1:
+            return parts[0]
+        positive, negative = parts if self.positive_first else reversed(parts)
+        return combine(negative, positive, self.scale, self.rescale)
+
+
+@dataclass(frozen=True)
 class Family:
-    """One kind of pipeline.
+    """One kind of pipeline."""
 
-    denoiser: the attribute that holds the model. inputs: the name of the model's first argument. options: arguments of
-    the pipeline's call that are supported. shared: inputs of the model that have no batch dimension. divisor: the
-    model's timestep is the scheduler's, in the dtype of the latents, over this (None: the scheduler's own).
-    positive_first: the order of the two halves of classifier-free guidance. doubled: the pipeline steps both halves,
-    which stay equal. variance: the model may also predict a variance, in further channels that are dropped.
-    scale: the argument that holds the guidance scale, where the pipeline has no attribute for it.
-    """
+    denoiser: str  # the attribute that holds the model
+    inputs: str  # the name of the model's first argument
+    options: frozenset[str]  # arguments of the pipeline's call that are supported
+    shared: frozenset[str] = frozenset()  # inputs of the model that have no batch dimension
+    divisor: float | None = None  # of the scheduler's timestep in the dtype of the latents; None: as the scheduler's
+    positive_first: bool = False  # the order of the two halves of classifier-free guidance
+    doubled: bool = False  # the pipeline steps both halves, which stay equal
+    variance: bool = False  # the model may also predict a variance, in further channels that are dropped
+    scale: str = ""  # the argument that holds the guidance scale, where the pipeline has no attribute for it
 
-    denoiser: str
-    inputs: str
-    options: frozenset[str]
-    shared: frozenset[str] = frozenset()
-    divisor: float | None = None
-    positive_first: bool = False
-    doubled: bool = False
-    variance: bool = False
-    scale: str = ""
-
-    def clock(self, timestep: Tensor, x: Tensor) -> Tensor:
+    def model_timestep(self, timestep: Tensor, x: Tensor) -> Tensor:
         """The model's timesteps from the scheduler's; x: the model's input."""
         return timestep if self.divisor is None else timestep.to(x.dtype) / self.divisor
 

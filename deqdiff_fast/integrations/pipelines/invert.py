@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...inverter import DEQInverter, Inversion
 from ...schedule import Schedule
-from .chain import Chain
 from .families import Family, family_of
-from .loop import Loop
+from .intercepted_loop import InterceptedLoop
 from .parallel import check_arguments, plain_class
+from .problem import DenoisingProblem
 from .proxies import installed
 
 _OWN = set(inspect.signature(DEQInverter.__init__).parameters) - {"self", "model", "schedule", "options"}
@@ -25,17 +25,25 @@ def invert(
 ) -> Inversion:
     """Find the latents from which a text-to-image pipeline makes an image: what to pass as its `latents`.
 
-    pipe: a pipeline of Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or Flux, parallelized or not, with its
-    scheduler as it is; guidance, multistep rules and noise are part of the chain that is inverted. image: anything that
-    the pipeline's image processor takes (PIL, arrays, tensors in [0, 1]), one or a batch, or latents (B, C, h, w), with
-    as many channels as the pipeline's decoder wants. prompt: one for all, or one for each image. generator: that of the
-    later call, in the same state, for a scheduler that adds noise. options: further arguments of the pipeline's call
-    (guidance_scale, negative_prompt ...) and those of `DEQInverter` (method, tol, max_rounds, window, on_failure ...).
+    Args:
+        pipe: a pipeline of Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or Flux, parallelized or not, with
+            its scheduler as it is; guidance, multistep rules and noise are part of the chain that is inverted.
+        image: anything that the pipeline's image processor takes (PIL, arrays, tensors in [0, 1]), one or a batch, or
+            latents (B, C, h, w), with as many channels as the pipeline's decoder wants.
+        prompt: one for all, or one for each image.
+        num_inference_steps: T.
+        generator: that of the later call, in the same state, for a scheduler that adds noise.
+        **options: further arguments of the pipeline's call (guidance_scale, negative_prompt ...) and those of
+            `DEQInverter` (method, tol, max_rounds, window, on_failure ...).
 
-    Returns an `Inversion`: `noise` (B, ...) are the latents to pass, `reconstruction` what the serial chain makes of
-    them, `error` its relative L2 distance from the image's own latents, which the decoder turns into the image (up to
-    what the autoencoder itself loses). Call the pipeline with the same arguments otherwise.
-    Raises TypeError for other pipelines, ValueError for arguments that are not supported, and as `DEQInverter`.
+    Returns:
+        An `Inversion`: `noise` (B, ...) are the latents to pass, `reconstruction` what the serial chain makes of them,
+        `error` its relative L2 distance from the image's own latents, which the decoder turns into the image (up to
+        what the autoencoder itself loses). Call the pipeline with the same arguments otherwise.
+
+    Raises:
+        TypeError: another pipeline.
+        ValueError: an argument that is not supported. And as `DEQInverter`.
     """
     family = family_of(pipe)
     takes = set(inspect.signature(plain_class(pipe).__call__).parameters)
@@ -56,11 +64,12 @@ def invert(
             if "prompt" in name and isinstance(text, str):
                 texts[name] = [text] * len(target)
         arguments = {"num_inference_steps": num_inference_steps, "generator": generator, "latents": target}
-        chain = record(pipe, family, size | texts | arguments | {"output_type": "latent"})
-        scale = float((chain.start * target).sum() / target.square().sum())
-        if not torch.allclose(chain.start, scale * target, rtol=1e-3, atol=1e-5 * scale):
+        problem = record(pipe, family, size | texts | arguments | {"output_type": "latent"})
+        scale = float((problem.start * target).sum() / target.square().sum())
+        if not torch.allclose(problem.start, scale * target, rtol=1e-3, atol=1e-5 * scale):
             raise ValueError(f"latents: {type(pipe).__name__} does more to them than a multiplication by a number")
-        found = DEQInverter(chain.model, chain.schedule, **settings).invert(target, chain.rows(), chain.generator)
+        inverter = DEQInverter(problem.model, problem.schedule, **settings)
+        found = inverter.invert(target, problem.rows(), problem.generator)
     return replace(found, noise=found.noise / scale)
 
 
@@ -93,13 +102,13 @@ class _Recorded(Exception):
     """Ends a pipeline's call at the first step of its loop."""
 
 
-class _Recorder(Loop):
+class _Recorder(InterceptedLoop):
     def _solve(self) -> Any:
         raise _Recorded
 
 
-def record(pipe: Any, family: Family, arguments: dict[str, Any]) -> Chain:
-    """The chain that a call of the pipeline would run; no call of its denoiser is made."""
+def record(pipe: Any, family: Family, arguments: dict[str, Any]) -> DenoisingProblem:
+    """What a call of the pipeline would compute; no call of its denoiser is made."""
     plain = plain_class(pipe).__call__
     bound = inspect.signature(plain).bind(pipe, **arguments)
     check_arguments(pipe, family, bound)
@@ -115,6 +124,6 @@ def record(pipe: Any, family: Family, arguments: dict[str, Any]) -> Chain:
     finally:
         pipe.set_progress_bar_config(**(bar or {}))
         pipe.maybe_free_model_hooks()
-    if loop.chain is None:
+    if loop.problem is None:
         raise ValueError(f"num_inference_steps: {type(pipe).__name__} makes no step with these arguments")
-    return loop.chain
+    return loop.problem

@@ -12,7 +12,7 @@ import torch
 from ...sampler import DEQSampler
 from ...schedule import Schedule
 from .families import Family, family_of
-from .loop import Loop
+from .intercepted_loop import InterceptedLoop
 from .proxies import installed
 
 Pipe = TypeVar("Pipe")
@@ -21,22 +21,29 @@ _SETTINGS = "_deqdiff_options"
 
 
 def parallelize(pipe: Pipe, **options: Any) -> Pipe:
-    """Let a diffusers pipeline solve its denoising loop in parallel; returns the same object.
-
-    pipe: DDIMPipeline, DDPMPipeline, DiTPipeline, or a text-to-image or image-to-image pipeline of Stable Diffusion,
-    Stable Diffusion XL, Stable Diffusion 3 or Flux, with any scheduler that `Schedule.from_diffusers` takes.
-    options: those of `DEQSampler` (solver, tol, max_rounds, window, on_failure, max_batch, spectrum ...). A row of
-    `max_batch` is one sample at one timestep, and is two rows of the model's call where guidance takes both halves at
-    once.
+    """Let a diffusers pipeline solve its denoising loop in parallel.
 
     Everything but the loop is the pipeline's own code; `callback_on_step_end` is called once for each timestep, in
     order, after the solve, with that timestep's latents. Where a callback changes the latents, the prompt or the
-    guidance, the rest of the chain is sampled serially. Setting `pipe._interrupt` ends a running solve after its
+    guidance, the remaining steps are made serially. Setting `pipe._interrupt` ends a running solve after its
     round. `pipe.last_solution` is the `Solution` of the last call (without its trajectory), None before the first.
     Calling it again replaces the options; `restore(pipe)` undoes it.
 
-    Raises TypeError for other pipelines and unknown options, ValueError for bad ones; the pipeline's call raises
-    ValueError for arguments that are not supported, before any work, and NotAffineError for schedulers that are not.
+    Args:
+        pipe: DDIMPipeline, DDPMPipeline, DiTPipeline, or a text-to-image or image-to-image pipeline of Stable
+            Diffusion, Stable Diffusion XL, Stable Diffusion 3 or Flux, with any scheduler that
+            `Schedule.from_diffusers` takes.
+        **options: those of `DEQSampler` (solver, tol, max_rounds, window, on_failure, max_batch, spectrum ...). A row
+            of `max_batch` is one sample at one timestep, and is two rows of the model's call where guidance takes both
+            halves at once.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: another pipeline, or an unknown option.
+        ValueError: a bad option. The pipeline's call raises it for arguments that are not supported, before any work,
+            and NotAffineError for schedulers that are not.
     """
     family_of(pipe)
     DEQSampler(lambda x, t: x, Schedule.ddim([0.9, 0.5], [1, 0]), **options)
@@ -50,7 +57,11 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
 
 
 def restore(pipe: Pipe) -> Pipe:
-    """Undo `parallelize`; returns the same object. A pipeline that is not parallel stays as it is."""
+    """Undo `parallelize`; a pipeline that is not parallel stays as it is.
+
+    Returns:
+        The same object.
+    """
     _leave(pipe)
     vars(pipe).pop("last_solution", None)
     return pipe
@@ -77,7 +88,7 @@ def _derived(base: type) -> type:
         family = family_of(self)
         bound = inspect.signature(plain).bind(self, *args, **kwargs)
         check_arguments(self, family, bound)
-        loop = Loop(self, family, vars(self)[_SETTINGS], bound.arguments)
+        loop = InterceptedLoop(self, family, vars(self)[_SETTINGS], bound.arguments)
         vars(self)["last_solution"] = None
         vars(self).pop("_num_timesteps", None)
         with installed(self, loop.proxies()):
@@ -93,8 +104,8 @@ def check_arguments(pipe: Any, family: Family, bound: inspect.BoundArguments) ->
     """Refuse what the loop would not honour; fills in the defaults of what was not passed."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     given = dict(list(bound.arguments.items())[1:])  # without self
-    rest = next((name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD), "")
-    given |= given.pop(rest, {})
+    extra = next((name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD), "")
+    given |= given.pop(extra, {})
     for name, value in given.items():
         default = parameters[name].default if name in parameters else None
         if name in family.options or value is None or value is default:

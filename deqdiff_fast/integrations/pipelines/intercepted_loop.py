@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ...errors import DeqDiffError
+from ...schedule.probe import next_state
 from ...solution import RoundInfo, Solution
 from .calls import Call
-from .chain import Chain
 from .families import Family
+from .problem import DenoisingProblem
 from .proxies import DenoiserProxy, scheduler_proxy
 from .random_state import RandomState
 
@@ -27,13 +28,13 @@ _HISTORY_ROWS = 64
 _PROBE_TOLERANCE = 8  # in units of the dtype's rounding: the same operations on the same numbers
 
 
-class Loop:
+class InterceptedLoop:
     """The state machine behind the proxies of one pipeline call."""
 
     def __init__(self, pipe: Any, family: Family, options: dict[str, Any], arguments: dict[str, Any]) -> None:
         self.pipe, self.family, self.options, self.arguments = pipe, family, options, arguments
         self.denoiser, self.scheduler = vars(pipe)[family.denoiser], vars(pipe)["scheduler"]
-        self.chain: Chain | None = None
+        self.problem: DenoisingProblem | None = None
         self.solution: Solution | None = None
         self.states = torch.empty(0)  # (T + 1, B, *shape)
         self.index = 0
@@ -63,7 +64,7 @@ class Loop:
         if self.serial:
             return self.denoiser(*args, **kwargs)
         call = Call.record(self.family, args, kwargs)
-        if self.chain is not None and (change := self._change(call)):
+        if self.problem is not None and (change := self._change(call)):
             self._take_over(change)
             x = self.scheduler.scale_model_input(call.x, self._timestep()) if self.scaled else call.x
             return self.denoiser(**call.extra, **{self.family.inputs: x, "timestep": call.timestep})
@@ -79,59 +80,59 @@ class Loop:
         """In place of the scheduler's `step`."""
         if self.serial:
             result = self.scheduler.step(model_output, timestep, sample, **kwargs)
-            self.states = output_of_step(result)
+            self.states = next_state(result)
             self.index += 1
             return result
         as_dict = kwargs.pop("return_dict", True)
-        if self.chain is None:
+        if self.problem is None:
             self._begin(timestep, sample, kwargs)
-        assert self.chain is not None
+        assert self.problem is not None
         self._check_guidance(model_output)
         if self.solution is None:
             self.solution = self._solve()
         self.index += 1
         self.calls, self.scaled = [], False
-        state = torch.cat([self.states[self.index]] * self.chain.halves)
+        state = torch.cat([self.states[self.index]] * self.problem.halves)
         return _Output(prev_sample=state) if as_dict else (state,)
 
     def finish(self) -> None:
-        """After the pipeline's call: what the scheduler did after taking over belongs to the solution, too."""
-        if self.solution is not None and self.serial and self.chain is not None:
-            made = self.index - self.taken_over_at
+        """After the pipeline's call: what the scheduler did after it took over belongs to the solution, too."""
+        if self.solution is not None and self.serial and self.problem is not None:
+            steps = self.index - self.taken_over_at
             stats = self.solution.stats
-            stats.finished_serially += made
-            stats.model_evals += made * len(self.chain.start)
-            stats.model_calls += made
-            if made:
-                self.solution.sample = self.states[: len(self.chain.start)]
+            stats.finished_serially += steps
+            stats.model_evals += steps * len(self.problem.start)
+            stats.model_calls += steps
+            if steps:
+                self.solution.sample = self.states[: len(self.problem.start)]
 
     def _begin(self, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> None:
         guidance = self.family.guidance(self.pipe, self.arguments)
         count = vars(self.pipe).get("_num_timesteps")
-        self.chain = chain = Chain.build(
+        self.problem = problem = DenoisingProblem.build(
             self.denoiser, self.scheduler, self.family, self.calls, guidance, timestep, sample, kwargs, count
         )
         for call in self.calls:
-            tiled = torch.cat([chain.start] * chain.model.copies(call))
-            if not torch.equal(call.x, tiled) or not torch.equal(sample, torch.cat([chain.start] * chain.halves)):
+            tiled = torch.cat([problem.start] * problem.model.copies(call))
+            if not torch.equal(call.x, tiled) or not torch.equal(sample, torch.cat([problem.start] * problem.halves)):
                 raise self._unknown("prepares its model's input")
             if not self._on_time(call):
                 raise self._unknown("passes timesteps to its model")
 
     def _solve(self) -> Solution:
-        chain = self.chain
-        assert chain is not None
-        self.random = RandomState(chain.generator if chain.schedule.stochastic else None, chain.start.device)
+        problem = self.problem
+        assert problem is not None
+        self.random = RandomState(problem.generator if problem.schedule.stochastic else None, problem.start.device)
         front = [0]
 
-        def watch(info: RoundInfo) -> bool:
+        def on_round(info: RoundInfo) -> bool:
             front[0] = int(info.front.min())
             return bool(getattr(self.pipe, "_interrupt", False))
 
         # on a GPU a callback costs a wait every round: it is worth that only where someone may interrupt
-        watched = chain.start.device.type == "cpu" or self.arguments.get("callback_on_step_end") is not None
-        solution = chain.sampler(self.options).sample(
-            chain.start, chain.rows(), chain.noise(), watch if watched else None, return_trajectory=True
+        monitored = problem.start.device.type == "cpu" or self.arguments.get("callback_on_step_end") is not None
+        solution = problem.sampler(self.options).sample(
+            problem.start, problem.rows(), problem.noise(), on_round if monitored else None, return_trajectory=True
         )
         assert solution.trajectory is not None
         self.states, solution.trajectory = solution.trajectory, None
@@ -146,13 +147,13 @@ class Loop:
         return torch.randn(shape, generator=own).to(x.device, x.dtype)
 
     def _check_guidance(self, guided: Tensor) -> None:
-        """What the pipeline has made of the probes must be what our guidance makes of them."""
-        chain = self.chain
-        assert chain is not None
+        """What the pipeline computes from the probes must be what our guidance computes from them."""
+        problem = self.problem
+        assert problem is not None
         parts: list[Tensor] = []
         for call, probe in zip(self.calls, self.probes):
-            parts += chain.model.parts(probe, chain.model.copies(call), chain.start.shape[1])
-        ours = torch.cat([chain.model.guidance.combine(parts)] * chain.halves)
+            parts += problem.model.parts(probe, problem.model.copies(call), problem.start.shape[1])
+        ours = torch.cat([problem.model.guidance.combine(parts)] * problem.halves)
         if ours.shape == guided.shape:
             apart, size = (ours - guided).float().norm(), ours.float().norm()
             if bool(apart <= _PROBE_TOLERANCE * torch.finfo(ours.dtype).eps * size):
@@ -161,16 +162,16 @@ class Loop:
 
     def _change(self, call: Call) -> str:
         """What differs between this call and what was solved for; empty if nothing does."""
-        chain = self.chain
-        assert chain is not None
+        problem = self.problem
+        assert problem is not None
         number = len(self.calls)
-        if self.index >= len(chain.timesteps):
+        if self.index >= len(problem.timesteps):
             return "more timesteps"
-        if number >= len(chain.model.calls):
+        if number >= len(problem.model.calls):
             return "another model call"
-        solved = chain.model.calls[number]
-        tiled = torch.cat([self.states[self.index]] * chain.model.copies(solved))
-        if call.x.shape != tiled.shape or self.family.guidance(self.pipe, self.arguments) != chain.model.guidance:
+        solved = problem.model.calls[number]
+        tiled = torch.cat([self.states[self.index]] * problem.model.copies(solved))
+        if call.x.shape != tiled.shape or self.family.guidance(self.pipe, self.arguments) != problem.model.guidance:
             return "other guidance"
         if not torch.equal(call.x, tiled):
             return "other latents"
@@ -179,18 +180,18 @@ class Loop:
         return "" if self._on_time(call) else "another timestep"
 
     def _on_time(self, call: Call) -> bool:
-        expected = self.family.clock(self._timestep(), call.x)
+        expected = self.family.model_timestep(self._timestep(), call.x)
         return bool((torch.as_tensor(call.timestep, device=expected.device) == expected).all())
 
     def _timestep(self) -> Tensor:
-        assert self.chain is not None
-        timesteps = self.chain.timesteps if self.index < len(self.chain.timesteps) else self.scheduler.timesteps
+        assert self.problem is not None
+        timesteps = self.problem.timesteps if self.index < len(self.problem.timesteps) else self.scheduler.timesteps
         return timesteps[self.index]
 
     def _take_over(self, change: str) -> None:
         """Bring the scheduler to where the loop is, so that it can go on from states that are not the solved ones."""
-        chain, solution = self.chain, self.solution
-        assert chain is not None
+        problem, solution = self.problem, self.solution
+        assert problem is not None
         assert solution is not None
         if self.calls:
             raise self._unknown(f"changes its model's inputs within a step ({change})")
@@ -198,14 +199,14 @@ class Loop:
         self.random.restore()
         done = self.states[: self.index]
         outputs = list(torch.zeros_like(done))
-        if chain.schedule.lags > 1:
-            outputs = chain.outputs(done, self.options.get("max_batch") or _HISTORY_ROWS)
-            solution.stats.model_evals += len(done) * len(chain.start)
-        for output, t, state in zip(outputs, chain.timesteps, done):
+        if problem.schedule.lags > 1:
+            outputs = problem.outputs(done, self.options.get("max_batch") or _HISTORY_ROWS)
+            solution.stats.model_evals += len(done) * len(problem.start)
+        for output, t, state in zip(outputs, problem.timesteps, done):
             if self.scaled:
                 self.scheduler.scale_model_input(state, t)
-            both = [torch.cat([part] * chain.halves) for part in (output, state)]
-            self.scheduler.step(both[0], t, both[1], **chain.step_kwargs)
+            both = [torch.cat([part] * problem.halves) for part in (output, state)]
+            self.scheduler.step(both[0], t, both[1], **problem.step_kwargs)
         self.serial, self.taken_over_at = True, self.index
 
     def _unknown(self, what: str) -> DeqDiffError:
@@ -225,9 +226,3 @@ class _Output(dict[str, Tensor]):
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
-
-
-def output_of_step(result: Any) -> Tensor:
-    """The next state in what a scheduler's `step` returns."""
-    state: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
-    return state

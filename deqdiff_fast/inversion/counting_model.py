@@ -10,8 +10,14 @@ from torch import Tensor
 from .._types import Model, unwrap_output
 
 
-class Counted:
-    """The model as a plain callable: its parameters get no gradient. Counts are in rows (samples x timesteps)."""
+class CountingModel:
+    """The model as a plain callable, so that the sampler finds no parameters to differentiate.
+
+    Attributes:
+        evals: rows (samples x timesteps) of all calls.
+        calls: calls.
+        backpropagations: rows of all vector-Jacobian products.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model, self.evals, self.calls, self.backpropagations = model, 0, 0, 0
@@ -19,12 +25,11 @@ class Counted:
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
         self.calls, self.evals = self.calls + 1, self.evals + len(x)
-        output = self.model(x, t, **kwargs)
-        value = unwrap_output(output)
+        value = unwrap_output(self.model(x, t, **kwargs))
         if isinstance(value, Tensor) and value.requires_grad:
             hook: Callable[[Any], Any] = value.register_hook
-            hook(self._note)
+            hook(self._count_backward)
         return value
 
-    def _note(self, grad: Tensor) -> None:
+    def _count_backward(self, grad: Tensor) -> None:
         self.backpropagations += len(grad)

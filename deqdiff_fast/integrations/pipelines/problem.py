@@ -1,4 +1,4 @@
-"""From the first step of a pipeline's loop to the chain that the loop is about to run."""
+"""From the first step of a pipeline's loop to what the loop is about to compute."""
 
 from __future__ import annotations
 
@@ -14,43 +14,46 @@ from ...sampler import DEQSampler
 from ...schedule import Schedule
 from ...schedule.from_diffusers import scheduler_fields
 from ...schedule.noise import freeze
-from ...schedule.probe import Part, chain_timesteps, step_accepts
+from ...schedule.probe import StepRange, chain_timesteps, step_accepts
 from .calls import Call, GuidedModel
-from .families import Family
-from .guidance import Guidance
+from .families import Family, Guidance
 
 _CACHE_SIZE = 16
 _CACHE: OrderedDict[Any, Schedule] = OrderedDict()
 
 
 @dataclass
-class Chain:
-    """What a pipeline's loop computes: a model along a schedule from a start.
-
-    start: (B, *shape). halves: how often the start occurs in the sample that the pipeline steps. timesteps: (T,), the
-    scheduler's own. step_kwargs: what the pipeline passes to `step`, except `return_dict`.
-    """
+class DenoisingProblem:
+    """What a pipeline's loop computes: a model along a schedule from a start."""
 
     model: GuidedModel
     schedule: Schedule
-    start: Tensor
-    halves: int
-    timesteps: Tensor
-    step_kwargs: dict[str, Any]
+    start: Tensor  # (B, *shape)
+    halves: int  # how often the start occurs in the sample that the pipeline steps
+    timesteps: Tensor  # (T,), the scheduler's own
+    step_kwargs: dict[str, Any]  # what the pipeline passes to `step`, except `return_dict`
 
     @classmethod
     def build(
         cls, denoiser: Any, scheduler: Any, family: Family, calls: list[Call], guidance: Guidance,
         timestep: Any, sample: Tensor, step_kwargs: dict[str, Any], count: int | None,
-    ) -> Chain:  # fmt: skip
-        """count: number of steps of the loop, None for all that are left. Raises ValueError, NotAffineError."""
+    ) -> DenoisingProblem:  # fmt: skip
+        """The problem of a loop that is at its first step, after the calls of its denoiser.
+
+        Args:
+            timestep, sample, step_kwargs: of the call of the scheduler's `step`.
+            count: number of steps of the loop, None for all that are left.
+
+        Raises:
+            ValueError, NotAffineError: it is none that can be solved in parallel.
+        """
         halves = 2 if family.doubled and guidance.scale > 1 else 1
         start = sample[: len(sample) // halves]
-        part = _part(scheduler, timestep, count)
+        step_range = _step_range(scheduler, timestep, count)
         options = {k: v for k, v in step_kwargs.items() if k in step_accepts(scheduler)}
-        schedule = _schedule(scheduler, part, options)
+        schedule = _schedule(scheduler, step_range, options)
         model = GuidedModel(denoiser, family, calls, guidance, len(start))
-        return cls(model, schedule, start, halves, scheduler.timesteps[part.start : part.stop], step_kwargs)
+        return cls(model, schedule, start, halves, scheduler.timesteps[step_range.start : step_range.stop], step_kwargs)
 
     @property
     def generator(self) -> Any:
@@ -66,6 +69,7 @@ class Chain:
         return None if frozen is None else FrozenNoise(frozen.draws[:, : len(start)])
 
     def sampler(self, options: dict[str, Any]) -> DEQSampler:
+        """That of the model along the schedule."""
         return DEQSampler(self.model, self.schedule, **options)
 
     def rows(self) -> dict[str, Tensor]:
@@ -77,15 +81,15 @@ class Chain:
         steps, batch = states.shape[:2]
         step, sample = (k.flatten() for k in torch.meshgrid(torch.arange(steps), torch.arange(batch), indexing="ij"))
         scale = self.schedule.input_scale.to(states.device, states.dtype).view(-1, *[1] * (states.dim() - 2))
-        clock, flat = self.timesteps.to(states.device), states.flatten(0, 1)
+        times, flat = self.timesteps.to(states.device), states.flatten(0, 1)
         found = []
         for k in range(0, len(flat), rows):
             i, b = (index[k : k + rows].to(states.device) for index in (step, sample))
-            found.append(self.model(flat[k : k + rows] * scale[i], clock[i], b))
+            found.append(self.model(flat[k : k + rows] * scale[i], times[i], b))
         return list(torch.cat(found).view_as(states)) if found else []
 
 
-def _part(scheduler: Any, timestep: Any, count: int | None) -> Part:
+def _step_range(scheduler: Any, timestep: Any, count: int | None) -> StepRange:
     """Which steps of the scheduler's chain a loop of `count` steps makes that begins at `timestep`."""
     every, first = [float(t) for t in chain_timesteps(scheduler)], float(timestep)
     begin = getattr(scheduler, "begin_index", None)
@@ -95,15 +99,15 @@ def _part(scheduler: Any, timestep: Any, count: int | None) -> Part:
     if begin not in places:
         last = len(every) - count if count is not None else places[0]
         begin = last if last in places else places[0]
-    return Part(begin, len(every) if count is None else min(begin + count, len(every)))
+    return StepRange(begin, len(every) if count is None else min(begin + count, len(every)))
 
 
-def _schedule(scheduler: Any, part: Part, options: dict[str, Any]) -> Schedule:
-    """The probed schedule; the last few are kept, since a pipeline is usually called with the same settings again."""
+def _schedule(scheduler: Any, step_range: StepRange, options: dict[str, Any]) -> Schedule:
+    """The probed schedule; the last few are cached, since a pipeline is usually called with the same settings again."""
     state = [(name, _frozen(value)) for name, value in sorted(vars(scheduler).items()) if name != "_internal_dict"]
-    key = (type(scheduler), tuple(state), repr(scheduler.config), part, repr(sorted(options.items())))
+    key = (type(scheduler), tuple(state), repr(scheduler.config), step_range, repr(sorted(options.items())))
     if key not in _CACHE:
-        _CACHE[key] = Schedule(**scheduler_fields(scheduler, None, part=part, **options))
+        _CACHE[key] = Schedule(**scheduler_fields(scheduler, None, step_range=step_range, **options))
         while len(_CACHE) > _CACHE_SIZE:
             _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)

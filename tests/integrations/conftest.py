@@ -1,0 +1,13 @@
+"""Tiny pipelines, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def make(tiny, tmp_path):
+    def make(name: str, rule: str | None = None, **config):
+        return tiny.build(name, tmp_path, rule, **config)
+
+    return make
