@@ -103,6 +103,7 @@ NAMES = {
 # A name that is right elsewhere is looked for in these folders only.
 ONLY_IN = {
     **dict.fromkeys(("plan", "scratch", "drive", "most_rounds"), "deqdiff_fast/solver/"),
+    **dict.fromkeys(("JOLT", "HOPE", "STICKY", "FORGIVE", "PATIENCE", "site", "price"), "deqdiff_fast/planner/"),
     **dict.fromkeys(("shares", "between", "turn", "held", "live", "over"), "deqdiff_fast/solver/"),
 }
 
@@ -246,12 +247,12 @@ def test_every_folder_has_its_tests() -> None:
         ("class A:\n    allowance: float = 0.0", "deqdiff_fast/x.py:2: `allowance`: say measure_budget"),
         ("def f(*, late=None): pass", "`late`: say lookahead"),
         ("def _take_up(): pass", "`_take_up`: say restart_sample"),
-        ("JOLT = 3", "`JOLT`: say OUTLIER_RATIO"),
         ("def f(plan): pass", None),
         ("from .solver.draft import Drafted", "Drafted: name no solver here"),
         ("getattr(self.solver, 'reach', 0.0)", "read an attribute of loop.base.Solver"),
         ("isinstance(solver, str) or isinstance(model, Module)", None),
         ("def f():\n    late = 1", None),
+        ("PATIENCE = 3", None),
     ],
 )
 def test_complaints(source: str, complaint: str | None) -> None:
