@@ -17,15 +17,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deqdiff_fast.kernels import _config
+from deqdiff_fast.kernels import _config, stopping
 from deqdiff_fast.kernels.advance_window import _triton as advance
-from deqdiff_fast.kernels.anderson_mix import _triton as anderson
-from deqdiff_fast.kernels.anderson_mix import _triton_solve as solve
+from deqdiff_fast.kernels.anderson_step import _triton as anderson
+from deqdiff_fast.kernels.anderson_step import _triton_solve as solve
 from deqdiff_fast.kernels.copy_rows import _triton as copies
 from deqdiff_fast.kernels.ddim_update import _triton as scan
 from deqdiff_fast.kernels.draft_scan import _triton as drafting
-from deqdiff_fast.kernels.draft_secants import _triton as remembering
-from deqdiff_fast.kernels.judge_steps import _triton as judging
+from deqdiff_fast.kernels.draft_secants import _triton as secants_of_draft
+from deqdiff_fast.kernels.mark_converged import _triton as marking
 from deqdiff_fast.kernels.newton_scan import _triton as newton
 from deqdiff_fast.kernels.newton_scan import _triton_linear as linear
 from deqdiff_fast.kernels.newton_scan import _triton_prepare as prepare
@@ -37,42 +37,16 @@ STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest element, which sets the block
 HISTORY = 5
 TABLES = (
-    "state_coef",
-    "model_coef",
-    "partials",
-    "gram",
-    "alpha",
-    "sq_diff",
-    "sq_norm",
-    "slope",
-    "e_hat",
-    "gains",
-    "products",
-    "gamma",
-    "previous",
-    "strict",
-    "shares",
-    "carry",
-    "dots",
-)
+    "state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat", "gains",
+    "products", "gamma", "previous", "strict", "weights", "carry", "dots", "decision",
+)  # fmt: skip
 STREAMS = (
-    "exact",
-    "states",
-    "predictions",
-    "drift",
-    "f",
-    "g",
-    "z",
-    "e",
-    "target",
-    "source",
-    "said",
-    "made",
-    "turn",
-    "rest",
-)
+    "exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source", "draft_output", "draft_cache",
+    "correction", "remainder",
+)  # fmt: skip
 HISTORIES = ("g", "z", "e")
-SINGLE = ("weights", "newton_norms", "bounds", "judge")  # one warp a program
+SETTINGS = ("ridge", "floor", "stale", "undamped", "freeze", "finish", "reach", "allowed")
+SINGLE = ("weights", "newton_norms", "window_bounds", "mark_converged")  # one warp a program
 
 
 def cases():
@@ -80,34 +54,34 @@ def cases():
     for storage in STORAGE:
         for lags in (1, 2):
             common = {"L": lags, "DRIFT": lags == 2}
-            yield scan.ddim_update_kernel, storage, common, "scan"
-            yield (
-                anderson.anderson_scan_kernel,
-                storage,
-                common | {"M": HISTORY, "K": 8, "MIXED": False},
-                "anderson_scan",
-            )
+            yield scan.ddim_update_kernel, storage, common, "ddim_update"
+            scanned = common | {"M": HISTORY, "K": 8, "MIXED": False}
+            yield anderson.anderson_scan_kernel, storage, scanned, "anderson_scan"
             for ring in (4, 8) if storage == "fp32" else (4,):
                 secants = common | {"RING": ring, "P": ring, "MIXED": False}
                 yield prepare.newton_prepare_kernel, storage, secants, "newton_prepare"
                 yield newton.newton_advance_kernel, storage, secants | {"SPECTRAL": True}, "newton_advance"
             if storage == "bf16":  # of the history what may be narrow in bf16, the states in fp32
-                mixed = common | {"M": HISTORY, "K": 8, "MIXED": False}
-                yield anderson.anderson_scan_kernel, "mixed", mixed, "anderson_scan"
+                yield anderson.anderson_scan_kernel, "mixed", scanned, "anderson_scan"
                 secants = common | {"RING": 4, "P": 4, "MIXED": True}
                 yield prepare.newton_prepare_kernel, "mixed", secants, "newton_prepare"
                 yield newton.newton_advance_kernel, "mixed", secants | {"SPECTRAL": True}, "newton_advance"
-            passes = common | {"SPECTRAL": True, "WILD": drafting.WILD, "SPAN": 32}
+            passes = common | {"SPECTRAL": True, "MAX_OUTPUT": drafting.MAX_OUTPUT, "SPAN": 32}
             for ring in (4, 8) if storage == "fp32" else (4,):
-                for charting in (False, True) if ring == 4 else (False,):
-                    given = passes | {"RING": ring, "P": ring, "CHARTING": charting}
+                for rollout in (False, True) if ring == 4 else (False,):
+                    given = passes | {"RING": ring, "P": ring, "ROLLOUT": rollout}
                     yield drafting.draft_scan_kernel, storage, given, "draft_scan"
             yield linear.newton_linear_kernel, storage, common | {"RING": lags - 1, "SPECTRAL": True}, "newton_linear"
         for damped in (False, True):
-            yield anderson.anderson_mix_kernel, storage, {"M": HISTORY, "DAMPED": damped, "MIXED": False}, "mix"
-        yield copies.copy_rows_kernel, storage, {}, "mix"
-        yield remembering.draft_gram_kernel, storage, {"RING": 4, "P": 4}, "draft_secants"
-    yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "mix"
+            yield (
+                anderson.anderson_mix_kernel,
+                storage,
+                {"M": HISTORY, "DAMPED": damped, "MIXED": False},
+                "anderson_mix",
+            )
+        yield copies.copy_rows_kernel, storage, {}, "copy_rows"
+        yield secants_of_draft.draft_gram_kernel, storage, {"RING": 4, "P": 4}, "draft_gram"
+    yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "anderson_mix"
     yield products.gains_kernel, "fp32", {"SPECTRAL": True}, "newton_prepare"
     for ring in (4, 8):
         sizes = {"RING": ring, "P": ring, "Q": ring, "DRIFT": False, "SPECTRAL": True}
@@ -115,27 +89,27 @@ def cases():
         yield products.products_kernel, "fp32", sizes | tile, "products"
         yield products.recursion_kernel, "fp32", {"P": ring, "Q": ring, "SPAN": 512}, "recursion"
         yield products.corrected_scan_kernel, "fp32", sizes, "newton_prepare"
-    rates = {"FASTEST": judging.FASTEST, "SLOWEST": judging.SLOWEST, "FIRST": judging.FIRST, "SPAN": 128}
-    yield judging.judge_kernel, "fp32", rates, "judge"
-    yield advance.bounds_kernel, "fp32", {"SPAN": 128}, "bounds"
-    yield advance.rows_kernel, "fp32", {"SPAN": 1024}, "rows"
+    rates = {name: getattr(stopping, name) for name in ("MIN_RATE", "MAX_RATE", "FIRST_RATE", "TINY")}
+    yield marking.mark_converged_kernel, "fp32", rates | {"SPAN": 128}, "mark_converged"
+    yield advance.window_bounds_kernel, "fp32", {"TINY": stopping.TINY, "SPAN": 128}, "window_bounds"
+    yield advance.active_rows_kernel, "fp32", {"SPAN": 1024}, "rows"
     yield linear.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"
     for ring in (2, 4, 8):
         yield prepare.newton_weights_kernel, "fp32", {"RING": ring, "P": ring if ring > 2 else 1, "SPAN": 8}, "weights"
     for ring in (4, 8):
-        yield remembering.draft_weights_kernel, "fp32", {"RING": ring, "P": ring, "SPAN": 8}, "weights"
-    yield scan.norms_kernel, "fp32", {"K": 2, "AT": 0, "ROWS": 16, "SPAN": 64}, "norms"
+        yield secants_of_draft.draft_weights_kernel, "fp32", {"RING": ring, "P": ring, "SPAN": 8}, "weights"
+    yield scan.ddim_norms_kernel, "fp32", {"K": 2, "AT": 0, "ROWS": 16, "SPAN": 64}, "norms"
     for scope in ("timestep", "trajectory", "triangular"):
-        shape = _config.TABLE["sm_90"]["solve"]
+        shape = _config.TABLE["sm_90"]["anderson_solve"]
         sizes = {"M": HISTORY, "P": 8, "K": 8, "ROWS": shape.rows, "PRIOR": shape.prior}
-        yield solve.solve_kernel, "fp32", {"SCOPE": scope, "RELATIVE": True, **sizes}, "solve"
-    yield solve.solve_kernel, "fp64", {"SCOPE": scope, "RELATIVE": True, **sizes}, "solve"
+        yield solve.anderson_solve_kernel, "fp32", {"SCOPE": scope, "RELATIVE": True, **sizes}, "anderson_solve"
+    yield solve.anderson_solve_kernel, "fp64", {"SCOPE": scope, "RELATIVE": True, **sizes}, "anderson_solve"
 
 
 def label(case) -> str:
     kernel, storage, constants, _ = case
     detail = "-".join(
-        f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING", "CHARTING")
+        f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING", "ROLLOUT")
     )
     return f"{kernel.fn.__name__}-{storage}-{detail}"
 
@@ -165,9 +139,9 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
     )
     if storage == "mixed":
         types |= dict.fromkeys(HISTORIES, "*bf16")
-    types |= dict.fromkeys(("lo", "hi", "filled", "was", "first", "last"), "*i32") | {"weights": "*fp64"}
-    types |= {"verdict": "*fp32", "sq_norm": types["sq_diff"], "rows": "*i64", "at": "*i64"}
-    types |= dict.fromkeys(("ridge", "floor", "stale", "undamped", "freeze", "finish", "reach", "left"), "fp64")
+    types |= dict.fromkeys(("lo", "hi", "filled", "previous_bounds", "first", "last"), "*i32")
+    types |= {"secant_weights": "*fp64"} | dict.fromkeys(("rows", "anchor_rows"), "*i64")
+    types |= dict.fromkeys(SETTINGS, "fp64")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     hints = [n for n, kind in signature.items() if kind.startswith("*") or (n == "D" and aligned)]
     source = ASTSource(

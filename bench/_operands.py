@@ -60,8 +60,8 @@ def elements_moved(op: str, shape: Shape) -> float:
     new state out. anderson_step: predictions and old state in, M columns of f and g in, new state and a column of f and
     g out. newton_scan: predictions and old state in, M columns of z and e in, new state and a column of z and e out.
     draft_pass (a round's `draft_secants` and `draft_scan`, the draft's calls left out): predictions and old state in,
-    new state out, and at the anchors what was said and made and M columns of z and of the rest in, what was made and a
-    column of z and of the rest out.
+    new state out, and at the anchors the draft's output and cache and M columns of z and of the remainder in, the
+    cache and a column of z and of the remainder out.
     """
     if op == "draft_pass":
         return 3 + (2 * shape.history + 5) * anchors(shape.steps) / shape.steps
@@ -92,7 +92,7 @@ class Inputs:
         self.bank = [(0.9 * start + 0.1 * normal(t, b, d)).to(device, dtype) for _ in range(min(shape.history + 2, 7))]
         self.states = torch.cat([start[None], start + 0.3 * normal(t, b, d)]).to(device, dtype)
         self.weight = schedule.denoised_coef()[:, 1].to(device, self.accumulator)
-        self.said = (0.9 * start + 0.1 * normal(anchors(t), b, d)).to(device, dtype)
+        self.draft_outputs = (0.9 * start + 0.1 * normal(anchors(t), b, d)).to(device, dtype)
 
     def predictions(self, round: int) -> Tensor:
         return self.bank[round % len(self.bank)]
@@ -121,16 +121,16 @@ class Fused:
         self.round = 0
 
     def _draft(self, shape: Shape) -> None:
-        """What a pass of a draft works on."""
+        """What a sweep of a draft works on."""
         kind, device = self.states.dtype, self.states.device
-        at = dq.Drafted().anchors(shape.steps, noisy=False)
-        self.pieces, count, row = at.pieces(0, shape.steps), at.count, (shape.batch, shape.size)
-        self.at, self.shares = at.at(device), at.shares(self.inputs.weight)
-        self.made, self.turn = (torch.zeros(n, *row, dtype=kind, device=device) for n in (count, 2))
-        self.rest = torch.zeros(shape.history + 1, count, *row, dtype=kind, device=device)
-        self.anchored = torch.zeros_like(self.rest)
+        found = dq.Drafted().anchors(shape.steps, noisy=False)
+        self.segments, count, row = found.segments(0, shape.steps), found.count, (shape.batch, shape.size)
+        self.anchor_rows, self.weights = found.rows(device), found.weights(self.inputs.weight)
+        self.draft_cache, self.correction = (torch.zeros(n, *row, dtype=kind, device=device) for n in (count, 2))
+        self.remainder = torch.zeros(shape.history + 1, count, *row, dtype=kind, device=device)
+        self.anchored = torch.zeros_like(self.remainder)
         self.remembered = torch.zeros(count, shape.batch, dtype=torch.int32, device=device)
-        self.weights = torch.zeros(
+        self.secant_weights = torch.zeros(
             count, shape.batch, shape.history, shape.history, dtype=torch.float64, device=device
         )  # fmt: skip
         wide = torch.float64 if kind == torch.float64 else torch.float32
@@ -167,18 +167,18 @@ class Fused:
     def draft_pass(self, backend: str | None = None) -> None:
         column, on = self.round % (self.inputs.shape.history + 1), backend or self.backend
         draft_secants(
-            self.states, self.predictions, self.made, self.at, self.lo, self.hi, self.anchored, self.rest,
-            self.remembered, self.weights, column, workspace=self.workspace, backend=on,
+            self.states, self.predictions, self.draft_cache, self.anchor_rows, self.lo, self.hi, self.anchored,
+            self.remainder, self.remembered, self.secant_weights, column, workspace=self.workspace, backend=on,
         )  # fmt: skip
-        before = -1
-        for number, start, stop in self.pieces:
+        previous_start = -1
+        for anchor, start, stop in self.segments:
             draft_scan(
-                self.states, self.predictions, self.inputs.said[number], self.made, self.turn, self.shares,
-                self.inputs.state_coef, self.inputs.model_coef, self.inputs.slope, self.lo, self.hi, *self.sums,
-                self.carry, self.anchored, self.rest, self.weights, column, number, before, start, stop,
-                last=stop == self.inputs.shape.steps, workspace=self.workspace, backend=on,
+                self.states, self.predictions, self.inputs.draft_outputs[anchor], self.draft_cache, self.correction,
+                self.weights, self.inputs.state_coef, self.inputs.model_coef, self.inputs.slope, self.lo, self.hi,
+                *self.sums, self.carry, self.anchored, self.remainder, self.secant_weights, column, anchor,
+                previous_start, start, stop, last=stop == self.inputs.shape.steps, workspace=self.workspace, backend=on,
             )  # fmt: skip
-            before = start
+            previous_start = start
 
     def fill(self, op: str) -> Fused:
         """Run as many rounds as there are history columns, with the quickest backend."""

@@ -34,7 +34,7 @@ def interleave(
 
     Every pass calls all sides, beginning with another one each time; a quick side is called often enough for about
     `visit` seconds and its median counts. A side that has used up `budget` seconds and has 3 figures sits out the
-    remaining passes, so that ratios are formed over the passes that both sides took part in.
+    allowed passes, so that ratios are formed over the passes that both sides took part in.
     """
     for side in sides:
         for _ in range(2):  # first touch of the memory, compilation, thread pools

@@ -22,9 +22,10 @@ from ._operands import HISTORY_OPS, Fused, Inputs, Shape
 from ._timing import Side, interleave
 
 KERNELS = {
-    "scan": "ddim_update", "anderson_scan": "anderson_step", "solve": "anderson_step", "mix": "anderson_step",
+    "ddim_update": "ddim_update", "anderson_scan": "anderson_step", "anderson_solve": "anderson_step",
+    "anderson_mix": "anderson_step",
     "newton_linear": "newton_scan", "newton_prepare": "newton_scan", "newton_advance": "newton_scan",
-    "draft_secants": "draft_pass", "draft_scan": "draft_pass",
+    "draft_gram": "draft_pass", "draft_scan": "draft_pass",
 }  # fmt: skip
 """Kernel -> the op that launches it; the others take what these leave them."""
 SHAPE = Shape(8, 1000, 3072, 5)
@@ -32,7 +33,7 @@ SHAPE = Shape(8, 1000, 3072, 5)
 
 def candidates(kernel: str, now: Config) -> list[Config]:
     """Launch shapes to try: the present one first."""
-    if kernel == "solve":
+    if kernel == "anderson_solve":
         found = [replace(now, num_warps=w, rows=r) for w in (1, 2, 4, 8) for r in (8, 16, 32)]
     else:
         found = [replace(now, accesses=a, num_warps=w) for a in (1, 2, 4) for w in (1, 2, 4, 8)]

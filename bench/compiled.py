@@ -39,7 +39,7 @@ LAUNCHES = {
     "newton_scan": 3,
     "draft_secants": 2,
     "draft_scan": 1,
-    "judge_steps": 1,
+    "mark_converged": 1,
     "advance_window": 2,
     "copy_rows": 1,
 }
@@ -103,13 +103,13 @@ def elements_of_kernels(op: str, shape: Shape) -> list[tuple[str, float]]:
         ],
         "draft_pass": [
             (
-                f"draft_gram_kernel, at the anchors: E, X, made, {m} of z in; a column of z and of the rest out",
+                f"draft_gram_kernel, at the anchors: E, X, cache, {m} of z in; a column of z and of the remainder out",
                 (m + 5) * part,
             ),
             ("draft_scan_kernel: E, X in; N out", 3),
             (
-                f"draft_scan_kernel, at the anchors: N, said, made, a turn, F, {m + 1} of z and of the rest in; "
-                "made, a turn, F out",
+                f"draft_scan_kernel, at the anchors: N, output, cache, a correction, F, {m + 1} of z and of the "
+                "remainder in; cache, a correction, F out",
                 (2 * m + 10) * part,
             ),
         ],
@@ -144,7 +144,7 @@ class Operations(TorchDispatchMode):
 
 
 def launch_row(solver: str) -> dict[str, Any]:
-    """Launches of one round beside the model, all timesteps at once: the solver's step, the verdict, the window."""
+    """Launches of one round beside the model, all timesteps at once: the solver's step, the decision, the window."""
     mode, rounds = Operations(), []
     before, step, host = solve.lookahead_policy, loop.DeviceLoop.step, drafted.on_host
 

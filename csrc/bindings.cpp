@@ -5,8 +5,10 @@
 #include <string>
 
 #include "arena.h"
-#include "calls.h"
+#include "draft_rows.h"
+#include "mark_converged.h"
 #include "newton_rows.h"
+#include "ops.h"
 #include "parallel.h"
 
 #ifndef DEQDIFF_VERSION
@@ -33,7 +35,41 @@ py::dict build_info() {
   info["max_history"] = kMaxHistory;
   info["max_lags"] = kMaxLags;
   info["worker_threads"] = worker_count();
+  info["max_output"] = kMaxOutput;
+  info["tiny"] = kTiny;
+  info["min_rate"] = kMinRate;
+  info["max_rate"] = kMaxRate;
+  info["first_rate"] = kFirstRate;
   return info;
+}
+
+Arguments read(const py::kwargs& given) {
+  Arguments arguments(given.size());
+  for (const auto& [key, value] : given) {
+    const char* name = PyUnicode_AsUTF8(key.ptr());
+    if (name == nullptr) throw py::error_already_set();
+    if (PyFloat_Check(value.ptr())) {
+      arguments.add(name, PyFloat_AS_DOUBLE(value.ptr()));
+    } else {
+      const long long integer = PyLong_AsLongLong(value.ptr());
+      if (integer == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      arguments.add(name, static_cast<std::int64_t>(integer));
+    }
+  }
+  return arguments;
+}
+
+void define_op(py::module_& m, const char* name, void (*call)(Arguments&)) {
+  const std::string doc =
+      std::string("In place, on addresses; see deqdiff_fast.kernels.") + name + ". Releases the GIL.";
+  m.def(
+      name,
+      [call](const py::kwargs& given) {
+        Arguments arguments = read(given);
+        const py::gil_scoped_release unlocked;
+        call(arguments);
+      },
+      doc.c_str());
 }
 
 py::tuple plan_py(const std::vector<std::pair<std::string, std::size_t>>& request) {
@@ -67,49 +103,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = DEQDIFF_VERSION;
   m.def("build_info", &build_info, "Compiler, instruction set chosen at run time, version and limits.");
   using py::arg;
-  const py::call_guard<py::gil_scoped_release> unlocked;
-  m.def("ddim_update", &ddim_update_call, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"),
-        arg("state_coef_ptr"), arg("model_coef_ptr"), arg("drift_ptr"), arg("lo_ptr"), arg("hi_ptr"),
-        arg("sq_diff_ptr"), arg("sq_norm_ptr"), arg("T"), arg("B"), arg("D"), arg("L"), arg("threads"),
-        "Affine scan in place with residual sums; see deqdiff_fast.kernels.ddim_update. Releases the GIL.", unlocked);
-  m.def("anderson_step", &anderson_step_call, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"),
-        arg("state_coef_ptr"), arg("model_coef_ptr"), arg("drift_ptr"), arg("lo_ptr"), arg("hi_ptr"),
-        arg("sq_diff_ptr"), arg("sq_norm_ptr"), arg("f_ptr"), arg("g_ptr"), arg("gram_ptr"), arg("filled_ptr"),
-        arg("T"), arg("B"), arg("D"), arg("L"), arg("M"), arg("W"), arg("column"), arg("scope"), arg("ridge"),
-        arg("relative_ridge"), arg("damping"), arg("stale"), arg("threads"),
-        "One Anderson round in place; see deqdiff_fast.kernels.anderson_mix. Releases the GIL.", unlocked);
-
-  m.def("newton_scan", &newton_scan_call, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"),
-        arg("state_coef_ptr"), arg("model_coef_ptr"), arg("drift_ptr"), arg("slope_ptr"), arg("slope_per_element"),
-        arg("lo_ptr"), arg("hi_ptr"), arg("sq_diff_ptr"), arg("sq_norm_ptr"), arg("z_ptr"), arg("e_ptr"),
-        arg("filled_ptr"), arg("T"), arg("B"), arg("D"), arg("L"), arg("ring"), arg("W"), arg("column"), arg("ridge"),
-        arg("floor"), arg("threads"),
-        "Quasi-Newton scan in place; see deqdiff_fast.kernels.newton_scan. Releases the GIL.", unlocked);
-
-  m.def("draft_secants", &draft_secants_call, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"), arg("made_ptr"),
-        arg("at_ptr"), arg("lo_ptr"), arg("hi_ptr"), arg("z_ptr"), arg("rest_ptr"), arg("filled_ptr"),
-        arg("weights_ptr"), arg("T"), arg("A"), arg("B"), arg("D"), arg("ring"), arg("column"), arg("ridge"),
-        arg("floor"), arg("threads"),
-        "What a round with a draft remembers; see deqdiff_fast.kernels.draft_secants. Releases the GIL.", unlocked);
-
-  m.def("draft_scan", &draft_scan_call, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"), arg("said_ptr"),
-        arg("made_ptr"), arg("turn_ptr"), arg("shares_ptr"), arg("state_coef_ptr"), arg("model_coef_ptr"),
-        arg("drift_ptr"), arg("slope_ptr"), arg("slope_per_element"), arg("lo_ptr"), arg("hi_ptr"), arg("sq_diff_ptr"),
-        arg("sq_norm_ptr"), arg("carry_ptr"), arg("z_ptr"), arg("rest_ptr"), arg("weights_ptr"), arg("T"), arg("A"),
-        arg("B"), arg("D"), arg("L"), arg("ring"), arg("column"), arg("number"), arg("previous"), arg("start"),
-        arg("stop"), arg("charting"), arg("threads"),
-        "A piece of a draft's chain; see deqdiff_fast.kernels.draft_scan. Releases the GIL.", unlocked);
-
-  m.def("inverse_scan", &inverse_scan_call, arg("dtype"), arg("states_ptr"), arg("predictions_ptr"),
-        arg("state_coef_ptr"), arg("model_coef_ptr"), arg("drift_ptr"), arg("slope_ptr"), arg("slope_per_element"),
-        arg("weight_ptr"), arg("weight_per_element"), arg("lo_ptr"), arg("hi_ptr"), arg("sq_miss_ptr"), arg("z_ptr"),
-        arg("e_ptr"), arg("filled_ptr"), arg("T"), arg("B"), arg("D"), arg("L"), arg("ring"), arg("W"), arg("column"),
-        arg("damping"), arg("ridge"), arg("stale"), arg("floor"), arg("reach"), arg("threads"),
-        "Inverse scan in place; see deqdiff_fast.kernels.inverse_scan. Releases the GIL.", unlocked);
-
-  m.def("judge_steps", &judge_steps_call, arg("sq_diff_ptr"), arg("sq_norm_ptr"), arg("previous_ptr"),
-        arg("strict_ptr"), arg("T"), arg("B"), arg("freeze"), arg("floor"),
-        "The verdict on a round's steps in place; see deqdiff_fast.kernels.judge_steps. Releases the GIL.", unlocked);
+#define DEQDIFF_DEFINE(name) define_op(m, #name, &name##_call);
+  DEQDIFF_OPS(DEQDIFF_DEFINE)
+#undef DEQDIFF_DEFINE
 
   py::class_<Lease, std::shared_ptr<Lease>>(m, "Lease", py::buffer_protocol(),
                                             "Exclusive use of one slab of 256-byte aligned host memory.")

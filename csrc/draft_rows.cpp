@@ -13,30 +13,30 @@ namespace deqdiff {
 namespace {
 
 template <class S>
-void turn(const TurnRow& row) {
+void correct(const CorrectionRow& row) {
   typedef typename WideOf<S>::Type W;
   typedef typename S::Vector V;
-  const V wild = broadcast<S>(kWild);
+  const V most = broadcast<S>(kMaxOutput);
   along<S>(0, row.size,
            [&](const auto& fetch, const auto& fetch_wide, const auto& put, const auto&) __attribute__((always_inline)) {
              const V c =
                  row.slope_per_element ? fetch_wide(row.slope) : V{} + *static_cast<const typename W::Item*>(row.slope);
-             const V now = fetch(row.now), said = fetch(row.said);
-             const V heard = (said > -wild) & (said < wild) ? said : c * now;
-             V change = heard - c * (row.x != nullptr ? now - fetch(row.x) : now);
+             const V now = fetch(row.now), output = fetch(row.draft_output);
+             const V sanitized = (output > -most) & (output < most) ? output : c * now;
+             V change = sanitized - c * (row.x != nullptr ? now - fetch(row.x) : now);
              if (row.x != nullptr) {
-               change -= fetch(row.made);
+               change -= fetch(row.draft_cache);
                for (int j = 0; j < row.count; ++j) {
-                 change += broadcast<S>(row.gamma[j]) * (fetch(row.rest[j]) - fetch(row.own_rest));
+                 change += broadcast<S>(row.gamma[j]) * (fetch(row.remainder[j]) - fetch(row.own_remainder));
                }
              }
-             put(row.turn, change);
-             put(row.made, heard);
+             put(row.correction, change);
+             put(row.draft_cache, sanitized);
            });
 }
 
 template <class S>
-void rest(const void* a, const void* b, const void* slope, bool slope_per_element, void* out, int64_t size) {
+void subtract(const void* a, const void* b, const void* slope, bool slope_per_element, void* out, int64_t size) {
   typedef typename WideOf<S>::Type W;
   typedef typename S::Vector V;
   along<S>(0, size,
@@ -50,7 +50,7 @@ void rest(const void* a, const void* b, const void* slope, bool slope_per_elemen
 
 template <class S>
 constexpr DraftKernels kernels() {
-  return {turn<S>, rest<S>};
+  return {correct<S>, subtract<S>};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The innermost loops of a draft's chain, on a part of one row. Compiled once per instruction set, like rows.h.
+// The innermost loops of a draft's sweep, on a part of one row. Compiled once per instruction set, like rows.h.
 #pragma once
 
 #include <cstdint>
@@ -7,29 +7,31 @@
 
 namespace deqdiff {
 
-constexpr double kWild = 1e6;  // what a draft says beyond this, or NaN, is not believed
+constexpr double kMaxOutput = 1e6;  // a draft's output beyond this, or NaN, is replaced
 
-// heard = said where |said| < kWild, else slope now
-// turn = heard - made + sum_j gamma[j] (rest[j] - own_rest) - slope (now - x);  made = heard
-struct TurnRow {
-  const void* said;
+// sanitized = draft_output where |draft_output| < kMaxOutput, else slope now
+// correction = sanitized - draft_cache + sum_j gamma[j] (remainder[j] - own_remainder) - slope (now - x)
+// draft_cache = sanitized
+struct CorrectionRow {
+  const void* draft_output;
   const void* now;
-  const void* x;  // null: x, made and the secants count as zero
-  void* made;
-  const void* rest[kMaxSecants];
-  const void* own_rest;
+  const void* x;  // null: x, draft_cache and the secants count as zero
+  void* draft_cache;
+  const void* remainder[kMaxSecants];
+  const void* own_remainder;
   double gamma[kMaxSecants];
   int count;
   const void* slope;  // wide type, one value or `size` of them
   bool slope_per_element;
-  void* turn;
+  void* correction;
   std::int64_t size;
 };
 
 struct DraftKernels {
-  void (*turn)(const TurnRow&);
+  void (*correct)(const CorrectionRow&);
   // out = a - slope b, or a - b without a slope
-  void (*rest)(const void* a, const void* b, const void* slope, bool slope_per_element, void* out, std::int64_t size);
+  void (*subtract)(const void* a, const void* b, const void* slope, bool slope_per_element, void* out,
+                   std::int64_t size);
 };
 
 struct DraftTable {

@@ -5,6 +5,7 @@
 
 #include "cholesky.h"
 #include "inverse_rows.h"
+#include "ops.h"
 #include "parallel.h"
 
 namespace deqdiff {
@@ -33,10 +34,11 @@ class Scan {
   char* state(std::int64_t i) const { return at(s_.states, i); }
   char* prediction(std::int64_t i) const { return at(s_.predictions, i); }
   char* ring(const void* base, int back, std::int64_t i) const {
-    return at(base, ((p_.column - back + p_.ring) % p_.ring) * p_.width + i % p_.width);
+    return at(base,
+              ((p_.rings.column - back + p_.rings.columns) % p_.rings.columns) * p_.rings.width + i % p_.rings.width);
   }
-  const void* entry(const void* table, bool per_element, std::int64_t i) const {
-    return static_cast<const char*>(table) + i * (per_element ? s_.size : 1) * wide_;
+  const void* entry(const RowTable& table, std::int64_t i) const {
+    return static_cast<const char*>(table.data) + i * (table.per_element ? s_.size : 1) * wide_;
   }
 
   void step(std::int64_t i) {
@@ -53,8 +55,8 @@ class Scan {
       kernels_.shorten(row, limit / length);
     }
     s_.sq_diff[i * s_.batch + b_] = row.miss;
-    std::int32_t& filled = p_.filled[i % p_.width * s_.batch + b_];
-    filled = std::clamp<std::int32_t>(filled, 0, p_.ring - 1) + 1;
+    std::int32_t& filled = p_.rings.filled[i % p_.rings.width * s_.batch + b_];
+    filled = std::clamp<std::int32_t>(filled, 0, p_.rings.columns - 1) + 1;
   }
 
   void describe(std::int64_t i, InverseRow& row) const {
@@ -67,20 +69,20 @@ class Scan {
     }
     row.drift = s_.drift == nullptr ? nullptr : at(s_.drift, i);
     row.next = state(i + 1);
-    row.old_next = i + 1 < s_.hi[b_] ? ring(p_.z, 0, i + 1) : row.next;
-    row.slope = entry(p_.slope, p_.slope_per_element, i);
-    row.weight = entry(p_.weight, p_.weight_per_element, i);
-    row.slope_per_element = p_.slope_per_element;
-    row.weight_per_element = p_.weight_per_element;
-    row.count = std::clamp<int>(p_.filled[i % p_.width * s_.batch + b_], 0, p_.ring - 1);
+    row.old_next = i + 1 < s_.hi[b_] ? ring(p_.rings.z, 0, i + 1) : row.next;
+    row.slope = entry(p_.slope, i);
+    row.weight = entry(p_.weight, i);
+    row.slope_per_element = p_.slope.per_element;
+    row.weight_per_element = p_.weight.per_element;
+    row.count = std::clamp<int>(p_.rings.filled[i % p_.rings.width * s_.batch + b_], 0, p_.rings.columns - 1);
     for (int j = 0; j < row.count; ++j) {
-      row.z[j] = ring(p_.z, j + 1, i);
-      row.e[j] = ring(p_.e, j + 1, i);
+      row.z[j] = ring(p_.rings.z, j + 1, i);
+      row.e[j] = ring(p_.rings.e, j + 1, i);
     }
     row.rho = rho_;
     row.out = state(i);
-    row.keep_state = ring(p_.z, 0, i);
-    row.keep_prediction = ring(p_.e, 0, i);
+    row.keep_state = ring(p_.rings.z, 0, i);
+    row.keep_prediction = ring(p_.rings.e, 0, i);
     row.size = s_.size;
   }
 
@@ -116,11 +118,26 @@ class Scan {
 }  // namespace
 
 void inverse_scan(const InverseProblem& problem) {
-  const RowIndex index(problem.scan, problem.width);
+  const RowIndex index(problem.scan, problem.rings.width);
   const int parts = useful_threads(index.rows() * problem.scan.size, problem.scan.threads);
   parallel_for(problem.scan.batch, parts, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t b = begin; b < end; ++b) Scan(problem, b).run();
   });
+}
+
+void inverse_scan_call(Arguments& a) {
+  InverseProblem p;
+  p.scan = read_scan(a, "sq_miss", "sq_miss");
+  p.slope = read_table(a, p.scan, "slope");
+  p.weight = read_table(a, p.scan, "weight");
+  p.rings = read_rings(a, p.scan, 1);
+  p.damping = a.number("damping", true, true);
+  p.ridge = a.number("ridge", true, true);
+  p.stale = a.number("stale", true, true);
+  p.floor = a.number("floor", false, true);
+  p.reach = a.number("reach", true, true);
+  a.finish();
+  inverse_scan(p);
 }
 
 }  // namespace deqdiff

@@ -4,21 +4,14 @@
 // Fang, Saad 2009 (multisecant steps of the second kind), carried exactly through the chain.
 #pragma once
 
-#include "affine_scan.h"
+#include "ddim_update.h"
 
 namespace deqdiff {
 
 struct InverseProblem {
-  ScanProblem scan;    // sq_diff receives |weight (X[i+1] - G)|^2; sq_norm is not used
-  const void* slope;   // (T, 1) or (T, D) in float32, or float64 where the states are
-  const void* weight;  // likewise
-  bool slope_per_element, weight_per_element;
-  void* z;  // (H + 1, W, B, D) rings of states and predictions
-  void* e;
-  std::int32_t* filled;  // (W, B)
-  int ring;              // H + 1
-  std::int64_t width;
-  int column;
+  ScanProblem scan;  // sq_diff receives |weight (X[i+1] - G)|^2; sq_norm is not used
+  RowTable slope, weight;
+  Rings rings;
   double damping, ridge, stale, floor, reach;
 };
 

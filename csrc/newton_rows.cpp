@@ -71,7 +71,7 @@ void newton_span(NewtonRow& row, int64_t begin, int64_t size) {
     for (int j = 0; j < row.count; ++j) {
       e_hat += broadcast<S>(row.gamma[j]) * ((fetch(row.e[j]) - prediction) - c * (fetch(row.z[j]) - x));
     }
-    for (int k = 0; k < row.turns; ++k) e_hat += broadcast<S>(row.share[k]) * fetch(row.turn[k]);
+    for (int k = 0; k < row.corrections; ++k) e_hat += broadcast<S>(row.share[k]) * fetch(row.correction[k]);
     V next = broadcast<S>(row.state_coef[0]) * now + broadcast<S>(row.model_coef[0]) * e_hat;
     V plain = broadcast<S>(row.state_coef[0]) * fetch_wide(row.plain[0]) + broadcast<S>(row.model_coef[0]) * prediction;
     for (int lag = 1; lag < row.lags; ++lag) {

@@ -22,7 +22,7 @@ struct SecantRow {
   double gram[kMaxSecants][kMaxSecants];
 };
 
-// e_hat = E + c dx + sum_j gamma[j] ((e[j] - E) - c (z[j] - x)) + sum_k share[k] turn[k]
+// e_hat = E + c dx + sum_j gamma[j] ((e[j] - E) - c (z[j] - x)) + sum_k share[k] correction[k]
 // now[next] = sum a now + b e_hat + drift, plain[next] likewise from E; both in the wide type, later stored.
 struct NewtonRow {
   const void* x;           // null: zero
@@ -33,9 +33,9 @@ struct NewtonRow {
   const void* e[kMaxSecants];
   double gamma[kMaxSecants];
   int count;
-  const void* turn[2];
+  const void* correction[2];
   double share[2];
-  int turns = 0;
+  int corrections = 0;
   const void* drift;  // or null
   int lags;
   double state_coef[kMaxLags];

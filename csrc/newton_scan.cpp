@@ -6,6 +6,7 @@
 
 #include "cholesky.h"
 #include "newton_rows.h"
+#include "ops.h"
 #include "parallel.h"
 
 namespace deqdiff {
@@ -32,7 +33,7 @@ class Scan {
       kernels_.widen(state(i), plain(i), s_.size);
       if (i > 0 && back + 1 < s_.lags) kernels_.widen(prediction(i - 1), e_hat(i - 1), s_.size);
     }
-    if (p_.z != nullptr && s_.lo[b_] < s_.hi[b_]) copy(state(s_.lo[b_]), ring(p_.z, 0, s_.lo[b_]));
+    if (p_.rings.z != nullptr && s_.lo[b_] < s_.hi[b_]) copy(state(s_.lo[b_]), ring(p_.rings.z, 0, s_.lo[b_]));
     for (std::int64_t i = s_.lo[b_]; i < s_.hi[b_]; ++i) step(i);
   }
 
@@ -43,7 +44,8 @@ class Scan {
   char* state(std::int64_t i) const { return at(s_.states, i); }
   char* prediction(std::int64_t i) const { return at(s_.predictions, i); }
   char* ring(const void* base, int back, std::int64_t i) const {
-    return at(base, ((p_.column - back + p_.ring) % p_.ring) * p_.width + i % p_.width);
+    return at(base,
+              ((p_.rings.column - back + p_.rings.columns) % p_.rings.columns) * p_.rings.width + i % p_.rings.width);
   }
   char* plain(std::int64_t i) const { return scratch_ + (i % rows_) * s_.size * wide_; }
   char* e_hat(std::int64_t i) const { return scratch_ + (rows_ + i % rows_) * s_.size * wide_; }
@@ -51,11 +53,11 @@ class Scan {
 
   void step(std::int64_t i) {
     NewtonRow row;
-    row.count = p_.z == nullptr ? 0 : secant_weights(i, row.gamma, row.z, row.e);
-    row.x = p_.z == nullptr ? nullptr : ring(p_.z, 0, i);
+    row.count = p_.rings.z == nullptr ? 0 : secant_weights(i, row.gamma, row.z, row.e);
+    row.x = p_.rings.z == nullptr ? nullptr : ring(p_.rings.z, 0, i);
     row.prediction = prediction(i);
-    row.slope = static_cast<const char*>(p_.slope) + i * (p_.slope_per_element ? s_.size : 1) * wide_;
-    row.slope_per_element = p_.slope_per_element;
+    row.slope = static_cast<const char*>(p_.slope.data) + i * (p_.slope.per_element ? s_.size : 1) * wide_;
+    row.slope_per_element = p_.slope.per_element;
     row.drift = s_.drift == nullptr ? nullptr : at(s_.drift, i);
     row.lags = static_cast<int>(std::min<std::int64_t>(s_.lags, i + 1));
     for (int lag = 0; lag < row.lags; ++lag) {
@@ -69,28 +71,28 @@ class Scan {
     if (s_.lags == 1) row.e_hat[0] = nullptr;
     row.old_next = row.next = state(i + 1);
     row.plain_next = plain(i + 1);
-    row.keep_prediction = p_.z == nullptr ? nullptr : ring(p_.e, 0, i);
-    row.keep_next = p_.z == nullptr || i + 1 >= s_.hi[b_] ? nullptr : ring(p_.z, 0, i + 1);
+    row.keep_prediction = p_.rings.z == nullptr ? nullptr : ring(p_.rings.e, 0, i);
+    row.keep_next = p_.rings.z == nullptr || i + 1 >= s_.hi[b_] ? nullptr : ring(p_.rings.z, 0, i + 1);
     row.size = s_.size;
     kernels_.newton(row);
     s_.sq_diff[i * s_.batch + b_] = row.step > row.residual || std::isnan(row.step) ? row.step : row.residual;
     s_.sq_norm[i * s_.batch + b_] = row.norm;
-    if (p_.z != nullptr) {
-      std::int32_t& filled = p_.filled[i % p_.width * s_.batch + b_];
-      filled = std::clamp<std::int32_t>(filled, 0, p_.ring - 1) + 1;
+    if (p_.rings.z != nullptr) {
+      std::int32_t& filled = p_.rings.filled[i % p_.rings.width * s_.batch + b_];
+      filled = std::clamp<std::int32_t>(filled, 0, p_.rings.columns - 1) + 1;
     }
   }
 
   // gamma: least squares of dx on the kept steps, on normalised columns. Steps of rounding size are left out.
   int secant_weights(std::int64_t i, double* gamma, const void** z, const void** e) const {
     SecantRow row;
-    row.count = std::clamp<int>(p_.filled[i % p_.width * s_.batch + b_], 0, p_.ring - 1);
+    row.count = std::clamp<int>(p_.rings.filled[i % p_.rings.width * s_.batch + b_], 0, p_.rings.columns - 1);
     if (row.count == 0) return 0;
     for (int j = 0; j < row.count; ++j) {
-      row.z[j] = z[j] = ring(p_.z, j + 1, i);
-      e[j] = ring(p_.e, j + 1, i);
+      row.z[j] = z[j] = ring(p_.rings.z, j + 1, i);
+      e[j] = ring(p_.rings.e, j + 1, i);
     }
-    row.x = ring(p_.z, 0, i);
+    row.x = ring(p_.rings.z, 0, i);
     row.now = state(i);
     row.size = s_.size;
     kernels_.secants(row);
@@ -126,11 +128,22 @@ class Scan {
 }  // namespace
 
 void newton_scan(const NewtonProblem& problem) {
-  const RowIndex index(problem.scan, problem.z == nullptr ? problem.scan.steps : problem.width);
+  const RowIndex index(problem.scan, problem.rings.z == nullptr ? problem.scan.steps : problem.rings.width);
   const int parts = useful_threads(index.rows() * problem.scan.size, problem.scan.threads);
   parallel_for(problem.scan.batch, parts, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t b = begin; b < end; ++b) Scan(problem, b).run();
   });
+}
+
+void newton_scan_call(Arguments& a) {
+  NewtonProblem p;
+  p.scan = read_scan(a);
+  p.slope = read_table(a, p.scan, "slope");
+  p.rings = read_rings(a, p.scan, 0);
+  p.ridge = a.number("ridge", true, true);
+  p.floor = a.number("floor", false, true);
+  a.finish();
+  newton_scan(p);
 }
 
 }  // namespace deqdiff

@@ -4,20 +4,14 @@
 // Lim et al. 2024 and Gonzalez et al. 2024 (DEER, quasi-DEER) for the scan; Fang, Saad 2009 for the secants.
 #pragma once
 
-#include "affine_scan.h"
+#include "ddim_update.h"
 
 namespace deqdiff {
 
 struct NewtonProblem {
-  ScanProblem scan;   // sq_diff receives max(|N - X|^2, |F - X|^2), F the plain step
-  const void* slope;  // (T, 1) or (T, D) in float32, or float64 where the states are
-  bool slope_per_element;
-  void* z;  // (H + 1, W, B, D) rings of states and predictions, or null: X counts as zero
-  void* e;
-  std::int32_t* filled;  // (W, B), or null
-  int ring;              // H + 1
-  std::int64_t width;
-  int column;
+  ScanProblem scan;  // sq_diff receives max(|N - X|^2, |F - X|^2), F the plain step
+  RowTable slope;
+  Rings rings;  // without them X counts as zero
   double ridge, floor;
 };
 

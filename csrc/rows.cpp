@@ -14,7 +14,7 @@ namespace {
 
 // One block: f, g and the two residual sums. K terms, or term_count of them when K is 0.
 template <class S, int K>
-void affine_block(const AffineRow& row, int64_t begin, int64_t size, double* partial) {
+void affine_block(const DdimRow& row, int64_t begin, int64_t size, double* partial) {
   typedef typename S::Vector V;
   const int count = K > 0 ? K : row.term_count;
   V coef[K > 0 ? K : kMaxTerms];
@@ -56,7 +56,7 @@ void affine_block(const AffineRow& row, int64_t begin, int64_t size, double* par
 
 // One block: <g, older[j]> for J older columns; g was just written and sits in the first-level cache.
 template <class S, int J>
-void dots_block(const AffineRow& row, int64_t begin, int64_t size, double* partial) {
+void dots_block(const DdimRow& row, int64_t begin, int64_t size, double* partial) {
   typedef typename S::Vector V;
   V sums[J > 0 ? J : 1] = {};
   const int64_t end = begin + size, whole = end - size % Lanes<S>::count;
@@ -73,10 +73,10 @@ void dots_block(const AffineRow& row, int64_t begin, int64_t size, double* parti
   for (int j = 0; j < J; ++j) partial[j] = sum<S>(sums[j]);
 }
 
-typedef void (*BlockKernel)(const AffineRow&, int64_t, int64_t, double*);
+typedef void (*BlockKernel)(const DdimRow&, int64_t, int64_t, double*);
 
 template <class S>
-void affine(const AffineRow& row) {
+void affine(const DdimRow& row) {
   static const BlockKernel dots[kMaxHistory] = {dots_block<S, 0>, dots_block<S, 1>, dots_block<S, 2>, dots_block<S, 3>,
                                                 dots_block<S, 4>, dots_block<S, 5>, dots_block<S, 6>, dots_block<S, 7>};
   BlockKernel block = affine_block<S, 0>;

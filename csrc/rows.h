@@ -17,7 +17,7 @@ inline std::int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8
 inline std::int64_t block_count(std::int64_t size) { return (size + kBlock - 1) / kBlock; }
 
 // f = sum_k coef[k] terms[k];  partial = |f - state|^2, |f|^2 and, with g = f - state, <g, g>, <g, older[j]>...
-struct AffineRow {
+struct DdimRow {
   const void* terms[kMaxTerms];
   double coef[kMaxTerms];
   int term_count;
@@ -45,7 +45,7 @@ struct MixRow {
 };
 
 struct RowKernels {
-  void (*affine)(const AffineRow&);
+  void (*affine)(const DdimRow&);
   void (*mix)(const MixRow&);
 };
 

@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 
 class RoundEstimate(NamedTuple):
-    """What one solve takes. evaluations: per timestep and sample."""
+    """Rounds and model evaluations of one solve.
+
+    Attributes:
+        rounds: batched model calls that wait for each other; T for the serial chain.
+        evaluations: model evaluations per timestep and sample; 1 for the serial chain.
+    """
 
     rounds: float
     evaluations: float
@@ -15,7 +20,15 @@ class RoundEstimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to make the sample. window 1 is the serial chain; seconds is None where nothing was measured."""
+    """One way to make the sample: the serial chain, a window of timesteps at a time, or all timesteps at once.
+
+    Attributes:
+        window: timesteps solved at a time; 1 is the serial chain, T all of them.
+        effort: rounds and evaluations that it is expected to take.
+        seconds: what it is predicted to take; None where that is not known.
+        piece: most rows (samples x timesteps) in one model call.
+        note: why it is not possible, or not predicted; else empty.
+    """
 
     window: int
     effort: RoundEstimate
@@ -26,7 +39,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a solve will do and why; `str(plan)` says it in words and numbers."""
+    """What a solve will do and why; `str(plan)` says it in words and numbers.
+
+    Attributes:
+        steps: T, timesteps of the chain.
+        batch: B, samples of the solve.
+        chosen: the candidate that will be used.
+        candidates: all that were compared; the first is the serial chain.
+        reason: why, as the second half of a sentence.
+        measured: (rows, seconds) of one model call, by rows; empty where nothing was measured yet.
+    """
 
     steps: int
     batch: int
@@ -37,46 +59,43 @@ class Plan:
 
     @property
     def serial(self) -> bool:
+        """Whether the sample will be made by the serial chain."""
         return self.chosen.window == 1
 
     @property
     def serial_seconds(self) -> float | None:
+        """What the serial chain is predicted to take, in seconds; None where its step was not measured yet."""
         return self.candidates[0].seconds
 
     def __str__(self) -> str:
-        return describe(self)
+        samples = f"{self.batch} sample{'s' * (self.batch != 1)}"
+        chosen = self._title(self.chosen)
+        if not self.serial:
+            chosen += f" at a time, at most {self.chosen.piece} rows in one model call"
+        lines = [f"{self.steps} timesteps, {samples}: {chosen}, since {self.reason}."]
+        if self.measured:
+            costs = ", ".join(f"{n} row{'s' * (n != 1)} {_duration(cost)}" for n, cost in self.measured)
+            lines.append(f"one model call: {costs}")
+        for candidate in self.candidates:
+            rounds, evaluations = candidate.effort
+            lines.append(
+                f"{'->' if candidate == self.chosen else '  '} {self._title(candidate):<20} {rounds:6.1f} rounds "
+                f"{evaluations * self.steps * self.batch:8.0f} model evaluations  "
+                f"{candidate.note or _duration(candidate.seconds)}"
+            )
+        return "\n".join(lines)
+
+    def _title(self, candidate: Candidate) -> str:
+        if candidate.window == 1:
+            return "serial chain"
+        return f"all {self.steps} timesteps" if candidate.window >= self.steps else f"window of {candidate.window}"
 
 
-def seconds(value: float | None) -> str:
+def _duration(seconds: float | None) -> str:
     """1.23 s, 12.3 ms, 123 us."""
-    if value is None:
+    if seconds is None:
         return "not known"
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e-6:.3g} us"
-
-
-def title(candidate: Candidate, steps: int) -> str:
-    if candidate.window == 1:
-        return "serial chain"
-    return f"all {steps} timesteps" if candidate.window >= steps else f"window of {candidate.window}"
-
-
-def describe(plan: Plan) -> str:
-    """Several lines: the choice and its reason, what a call costs, what each way would take."""
-    samples = f"{plan.batch} sample{'s' * (plan.batch != 1)}"
-    chosen = title(plan.chosen, plan.steps)
-    if not plan.serial:
-        chosen += f" at a time, at most {plan.chosen.piece} rows in one model call"
-    lines = [f"{plan.steps} timesteps, {samples}: {chosen}, since {plan.reason}."]
-    if plan.measured:
-        costs = ", ".join(f"{n} row{'s' * (n != 1)} {seconds(cost)}" for n, cost in plan.measured)
-        lines.append(f"one model call: {costs}")
-    for candidate in plan.candidates:
-        mark = "->" if candidate == plan.chosen else "  "
-        rounds, evaluations = candidate.effort.rounds, candidate.effort.evaluations * plan.steps * plan.batch
-        what = seconds(candidate.seconds) if not candidate.note else candidate.note
-        name = title(candidate, plan.steps)
-        lines.append(f"{mark} {name:<20} {rounds:6.1f} rounds {evaluations:8.0f} model evaluations  {what}")
-    return "\n".join(lines)
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"

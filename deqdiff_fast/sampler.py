@@ -18,7 +18,8 @@ from .loop.base import Solver
 from .memory import SolverMemory
 from .plan import Plan
 from .planner.planner import Planner
-from .planner.run import compile_sizes, solve_planned, warm_up
+from .planner.run import solve_planned
+from .planner.warmup import compile_sizes, warm_up
 from .schedule import Schedule, SpectralSlope
 from .solution import Callback, Solution
 
@@ -215,7 +216,7 @@ class DEQSampler:
                 f"{self.solver.name!r} and {self.options.window!r}"
             )
         noise = self._example(shape, batch, dtype, device)
-        return self.planner.plan(self.planner.site(noise, model_kwargs), noise, model_kwargs)
+        return self.planner.plan(self.planner.workload(noise, model_kwargs))
 
     def warmup(
         self,

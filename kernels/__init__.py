@@ -1,24 +1,24 @@
 """The solver step as fused kernels: one folder per op, each with a plain-torch reference beside its compiled forms.
 
 `ddim_update` advances every timestep of the chain at once (an affine scan) and measures the residuals; `anderson_step`
-does the same and extrapolates from the last rounds; `newton_scan` linearises the model instead; `draft_secants` and
-`draft_scan` put a draft of it in its place. `judge_steps`, `advance_window` and `copy_rows` keep the loop's decisions
-on the device. All work in place and none waits for the device. Importing this package needs neither Triton, nor a GPU,
-nor the compiled extension.
+does the same and extrapolates from the last rounds; `newton_scan` linearises the model instead, `inverse_scan` the
+steps from the sample back to the noise; `draft_secants` and `draft_scan` put a draft in the model's place.
+`mark_converged` and `advance_window` are the stopping rule, `copy_rows` moves rows as it says. All work in place and
+none waits for the device. Importing this package needs neither Triton, nor a GPU, nor the compiled extension.
 """
 
 # In the root of a checkout this folder answers to `import kernels`, which transformers tries for a library it knows:
 # it then finds nothing in here, which it takes for what it is.
 if __name__ != "kernels":
-    from ._dispatch import BACKENDS, available_backends
+    from ._backends import BACKENDS, available_backends
     from .advance_window import advance_window
-    from .anderson_mix import anderson_step, anderson_step_bytes
+    from .anderson_step import anderson_step, anderson_step_bytes
     from .copy_rows import copy_rows
     from .ddim_update import ddim_update, ddim_update_bytes
     from .draft_scan import draft_scan, draft_scan_bytes
     from .draft_secants import draft_secants, draft_secants_bytes
     from .inverse_scan import inverse_scan
-    from .judge_steps import judge_steps
+    from .mark_converged import mark_converged
     from .newton_scan import newton_scan, newton_scan_bytes
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "draft_secants",
     "draft_secants_bytes",
     "inverse_scan",
-    "judge_steps",
+    "mark_converged",
     "newton_scan",
     "newton_scan_bytes",
 ]

@@ -35,21 +35,18 @@ class Config:
         return self.accesses * (16 // itemsize) * 32 * self.num_warps
 
 
-_DEFAULT = {
-    "scan": Config(2), "anderson_scan": Config(1), "solve": Config(0, 4), "mix": Config(2, 4),
+DEFAULT = {  # by kernel
+    "ddim_update": Config(2), "anderson_scan": Config(1), "anderson_solve": Config(0, 4), "anderson_mix": Config(2, 4),
     "newton_linear": Config(1), "newton_prepare": Config(1), "newton_advance": Config(1, 8),
-    "draft_secants": Config(1), "draft_scan": Config(1),
+    "draft_gram": Config(1), "draft_scan": Config(1), "copy_rows": Config(2, 4),
 }  # fmt: skip
+_64_LANES = {"anderson_scan": Config(2), "newton_linear": Config(2), "newton_prepare": Config(2),
+             "newton_advance": Config(2, 8), "draft_gram": Config(2), "draft_scan": Config(2)}  # fmt: skip
+_SMALL = {name: Config(1) for name in ("ddim_update", "anderson_mix", "newton_advance", "copy_rows")}
 TABLE: dict[str, dict[str, Config]] = {
-    "sm_80": _DEFAULT,
-    "sm_90": _DEFAULT,
-    "sm_100": _DEFAULT,
-    "gfx942": _DEFAULT  # 64 lanes share the block
-    | {"anderson_scan": Config(2)}
-    | {"newton_linear": Config(2), "newton_prepare": Config(2), "newton_advance": Config(2, 8)}
-    | {"draft_secants": Config(2), "draft_scan": Config(2)},
-    "cpu": _DEFAULT  # interpreted: small, so that small tests see many blocks
-    | {"scan": Config(1), "mix": Config(1), "newton_advance": Config(1)},
+    **{f"sm_{capability}": DEFAULT for capability in (80, 90, 100)},
+    "gfx942": DEFAULT | _64_LANES,  # 64 lanes share the block
+    "cpu": DEFAULT | _SMALL,  # interpreted: small, so that small tests see many blocks
 }
 
 
@@ -79,9 +76,9 @@ def load(path: str | Path) -> None:
     """Put launch shapes that `save` wrote into TABLE. Raises ValueError, naming what is wrong, and OSError."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     for name, configs in found.items():
-        if name not in TABLE or not set(configs) <= set(_DEFAULT):
+        if name not in TABLE or not set(configs) <= set(DEFAULT):
             raise ValueError(
-                f"{path}: expected architectures {', '.join(TABLE)} and kernels {', '.join(_DEFAULT)}, got {name}: "
+                f"{path}: expected architectures {', '.join(TABLE)} and kernels {', '.join(DEFAULT)}, got {name}: "
                 f"{', '.join(configs)}"
             )
         TABLE[name] = TABLE[name] | {op: Config(**values) for op, values in configs.items()}
@@ -96,7 +93,7 @@ def _load_named() -> None:
 def config(op: str, device: torch.device) -> Config:
     """The launch shape of one kernel on one device; DEQDIFF_FAST_KERNEL_CONFIG may name a file with others."""
     _load_named()
-    return TABLE.get(architecture(device), _DEFAULT)[op]
+    return TABLE.get(architecture(device), DEFAULT)[op]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ ALIGNMENT = 256
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-class Size(NamedTuple):
+class ProblemSize(NamedTuple):
     """What the scratch of an op depends on."""
 
     steps: int
@@ -66,16 +66,3 @@ def cut(layout: Layout, workspace: Tensor | None, device: torch.device) -> dict[
         found[name] = part.view(dtype).view(shape)
         start += _rounded(shape, dtype)
     return found
-
-
-def check(workspace: Tensor | None, device: torch.device) -> None:
-    """Raises ValueError for what is not a run of bytes on the device."""
-    if workspace is None:
-        return
-    kind = (str(workspace.dtype).removeprefix("torch."), workspace.dim(), workspace.is_contiguous())
-    if kind != ("uint8", 1, True):
-        raise ValueError(
-            f"workspace: expected a contiguous uint8 tensor of one dimension, got {kind[0]} {tuple(workspace.shape)}"
-        )
-    if workspace.device != device:
-        raise ValueError(f"workspace: expected it on {device} like states, got {workspace.device}")

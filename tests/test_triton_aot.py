@@ -30,15 +30,17 @@ from deqdiff_fast.kernels import _config  # noqa: E402
 # registers per thread: the scans are to keep 16 warps of 32 on a multiprocessor (65,536 registers), whose loads in
 # flight cover the memory's latency; the mix four programs of four warps; a solve is small, and alone; the
 # quasi-Newton scan is one program of eight warps, and its preparation, with the Gram of up to 7 columns, keeps 12 warps
-BUDGET = {"ddim_update_kernel": 128, "anderson_scan_kernel": 128, "anderson_mix_kernel": 128, "solve_kernel": 255,
-          "norms_kernel": 128, "newton_linear_kernel": 128, "newton_prepare_kernel": 168, "newton_weights_kernel": 128,
-          "newton_norms_kernel": 128, "newton_advance_kernel": 255, "bounds_kernel": 128, "rows_kernel": 64,
-          "judge_kernel": 64, "copy_rows_kernel": 64, "gains_kernel": 64, "products_kernel": 255,
-          "recursion_kernel": 128, "corrected_scan_kernel": 128, "draft_scan_kernel": 168,
-          "draft_gram_kernel": 128, "draft_weights_kernel": 128}  # fmt: skip
+BUDGET = {
+    "ddim_update_kernel": 128, "anderson_scan_kernel": 128, "anderson_mix_kernel": 128, "anderson_solve_kernel": 255,
+    "ddim_norms_kernel": 128, "newton_linear_kernel": 128, "newton_prepare_kernel": 168, "newton_weights_kernel": 128,
+    "newton_norms_kernel": 128, "newton_advance_kernel": 255, "window_bounds_kernel": 128, "active_rows_kernel": 64,
+    "mark_converged_kernel": 64, "copy_rows_kernel": 64, "gains_kernel": 64, "products_kernel": 255,
+    "recursion_kernel": 128, "corrected_scan_kernel": 128, "draft_scan_kernel": 168, "draft_gram_kernel": 128,
+    "draft_weights_kernel": 128,
+}  # fmt: skip
 
 
-SOLVES = [name for name in CASES if name.startswith("solve")]
+SOLVES = [name for name in CASES if name.startswith("anderson_solve")]
 # the solves are the slow ones to compile: all on one architecture, the largest on the others
 ON_NVIDIA = [(a, n) for a in NVIDIA for n in CASES if n not in SOLVES or a == "sm_90" or "fp32-scopetriangular" in n]
 ON_AMD = [n for n in CASES if "bf16" in n or "fp32-scopetriangular" in n]

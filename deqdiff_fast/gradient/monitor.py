@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engine.reporting import ProgressBar, report_not_converged
-from ..loop.stopping import TINY
+from ..kernels.stopping import TINY
 from ..schedule.chain import serial_chain
 from ..solution import RoundInfo, Solution, Stats
 from .base import Problem

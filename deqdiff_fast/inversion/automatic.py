@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..planner import measure as cost
-from ..planner.decide import Curve
+from ..planner.cost_curve import Curve
 from .base import InversionProblem, MethodResult
 from .equilibrium import Equilibrium
 from .fixed_point import FixedPoint
@@ -115,7 +115,7 @@ class Automatic:
 
     def _predict(self, problem: InversionProblem) -> tuple[dict[str, float], InversionHistory, Curve, int]:
         """Seconds of each method, what they were predicted from, what calls cost, and evaluations to measure that."""
-        cache, signature = cost.kept_beside(problem.model), cost.signature_of(problem.image, problem.model_kwargs)
+        cache, signature = cost.shared_with_model(problem.model), cost.signature_of(problem.image, problem.model_kwargs)
         schedule = problem.schedule
         kind = (problem.batch, schedule.num_steps, schedule.name, schedule.stochastic, problem.tol)
         with _LOCK:

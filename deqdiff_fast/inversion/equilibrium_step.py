@@ -11,8 +11,8 @@ from torch import Tensor
 from .._types import Rows
 from ..engine.system import SANE_RMS, System
 from ..kernels import inverse_scan, newton_scan
+from ..kernels.stopping import TINY
 from ..loop.base import LeasedTensors, MemoryRequest, ProblemSize, Solver
-from ..loop.stopping import TINY
 from ..schedule import Schedule, SpectralSlope
 from .base import InversionProblem, check_finite
 from .initial_guess import fill_states, flow_scale

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._types import FrozenNoise
 from ..gradient.fixed_point_map import draw_drift
 from ..kernels.judge_steps import SLOWEST
-from ..loop.stopping import TINY
+from ..kernels.stopping import TINY
 from ..schedule import Schedule
 from .base import InversionInfo, InversionProblem, InversionStats, Method, MethodResult
 

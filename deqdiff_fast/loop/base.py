@@ -118,6 +118,7 @@ class Solver:
         """What results call it."""
         return type(self).__name__.lower()
 
+    @property
     def period(self) -> int:
         """`step`, `settle` and `enter` are the same device work in rounds k and k + period, so that it may be recorded
         and replayed; they must not read bounds that are tensors then: `rows.move_rows` and `rows.clear_rows` take both

@@ -52,7 +52,7 @@ class DeviceLoop:
         self.state.start(chain, self.window, task.longest)
         self.active = self.window.count  # when the round that was read last began
         self.readback = AsyncReadback(self.state.decision)
-        self.period = task.solver.period()
+        self.period = task.solver.period
         self.stalls, self.stalled = StallDetector(chain.batch, task.solver, self.rule.finish), set[int]()
         self.queued: list[int] = []  # rows in the model call of every round
 

@@ -16,14 +16,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..kernels import advance_window, judge_steps
-from ..kernels.advance_window import limit
-from ..kernels.judge_steps import SLOWEST
+from ..kernels import advance_window, mark_converged
+from ..kernels.stopping import MAX_RATE, TINY, finish_threshold
 from .base import Chain, Solver
 from .device_state import DeviceState
 from .window import Window
-
-TINY = 1e-30  # keeps 0 / 0 a zero residual; Inf / Inf and NaN stay NaN
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class StoppingRule:
         """
         if self.by_step:
             reset_steps(previous)
-        judge_steps(
+        mark_converged(
             chain.sq_diff, chain.sq_norm, previous, strict, self.freeze, self.floor, backend=chain.backend
         )  # fmt: skip
 
@@ -80,7 +77,7 @@ class StoppingRule:
             The longest step of each sample in this round.
         """
         worst = [0.0] * len(window.lo)
-        ends = limit(longest, self.finish, self.reach, self.allowed).tolist()
+        ends = finish_threshold(longest, self.finish, self.reach, self.allowed).tolist()
         for b, (lo, hi) in enumerate(zip(window.lo, window.hi)):
             if lo == window.num_steps:
                 continue
@@ -128,7 +125,7 @@ class StallDetector:
         found = [
             b
             for b, (now, before) in enumerate(zip(worst, self.last))
-            if not self.reported[b] and self.smallest < now < float("inf") and now > SLOWEST * before
+            if not self.reported[b] and self.smallest < now < float("inf") and now > MAX_RATE * before
         ]
         for b in found:
             self.reported[b] = True

@@ -1,73 +1,17 @@
-"""Serial chain, windows or all timesteps at once: what each would take, and the choice. A pure function of figures."""
+"""Serial chain, a window or all timesteps at once: what each would take, and the choice. A pure function of figures."""
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..plan import Candidate, Plan, RoundEstimate
+from .cost_curve import MARGIN, Curve
 
-MARGIN = 0.95  # a parallel solve must promise to take at most this part of the serial chain's time
-HYSTERESIS = 0.92  # and another window than the last one at most this part of that one's
-ABORT_RATIO = (
-    1.15  # a running solve is given up where it is predicted to take this many times what the serial rest would
-)
-REACH = 4  # predictions are trusted up to this many times the largest batch that was measured
 OPTIMISM = 0.25  # a measurement must pay if further rows cost this part of what the last ones did
-SAME = 1.05  # a smaller piece must make a round this much cheaper
-COARSE, COARSE_ROWS = 0.75, 9  # coarse rounds of about 9 timesteps must cost less than this part of a full one
-
-
-class Curve:
-    """Seconds of one model call over its rows: linear between measured sizes, never falling.
-
-    Beyond the largest size a row costs what the last ones did, and at least a quarter of their mean.
-    """
-
-    def __init__(self, points: dict[int, float]) -> None:
-        if not points or any(n < 1 or not (0 <= s < math.inf) for n, s in points.items()):
-            raise ValueError(f"points: expected {{rows >= 1: seconds >= 0}}, at least one, got {points}")
-        self.sizes = sorted(points)
-        self.seconds: list[float] = []
-        for n in self.sizes:
-            self.seconds.append(max(points[n], self.seconds[-1] if self.seconds else 0.0))
-
-    @property
-    def largest(self) -> int:
-        return self.sizes[-1]
-
-    @property
-    def slope(self) -> float:
-        """Seconds of one more row, from the last two sizes."""
-        (*_, n), (*_, last) = self.sizes, self.seconds
-        return last / n if len(self.sizes) == 1 else (last - self.seconds[-2]) / (n - self.sizes[-2])
-
-    def __call__(self, rows: float) -> float:
-        sizes, seconds = self.sizes, self.seconds
-        if rows <= sizes[0]:
-            return seconds[0]
-        if rows <= sizes[-1]:
-            k = bisect_left(sizes, rows)
-            part = (rows - sizes[k - 1]) / (sizes[k] - sizes[k - 1])
-            return seconds[k - 1] + part * (seconds[k] - seconds[k - 1])
-        return seconds[-1] + (rows - sizes[-1]) * max(self.slope, seconds[-1] / sizes[-1] / 4)
-
-    def in_pieces(self, rows: float, piece: int) -> float:
-        """Seconds of calls of `piece` rows each that together have that many."""
-        whole = int(rows // piece)
-        rest = rows - whole * piece
-        return whole * self(piece) + (self(rest) if rest > 0 else 0.0)
-
-    def best_piece(self, rows: int, limit: int | None) -> int:
-        """The rows in one call with which that many rows take the shortest, at most `limit`."""
-        top = min(rows, limit or rows)
-        best, best_seconds = top, self.in_pieces(rows, top)
-        for piece in self.sizes:
-            if piece < top and self.in_pieces(rows, piece) * SAME < best_seconds:
-                best, best_seconds = piece, self.in_pieces(rows, piece)
-        return best
+REACH = 4  # predictions are trusted up to this many times the largest batch that was measured
+COARSE_ROWS, COARSE = 9, 0.75  # coarse rounds, of about 9 timesteps, must cost less than this part of a full one
 
 
 @dataclass
@@ -75,9 +19,9 @@ class PlannerInputs:
     """Everything that a decision rests on.
 
     step: seconds of one step of the serial chain. calls: seconds of a model call. overhead: seconds of a round outside
-    of the model, given its rows. expect: what a solve with that window takes. correction: seconds seen over seconds
-    predicted, of solves with that window. fits: whether the solver's memory for that window is there. limit: most rows
-    in one call. max_rounds: most rounds that were allowed. previous: the window chosen last.
+    of the model, given its rows. expect: what a solve with that window takes. correction: measured over predicted
+    seconds of solves with that window. fits: whether the solver's memory for that window is there. limit: most rows in
+    one call. max_rounds: most rounds that are allowed. previous: the window chosen last.
     """
 
     steps: int
@@ -94,11 +38,9 @@ class PlannerInputs:
 
 
 def windows(steps: int) -> list[int]:
-    """The windows that are compared: 1 (serial), 2, 3, 4, 6, 8, 12 ... and all of them."""
-    sizes = {1, steps}
-    for k in range(1, steps.bit_length()):
-        sizes |= {w for w in (1 << k, 3 << (k - 1)) if w < steps}
-    return sorted(sizes)
+    """The windows of which the best one is a candidate: 2, 3, 4, 6, 8, 12 ... up to two thirds of the chain."""
+    powers = [1 << k for k in range(1, steps.bit_length())]
+    return [w for power in powers for w in (power, power + power // 2) if 3 * w <= 2 * steps]
 
 
 def rows_of_rounds(effort: RoundEstimate, window: int, steps: int, batch: int) -> list[tuple[float, float]]:
@@ -116,60 +58,66 @@ def rows_of_rounds(effort: RoundEstimate, window: int, steps: int, batch: int) -
     return [(share, max(part / total * mean * count, 1.0)) for part in falling]
 
 
-def predict(situation: PlannerInputs, window: int, effort: RoundEstimate) -> tuple[float, int] | None:
+def predict(inputs: PlannerInputs, window: int, effort: RoundEstimate) -> tuple[float, int] | None:
     """(seconds, rows in one call) of a solve; None where nothing was measured, or too little."""
-    calls, steps, batch = situation.calls, situation.steps, situation.batch
+    calls, steps, batch = inputs.calls, inputs.steps, inputs.batch
     if calls is None:
         return None
-    piece = calls.best_piece(min(window, steps) * batch, situation.limit)
+    piece = calls.best_piece(min(window, steps) * batch, inputs.limit)
     if piece > REACH * calls.largest:
         return None
-    seconds = sum(
-        count * (calls.in_pieces(rows, piece) + situation.overhead(rows))
-        for count, rows in rows_of_rounds(effort, window, steps, batch)
-    )
-    return seconds, piece
+    rounds = rows_of_rounds(effort, window, steps, batch)
+    return sum(count * (calls.in_pieces(rows, piece) + inputs.overhead(rows)) for count, rows in rounds), piece
 
 
-def decide(situation: PlannerInputs) -> Plan:
-    """The candidate that is predicted to be the fastest; the serial chain unless a solve is clearly faster."""
-    steps, batch = situation.steps, situation.batch
-    serial = Candidate(1, RoundEstimate(steps, 1.0), None if situation.step is None else steps * situation.step, batch)
-    candidates = [serial, *(_candidate(situation, window) for window in windows(steps) if window > 1)]
-    measured = () if situation.calls is None else tuple(zip(situation.calls.sizes, situation.calls.seconds))
-    chosen, reason = _choose(situation, serial, candidates)
-    return Plan(steps, batch, chosen, tuple(candidates), reason, measured)
-
-
-def _candidate(situation: PlannerInputs, window: int) -> Candidate:
-    effort = situation.expect(window)
-    if not situation.fits(window):
+def candidate(inputs: PlannerInputs, window: int) -> Candidate:
+    """A solve with that window: what it takes, or why it cannot be made."""
+    effort = inputs.expect(window)
+    if not inputs.fits(window):
         return Candidate(window, effort, note="does not fit in the free memory")
-    if situation.max_rounds is not None and effort.rounds > situation.max_rounds:
+    if inputs.max_rounds is not None and effort.rounds > inputs.max_rounds:
         return Candidate(window, effort, note="max_rounds does not suffice")
-    predicted = predict(situation, window, effort)
+    predicted = predict(inputs, window, effort)
     if predicted is None:
         return Candidate(window, effort, note="batches of that size were not measured")
     seconds, piece = predicted
-    return Candidate(window, effort, seconds * situation.correction(window), piece)
+    return Candidate(window, effort, seconds * inputs.correction(window), piece)
 
 
-def _choose(situation: PlannerInputs, serial: Candidate, candidates: list[Candidate]) -> tuple[Candidate, str]:
-    timed = [c for c in candidates[1:] if c.seconds is not None]
+def decide(inputs: PlannerInputs) -> Plan:
+    """The candidate that is predicted to be the fastest; the serial chain unless a solve is clearly faster.
+
+    The window that is compared is the one that fills the device: of those possible, the one predicted to be fastest.
+    """
+    steps, batch, previous = inputs.steps, inputs.batch, inputs.previous
+    step_seconds = None if inputs.step is None else steps * inputs.step
+    candidates = [Candidate(1, RoundEstimate(steps, 1.0), step_seconds, batch)]
+    narrow = [candidate(inputs, window) for window in windows(steps)]
+    if narrow:
+        candidates.append(min(narrow, key=lambda c: _seconds(c) * (MARGIN if c.window == previous else 1.0)))
+    if steps > 1:
+        candidates.append(candidate(inputs, steps))
+    measured = () if inputs.calls is None else tuple(zip(inputs.calls.sizes, inputs.calls.seconds))
+    chosen, reason = _choose(candidates, previous)
+    return Plan(steps, batch, chosen, tuple(candidates), reason, measured)
+
+
+def _seconds(candidate: Candidate) -> float:
+    return math.inf if candidate.seconds is None else candidate.seconds
+
+
+def _choose(candidates: list[Candidate], previous: int | None) -> tuple[Candidate, str]:
+    serial, *solves = candidates
+    best = min(solves, key=_seconds, default=serial)
     if serial.seconds is None:
         return serial, "nothing was measured yet: it starts serially, timing itself"
-    if not timed:
+    if best.seconds is None or best is serial:
         return serial, "no solve is both possible and measured"
-    best = min(timed, key=lambda c: c.seconds or 0.0)
-    last = next((c for c in timed if c.window == situation.previous), None)
-    assert best.seconds is not None
-    if last is not None and last.seconds is not None and best.seconds > HYSTERESIS * last.seconds:
-        best = last
-    assert best.seconds is not None
-    # the one chosen last keeps its place until it is behind, so that noise does not make the choice flutter
-    bar = 1.0 if best is last else MARGIN
-    ratio = serial.seconds / max(best.seconds, 1e-12)
-    if best.seconds > bar * serial.seconds:
+    last = next((c for c in solves if c.window == previous), None)
+    if last is not None and best.seconds > MARGIN * _seconds(last):
+        best = last  # which keeps its place until it is clearly behind, so that noise does not make the choice flutter
+    ratio = serial.seconds / max(_seconds(best), 1e-12)
+    if ratio < (1.0 if best is last else 1 / MARGIN):
         return serial, f"the best solve would take {1 / ratio:.2f} times as long as the serial chain"
     return best, f"it is predicted to be {ratio:.2f} times as fast as the serial chain"
 
@@ -182,37 +130,17 @@ def coarse_pays(plan: Plan) -> bool:
     return calls(min(COARSE_ROWS * plan.batch, rows)) < COARSE * calls.in_pieces(rows, plan.chosen.piece or rows)
 
 
-def promising(situation: PlannerInputs, sizes: list[int]) -> list[int]:
+def promising(inputs: PlannerInputs, sizes: list[int]) -> list[int]:
     """Those calls of so many rows that it may pay to measure: a solve that makes them would be chosen, did their
     further rows cost only `OPTIMISM` times as much as the last ones (nothing, where only one size was measured)."""
-    calls, now = situation.calls, decide(situation).chosen.seconds
+    calls, now = inputs.calls, decide(inputs).chosen.seconds
     if calls is None or now is None:
         return []
     known, found = dict(zip(calls.sizes, calls.seconds)), []
     each = OPTIMISM * calls.slope if len(known) > 1 else 0.0
     for rows in sizes:
         seconds = calls.seconds[-1] + each * (rows - calls.largest)
-        then = decide(replace(situation, calls=Curve(known | {rows: seconds}))).chosen
-        if then.window * situation.batch > calls.largest and (then.seconds or 0.0) < MARGIN * now:
+        then = decide(replace(inputs, calls=Curve(known | {rows: seconds}))).chosen
+        if then.window * inputs.batch > calls.largest and (then.seconds or 0.0) < MARGIN * now:
             found.append(rows)
     return found
-
-
-def work_left(done: int, effort: RoundEstimate, front: int, steps: int, window: int) -> float:
-    """What a running solve may still need, in units of its last round.
-
-    One that is overdue is expected to go on as long as it is overdue. front: how many timesteps are final.
-    """
-    planned = rows_of_rounds(effort, window, steps, 1)
-    if len(planned) > done:
-        left = sum(count * rows for count, rows in planned[done:]) / max(planned[done - 1][1], 1e-9)
-    else:
-        left = effort.rounds - done if done < effort.rounds else 1.0 + (done - effort.rounds)
-    if window < steps and done >= 3:  # a window moves at a steady pace
-        left = max(left, (steps - front) * done / front if front else float(steps))
-    return min(max(left, 0.5), float(steps - front))
-
-
-def give_up(left: float, round_seconds: float, serial_left: int, step: float) -> bool:
-    """Whether finishing serially is clearly faster than `left` more rounds that take as long as the last one."""
-    return left * round_seconds > ABORT_RATIO * serial_left * step

@@ -18,8 +18,7 @@ def free_bytes(device: torch.device) -> int | None:
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type != "cpu":
         return None
-    found = [bytes_ for bytes_ in (_available(), _container()) if bytes_ is not None]
-    return min(found) if found else None
+    return min((found for found in (_available(), _container()) if found is not None), default=None)
 
 
 def usable_bytes(device: torch.device) -> float:
@@ -29,12 +28,10 @@ def usable_bytes(device: torch.device) -> float:
 
 
 def _available() -> int | None:
-    """RAM that can be had without swapping."""
+    """RAM that can be had without swapping; on systems without /proc, RAM that nobody uses."""
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
+        return 1024 * _fields(Path("/proc/meminfo"))["MemAvailable:"]
+    except (OSError, ValueError, IndexError, KeyError):
         pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -43,16 +40,17 @@ def _available() -> int | None:
 
 
 def _container() -> int | None:
-    """What is left of the limit of the control group, where there is one."""
+    """What is left of the limit of the control group, where there is one; files that it has cached can be dropped."""
     group = Path("/sys/fs/cgroup")
     try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        cached = [
-            int(line.split()[1])
-            for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()
-            if line.startswith(("inactive_file ", "active_file "))
-        ]
+        limit, used = (int((group / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        stat = _fields(group / "memory.stat")
     except (OSError, ValueError, IndexError):
         return None
-    return max(limit - used + sum(cached), 0)
+    return max(limit - used + stat.get("inactive_file", 0) + stat.get("active_file", 0), 0)
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The second word of every line by its first."""
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines if words}

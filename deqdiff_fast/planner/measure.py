@@ -1,4 +1,4 @@
-"""What a batched call of a model costs here, measured with the model itself and kept beside it."""
+"""What a batched call of a model costs here, measured with the model itself and shared by all that use it."""
 
 from __future__ import annotations
 
@@ -16,81 +16,62 @@ from torch.utils._pytree import tree_flatten
 from .._types import DraftRows, Model
 from ..engine.system import System
 from ..model.padding import out_of_memory
-from .decide import Curve
+from .cost_curve import Curve
+from .round_model import average
 
-KEEP = 0.7  # weight of what was known against a new measurement
-LEAP = 2.0  # one measurement moves a figure at most by this factor: a machine hiccups
+LEAP = 2.0  # one measurement moves a known figure at most by this factor: a machine hiccups
 
 Clock = Callable[[], float]
 
 
 class Costs:
-    """Seconds of a model call over its rows, and of a step of the serial chain over its batch. Thread safe."""
+    """Seconds of a model call by its rows, and of a step of the serial chain by its batch.
+
+    Thread safe: a dict is replaced, never changed.
+    """
 
     def __init__(self) -> None:
         self._calls: dict[int, float] = {}
         self._steps: dict[int, float] = {}
-        self._curve: Curve | None = None
-        self._lock = threading.Lock()
 
     def curve(self) -> Curve | None:
         """The cost of a model call; None where nothing was measured."""
-        with self._lock:
-            if self._curve is None and self._calls:
-                self._curve = Curve(self._calls)
-            return self._curve
+        return Curve(self._calls) if self._calls else None
 
     def step(self, batch: int) -> float | None:
         """Seconds of one serial step of `batch` samples, None where it was never measured."""
         return self._steps.get(batch)
 
-    def learn_call(self, rows: int, seconds: float) -> None:
-        """A call of that many rows took so long. A new size is taken as it is, a known one follows slowly."""
-        if not math.isfinite(seconds):
-            return
-        with self._lock:
-            self._calls[rows] = _follow(self._calls.get(rows, seconds), seconds)
-            self._curve = None
-
     def set_call(self, rows: int, seconds: float) -> None:
-        """What several calls of that many rows took."""
-        if not math.isfinite(seconds):
-            return
-        with self._lock:
-            self._calls[rows] = seconds
-            self._curve = None
+        """A call of that many rows takes so long; infinite, where it ran out of memory, tells nothing."""
+        if math.isfinite(seconds):
+            self._calls = self._calls | {rows: seconds}
 
     def set_step(self, batch: int, seconds: float) -> None:
         """Serial steps, a few of them just now, take so long each."""
-        with self._lock:
-            self._steps[batch] = seconds
+        self._steps = self._steps | {batch: seconds}
 
     def learn_step(self, batch: int, seconds: float) -> None:
         """Serial steps took so long each. Where they have become slower or faster, so has everything else."""
-        with self._lock:
-            old = self._steps.get(batch, seconds)
-            new = self._steps[batch] = _follow(old, seconds)
-            if old > 0:
-                self._calls = {n: s * new / old for n, s in self._calls.items()}
-                self._curve = None
+        old = self._steps.get(batch, seconds)
+        new = average(old, min(max(seconds, old / LEAP), old * LEAP))
+        self.set_step(batch, new)
+        if old > 0:
+            self._calls = {n: s * new / old for n, s in self._calls.items()}
 
 
-def _follow(old: float, new: float) -> float:
-    return KEEP * old + (1 - KEEP) * min(max(new, old / LEAP), old * LEAP)
-
-
-_KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_SHARED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def kept_beside(model: Model) -> dict[Any, Any]:
+def shared_with_model(model: Model) -> dict[Any, Any]:
     """A dict that lives as long as the model: what samplers of the same model learn, they share.
 
     A wrapper that is made anew for every use can name the model that it wraps in an attribute `base_model`.
     """
     try:
         with _lock:
-            return _KNOWN.setdefault(getattr(model, "base_model", model), {})
+            return _SHARED.setdefault(getattr(model, "base_model", model), {})
     except TypeError:  # neither hashed nor weakly referenced: known to this sampler only
         return {}
 
@@ -117,8 +98,8 @@ def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf
 
     Infinite where the model runs out of memory on them; `system.on_shrink` is told.
     """
-    place = torch.arange(rows, device=noise.device)
-    sample, step = place % system.batch, (place // system.batch) % system.num_steps
+    row = torch.arange(rows, device=noise.device)
+    sample, step = row % system.batch, (row // system.batch) % system.num_steps
     states = noise.detach().flatten(1)[sample].to(system.dtype)
     kwargs = system.expand_kwargs(sample)
     _synchronize(noise.device)
@@ -153,15 +134,14 @@ def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter
 def measure(
     system: System, noise: Tensor, rows: int, *, repeats: int, budget: float, clock: Clock = time.perf_counter
 ) -> float:
-    """Least seconds of up to `repeats` calls after a first one, which prepares; fewer once `budget` seconds are spent.
+    """Least seconds of a call, which prepares, and up to `repeats` more; fewer once `budget` seconds are spent.
 
     The least, since a call that was disturbed would rule out all larger ones; solves that are tried put it right.
     """
-    first = time_call(system, noise, rows, clock)
-    taken: list[float] = []
-    while len(taken) < repeats and first + sum(taken) < budget:
+    taken = [time_call(system, noise, rows, clock)]
+    while len(taken) <= repeats and sum(taken) < budget:
         taken.append(time_call(system, noise, rows, clock))
-    return min(taken, default=first)
+    return min(taken)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Watches a running solve: how long its rounds take, and whether the serial chain would be there sooner."""
+"""Times the rounds of a running solve, and gives it up where the serial chain would be there sooner."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ from typing import Any
 from torch import Tensor
 
 from ..engine.progress import Reporter
-from ..plan import Plan
-from .decide import give_up, work_left
+from ..plan import Plan, RoundEstimate
+from .decide import rows_of_rounds
 
-FIRST_LOOK = 2  # rounds before which nothing is given up: the first one of its size is slow
+PATIENT_ROUNDS = 2  # before which nothing is given up: the first call of a size is slow
+ABORT_RATIO = 1.15  # a solve is given up where it is predicted to take this many times what the serial rest would
 
 
 class SlowSolveMonitor:
-    """Called in the reporter's place after every round. `gave_up` says that it was the monitor that stopped the solve.
+    """Called in the reporter's place after every round.
 
-    step: seconds of a serial step. front: steps that were made before the first round. clock: seconds.
+    Args:
+        plan: what is being done.
+        step: seconds of a serial step.
+        front: steps that were made before the first round.
+        clock: seconds.
+
+    Attributes:
+        gave_up: whether it was the monitor that stopped the solve.
+        left: what was still expected then, in rounds like the last one.
+        outside: seconds spent in callbacks, which are not the solver's.
+        spent, rows, rounds: seconds, model evaluations and number of the rounds so far.
     """
 
     def __init__(self, plan: Plan, step: float, front: int, clock: Callable[[], float]) -> None:
         self.plan, self.step, self.front, self.clock = plan, step, front, clock
         self.gave_up = False
-        self.left = 0.0
-        """What was still expected when the solve was given up, in rounds like the last one."""
-        self.outside = 0.0
-        """Seconds spent in callbacks, which are not the solver's."""
-        self.spent, self.rows, self.rounds = 0.0, 0, 0
-        """Seconds, model evaluations and number of the rounds so far."""
+        self.left, self.outside, self.spent = 0.0, 0.0, 0.0
+        self.rows, self.rounds = 0, 0
         self._report: Reporter | None = None
         self._since, self._last, self._before = 0.0, float("inf"), 0
 
@@ -43,15 +50,35 @@ class SlowSolveMonitor:
         taken = now - self._since
         self.rounds, self.spent = round, self.spent + taken
         self.rows = self._report.work.system.model_evals - self._before
-        seconds, self._last = min(taken, self._last), taken  # of the last two: a machine hiccups
+        round_seconds, self._last = min(taken, self._last), taken  # of the last two: a machine hiccups
         if self._report(round, where, residual) is True:
             return True
         self._since = self.clock()
         self.outside += self._since - now
         front, steps = min(where.lo), where.num_steps
-        if round < FIRST_LOOK or front >= steps:
+        if round < PATIENT_ROUNDS or front >= steps:
             return None
         chosen = self.plan.chosen
         self.left = work_left(round, chosen.effort, front - self.front, steps, chosen.window)
-        self.gave_up = give_up(self.left, seconds, steps - front, self.step)
+        self.gave_up = give_up(self.left, round_seconds, steps - front, self.step)
         return self.gave_up or None
+
+
+def work_left(done: int, effort: RoundEstimate, front: int, steps: int, window: int) -> float:
+    """What a running solve may still need, in units of its last round.
+
+    One that is overdue is expected to go on as long as it is overdue. front: how many timesteps are final.
+    """
+    planned = rows_of_rounds(effort, window, steps, 1)
+    if len(planned) > done:
+        left = sum(count * rows for count, rows in planned[done:]) / max(planned[done - 1][1], 1e-9)
+    else:
+        left = effort.rounds - done if done < effort.rounds else 1.0 + (done - effort.rounds)
+    if window < steps and done >= 3:  # a window moves at a steady pace
+        left = max(left, (steps - front) * done / front if front else float(steps))
+    return min(max(left, 0.5), float(steps - front))
+
+
+def give_up(left: float, round_seconds: float, serial_left: int, step: float) -> bool:
+    """Whether finishing serially is clearly faster than `left` more rounds that take as long as the last one."""
+    return left * round_seconds > ABORT_RATIO * serial_left * step

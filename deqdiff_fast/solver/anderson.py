@@ -84,6 +84,7 @@ class Anderson(Solver):
     def name(self) -> str:
         return self.label or f"anderson-{self.scope}"
 
+    @property
     def period(self) -> int:
         return self.history
 

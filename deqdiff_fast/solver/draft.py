@@ -79,6 +79,7 @@ class Drafted(Solver):
     def name(self) -> str:
         return "draft"
 
+    @property
     def period(self) -> int:
         return self.history + 1
 

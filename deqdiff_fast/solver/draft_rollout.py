@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import draft_scan
-from ..kernels.draft_scan.reference import WILD
+from ..kernels.draft_scan import MAX_OUTPUT
 from ..loop.base import Chain
 from .anchors import Segment
 
@@ -46,7 +46,7 @@ def make_pass(
         draft_scan(
             chain.states, chain.predictions, draft_output, memory.draft_cache, memory.correction, memory.weights,
             chain.state_coef, chain.model_coef, chain.slope, lo, hi, chain.sq_diff, chain.sq_norm, memory.carry,
-            memory.z, memory.remainder, memory.secant_weights, column, number, before, start, stop, charting=rollout,
+            memory.z, memory.remainder, memory.secant_weights, column, number, before, start, stop, rollout=rollout,
             last=k == len(segments) - 1, drift=chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
         before = start
@@ -54,4 +54,4 @@ def make_pass(
 
 def sanitized(draft_output: Tensor, slope: Tensor, states: Tensor) -> Tensor:
     """What a draft predicts, and where that cannot be used what is right for unit Gaussian data."""
-    return torch.where(draft_output.abs() < WILD, draft_output, slope * states)
+    return torch.where(draft_output.abs() < MAX_OUTPUT, draft_output, slope * states)

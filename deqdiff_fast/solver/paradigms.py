@@ -64,6 +64,7 @@ class Paradigms(Solver):
         for name in ("safety", "freeze"):
             object.__setattr__(self, name, 1.0 if self.tol is not None else 0.1)
 
+    @property
     def period(self) -> int:
         return 1
 

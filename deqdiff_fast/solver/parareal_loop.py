@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .._types import Rows
+from ..kernels.stopping import TINY
 from ..loop.base import Chain
-from ..loop.stopping import TINY
 from ..loop.task import Progress, Task
 from ..loop.window import Window
 

@@ -24,6 +24,7 @@ class Picard(Solver):
     safety: float = 0.3
     freeze: float = 0.003
 
+    @property
     def period(self) -> int:
         return 1
 

@@ -76,6 +76,7 @@ class QuasiNewton(Solver):
         kind = self.slope if isinstance(self.slope, str) else "plain" if self.slope is None else "spectral"
         return f"quasi-newton-{kind}"
 
+    @property
     def period(self) -> int:
         return self.history + 1
 

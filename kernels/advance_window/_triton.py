@@ -1,4 +1,4 @@
-"""Triton kernels of the window's step: the loop's decisions taken on the device, so that the host need not wait.
+"""Triton kernels of the window's move: the loop's decisions taken on the device, so that the host need not wait.
 
 Two launches: one program per sample moves its window, then one program lists the rows that are active. Bytes: 2 T B
 residual sums in, N indices out. int64 indices.
@@ -10,34 +10,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..stopping import TINY
+
 
 @triton.jit
-def residuals(sq_diff, sq_norm, i, b, B, inside):
+def residuals(sq_diff, sq_norm, i, b, B, inside, TINY: tl.constexpr):
     """Relative residuals of rows i (SPAN,) of sample b; zero outside the window, NaN stays NaN."""
     at = i.to(tl.int64) * B + b
     diff = tl.load(sq_diff + at, mask=inside, other=0.0)
     norm = tl.load(sq_norm + at, mask=inside, other=1.0)
-    return tl.sqrt(diff / tl.where(norm < 1e-30, 1e-30, norm))
+    return tl.sqrt(diff / tl.where(norm < TINY, TINY, norm))
 
 
 @triton.jit(do_not_specialize=["T", "width"])
-def bounds_kernel(
-    sq_diff, sq_norm, lo, hi, was, verdict, T, B, width, freeze: tl.float64, finish: tl.float64, reach: tl.float64,
-    left: tl.float64, SPAN: tl.constexpr,
+def window_bounds_kernel(
+    sq_diff, sq_norm, lo, hi, previous_bounds, decision, T, B, width, freeze: tl.float64, finish: tl.float64,
+    reach: tl.float64, allowed: tl.float64, TINY: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """One sample. was (2, B), verdict (4, B): see reference.py."""
+    """One sample. previous_bounds (2, B), decision (4, B): see reference.py."""
     b = tl.program_id(0)
     first, last = tl.maximum(tl.load(lo + b), 0), tl.minimum(tl.load(hi + b), T)
     span = tl.arange(0, SPAN)
     least, limit = tl.full((), freeze, sq_diff.dtype.element_ty), tl.full((), finish, sq_diff.dtype.element_ty)
-    most, rest = tl.full((), reach, sq_diff.dtype.element_ty), tl.full((), left, sq_diff.dtype.element_ty)
-    previous = tl.load(verdict + 3 * B + b).to(sq_diff.dtype.element_ty)
+    most, left = tl.full((), reach, sq_diff.dtype.element_ty), tl.full((), allowed, sq_diff.dtype.element_ty)
+    previous = tl.load(decision + 3 * B + b).to(sq_diff.dtype.element_ty)
     previous = tl.where((previous > 0) & (previous < float("inf")), previous, 0.0)  # not so for NaN either
-    limit = tl.maximum(limit, tl.minimum(most, (tl.sqrt(rest * rest + 4.0 * rest * previous) - rest) / 2.0))
+    limit = tl.maximum(limit, tl.minimum(most, (tl.sqrt(left * left + 4.0 * left * previous) - left) / 2.0))
     broken, front, above, worst = T, last, 0, tl.zeros((), sq_diff.dtype.element_ty)
     for start in tl.range(first, last, SPAN):
         i = start + span
-        residual = residuals(sq_diff, sq_norm, i, b, B, i < last)
+        residual = residuals(sq_diff, sq_norm, i, b, B, i < last, TINY)
         bad = (i < last) & ((residual != residual) | (residual == float("inf")))
         stuck = (i < last) & ((residual > least) | (residual != residual))
         coarse = (i < last) & ((residual > limit) | (residual != residual))
@@ -49,18 +51,18 @@ def bounds_kernel(
     front = tl.where((above == 0) & (last == T), T, front)
     front = tl.where(first < T, front, first)
     until = tl.minimum(front + width, T)
-    tl.store(was + b, first)
-    tl.store(was + B + b, tl.maximum(last, front))
+    tl.store(previous_bounds + b, first)
+    tl.store(previous_bounds + B + b, tl.maximum(last, front))
     tl.store(lo + b, front)
     tl.store(hi + b, until)
-    tl.store(verdict + b, front.to(verdict.dtype.element_ty))
-    tl.store(verdict + B + b, until.to(verdict.dtype.element_ty))
-    tl.store(verdict + 2 * B + b, broken.to(verdict.dtype.element_ty))
-    tl.store(verdict + 3 * B + b, worst.to(verdict.dtype.element_ty))
+    tl.store(decision + b, front.to(decision.dtype.element_ty))
+    tl.store(decision + B + b, until.to(decision.dtype.element_ty))
+    tl.store(decision + 2 * B + b, broken.to(decision.dtype.element_ty))
+    tl.store(decision + 3 * B + b, worst.to(decision.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def rows_kernel(lo, hi, rows, T, B, N, SPAN: tl.constexpr):
+def active_rows_kernel(lo, hi, rows, T, B, N, SPAN: tl.constexpr):
     """The active rows i * B + b in order, then T * B up to N."""
     span = tl.arange(0, SPAN)
     count = 0
@@ -79,13 +81,13 @@ def rows_kernel(lo, hi, rows, T, B, N, SPAN: tl.constexpr):
 
 
 def launch(
-    sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, was: Tensor, verdict: Tensor, rows: Tensor,
-    freeze: float, finish: float, width: int, reach: float = 0.0, left: float = 0.0,
+    sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, previous_bounds: Tensor, decision: Tensor, rows: Tensor,
+    freeze: float, finish: float, width: int, reach: float, allowed: float,
 ) -> None:  # fmt: skip
     """The op on contiguous tensors: two launches."""
     steps, batch = sq_diff.shape
-    bounds_kernel[(batch,)](
-        sq_diff, sq_norm, lo, hi, was, verdict, steps, batch, width, freeze, finish, reach, left, SPAN=128,
-        num_warps=1,
+    window_bounds_kernel[(batch,)](
+        sq_diff, sq_norm, lo, hi, previous_bounds, decision, steps, batch, width, freeze, finish, reach, allowed,
+        TINY=TINY, SPAN=128, num_warps=1,
     )  # fmt: skip
-    rows_kernel[(1,)](lo, hi, rows, steps, batch, len(rows), SPAN=1024, num_warps=4)
+    active_rows_kernel[(1,)](lo, hi, rows, steps, batch, len(rows), SPAN=1024, num_warps=4)

@@ -29,7 +29,7 @@ def copy_rows_kernel(target, source, first, last, R, B, D, S, BLOCK: tl.constexp
 def launch(target: Tensor, source: Tensor, first: Tensor, last: Tensor) -> None:
     """The op on contiguous tensors: one launch."""
     rows, batch, size = target.shape
-    config = _config.config("mix", target.device)
+    config = _config.config("copy_rows", target.device)
     block = config.block(target.element_size())
     copy_rows_kernel[(triton.cdiv(size, block) * batch * rows,)](
         target, source, first, last, rows, batch, size, source.shape[0], BLOCK=block, num_warps=config.num_warps

@@ -1,13 +1,26 @@
-"""The batched DDIM update across timesteps."""
+"""The batched DDIM update across timesteps: an affine scan over time."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .. import _dispatch, _ops, _workspace
-from ._layout import ddim_update_bytes
+from .. import _config
+from .._checks import check_scan, check_windows
+from .._register import chain_sizes, register
+from .._workspace import Layout, ProblemSize, ceil_div, nbytes, needs_none, wide
+from .reference import ddim_update as _reference
 
 __all__ = ["ddim_update", "ddim_update_bytes"]
+
+_op = register(
+    __name__,
+    "ddim_update(Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor lo, Tensor hi, "
+    "Tensor(b!) sq_diff, Tensor(c!) sq_norm, Tensor? drift, Tensor(d!)? workspace) -> ()",
+    _reference,
+    cpp=chain_sizes,
+    check=check_windows,
+)
 
 
 def ddim_update(
@@ -46,10 +59,18 @@ def ddim_update(
         ValueError: an argument has the wrong shape, dtype, device or value.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    _dispatch.check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
-    _workspace.check(workspace, states.device)
-    args = (states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
-    if backend == "auto" and _dispatch.dispatched(states):
-        _ops.ddim_op(*args)
-    else:
-        _ops.run_ddim(backend, *args)
+    check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
+    _op(backend, states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
+
+
+def layout(size: ProblemSize) -> Layout:
+    """Squared norms of every row, summed over blocks of D."""
+    blocks = ceil_div(size.numel, _config.config("ddim_update", size.device).block(size.dtype.itemsize))
+    return {"partials": ((size.steps, size.batch, blocks, 2), wide(size.dtype))}
+
+
+def ddim_update_bytes(
+    steps: int, batch: int, numel: int, dtype: torch.dtype, device: torch.device, backend: str = "auto"
+) -> int:
+    """Bytes of the `workspace` with which `ddim_update` allocates nothing, for states (steps + 1, batch, numel)."""
+    return 0 if needs_none(device, backend) else nbytes(layout(ProblemSize(steps, batch, numel, 1, dtype, device)))

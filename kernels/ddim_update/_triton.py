@@ -18,83 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
-from .._workspace import Size, cut
-from ._layout import layout
-
-
-@triton.jit
-def window(lo, hi, b, T):
-    """The active rows of sample b, clamped into the chain whatever the device memory holds."""
-    first = tl.maximum(tl.load(lo + b), 0)
-    return first, tl.minimum(tl.load(hi + b), T)
-
-
-@triton.jit
-def chunk_of(first, last, chunk, chunks):
-    """Rows [begin, end) of one of `chunks` nearly equal parts of [first, last)."""
-    size = tl.cdiv(tl.maximum(last - first, 0), chunks)
-    begin = first + chunk * size
-    return begin, tl.minimum(begin + size, last)
-
-
-@triton.jit
-def known_row(x, i, b, B, D, lanes, mask, WIDE: tl.constexpr):
-    """Row i of a time-major tensor, zero where i < 0."""
-    row = x + (tl.cast(tl.maximum(i, 0), tl.int64) * B + b) * D
-    return tl.where(i >= 0, tl.load(row + lanes, mask=mask, other=0.0).to(WIDE), 0.0)
-
-
-@triton.jit
-def scan_row(
-    i, b, B, D, lanes, mask, x0, x1, x2, x3, e1, e2, e3, predictions, drift, state_coef, model_coef,
-    L: tl.constexpr, DRIFT: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The state that follows row i, and row i's prediction; x_l, e_l are those of l rows before."""
-    at = (tl.cast(i, tl.int64) * B + b) * D
-    a, c = state_coef + i * L, model_coef + i * L
-    e0 = tl.load(predictions + at + lanes, mask=mask, other=0.0).to(WIDE)
-    new = tl.fma(tl.load(a).to(WIDE), x0, tl.load(c).to(WIDE) * e0)  # spelled out: rounds alike wherever it is inlined
-    if L > 1:
-        new = tl.fma(tl.load(c + 1).to(WIDE), e1, tl.fma(tl.load(a + 1).to(WIDE), x1, new))
-    if L > 2:
-        new = tl.fma(tl.load(c + 2).to(WIDE), e2, tl.fma(tl.load(a + 2).to(WIDE), x2, new))
-    if L > 3:
-        new = tl.fma(tl.load(c + 3).to(WIDE), e3, tl.fma(tl.load(a + 3).to(WIDE), x3, new))
-    if DRIFT:
-        new += tl.load(drift + at + lanes, mask=mask, other=0.0).to(WIDE)
-    return new, e0
-
-
-@triton.jit
-def scan_start(
-    states, predictions, drift, state_coef, model_coef, first, begin, b, B, D, lanes, mask,
-    L: tl.constexpr, DRIFT: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """What the recursion carries into row `begin`: the last states and predictions, from the known row `first` on."""
-    x0 = known_row(states, first, b, B, D, lanes, mask, WIDE)
-    x1, x2, x3, e1, e2, e3 = x0, x0, x0, x0, x0, x0
-    if L > 1:
-        x1 = known_row(states, first - 1, b, B, D, lanes, mask, WIDE)
-        e1 = known_row(predictions, first - 1, b, B, D, lanes, mask, WIDE)
-    if L > 2:
-        x2 = known_row(states, first - 2, b, B, D, lanes, mask, WIDE)
-        e2 = known_row(predictions, first - 2, b, B, D, lanes, mask, WIDE)
-    if L > 3:
-        x3 = known_row(states, first - 3, b, B, D, lanes, mask, WIDE)
-        e3 = known_row(predictions, first - 3, b, B, D, lanes, mask, WIDE)
-    for i in tl.range(first, begin, loop_unroll_factor=4):
-        new, e0 = scan_row(
-            i, b, B, D, lanes, mask, x0, x1, x2, x3, e1, e2, e3, predictions, drift, state_coef, model_coef,
-            L, DRIFT, WIDE,
-        )  # fmt: skip
-        if L > 3:
-            x3, e3 = x2, e2
-        if L > 2:
-            x2, e2 = x1, e1
-        if L > 1:
-            x1, e1 = x0, e0
-        x0 = new
-    return x0, x1, x2, x3, e1, e2, e3
+from .._triton_rows import chunk_of, scan_row, scan_start, window
+from .._workspace import ProblemSize, cut
+from . import layout
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
@@ -138,7 +64,7 @@ def ddim_update_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
-def norms_kernel(
+def ddim_norms_kernel(
     partials, lo, hi, sq_diff, sq_norm, T, B, blocks, K: tl.constexpr, AT: tl.constexpr, ROWS: tl.constexpr,
     SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +92,7 @@ def launch_norms(
 ) -> None:
     """sq_diff, sq_norm <- sums over blocks of entries `entry` and `entry + 1` of partials (T, B, blocks, K)."""
     steps, batch, blocks, entries = partials.shape
-    norms_kernel[(batch * triton.cdiv(rows, 16),)](
+    ddim_norms_kernel[(batch * triton.cdiv(rows, 16),)](
         partials, lo, hi, sq_diff, sq_norm, steps, batch, blocks, K=entries, AT=entry, ROWS=16, SPAN=64, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -179,9 +105,9 @@ def launch(
 ) -> None:  # fmt: skip
     """The op on contiguous tensors: two launches. chunks overrides how many parts the window is cut into."""
     steps, batch, size = predictions.shape
-    config = _config.config("scan", states.device)
+    config = _config.config("ddim_update", states.device)
     block = config.block(states.element_size())
-    plan = layout(Size(steps, batch, size, state_coef.shape[1], states.dtype, states.device))
+    plan = layout(ProblemSize(steps, batch, size, state_coef.shape[1], states.dtype, states.device))
     partials = cut(plan, workspace, states.device)["partials"]
     blocks = partials.shape[2]
     chunks = chunks or _config.scan_chunks(blocks * batch, steps, states.device)

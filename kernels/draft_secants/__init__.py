@@ -1,30 +1,49 @@
-"""What a round with a draft remembers: states, what the model said there beyond the draft, and the secants' fit."""
+"""The history of a solve with a draft: states, remainders (the model's output minus the draft's), and their fit."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _workspace
-from . import _ops
-from ._layout import draft_secants_bytes
+from .. import _config
+from .._checks import INDEX, check_anchors, check_ridge, check_states, check_windows, check_workspace, expect
+from .._register import chain_sizes, register
+from .._workspace import Layout, ProblemSize, ceil_div, nbytes, needs_none, next_power_of_2, wide
+from .reference import draft_secants as _reference
 
 __all__ = ["draft_secants", "draft_secants_bytes"]
+
+
+def _sizes(given: dict[str, Any]) -> dict[str, Any]:
+    ring, anchors = given["z"].shape[:2]
+    return chain_sizes(given) | {"A": anchors, "ring": ring}
+
+
+_op = register(
+    __name__,
+    "draft_secants(Tensor states, Tensor predictions, Tensor draft_cache, Tensor anchor_rows, Tensor lo, Tensor hi, "
+    "Tensor(a!) z, Tensor(b!) remainder, Tensor(c!) filled, Tensor(d!) secant_weights, int column, float ridge, "
+    "float floor, Tensor(e!)? workspace) -> ()",
+    _reference,
+    cpp=_sizes,
+    storage=("states", "predictions", "draft_cache"),
+    check=check_windows,
+)
 
 
 def draft_secants(
     states: Tensor,
     predictions: Tensor,
-    made: Tensor,
-    at: Tensor,
+    draft_cache: Tensor,
+    anchor_rows: Tensor,
     lo: Tensor,
     hi: Tensor,
     z: Tensor,
-    rest: Tensor,
+    remainder: Tensor,
     filled: Tensor,
-    weights: Tensor,
+    secant_weights: Tensor,
     column: int,
     ridge: float = 1e-6,
     floor: float = 1e-5,
@@ -32,38 +51,57 @@ def draft_secants(
     workspace: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Before a pass of `draft_scan`, in place, for the anchors n of every sample b with lo[b] <= at[n] < hi[b]:
+    """Record a round at the anchors and fit the remainder's Jacobian, in place, before a sweep of `draft_scan`.
 
-        z[column, n] <- X, rest[column, n] <- E - made[n], weights[n] <- Z (Z dZ^T dZ Z + ridge)^-1 Z
+    For the anchors n of every sample b with lo[b] <= anchor_rows[n] < hi[b]:
 
-    with X, E the state and prediction of row at[n], dZ the differences z[column - k, n] - X of the last filled[n]
-    rounds and Z the inverse lengths of those worth keeping; filled[n] counts up. The Jacobian of what the model says
-    beyond the draft is then about dR weights dZ^T, with dR the differences of `rest` (Fang and Saad 2009, doi
+        z[column, n] <- X, remainder[column, n] <- E - draft_cache[n], secant_weights[n] <- Z (Z dZ^T dZ Z + ridge)^-1 Z
+
+    with X, E the state and prediction of row anchor_rows[n], dZ the differences z[column - k, n] - X of the last
+    filled[n] rounds and Z the inverse lengths of those worth keeping; filled[n] counts up. The Jacobian of the
+    remainder is then about dR secant_weights dZ^T, with dR the differences of `remainder` (Fang and Saad 2009, doi
     10.1002/nla.617).
 
     Args:
         states, predictions, lo, hi, backend: as for `ddim_update`.
-        made: (A, B, D), what the draft says at X. at: (A,) int64, rows of the chain, ascending.
-        z, rest: (H + 1, A, B, D), rings over rounds, in the dtype of the states; this round goes to `column` (the round
-            modulo H + 1). 0 <= H <= 7.
+        draft_cache: (A, B, D), the draft's output at X.
+        anchor_rows: (A,) int64, rows of the chain, ascending.
+        z, remainder: (H + 1, A, B, D), rings over rounds, in the dtype of the states; this round goes to `column` (the
+            round modulo H + 1). 0 <= H <= 7.
         filled: (A, B) int32, how many of the most recent columns are valid.
-        weights: (A, B, H, H) float64; a column that is not to be read has zero on the diagonal.
+        secant_weights: (A, B, H, H) float64; a column that is not to be read has zero on the diagonal.
+        column: the ring column of this round.
         ridge, floor: as for `newton_scan`.
-        workspace: as for `newton_scan`, of `draft_secants_bytes`.
+        workspace: as for `ddim_update`, of `draft_secants_bytes`.
 
     Raises:
-        ValueError, BackendUnavailableError: as for `ddim_update`.
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    _dispatch.check_states(states, predictions, lo, hi)
-    _workspace.check(workspace, states.device)
-    batch, device, count = states.shape[1], states.device, made.shape[0]
-    _dispatch.check_anchors(states, made, z, rest, weights, column)
-    _dispatch._expect("at", at, (count,), (torch.int64,), device)
-    _dispatch._expect("filled", filled, (count, batch), (torch.int32,), device)
-    if not (ridge > 0 and math.isfinite(ridge)) or not (floor >= 0 and math.isfinite(floor)):
-        raise ValueError(f"ridge, floor: expected finite numbers, ridge > 0 and floor >= 0, got {ridge}, {floor}")
-    args = (states, predictions, made, at, lo, hi, z, rest, filled, weights, column, ridge, floor, workspace)
-    if backend == "auto" and _dispatch.dispatched(states):
-        _ops.secants_op(*args)
-    else:
-        _ops.run(backend, *args)
+    check_states(states, predictions, lo, hi)
+    check_workspace(workspace, states.device)
+    check_anchors(states, draft_cache, z, remainder, secant_weights, column)
+    expect("anchor_rows", anchor_rows, draft_cache.shape[:1], (torch.int64,), states.device)
+    expect("filled", filled, draft_cache.shape[:2], INDEX, states.device)
+    check_ridge(ridge, floor)
+    _op(
+        backend, states, predictions, draft_cache, anchor_rows, lo, hi, z, remainder, filled, secant_weights, column,
+        ridge, floor, workspace,
+    )  # fmt: skip
+
+
+def layout(size: ProblemSize, ring: int) -> Layout:
+    """Grams of the anchors (`size.steps` of them) and the squared size of their states, summed over blocks of D."""
+    blocks = ceil_div(size.numel, _config.config("draft_gram", size.device).block(size.dtype.itemsize))
+    pairs = next_power_of_2(max(ring - 1, 1))
+    return {"partials": ((size.steps, size.batch, blocks, pairs**2 + 1), wide(size.dtype))}
+
+
+def draft_secants_bytes(
+    anchors: int, batch: int, numel: int, history: int, dtype: torch.dtype, device: torch.device, backend: str = "auto"
+) -> int:
+    """Bytes of the `workspace` with which `draft_secants` allocates nothing, for rings (history + 1, anchors, batch,
+    numel) of `dtype`."""
+    if needs_none(device, backend):
+        return 0
+    return nbytes(layout(ProblemSize(anchors, batch, numel, 1, dtype, device), history + 1))

@@ -1,4 +1,4 @@
-"""Reference of the secants of a draft's remainder: what a round remembers, and its least squares fit, in torch."""
+"""Reference of the history of a solve with a draft and its least squares fit, in plain torch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ def fit(dz: Tensor, size: Tensor, ridge: float, floor: float) -> Tensor:
 
 
 def draft_secants(
-    states, predictions, made, at, lo, hi, z, rest, filled, weights, column, ridge=1e-6, floor=1e-5
+    states, predictions, draft_cache, anchor_rows, lo, hi, z, remainder, filled, secant_weights, column, ridge=1e-6,
+    floor=1e-5,
 ) -> None:  # fmt: skip
-    """For anchors n with lo[b] <= at[n] < hi[b]: z[column, n] <- X, rest[column, n] <- E - made[n], both of row at[n].
+    """Where lo[b] <= anchor_rows[n] < hi[b]: z[column, n] <- X, remainder[column, n] <- E - draft_cache[n].
 
-    weights[n] <- S of dz_k = z[column - k, n] - X, 1 <= k <= filled[n], zero elsewhere; then filled[n] counts up.
+    secant_weights[n] <- S of dz_k = z[column - k, n] - X, k = 1 ... filled[n], zero elsewhere; filled[n] counts up.
     """
     ring = z.shape[0]
-    for n, row in enumerate(at.tolist()):
+    for n, row in enumerate(anchor_rows.tolist()):
         for b in range(states.shape[1]):
             if not int(lo[b]) <= row < int(hi[b]):
                 continue
             x, count = states[row, b].double(), min(int(filled[n, b]), ring - 1)
             older = [(column - k) % ring for k in range(1, count + 1)]
-            weights[n, b] = 0
+            secant_weights[n, b] = 0
             if count:
-                weights[n, b, :count, :count] = fit(z[older, n, b].double() - x, x.norm(), ridge, floor)
+                secant_weights[n, b, :count, :count] = fit(z[older, n, b].double() - x, x.norm(), ridge, floor)
             z[column, n, b] = states[row, b]
-            rest[column, n, b] = (predictions[row, b].double() - made[n, b].double()).to(rest.dtype)
+            remainder[column, n, b] = (predictions[row, b].double() - draft_cache[n, b].double()).to(remainder.dtype)
             filled[n, b] = count + 1

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import _dispatch
-from . import _ops
+from .._checks import MAX_HISTORY, check_rings, check_scan, check_slope, check_windows
+from .._register import chain_sizes, register
+from .reference import inverse_scan as _reference
 
 __all__ = ["MAX_COLUMNS", "inverse_scan"]
 
 MAX_COLUMNS = 32
+
+
+def _sizes(given: dict[str, Any]) -> dict[str, Any]:
+    ring, width = given["z"].shape[:2]
+    return chain_sizes(given) | {"ring": ring, "W": width}
+
+
+_op = register(
+    __name__,
+    "inverse_scan(Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor slope, "
+    "Tensor weight, Tensor lo, Tensor hi, Tensor(b!) sq_miss, Tensor(c!) z, Tensor(d!) e, Tensor(e!) filled, "
+    "int column, float damping, float ridge, float stale, float floor, float reach, Tensor? drift) -> ()",
+    _reference,
+    cpp=_sizes,
+    cpp_serves=lambda given: given["z"].shape[0] <= MAX_HISTORY,
+    triton=False,
+    storage=("states", "predictions", "z", "drift"),
+    check=check_windows,
+)
 
 
 def inverse_scan(
@@ -50,43 +70,41 @@ def inverse_scan(
     states <- N. A multisecant step of the second kind (Fang and Saad 2009, doi 10.1002/nla.617, equation 24), which
     minimises the residual and stays calm where the step's Jacobian is nearly singular, carried exactly through the
     chain. The terms of earlier states (l > 0) are those of the last iterate. The fixed point does not depend on slope
-    or rings.
+    or rings. A step that is not finite is not taken.
 
     Args:
-        states, predictions, state_coef, model_coef, lo, hi, drift, backend: as for `ddim_update`.
+        states, predictions, state_coef, model_coef, lo, hi, drift: as for `ddim_update`.
         slope: (T, 1) or (T, D), the diagonal part of d prediction / d state; d must not be zero.
         weight: (T, 1) or (T, D), what a miss of that row is worth.
         sq_miss: (T, B); row i receives |weight[i] (X[i+1] - G[i])|^2.
         z, e: (H + 1, W, B, D), rings of states and predictions; row i lives in slot i % W, this round in `column`
             (the round modulo H + 1). H < 32; above 7 torch does it, whatever the backend.
         filled: (W, B) int32, how many of a row's most recent columns are valid; counted up here.
+        column: the ring column of this round.
         damping: the part of the step along d that is taken; secant steps are taken whole.
-        ridge: relative to normalised columns, > 0. stale: columns with |dG| > stale |rho| are left out: slopes of far
-            away. floor: so are those with |dG| <= floor |G|: rounding. reach: longest step, relative to the state.
+        ridge: relative to normalised columns, > 0.
+        stale: columns with |dG| > stale |rho| are left out: slopes of far away.
+        floor: so are those with |dG| <= floor |G|: rounding.
+        reach: longest step, relative to the state.
+        backend: as for `ddim_update`; there is no Triton form, "auto" means the reference on a GPU.
 
-    A step that is not finite is not taken. Raises ValueError, BackendUnavailableError: as for `ddim_update`.
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    _dispatch.check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_miss, sq_miss, drift)
-    (rows, batch, size), device = states.shape, states.device
-    _dispatch.check_slope(slope, rows - 1, size, device)
-    _dispatch.check_slope(weight, rows - 1, size, device, "weight")
-    if z.dim() != 4 or not 1 <= z.shape[0] <= MAX_COLUMNS or z.shape[1] < 1 or z.shape[2:] != (batch, size):
-        raise ValueError(f"z: expected shape (H + 1, W, {batch}, {size}) with H < {MAX_COLUMNS}, got {tuple(z.shape)}")
-    if e.shape != z.shape or e.dtype != z.dtype or z.dtype != states.dtype or e.device != device:
-        raise ValueError(f"e: expected {states.dtype} {tuple(z.shape)} like z, got {e.dtype} {tuple(e.shape)}")
-    if filled.shape != z.shape[1:3] or filled.dtype != torch.int32:
-        raise ValueError(f"filled: expected int32 {tuple(z.shape[1:3])}, got {filled.dtype} {tuple(filled.shape)}")
-    if not 0 <= column < z.shape[0]:
-        raise ValueError(f"column: expected 0 <= column < {z.shape[0]} (the round modulo H + 1), got {column}")
+    check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_miss, sq_miss, drift)
+    check_slope(slope, states)
+    check_slope(weight, states, "weight")
+    check_rings(states, z, e, filled, column, MAX_COLUMNS)
+    if z.dtype != states.dtype:
+        raise ValueError(f"z, e: expected {states.dtype} like states, got {z.dtype}")
     settings = {"damping": damping, "ridge": ridge, "stale": stale, "floor": floor, "reach": reach}
     if (
         not all(math.isfinite(value) and value >= 0 for value in settings.values())
         or not damping * ridge * stale * reach > 0
     ):
         raise ValueError(f"damping, ridge, stale, reach: expected finite numbers > 0, floor >= 0, got {settings}")
-    args = (states, predictions, state_coef, model_coef, slope, weight, lo, hi, sq_miss, z, e, filled, column, damping,
-            ridge, stale, floor, reach, drift)  # fmt: skip
-    if backend == "auto" and _dispatch.dispatched(states):
-        _ops.inverse_op(*args)
-    else:
-        _ops.run(backend, *args)
+    _op(
+        backend, states, predictions, state_coef, model_coef, slope, weight, lo, hi, sq_miss, z, e, filled, column,
+        damping, ridge, stale, floor, reach, drift,
+    )  # fmt: skip

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _dispatch, _workspace
-from . import _ops
-from ._layout import newton_scan_bytes
+from .. import _config
+from .._checks import MAX_HISTORY, check_ridge, check_rings, check_scan, check_slope, check_windows
+from .._register import chain_sizes, register
+from .._workspace import Layout, ProblemSize, ceil_div, nbytes, needs_none, next_power_of_2, wide
+from .reference import newton_scan as _reference
 
 __all__ = ["newton_scan", "newton_scan_bytes"]
+
+
+def _sizes(given: dict[str, Any]) -> dict[str, Any]:
+    ring, width = (0, 0) if given["z"] is None else given["z"].shape[:2]
+    return chain_sizes(given) | {"ring": ring, "W": width}
+
+
+_op = register(
+    __name__,
+    "newton_scan(Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor slope, Tensor lo, "
+    "Tensor hi, Tensor(b!) sq_diff, Tensor(c!) sq_norm, Tensor(d!)? z, Tensor(e!)? e, Tensor(f!)? filled, int column, "
+    "float ridge, float floor, Tensor? drift, Tensor(g!)? workspace) -> ()",
+    _reference,
+    cpp=_sizes,
+    storage=("states", "predictions", "z", "drift"),
+    check=check_windows,
+)
 
 
 def newton_scan(
@@ -47,43 +66,77 @@ def newton_scan(
         states, predictions, state_coef, model_coef, lo, hi, drift, backend: as for `ddim_update`.
         slope: (T, 1) for one slope a timestep, or (T, D).
         sq_diff: (T, B); row i receives max(|N[i+1] - X[i+1]|^2, |F[i+1] - X[i+1]|^2) with F the plain step, so that a
-            slope that damps too much cannot pass for convergence. sq_norm: (T, B), |N[i+1]|^2.
+            slope that damps too much cannot pass for convergence.
+        sq_norm: (T, B); row i receives |N[i+1]|^2.
         z, e: (H + 1, W, B, D), rings of states and predictions; row i lives in slot i % W, this round in `column`
             (the round modulo H + 1). They may be stored narrower than the states: they only shape the correction.
             Without them the old states count as zero: the scan of a linear model.
         filled: (W, B) int32, how many of a row's most recent columns are valid; counted up here.
-        ridge: relative to normalised columns, > 0. floor: a step shorter than this, relative to the state, is rounding
-            and is left out.
-        workspace: (N,) uint8 scratch with which a call on a GPU allocates nothing: at least as many bytes as
-            `newton_scan_bytes` says, not shared with calls on other streams. Other backends leave it alone.
+        column: the ring column of this round.
+        ridge: relative to normalised columns, > 0.
+        floor: a step shorter than this, relative to the state, is rounding and is left out.
+        workspace: as for `ddim_update`, of `newton_scan_bytes`.
 
     Raises:
-        ValueError, BackendUnavailableError: as for `ddim_update`.
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    _dispatch.check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift)
-    _workspace.check(workspace, states.device)
-    (rows, batch, size), device = states.shape, states.device
-    _dispatch.check_slope(slope, rows - 1, size, device)
+    check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
+    check_slope(slope, states)
     if (z is None) != (e is None) or (z is None) != (filled is None):
         raise ValueError("z, e, filled: expected all three or none of them")
     if z is not None and e is not None and filled is not None:
-        if z.dim() != 4 or not 1 <= z.shape[0] <= _dispatch.MAX_HISTORY or z.shape[2:] != (batch, size):
-            raise ValueError(
-                f"z: expected shape (H + 1, W, {batch}, {size}) with H < {_dispatch.MAX_HISTORY}, got {tuple(z.shape)}"
-            )
-        if not z.is_floating_point() or z.device != device:
-            raise ValueError(f"z: expected a floating-point tensor on {device}, got {z.dtype} on {z.device}")
-        if e.shape != z.shape or e.dtype != z.dtype or e.device != device:
-            raise ValueError(f"e: expected {z.dtype} {tuple(z.shape)} like z, got {e.dtype} {tuple(e.shape)}")
-        if filled.shape != z.shape[1:3] or filled.dtype != torch.int32:
-            raise ValueError(f"filled: expected int32 {tuple(z.shape[1:3])}, got {filled.dtype} {tuple(filled.shape)}")
-        if not 0 <= column < z.shape[0]:
-            raise ValueError(f"column: expected 0 <= column < {z.shape[0]} (the round modulo H + 1), got {column}")
-    if not (ridge > 0 and math.isfinite(ridge)) or not (floor >= 0 and math.isfinite(floor)):
-        raise ValueError(f"ridge, floor: expected finite numbers, ridge > 0 and floor >= 0, got {ridge}, {floor}")
-    args = (states, predictions, state_coef, model_coef, slope, lo, hi, sq_diff, sq_norm, z, e, filled, column, ridge,
-            floor, drift, workspace)  # fmt: skip
-    if backend == "auto" and _dispatch.dispatched(states):
-        _ops.newton_op(*args)
-    else:
-        _ops.run(backend, *args)
+        check_rings(states, z, e, filled, column, MAX_HISTORY)
+    check_ridge(ridge, floor)
+    _op(
+        backend, states, predictions, state_coef, model_coef, slope, lo, hi, sq_diff, sq_norm, z, e, filled, column,
+        ridge, floor, drift, workspace,
+    )  # fmt: skip
+
+
+def linear_layout(size: ProblemSize) -> Layout:
+    """Without secants: three squared norms of every row, summed over blocks of D."""
+    blocks = ceil_div(size.numel, _config.config("newton_linear", size.device).block(size.dtype.itemsize))
+    return {"partials": ((size.steps, size.batch, blocks, 3), wide(size.dtype))}
+
+
+def secant_layout(size: ProblemSize, ring: int, stored: torch.dtype, products: bool) -> Layout:
+    """With secants of `ring` > 1 columns kept in `stored`: Grams summed over blocks, the inverse of every row, and the
+    states that narrower rings cannot keep; by products, what _triton_products.py passes from launch to launch."""
+    real = wide(size.dtype)
+    blocks = ceil_div(size.numel, _config.config("newton_prepare", size.device).block(stored.itemsize))
+    rows, pairs, entries = (size.steps, size.batch), next_power_of_2(ring - 1), next_power_of_2(ring)
+    found: Layout = {
+        "partials": ((*rows, blocks, pairs**2 + 2), real),
+        "secant_weights": ((*rows, pairs, pairs), torch.float64),
+    }
+    if size.lags > 1:
+        found["e_hat"] = ((size.lags, size.batch, size.numel), real)
+    if products:
+        found["gains"] = ((size.steps + 1, size.numel), torch.float32)
+        found["products"] = ((size.batch, size.steps, pairs, size.steps, entries), torch.float32)
+        found["gamma"] = ((size.batch, size.steps, entries), torch.float32)
+        found["norms"] = ((*rows, blocks, 3), torch.float32)
+    elif stored != size.dtype:  # by products the states stay until their last use
+        found["exact"] = ((*rows, size.numel), size.dtype)
+    return found
+
+
+def by_products(size: ProblemSize, ring: int) -> bool:
+    """Whether the scan is made of products of all rows; see `_config.newton_products`."""
+    pairs = next_power_of_2(ring - 1)
+    return _config.newton_products(size.steps, size.batch, size.numel, pairs, size.lags, size.dtype)
+
+
+def newton_scan_bytes(
+    steps: int, batch: int, numel: int, history: int, lags: int, dtype: torch.dtype, stored: torch.dtype,
+    device: torch.device, backend: str = "auto",
+) -> int:  # fmt: skip
+    """Bytes of the `workspace` with which `newton_scan` allocates nothing, for states (steps + 1, batch, numel) of
+    `dtype`, coefficients of `lags` lags and rings of history + 1 columns kept in `stored`; history 0: no secants."""
+    if needs_none(device, backend):
+        return 0
+    size = ProblemSize(steps, batch, numel, lags, dtype, device)
+    if history == 0:
+        return nbytes(linear_layout(size))
+    return nbytes(secant_layout(size, history + 1, stored, by_products(size, history + 1)))

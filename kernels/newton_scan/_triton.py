@@ -21,18 +21,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
-from .._workspace import Size, cut
-from ..ddim_update._triton import known_row, window
-from ._layout import by_products, secant_layout
-from ._triton_linear import combined, drift_row, larger, launch_linear, launch_norms, slope_row
-from ._triton_prepare import newton_prepare_kernel, newton_weights_kernel, older_columns, own_column
+from .._triton_rows import combined, drift_row, known_row, larger, older_columns, own_column, slope_row, window
+from .._workspace import ProblemSize, cut
+from . import by_products, secant_layout
+from ._triton_linear import launch_linear, launch_norms
+from ._triton_prepare import newton_prepare_kernel, newton_weights_kernel
 from ._triton_products import launch_products
 
 
 @triton.jit(do_not_specialize=["T", "W", "column"])
 def newton_advance_kernel(
-    states, predictions, drift, slope, state_coef, model_coef, lo, hi, z, e, weights, e_hat, exact, sq_diff, sq_norm,
-    T, B, D, W, column, L: tl.constexpr, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, MIXED: tl.constexpr,
+    states, predictions, drift, slope, state_coef, model_coef, lo, hi, z, e, secant_weights, e_hat, exact, sq_diff,
+    sq_norm, T, B, D, W, column, L: tl.constexpr, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, MIXED: tl.constexpr,
     RING: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sample, all its rows. e_hat: (L, B, D), row i in slot i % L. On entry it holds the predictions before the
@@ -47,9 +47,9 @@ def newton_advance_kernel(
     dots = tl.zeros((P,), tl.float64)  # row `first` starts from its own state: dX = 0
     for i in tl.range(first, last):
         row, after = tl.cast(i, tl.int64) * B + b, tl.minimum(i + 1, last - 1)
-        fit = tl.load(weights + row * (P * P) + slots[:, None] * P + slots[None, :])
-        bound = tl.where(tl.load(weights + row * (P * P) + slots * (P + 1)) != 0, D, 0)
-        ahead = weights + (tl.cast(after, tl.int64) * B + b) * (P * P)
+        fit = tl.load(secant_weights + row * (P * P) + slots[:, None] * P + slots[None, :])
+        bound = tl.where(tl.load(secant_weights + row * (P * P) + slots * (P + 1)) != 0, D, 0)
+        ahead = secant_weights + (tl.cast(after, tl.int64) * B + b) * (P * P)
         bound_after = tl.where(tl.load(ahead + slots * (P + 1)) != 0, D, 0)
         gamma = tl.sum(fit * dots[None, :], axis=1)
         gamma = tl.where(tl.abs(gamma) < float("inf"), gamma, 0.0).to(WIDE)[:, None]
@@ -80,7 +80,7 @@ def newton_advance_kernel(
             if L > 3:
                 x3 = known_row(states, i - 3, b, B, D, lanes, mask, WIDE)
                 e3 = known_row(e_hat, (i + L - 3) % L, b, B, D, lanes, mask, WIDE)
-            new = combined(i, now, x1, x2, x3, hat, e1, e2, e3, noise, state_coef, model_coef, L, WIDE)
+            new = combined(i, now, x1, x2, x3, hat, e1, e2, e3, state_coef, model_coef, L, WIDE) + noise
             later = older_columns(z, after, b, B, D, W, column, lanes, bound_after, RING, P, WIDE)
             stored = new.to(states.dtype.element_ty)
             moved = tl.where(lanes[None, :] < bound_after[:, None], later - old[None, :], 0.0)
@@ -115,14 +115,14 @@ def launch(
         launch_linear(states, predictions, tables, sq_diff, sq_norm, (z, e, filled), drift, workspace)
         return
     (steps, batch, numel), device, lags = predictions.shape, states.device, state_coef.shape[1]
-    rows, size = min(steps, width), Size(steps, batch, numel, lags, states.dtype, device)
+    rows, size = min(steps, width), ProblemSize(steps, batch, numel, lags, states.dtype, device)
     products = by_products(size, ring) if products is None else products
     scratch = cut(secant_layout(size, ring, z.dtype, products), workspace, device)
-    partials, weights = scratch["partials"], scratch["weights"]
+    partials, secant_weights = scratch["partials"], scratch["secant_weights"]
     e_hat, exact = scratch.get("e_hat"), scratch.get("exact")
     prepare, advance = _config.config("newton_prepare", device), _config.config("newton_advance", device)
     narrow = z.element_size()  # the narrowest element: 16-byte accesses for all
-    block, pairs, blocks = prepare.block(narrow), weights.shape[-1], partials.shape[2]
+    block, pairs, blocks = prepare.block(narrow), secant_weights.shape[-1], partials.shape[2]
     span = advance.block(narrow if pairs < 8 else partials.element_size())
     chunks = chunks or _config.scan_chunks(blocks * batch, rows, device)
     shape = {"L": lags, "DRIFT": drift is not None, "MIXED": exact is not None, "RING": ring, "P": pairs}
@@ -131,8 +131,8 @@ def launch(
         column, chunks, **shape, BLOCK=block, num_warps=prepare.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     newton_weights_kernel[(batch * rows,)](
-        partials, lo, hi, filled, weights, sq_diff, steps, batch, width, blocks, ridge, floor, RING=ring, P=pairs,
-        SPAN=8, num_warps=1, enable_fp_fusion=True,
+        partials, lo, hi, filled, secant_weights, sq_diff, steps, batch, width, blocks, ridge, floor, RING=ring,
+        P=pairs, SPAN=8, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     if products:
         launch_products(
@@ -141,7 +141,7 @@ def launch(
         launch_norms(scratch["norms"], lo, hi, sq_diff, sq_norm, width)
         return
     newton_advance_kernel[(batch,)](
-        states, predictions, drift, *tables, z, e, weights, e_hat, exact, sq_diff, sq_norm, steps, batch, numel,
+        states, predictions, drift, *tables, z, e, secant_weights, e_hat, exact, sq_diff, sq_norm, steps, batch, numel,
         width, column, **shape, SPECTRAL=slope.shape[1] > 1, BLOCK=span, num_warps=advance.num_warps, num_stages=1,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -2,8 +2,7 @@
 
 N[i+1] = sum_l a[i,l] N[i-l] + b[i,l] Ê[i-l] + drift[i], Ê[i] = E[i] + c[i] (N[i] - X[i]), c the slope (Gonzalez et al.
 2024, arXiv 2407.19115). Elementwise over D: one program per sample and block of D carries N and the plain scan F in
-registers. Bytes: 3 elements per state element (E and X in, N out), or 5 with a ring of one column. What a row of any
-quasi-Newton scan is made of is here too.
+registers. Bytes: 3 elements per state element (E and X in, N out), or 5 with a ring of one column.
 """
 
 from __future__ import annotations
@@ -13,46 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
-from .._workspace import Size, cut
-from ..ddim_update._triton import known_row, scan_start, window
-from ._layout import linear_layout
-from ._triton_prepare import own_column
-
-
-@triton.jit
-def combined(
-    i, x0, x1, x2, x3, e0, e1, e2, e3, noise, state_coef, model_coef, L: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    """The state that follows row i; x_l, e_l are the states and predictions of l rows before."""
-    a, c = state_coef + i * L, model_coef + i * L
-    new = tl.fma(tl.load(a).to(WIDE), x0, tl.load(c).to(WIDE) * e0)
-    if L > 1:
-        new = tl.fma(tl.load(c + 1).to(WIDE), e1, tl.fma(tl.load(a + 1).to(WIDE), x1, new))
-    if L > 2:
-        new = tl.fma(tl.load(c + 2).to(WIDE), e2, tl.fma(tl.load(a + 2).to(WIDE), x2, new))
-    if L > 3:
-        new = tl.fma(tl.load(c + 3).to(WIDE), e3, tl.fma(tl.load(a + 3).to(WIDE), x3, new))
-    return new + noise
-
-
-@triton.jit
-def slope_row(slope, i, D, lanes, mask, SPECTRAL: tl.constexpr, WIDE: tl.constexpr):
-    if SPECTRAL:
-        return tl.load(slope + tl.cast(i, tl.int64) * D + lanes, mask=mask, other=0.0).to(WIDE)
-    return tl.zeros(lanes.shape, WIDE) + tl.load(slope + i).to(WIDE)
-
-
-@triton.jit
-def drift_row(drift, i, b, B, D, lanes, mask, DRIFT: tl.constexpr, WIDE: tl.constexpr):
-    if DRIFT:
-        return known_row(drift, i, b, B, D, lanes, mask, WIDE)
-    return tl.zeros(lanes.shape, WIDE)
-
-
-@triton.jit
-def larger(step, residual):
-    """Their maximum, NaN if either is."""
-    return tl.where((step > residual) | (step != step), step, residual)
+from .._triton_rows import combined, drift_row, known_row, larger, own_column, scan_start, slope_row, window
+from .._workspace import ProblemSize, cut
+from . import linear_layout
 
 
 @triton.jit(do_not_specialize=["T", "W"])
@@ -77,8 +39,8 @@ def newton_linear_kernel(
         old = known_row(states, i + 1, b, B, D, lanes, mask, WIDE)
         noise = drift_row(drift, i, b, B, D, lanes, mask, DRIFT, WIDE)
         h0 = tl.fma(slope_row(slope, i, D, lanes, mask, SPECTRAL, WIDE), n0 - x if RING else n0, e0)
-        plain = combined(i, x0, x1, x2, x3, e0, e1, e2, e3, noise, state_coef, model_coef, L, WIDE)
-        new = combined(i, n0, n1, n2, n3, h0, h1, h2, h3, noise, state_coef, model_coef, L, WIDE)
+        plain = combined(i, x0, x1, x2, x3, e0, e1, e2, e3, state_coef, model_coef, L, WIDE) + noise
+        new = combined(i, n0, n1, n2, n3, h0, h1, h2, h3, state_coef, model_coef, L, WIDE) + noise
         if RING:
             tl.store(own_column(z, i, b, B, D, W, 0) + lanes, x.to(z.dtype.element_ty), mask=mask)
             tl.store(own_column(e, i, b, B, D, W, 0) + lanes, e0.to(e.dtype.element_ty), mask=mask)
@@ -134,7 +96,9 @@ def launch_linear(
     """On contiguous tensors. tables: slope, state_coef, model_coef, lo, hi. rings: z, e of one column and filled."""
     (steps, batch, size), device, (slope, state_coef, _, lo, hi) = predictions.shape, states.device, tables
     config, lags = _config.config("newton_linear", device), state_coef.shape[1]
-    partials = cut(linear_layout(Size(steps, batch, size, lags, states.dtype, device)), workspace, device)["partials"]
+    partials = cut(linear_layout(ProblemSize(steps, batch, size, lags, states.dtype, device)), workspace, device)[
+        "partials"
+    ]
     width = steps if rings[0] is None else rings[0].shape[1]
     newton_linear_kernel[(partials.shape[2] * batch,)](
         states, predictions, drift, *tables, *rings, partials, steps, batch, size, width, L=lags,

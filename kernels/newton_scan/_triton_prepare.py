@@ -13,21 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..ddim_update._triton import chunk_of, known_row, scan_row, scan_start, window
-
-
-@triton.jit
-def older_columns(ring, i, b, B, D, W, column, lanes, bound, RING: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr):
-    """Row i of the ring columns written 1, 2, ... P rounds ago, (P, lanes); zero where lanes >= bound (P,)."""
-    columns = (column + 2 * RING - 1 - tl.arange(0, P)) % RING
-    at = (((columns * W + i % W).to(tl.int64) * B + b) * D)[:, None] + lanes[None, :]
-    return tl.load(ring + at, mask=(lanes < D)[None, :] & (bound > 0)[:, None], other=0.0).to(WIDE)
-
-
-@triton.jit
-def own_column(ring, i, b, B, D, W, column):
-    """Row i of this round's ring column."""
-    return ring + (tl.cast(column * W + i % W, tl.int64) * B + b) * D
+from .._triton_rows import chunk_of, known_row, older_columns, own_column, scan_row, scan_start, window
 
 
 @triton.jit(do_not_specialize=["T", "W", "column", "chunks"])
@@ -108,7 +94,7 @@ def inverse(system, P: tl.constexpr):
 
 
 @triton.jit
-def secant_weights(gram, norm, known, ridge, floor, P: tl.constexpr):
+def secant_fit(gram, norm, known, ridge, floor, P: tl.constexpr):
     """S (P, P) from dZ^T dZ (P, P) in float64 and |X|^2; zero for columns not known: (P,), and for those too short."""
     eye = tl.arange(0, P)[:, None] == tl.arange(0, P)[None, :]
     length = tl.sqrt(tl.sum(tl.where(eye, gram, 0.0), axis=1))
@@ -120,24 +106,13 @@ def secant_weights(gram, norm, known, ridge, floor, P: tl.constexpr):
     return inverse(system, P) * both
 
 
-@triton.jit(do_not_specialize=["T", "W", "blocks"])
-def newton_weights_kernel(
-    partials, lo, hi, filled, weights, sq_diff, T, B, W, blocks, ridge: tl.float64, floor: tl.float64,
-    RING: tl.constexpr, P: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    """One row of one sample. weights: (T, B, P, P) float64, S; its diagonal is zero for columns not to be read."""
-    b = tl.program_id(0) % B
-    first, last = window(lo, hi, b, tl.minimum(T, tl.load(lo + b) + W))
-    i = first + tl.program_id(0) // B
-    if i >= last:
-        return
-    K: tl.constexpr = P * P + 2
-    row, slots, span = tl.cast(i, tl.int64) * B + b, tl.arange(0, P), tl.arange(0, SPAN)
-    valid = filled + (i % W) * B + b
-    count = tl.minimum(tl.maximum(tl.load(valid), 0), RING - 1)
-    known = slots < count
+@triton.jit
+def gram_sums(partials, row, blocks, known, K: tl.constexpr, P: tl.constexpr, SPAN: tl.constexpr):
+    """Sums over blocks of partials (rows, blocks, K), float64: the Gram (P, P) of the columns known (P,), |X|^2
+    after it and, where K has room for it, one entry more."""
+    slots, span = tl.arange(0, P), tl.arange(0, SPAN)
     gram = tl.zeros((P, P), tl.float64)
-    norm, residual = tl.zeros((SPAN,), tl.float64), tl.zeros((SPAN,), tl.float64)
+    norm, other = tl.zeros((SPAN,), tl.float64), tl.zeros((SPAN,), tl.float64)
     for start in tl.range(0, blocks, SPAN):
         here = start + span < blocks
         at = partials + (row * blocks + start + span) * K
@@ -145,8 +120,28 @@ def newton_weights_kernel(
         wanted = here[:, None, None] & known[None, :, None] & known[None, None, :]
         gram += tl.sum(tl.load(tile, mask=wanted, other=0.0).to(tl.float64), axis=0)
         norm += tl.load(at + P * P, mask=here, other=0.0).to(tl.float64)
-        residual += tl.load(at + P * P + 1, mask=here, other=0.0).to(tl.float64)
-    solved = secant_weights(gram, tl.sum(norm), known, ridge, floor, P)
-    tl.store(weights + row * (P * P) + slots[:, None] * P + slots[None, :], solved)
-    tl.store(sq_diff + row, tl.sum(residual).to(sq_diff.dtype.element_ty))
+        if K > P * P + 1:
+            other += tl.load(at + P * P + 1, mask=here, other=0.0).to(tl.float64)
+    return gram, tl.sum(norm), tl.sum(other)
+
+
+@triton.jit(do_not_specialize=["T", "W", "blocks"])
+def newton_weights_kernel(
+    partials, lo, hi, filled, secant_weights, sq_diff, T, B, W, blocks, ridge: tl.float64, floor: tl.float64,
+    RING: tl.constexpr, P: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """One row of one sample. secant_weights (T, B, P, P) float64: S; a zero on its diagonal: a column not to be read."""
+    b = tl.program_id(0) % B
+    first, last = window(lo, hi, b, tl.minimum(T, tl.load(lo + b) + W))
+    i = first + tl.program_id(0) // B
+    if i >= last:
+        return
+    row, slots = tl.cast(i, tl.int64) * B + b, tl.arange(0, P)
+    valid = filled + (i % W) * B + b
+    count = tl.minimum(tl.maximum(tl.load(valid), 0), RING - 1)
+    known = slots < count
+    gram, norm, residual = gram_sums(partials, row, blocks, known, P * P + 2, P, SPAN)
+    solved = secant_fit(gram, norm, known, ridge, floor, P)
+    tl.store(secant_weights + row * (P * P) + slots[:, None] * P + slots[None, :], solved)
+    tl.store(sq_diff + row, residual.to(sq_diff.dtype.element_ty))
     tl.store(valid, count + 1)

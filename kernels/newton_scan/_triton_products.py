@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ddim_update._triton import known_row, window
-from ._triton_prepare import older_columns
+from .._triton_rows import drift_row, known_row, older_columns, slope_row, window
 
 TILE, SPAN = 32, 32  # entries of a tile, so that nothing spills; elements of D at a time
 
@@ -34,10 +33,7 @@ def gains_kernel(slope, state_coef, model_coef, gains, T, D, SPECTRAL: tl.conste
     gain = tl.zeros((BLOCK,), tl.float32) + 1.0
     tl.store(gains + lanes, gain, mask=mask)
     for i in tl.range(0, T, loop_unroll_factor=4):
-        if SPECTRAL:
-            c = tl.load(slope + tl.cast(i, tl.int64) * D + lanes, mask=mask, other=0.0).to(tl.float32)
-        else:
-            c = tl.zeros((BLOCK,), tl.float32) + tl.load(slope + i).to(tl.float32)
+        c = slope_row(slope, i, D, lanes, mask, SPECTRAL, tl.float32)
         gain *= tl.fma(tl.load(model_coef + i).to(tl.float32), c, tl.load(state_coef + i).to(tl.float32))
         tl.store(gains + tl.cast(i + 1, tl.int64) * D + lanes, gain, mask=mask)
 
@@ -52,8 +48,8 @@ def secant_at(ring, row, slot, b, B, D, W, column, lanes, mask, RING: tl.constex
 
 @triton.jit(do_not_specialize=["T", "W", "column"])
 def products_kernel(
-    states, predictions, drift, slope, state_coef, model_coef, lo, hi, z, e, weights, gains, products, T, B, D, W,
-    column, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    states, predictions, drift, slope, state_coef, model_coef, lo, hi, z, e, secant_weights, gains, products, T, B, D,
+    W, column, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """A tile of one sample: rows i against rows j < i. products (B, T, P, T, Q)."""
@@ -66,11 +62,12 @@ def products_kernel(
     left, right = tl.arange(0, ROWS * P), tl.arange(0, ROWS * Q)
     i, h = first + tile_i * ROWS + left // P, left % P
     j, k = first + tile_j * ROWS + right // Q, right % Q
-    kept_i = (i < last) & (tl.load(weights + ((tl.cast(i, tl.int64) * B + b) * P + h) * P + h, mask=i < last) != 0)
+    own = ((tl.cast(i, tl.int64) * B + b) * P + h) * P + h
+    kept_i = (i < last) & (tl.load(secant_weights + own, mask=i < last) != 0)
     secant = tl.maximum(k - 1, 0)
     diagonal = ((tl.cast(j, tl.int64) * B + b) * P + secant) * P + secant
     kept_j = (j < last) & (k > 0) & (secant < P)
-    kept_j = kept_j & (tl.load(weights + diagonal, mask=kept_j, other=0.0) != 0)
+    kept_j = kept_j & (tl.load(secant_weights + diagonal, mask=kept_j, other=0.0) != 0)
     defect = (j < last) & (k == 0)
     a = tl.load(state_coef + j, mask=j < last, other=0.0).to(tl.float32)[:, None]
     g = tl.load(model_coef + j, mask=j < last, other=0.0).to(tl.float32)[:, None]
@@ -105,7 +102,7 @@ def products_kernel(
 
 @triton.jit(do_not_specialize=["T", "W"])
 def recursion_kernel(
-    lo, hi, weights, products, gamma, T, B, W, P: tl.constexpr, Q: tl.constexpr, SPAN: tl.constexpr
+    lo, hi, secant_weights, products, gamma, T, B, W, P: tl.constexpr, Q: tl.constexpr, SPAN: tl.constexpr
 ):  # fmt: skip
     """One sample, its rows in order. gamma (B, T, Q): one, then the weights of the secants."""
     b = tl.program_id(0)
@@ -113,7 +110,7 @@ def recursion_kernel(
     slots, span = tl.arange(0, P), tl.arange(0, SPAN)
     own = gamma + tl.cast(b, tl.int64) * T * Q
     for i in tl.range(first, last):
-        fit = tl.load(weights + ((tl.cast(i, tl.int64) * B + b) * P + slots[:, None]) * P + slots[None, :])
+        fit = tl.load(secant_weights + ((tl.cast(i, tl.int64) * B + b) * P + slots[:, None]) * P + slots[None, :])
         row = products + ((tl.cast(b, tl.int64) * T + i) * P + slots) * T * Q
         dots = tl.zeros((P,), tl.float64)
         for start in tl.range(first * Q, i * Q, SPAN):
@@ -130,8 +127,8 @@ def recursion_kernel(
 
 @triton.jit(do_not_specialize=["T", "W", "column"])
 def corrected_scan_kernel(
-    states, predictions, drift, slope, state_coef, model_coef, lo, hi, z, e, weights, gamma, sq_diff, partials, T, B,
-    D, W, column, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    states, predictions, drift, slope, state_coef, model_coef, lo, hi, z, e, secant_weights, gamma, sq_diff, partials,
+    T, B, D, W, column, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of D, one sample. partials (T, B, blocks, 3): |N - X|^2, the plain residual (block 0), |N|^2."""
@@ -146,19 +143,15 @@ def corrected_scan_kernel(
         row = tl.cast(i, tl.int64) * B + b
         out = known_row(predictions, i, b, B, D, lanes, mask, tl.float32)
         old = known_row(states, i + 1, b, B, D, lanes, mask, tl.float32)
-        if SPECTRAL:
-            c = tl.load(slope + tl.cast(i, tl.int64) * D + lanes, mask=mask, other=0.0).to(tl.float32)
-        else:
-            c = tl.zeros((BLOCK,), tl.float32) + tl.load(slope + i).to(tl.float32)
-        bound = tl.where(tl.load(weights + row * (P * P) + slots * (P + 1)) != 0, D, 0)
+        c = slope_row(slope, i, D, lanes, mask, SPECTRAL, tl.float32)
+        bound = tl.where(tl.load(secant_weights + row * (P * P) + slots * (P + 1)) != 0, D, 0)
         share = tl.load(gamma + (tl.cast(b, tl.int64) * T + i) * Q + 1 + slots, mask=slots < Q - 1, other=0.0)
         dz = older_columns(z, i, b, B, D, W, column, lanes, bound, RING, P, tl.float32) - x[None, :]
         de = older_columns(e, i, b, B, D, W, column, lanes, bound, RING, P, tl.float32) - out[None, :]
         correction = tl.where((bound > 0)[:, None], share[:, None] * (de - c[None, :] * dz), 0.0)
         hat = tl.fma(c, now - x, out) + tl.sum(correction, axis=0)
         new = tl.fma(tl.load(state_coef + i).to(tl.float32), now, tl.load(model_coef + i).to(tl.float32) * hat)
-        if DRIFT:
-            new += known_row(drift, i, b, B, D, lanes, mask, tl.float32)
+        new += drift_row(drift, i, b, B, D, lanes, mask, DRIFT, tl.float32)
         tl.store(states + (row + B) * D + lanes, new.to(states.dtype.element_ty), mask=mask)
         sums = partials + (row * blocks + block) * 3
         tl.store(sums, tl.sum((new - old) * (new - old)))
@@ -171,26 +164,26 @@ def launch_products(
     states: Tensor, predictions: Tensor, drift: Tensor | None, tables: tuple[Tensor, ...], z: Tensor, e: Tensor,
     sq_diff: Tensor, column: int, block: int, warps: int, scratch: dict[str, Tensor],
 ) -> None:  # fmt: skip
-    """From the weights of a round to its states, four launches. tables: slope, state_coef, model_coef, lo, hi.
+    """From the secant weights of a round to its states, four launches. tables: slope, state_coef, model_coef, lo, hi.
     scratch: see `_layout.secant_layout`; receives the partial sums for `newton_norms_kernel` as "norms"."""
     (steps, batch, size), ring, width = predictions.shape, z.shape[0], z.shape[1]
-    weights, gains, products, gamma, partials = (
-        scratch[name] for name in ("weights", "gains", "products", "gamma", "norms")
+    secant_weights, gains, products, gamma, partials = (
+        scratch[name] for name in ("secant_weights", "gains", "products", "gamma", "norms")
     )
-    spectral, pairs, entries = tables[0].shape[1] > 1, weights.shape[-1], gamma.shape[-1]
+    spectral, pairs, entries = tables[0].shape[1] > 1, secant_weights.shape[-1], gamma.shape[-1]
     blocks = partials.shape[2]
     shape = {"SPECTRAL": spectral, "enable_fp_fusion": True}
     gains_kernel[(triton.cdiv(size, 128),)](*tables[:3], gains, steps, size, BLOCK=128, num_warps=1, **shape)
     products_kernel[(triton.cdiv(width, TILE // entries) ** 2 * batch,)](
-        states, predictions, drift, *tables, z, e, weights, gains, products, steps, batch, size, width, column,
+        states, predictions, drift, *tables, z, e, secant_weights, gains, products, steps, batch, size, width, column,
         DRIFT=drift is not None, RING=ring, P=pairs, Q=entries, ROWS=TILE // entries, SPAN=SPAN, num_warps=4,
         num_stages=2, **shape,
     )  # fmt: skip
     recursion_kernel[(batch,)](
-        *tables[3:], weights, products, gamma, steps, batch, width, P=pairs, Q=entries, SPAN=512, num_warps=4,
+        *tables[3:], secant_weights, products, gamma, steps, batch, width, P=pairs, Q=entries, SPAN=512, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
     corrected_scan_kernel[(blocks * batch,)](
-        states, predictions, drift, *tables, z, e, weights, gamma, sq_diff, partials, steps, batch, size, width,
+        states, predictions, drift, *tables, z, e, secant_weights, gamma, sq_diff, partials, steps, batch, size, width,
         column, DRIFT=drift is not None, RING=ring, P=pairs, Q=entries, BLOCK=block, num_warps=warps, **shape,
     )  # fmt: skip

@@ -342,7 +342,7 @@ def test_compiled(figures, tmp_path):
     assert rounds["picard"]["ddim_update"] == 2
     assert rounds["triangular"]["anderson_step"] == 3
     assert rounds["quasi-newton"]["newton_scan"] == 3
-    assert rounds["draft"] == {"draft_secants": 2, "draft_scan": 13, "judge_steps": 1, "advance_window": 2}
+    assert rounds["draft"] == {"draft_secants": 2, "draft_scan": 13, "mark_converged": 1, "advance_window": 2}
     assert "nothing here was measured on a GPU" in table
     assert file.read_text(encoding="utf-8").strip() == table.strip()
 

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "anderson.h"
+#include "anderson_step.h"
 #include "ridge_solve.h"
 
 namespace naive {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,27 @@ from deqdiff_fast.kernels import available_backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAN = float("nan")
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    from triton.runtime import interpreter
+
+    # For every call of a device function the interpreter puts its own functions in the place of the language's, which
+    # is most of what interpreting a kernel costs. Once a launch for each module that has such functions is enough.
+    _launch, _call, _patched = interpreter.GridExecutor.__call__, interpreter.InterpretedFunction.__call__, set[int]()
+
+    def _launch_afresh(self, *args, **kwargs):
+        _patched.clear()
+        return _launch(self, *args, **kwargs)
+
+    def _call_patched(self, *args, **kwargs):
+        module = id(self.fn.__globals__)
+        if module in _patched:
+            return self.rewrite()(*args, **kwargs)
+        _patched.add(module)
+        return _call(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = _launch_afresh
+    interpreter.InterpretedFunction.__call__ = _call_patched
 
 
 def _nan(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -22,17 +22,19 @@ def table(monkeypatch):
 
 def test_what_is_saved_is_loaded(tmp_path):
     file = tmp_path / "shapes.json"
-    _config.save(file, {"sm_90": {"scan": _config.Config(4, 8)}})
+    _config.save(file, {"sm_90": {"ddim_update": _config.Config(4, 8)}})
     before = dict(_config.TABLE["sm_90"])
     _config.load(file)
-    assert _config.TABLE["sm_90"] == before | {"scan": _config.Config(4, 8)}
+    assert _config.TABLE["sm_90"] == before | {"ddim_update": _config.Config(4, 8)}
     assert _config.TABLE["sm_80"] == before
 
 
-@pytest.mark.parametrize("text", ['{"sm_1": {"scan": {"accesses": 1}}}', '{"sm_90": {"unheard of": {"accesses": 1}}}'])
+@pytest.mark.parametrize(
+    "text", ['{"sm_1": {"ddim_update": {"accesses": 1}}}', '{"sm_90": {"unheard of": {"accesses": 1}}}']
+)
 def test_what_is_unknown_is_refused(tmp_path, text):
     (tmp_path / "shapes.json").write_text(text)
-    with pytest.raises(ValueError, match=r"expected architectures sm_80, .* and kernels scan"):
+    with pytest.raises(ValueError, match=r"expected architectures sm_80, .* and kernels ddim_update"):
         _config.load(tmp_path / "shapes.json")
 
 
@@ -51,11 +53,12 @@ def test_tuning_writes_a_file_that_a_solver_reads(tmp_path):
         pytest.skip("this Triton's interpreter is older than this NumPy; update triton")
     assert done.returncode == 0, done.stderr[-2000:]
     written = json.loads(file.read_text(encoding="utf-8"))
-    assert set(written["cpu"]) == set(_config._DEFAULT)
-    assert "scan" in done.stdout
-    code = "from deqdiff_fast.kernels import _config as c; import torch; print(c.config('scan', torch.device('cpu')))"
+    assert set(written["cpu"]) == set(_config.DEFAULT)
+    assert "ddim_update" in done.stdout
+    show = "print(c.config('ddim_update', torch.device('cpu')))"
+    code = f"from deqdiff_fast.kernels import _config as c; import torch; {show}"
     read = subprocess.run(
         [sys.executable, "-c", code], env=environment | {_config.ENVIRONMENT: str(file)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert read.stdout.strip() == str(_config.Config(**written["cpu"]["scan"]))
+    assert read.stdout.strip() == str(_config.Config(**written["cpu"]["ddim_update"]))

@@ -27,12 +27,12 @@ class Problem:
         self.sq_diff, self.sq_norm = np.zeros((steps, batch)), np.zeros((steps, batch))
         self.f, self.g = np.zeros((2, history, width, batch, size), np.float32)
         self.gram, self.filled = np.zeros((width, batch, history, history)), np.zeros((width, batch), np.int32)
-        self.scan = {"T": steps, "B": batch, "D": size, "L": lags, "threads": 2, "dtype": 0, "drift_ptr": 0}
+        self.scan = {"T": steps, "B": batch, "D": size, "L": lags, "threads": 2, "dtype": 0, "drift": 0}
         self.mix = {"M": history, "W": width, "column": 0, "scope": 0, "ridge": 1e-3, "relative_ridge": False}
         self.mix |= {"damping": 1.0, "stale": float("inf")}
 
     def addresses(self, *names: str) -> dict[str, int]:
-        return {f"{name}_ptr": getattr(self, name).ctypes.data for name in names}
+        return {name: getattr(self, name).ctypes.data for name in names}
 
     def _scan(self) -> dict[str, int]:
         return self.scan | self.addresses(
@@ -47,11 +47,11 @@ class Problem:
 
 
 SCAN_FAULTS = {
-    "dtype": 3, "states_ptr": 0, "predictions_ptr": 0, "state_coef_ptr": 0, "model_coef_ptr": 0, "lo_ptr": 0,
-    "hi_ptr": 0, "sq_diff_ptr": 0, "sq_norm_ptr": 0, "T": -1, "B": -1, "D": -1, "L": 0, "threads": 0,
+    "dtype": 3, "states": 0, "predictions": 0, "state_coef": 0, "model_coef": 0, "lo": 0,
+    "hi": 0, "sq_diff": 0, "sq_norm": 0, "T": -1, "B": -1, "D": -1, "L": 0, "threads": 0,
 }  # fmt: skip
 MIX_FAULTS = {
-    "f_ptr": 0, "g_ptr": 0, "gram_ptr": 0, "filled_ptr": 0, "M": 9, "W": 0, "column": 3, "scope": 3, "ridge": -1.0,
+    "f": 0, "g": 0, "gram": 0, "filled": 0, "M": 9, "W": 0, "column": 3, "scope": 3, "ridge": -1.0,
     "damping": float("nan"), "stale": float("nan"),
 }  # fmt: skip
 
@@ -73,10 +73,10 @@ def test_anderson_step_names_the_bad_argument(name, value):
 
 def test_misaligned_addresses_are_refused():
     problem = Problem()
-    with pytest.raises(ValueError, match="states_ptr: expected an address aligned to 4 bytes"):
-        problem.ddim_update(states_ptr=problem.states.ctypes.data + 2)
-    with pytest.raises(ValueError, match="lo_ptr"):
-        problem.ddim_update(lo_ptr=problem.lo.ctypes.data + 1)
+    with pytest.raises(ValueError, match="states: expected an address aligned to 4 bytes"):
+        problem.ddim_update(states=problem.states.ctypes.data + 2)
+    with pytest.raises(ValueError, match="lo"):
+        problem.ddim_update(lo=problem.lo.ctypes.data + 1)
 
 
 @pytest.mark.parametrize(("lo", "hi"), [(-1, 2), (0, 7), (0, 4)])
@@ -88,11 +88,11 @@ def test_windows_that_do_not_fit_are_refused(lo, hi):
 
 
 def test_empty_problems_need_no_addresses():
-    Problem(steps=0).ddim_update(states_ptr=0, predictions_ptr=0, sq_diff_ptr=0, sq_norm_ptr=0)
-    Problem(batch=0).anderson_step(states_ptr=0, lo_ptr=0, hi_ptr=0, f_ptr=0, g_ptr=0)
+    Problem(steps=0).ddim_update(states=0, predictions=0, sq_diff=0, sq_norm=0)
+    Problem(batch=0).anderson_step(states=0, lo=0, hi=0, f=0, g=0)
     problem = Problem(size=0)
     problem.sq_diff[:] = -1
-    problem.anderson_step(f_ptr=0, g_ptr=0)
+    problem.anderson_step(f=0, g=0)
     assert np.array_equal(problem.sq_diff, np.zeros_like(problem.sq_diff))
 
 

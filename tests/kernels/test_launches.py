@@ -16,7 +16,7 @@ from deqdiff_fast.kernels import (
     ddim_update,
     draft_scan,
     draft_secants,
-    judge_steps,
+    mark_converged,
     newton_scan,
 )
 
@@ -53,7 +53,7 @@ def test_triton_anderson_is_three(launches, problem, scope, damping):
     run = problem(5, 2, 17, 2, history=3).serve("triton")
     settings = {"ridge": 1e-3, "relative_ridge": True, "damping": damping, "stale": 1e6}
     anderson_step(*run.scan(), *run.history, 0, scope=scope, drift=run.drift, backend="triton", **settings)
-    assert launches == ["anderson_scan_kernel", "solve_kernel", "anderson_mix_kernel"]
+    assert launches == ["anderson_scan_kernel", "anderson_solve_kernel", "anderson_mix_kernel"]
 
 
 @pytest.mark.parametrize("secants", [0, 1, 3])
@@ -84,20 +84,20 @@ def test_triton_newton_by_products_is_seven(launches, problem, monkeypatch):
 
 
 def test_triton_draft_is_one_for_every_call_of_it(launches, problem):
-    """Two before a pass, one after each call of the draft, one for the norms when all are made."""
+    """Two before a sweep, one after each call of the draft, one for the norms when all are made."""
     run = problem(5, 2, 17).serve("triton")
     device, scan = run.states.device, run.scan()
-    z, rest = (torch.zeros(3, 2, 2, 17, device=device) for _ in range(2))
-    made, turn, carry = (torch.zeros(2, *shape, device=device) for shape in ((2, 17), (2, 17), (1, 2, 17)))
-    weights = torch.zeros(2, 2, 2, 2, dtype=torch.float64, device=device)
-    at, filled = torch.tensor([0, 3], device=device), torch.zeros(2, 2, dtype=torch.int32, device=device)
-    draft_secants(*scan[:2], made, at, *scan[4:6], z, rest, filled, weights, 0, backend="triton")
+    z, remainder = (torch.zeros(3, 2, 2, 17, device=device) for _ in range(2))
+    cache, correction, carry = (torch.zeros(2, *shape, device=device) for shape in ((2, 17), (2, 17), (1, 2, 17)))
+    fit = torch.zeros(2, 2, 2, 2, dtype=torch.float64, device=device)
+    rows, filled = torch.tensor([0, 3], device=device), torch.zeros(2, 2, dtype=torch.int32, device=device)
+    draft_secants(*scan[:2], cache, rows, *scan[4:6], z, remainder, filled, fit, 0, backend="triton")
     workspace = torch.zeros(1 << 12, dtype=torch.uint8, device=device)
-    shares, slope = torch.ones(5, 2, device=device), torch.zeros(5, 1, device=device)
-    for number, (previous, start, stop) in enumerate([(-1, 0, 3), (0, 3, 5)]):
+    weights, slope = torch.ones(5, 2, device=device), torch.zeros(5, 1, device=device)
+    for anchor, (previous_start, start, stop) in enumerate([(-1, 0, 3), (0, 3, 5)]):
         draft_scan(
-            *scan[:2], made[0], made, turn, shares, *scan[2:4], slope, *scan[4:], carry, z, rest, weights, 0, number,
-            previous, start, stop, last=number == 1, drift=run.drift, workspace=workspace, backend="triton",
+            *scan[:2], cache[0], cache, correction, weights, *scan[2:4], slope, *scan[4:], carry, z, remainder, fit, 0,
+            anchor, previous_start, start, stop, last=anchor == 1, drift=run.drift, workspace=workspace, **ON,
         )  # fmt: skip
     assert launches == [
         "draft_gram_kernel", "draft_weights_kernel", "draft_scan_kernel", "draft_scan_kernel", "newton_norms_kernel"
@@ -107,7 +107,7 @@ def test_triton_draft_is_one_for_every_call_of_it(launches, problem):
 def test_triton_others_are_one_or_two(launches, problem):
     run = problem(5, 2, 17).serve("triton")
     ddim_update(*run.scan(), run.drift, backend="triton")
-    assert launches == ["ddim_update_kernel", "norms_kernel"]
+    assert launches == ["ddim_update_kernel", "ddim_norms_kernel"]
     launches.clear()
     device, bounds = run.states.device, [torch.zeros(2, dtype=torch.int32, device=run.states.device) for _ in range(2)]
     copy_rows(run.states[1:], run.states[1:].clone(), *bounds, backend="triton")
@@ -118,7 +118,7 @@ def test_triton_others_are_one_or_two(launches, problem):
         torch.zeros(2, 2, dtype=torch.int32, device=device), torch.zeros(4, 2, device=device),
         torch.zeros(10, dtype=torch.int64, device=device), 1e-3, 1e-2, 5, backend="triton",
     )  # fmt: skip
-    assert launches == ["bounds_kernel", "rows_kernel"]
+    assert launches == ["window_bounds_kernel", "active_rows_kernel"]
     launches.clear()
-    judge_steps(*(torch.ones(5, 2, device=device) for _ in range(3)), torch.ones(2, device=device), 1e-3, 1e-6, **ON)
-    assert launches == ["judge_kernel"]
+    mark_converged(*(torch.ones(5, 2, device=device) for _ in range(3)), torch.ones(2, device=device), 1e-3, 1e-6, **ON)
+    assert launches == ["mark_converged_kernel"]

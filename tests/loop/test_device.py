@@ -81,7 +81,7 @@ def test_advance_window_decides_as_the_host_does(seed):
     window = Window(steps, batch, width)
     lo = torch.zeros(batch, dtype=torch.int32)
     hi = torch.full((batch,), width, dtype=torch.int32)
-    was, verdict = torch.zeros(2, batch, dtype=torch.int32), torch.zeros(4, batch, dtype=torch.float64)
+    previous_bounds, decision = torch.zeros(2, batch, dtype=torch.int32), torch.zeros(4, batch, dtype=torch.float64)
     rows = torch.empty(steps * batch + 5, dtype=torch.int64)
     ends, worst = ((1e-2, 0.0, 0.0), (1e-2, 1.0, 0.3))[seed // 3], [0.0] * batch
     for _ in range(60):
@@ -95,18 +95,28 @@ def test_advance_window_decides_as_the_host_does(seed):
                 residual[first[b], b] = (float("nan"), float("inf"))[seed % 2]
         old_lo, old_hi = list(window.lo), list(window.hi)
         advance_window(
-            residual.square(), torch.ones_like(residual), lo, hi, was, verdict, rows, 1e-3, ends[0], width, *ends[1:]
+            residual.square(),
+            torch.ones_like(residual),
+            lo,
+            hi,
+            previous_bounds,
+            decision,
+            rows,
+            1e-3,
+            ends[0],
+            width,
+            *ends[1:],
         )
         for b, step in first.items():
             residual[step : old_hi[b], b] = float("inf")
         rule = StoppingRule(1e-3, ends[0], reach=ends[1], allowed=ends[2])
         worst = rule.advance(window, residual.t().tolist(), torch.tensor(worst, dtype=torch.float64))
-        assert lo.tolist() == window.lo == verdict[0].int().tolist()
-        assert hi.tolist() == window.hi == verdict[1].int().tolist()
-        assert was[0].tolist() == old_lo
-        assert was[1].tolist() == [max(a, b) for a, b in zip(old_hi, window.lo)]
-        assert verdict[2].int().tolist() == [first.get(b, steps) for b in range(batch)]
-        assert verdict[3].tolist() == pytest.approx(worst)
+        assert lo.tolist() == window.lo == decision[0].int().tolist()
+        assert hi.tolist() == window.hi == decision[1].int().tolist()
+        assert previous_bounds[0].tolist() == old_lo
+        assert previous_bounds[1].tolist() == [max(a, b) for a, b in zip(old_hi, window.lo)]
+        assert decision[2].int().tolist() == [first.get(b, steps) for b in range(batch)]
+        assert decision[3].tolist() == pytest.approx(worst)
         expected = [i * batch + b for i in range(steps) for b in range(batch) if window.lo[b] <= i < window.hi[b]]
         assert len(expected) == window.count
         assert rows.tolist() == expected + [steps * batch] * (len(rows) - len(expected))
@@ -231,24 +241,26 @@ HOT = {
     "deqdiff_fast/solver/anderson.py": ("step", "settle", "enter"),
     "deqdiff_fast/solver/quasi_newton.py": ("step", "enter"),
     "deqdiff_fast/solver/draft_rollout.py": ("make_pass", "sanitized"),
-    "deqdiff_fast/model/draft_calls.py": ("row", "rows", "_ask"),
+    "deqdiff_fast/model/draft_calls.py": ("row", "rows", "_predict"),
     "deqdiff_fast/engine/workspace.py": ("evaluate", "rebuild"),
     "deqdiff_fast/model/batched.py": ("evaluate", "_evaluate", "_clip", "expand_kwargs", "pad"),
     "deqdiff_fast/engine/initial_guess.py": ("_nonlinear_part", "linear_scan"),
     "kernels/advance_window/reference.py": ("advance_window",),
     "kernels/advance_window/_triton.py": ("launch",),
-    "kernels/judge_steps/reference.py": ("judge_steps",),
-    "kernels/judge_steps/_triton.py": ("launch",),
+    "kernels/mark_converged/reference.py": ("mark_converged",),
+    "kernels/mark_converged/_triton.py": ("launch",),
     "kernels/copy_rows/reference.py": ("copy_rows",),
     "kernels/copy_rows/_triton.py": ("launch",),
     "kernels/ddim_update/_triton.py": ("launch", "launch_norms"),
-    "kernels/anderson_mix/_triton.py": ("launch",),
+    "kernels/anderson_step/_triton.py": ("launch",),
     "kernels/newton_scan/_triton.py": ("launch",),
     "kernels/newton_scan/_triton_linear.py": ("launch_linear", "launch_norms"),
     "kernels/newton_scan/_triton_products.py": ("launch_products",),
     "kernels/draft_scan/_triton.py": ("launch",),
     "kernels/draft_secants/_triton.py": ("launch",),
     "kernels/_workspace.py": ("cut",),
+    "kernels/_register.py": ("__call__", "run", "_choose", "_run_triton"),
+    "kernels/stopping.py": ("finish_threshold",),
 }
 LOOKS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize"}
 

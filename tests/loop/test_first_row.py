@@ -81,14 +81,16 @@ def test_host_and_device_decide_alike_about_the_first_row(residual, low, front):
     rule, seen = StoppingRule(0.01, 0.03), torch.where(bad, torch.inf, known)
     worst = rule.advance(window, [seen.tolist()], torch.zeros(1, dtype=torch.float64))
     lo, hi = torch.tensor([low], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
-    was, verdict, rows = (
+    previous_bounds, decision, rows = (
         torch.zeros(2, 1, dtype=torch.int32),
         torch.zeros(4, 1, dtype=torch.float64),
         torch.zeros(7).long(),
     )
-    advance_window(known[:, None].square(), torch.ones(6, 1).double(), lo, hi, was, verdict, rows, 0.01, 0.03, 6)
+    advance_window(
+        known[:, None].square(), torch.ones(6, 1).double(), lo, hi, previous_bounds, decision, rows, 0.01, 0.03, 6
+    )
     assert (window.lo, lo.tolist()) == ([front], [front])
-    assert float(verdict[3, 0]) == pytest.approx(worst[0])
+    assert float(decision[3, 0]) == pytest.approx(worst[0])
 
 
 class Deep(nn.Module):

@@ -10,8 +10,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
-from deqdiff_fast.kernels.advance_window import limit
-from deqdiff_fast.kernels.judge_steps import FASTEST, SLOWEST
+from deqdiff_fast.kernels.stopping import MAX_RATE, MIN_RATE, finish_threshold
 from deqdiff_fast.loop.stopping import StallDetector, StoppingRule, reset_steps
 from deqdiff_fast.loop.task import Lookahead
 
@@ -31,7 +30,7 @@ def judged(*steps):
 
 def ends(before, reach=3.0, left=1.0):
     """The longest step at which a sample may end that moved by `before` in the round before."""
-    return float(limit(torch.tensor([before], dtype=torch.float64), 0.7, reach, left))
+    return float(finish_threshold(torch.tensor([before], dtype=torch.float64), 0.7, reach, left))
 
 
 def test_a_sample_ends_where_what_its_steps_leave_is_allowed():
@@ -70,7 +69,7 @@ def test_long_steps_stay_as_they_are():
     assert math.isnan(judged(1.0, math.nan))
     assert judged(0.0, 0.0) == 0.0
     assert judged(math.inf, 0.5e-3) <= FREEZE
-    assert 0 < FASTEST < SLOWEST < 1
+    assert 0 < MIN_RATE < MAX_RATE < 1
 
 
 @pytest.mark.parametrize("policy", [None, Lookahead(), Lookahead(near=0)], ids=["host", "late", "always late"])

@@ -2,7 +2,7 @@
 
 1. `anderson_scan_kernel`: F by the scan of ddim_update, G = F - X, and the new Gram row <G, G_j>, in one pass over E, X
    and the other M - 1 columns of g; writes F and G.
-2. `solve_kernel` (_triton_solve.py): sums over blocks, Gram, alpha = argmin |G alpha|^2 + ridge |alpha|^2 with sum 1.
+2. `anderson_solve_kernel` (_triton_solve.py): sums over blocks, Gram, alpha = argmin |G alpha|^2 + ridge |alpha|^2.
 3. `anderson_mix_kernel`: X <- sum_j alpha_j (F_j - (1 - damping) G_j) over the columns with alpha_j != 0.
 
 Formula: Walker and Ni 2011, SIAM J. Numer. Anal. 49(4), eq. 2.2; on trajectories: Pokle et al. 2022, arXiv 2210.12867,
@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
-from .._workspace import Size, cut
-from ..ddim_update._triton import chunk_of, scan_row, scan_start, window
-from ._layout import layout
-from ._triton_solve import solve_kernel
+from .._triton_rows import chunk_of, scan_row, scan_start, window
+from .._workspace import ProblemSize, cut
+from . import layout
+from ._triton_solve import anderson_solve_kernel
 
 
 @triton.jit(do_not_specialize=["T", "W", "column", "chunks"])
@@ -129,10 +129,10 @@ def launch(
     """The op on contiguous tensors: three launches. chunks overrides how many parts the window is cut into."""
     (steps, batch, size), (history, width), device = predictions.shape, f.shape[:2], states.device
     rows = min(steps, width)
-    scan, solve, mix = (_config.config(op, device) for op in ("anderson_scan", "solve", "mix"))
+    scan, solve, mix = (_config.config(op, device) for op in ("anderson_scan", "anderson_solve", "anderson_mix"))
     narrow = min(f.element_size(), g.element_size())  # 16-byte accesses for this one, more of them for the others
     block = scan.block(narrow)
-    plan = layout(Size(steps, batch, size, state_coef.shape[1], states.dtype, device), history, narrow)
+    plan = layout(ProblemSize(steps, batch, size, state_coef.shape[1], states.dtype, device), history, narrow)
     partials, alpha = cut(plan, workspace, device).values()
     blocks, entries = partials.shape[2:]
     chunks = chunks or _config.scan_chunks(blocks * batch, rows, device)
@@ -142,7 +142,7 @@ def launch(
         column, chunks, L=state_coef.shape[1], DRIFT=drift is not None, M=history, K=entries, MIXED=mixed, BLOCK=block,
         num_warps=scan.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    solve_kernel[(triton.cdiv(rows, solve.rows) * batch,)](
+    anderson_solve_kernel[(triton.cdiv(rows, solve.rows) * batch,)](
         partials, lo, hi, gram, filled, alpha, sq_diff, sq_norm, steps, batch, width, blocks, column, ridge, stale,
         SCOPE=scope, RELATIVE=relative_ridge, M=history, P=triton.next_power_of_2(history), K=entries,
         ROWS=solve.rows, PRIOR=solve.prior, num_warps=solve.num_warps * gram.element_size() // 4, enable_fp_fusion=True,

@@ -77,14 +77,8 @@ struct Affine {
       NewtonProblem problem{
           {dtype, x.data(), e.data(), state_coef.data(), model_coef.data(), drift.empty() ? nullptr : noise.data(),
            lo.data(), hi.data(), sq_diff.data(), sq_norm.data(), steps, batch, size, lags, threads},
-          slope.data(),
-          true,
-          z.data(),
-          old.data(),
-          filled.data(),
-          ring,
-          steps,
-          round % ring,
+          {slope.data(), true},
+          {z.data(), old.data(), filled.data(), ring, steps, round % ring},
           1e-12,
           1e-9};
       newton_scan(problem);

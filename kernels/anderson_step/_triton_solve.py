@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..ddim_update._triton import window
+from .._triton_rows import window
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def solve_alpha(total, known, column, ridge, stale, RELATIVE: tl.constexpr, M: t
 
 
 @triton.jit(do_not_specialize=["T", "W", "blocks", "column"])
-def solve_kernel(
+def anderson_solve_kernel(
     partials, lo, hi, gram, filled, alpha, sq_diff, sq_norm, T, B, W, blocks, column, ridge: tl.float64,
     stale: tl.float64, SCOPE: tl.constexpr, RELATIVE: tl.constexpr, M: tl.constexpr, P: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, PRIOR: tl.constexpr,

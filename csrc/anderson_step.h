@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "affine_scan.h"
+#include "ddim_update.h"
 
 namespace deqdiff {
 

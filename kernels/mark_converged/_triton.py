@@ -1,4 +1,4 @@
-"""Triton kernel of the verdict on a round's steps: one launch, elementwise over (T, B).
+"""Triton kernel of the marking of converged rows: one launch, elementwise over (T, B).
 
 The formula is that of reference.py (Aitken). Bytes: 3 numbers in and 2 out for every row of every sample.
 """
@@ -9,41 +9,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import FASTEST, FIRST, SLOWEST
+from ..stopping import FIRST_RATE, MAX_RATE, MIN_RATE, TINY
 
 
 @triton.jit(do_not_specialize=["N", "B"])
-def judge_kernel(
-    sq_diff, sq_norm, previous, strict, N, B, freeze: tl.float64, floor: tl.float64, FASTEST: tl.constexpr,
-    SLOWEST: tl.constexpr, FIRST: tl.constexpr, SPAN: tl.constexpr,
+def mark_converged_kernel(
+    sq_diff, sq_norm, previous, strict, N, B, freeze: tl.float64, floor: tl.float64, MIN_RATE: tl.constexpr,
+    MAX_RATE: tl.constexpr, FIRST_RATE: tl.constexpr, TINY: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """SPAN of the N = T B rows."""
     WIDE: tl.constexpr = sq_diff.dtype.element_ty
     row = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
     mask = row < N
     norm = tl.load(sq_norm + row, mask=mask, other=1.0)
-    norm = tl.where(norm < 1e-30, 1e-30, norm)  # comparisons, not tl.maximum: NaN stays NaN
+    norm = tl.where(norm < TINY, TINY, norm)  # comparisons, not tl.maximum: NaN stays NaN
     step = tl.load(sq_diff + row, mask=mask, other=0.0) / norm
     ratio = step / tl.load(previous + row, mask=mask, other=1.0)
-    ratio = tl.where(ratio != ratio, FIRST * FIRST, ratio)
-    ratio = tl.where(ratio < FASTEST * FASTEST, FASTEST * FASTEST, ratio)
-    ratio = tl.where(ratio > SLOWEST * SLOWEST, SLOWEST * SLOWEST, ratio)
+    ratio = tl.where(ratio != ratio, FIRST_RATE * FIRST_RATE, ratio)
+    ratio = tl.where(ratio < MIN_RATE * MIN_RATE, MIN_RATE * MIN_RATE, ratio)
+    ratio = tl.where(ratio > MAX_RATE * MAX_RATE, MAX_RATE * MAX_RATE, ratio)
     rho = tl.sqrt(ratio)
     share = rho / (1.0 - rho)
     least, rounding = tl.full((), freeze, WIDE), tl.full((), floor, WIDE)
     allowed = least * tl.load(strict + row % B, mask=mask, other=1.0)
-    final = (step * share * share <= allowed * allowed) | (step <= rounding * rounding)
+    converged = (step * share * share <= allowed * allowed) | (step <= rounding * rounding)
     low, high = least * least, 4.0 * least * least
     kept = tl.where(step > low, low, step)
     raised = tl.where(step < high, high, step)
     tl.store(previous + row, step, mask=mask)
-    tl.store(sq_diff + row, tl.where(final, kept, raised) * norm, mask=mask)
+    tl.store(sq_diff + row, tl.where(converged, kept, raised) * norm, mask=mask)
 
 
 def launch(sq_diff: Tensor, sq_norm: Tensor, previous: Tensor, strict: Tensor, freeze: float, floor: float) -> None:
     """The op on contiguous tensors: one launch."""
     count = sq_diff.numel()
-    judge_kernel[(triton.cdiv(count, 128),)](
-        sq_diff, sq_norm, previous, strict, count, strict.numel(), freeze, floor, FASTEST=FASTEST, SLOWEST=SLOWEST,
-        FIRST=FIRST, SPAN=128, num_warps=1,
+    mark_converged_kernel[(triton.cdiv(count, 128),)](
+        sq_diff, sq_norm, previous, strict, count, strict.numel(), freeze, floor, MIN_RATE=MIN_RATE, MAX_RATE=MAX_RATE,
+        FIRST_RATE=FIRST_RATE, TINY=TINY, SPAN=128, num_warps=1,
     )  # fmt: skip

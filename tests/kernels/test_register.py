@@ -1,4 +1,4 @@
-"""The ops as torch sees them, the choice of backend, and the checks on arguments."""
+"""Registration: the ops as torch sees them, the choice of backend, and the checks on arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deqdiff_fast.errors import BackendUnavailableError
-from deqdiff_fast.kernels import _dispatch, anderson_step, available_backends, ddim_update, judge_steps, newton_scan
+from deqdiff_fast.kernels import _backends, anderson_step, available_backends, ddim_update, mark_converged, newton_scan
 
 KEYWORDS = {"scope": "triangular", "ridge": 1e-3, "relative_ridge": True, "damping": 0.9, "stale": math.inf}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,8 +31,8 @@ def round_(problem):
 
 
 def test_opcheck_ddim_update(scan):
-    torch.library.opcheck(torch.ops.deqdiff_fast.ddim_update.default, (*scan.scan(), scan.drift))
-    torch.library.opcheck(torch.ops.deqdiff_fast.ddim_update.default, scan.scan())
+    torch.library.opcheck(torch.ops.deqdiff_fast.ddim_update.default, (*scan.scan(), scan.drift, None))
+    torch.library.opcheck(torch.ops.deqdiff_fast.ddim_update.default, (*scan.scan(), None, None))
 
 
 def test_opcheck_with_a_workspace(scan, round_):
@@ -46,7 +46,7 @@ def test_opcheck_with_a_workspace(scan, round_):
 
 
 def test_opcheck_anderson_step(round_):
-    arguments = (*round_.scan(), *round_.history, 1, *KEYWORDS.values(), round_.drift)
+    arguments = (*round_.scan(), *round_.history, 1, *KEYWORDS.values(), round_.drift, None)
     torch.library.opcheck(torch.ops.deqdiff_fast.anderson_step.default, arguments)
 
 
@@ -71,12 +71,12 @@ def test_torch_compile(scan, round_):
 
 
 def test_torch_compile_of_a_quasi_newton_round(scan):
-    """With a workspace, which only a GPU writes to, and the verdict: one graph, the same states and judgement."""
+    """With a workspace, which only a GPU writes to, and the marking of converged rows: one graph, the same numbers."""
     workspace, slope, scan.drift = torch.zeros(4096, dtype=torch.uint8), torch.full((9, 1), 0.1), None
 
     def step(a, previous, strict):
         newton_scan(*a[:4], slope, *a[4:], workspace=workspace)
-        judge_steps(a[6], a[7], previous, strict, 1e-3, 1e-6)
+        mark_converged(a[6], a[7], previous, strict, 1e-3, 1e-6)
         return a[0].nan_to_num().sum()
 
     results = []
@@ -89,7 +89,7 @@ def test_torch_compile_of_a_quasi_newton_round(scan):
 
 
 def test_auto_logs_its_choice_once(scan, caplog):
-    _dispatch._announce.cache_clear()
+    _backends._announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="deqdiff_fast"):
         for _ in range(3):
             ddim_update(*scan.scan(), scan.drift)
@@ -101,7 +101,7 @@ def test_auto_logs_its_choice_once(scan, caplog):
 
 def test_auto_falls_back_where_cpp_stores_no_such_dtype(problem):
     run = problem(5, 1, 17, dtype=torch.float16)
-    assert _dispatch.resolve("auto", (run.states, run.predictions)) == "reference"
+    assert _backends.resolve("auto", (run.states, run.predictions)) == "reference"
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="triton is available here")
@@ -112,7 +112,7 @@ def test_unavailable_backend_says_what_to_do(scan):
 
 
 def test_every_backend_is_listed():
-    assert set(available_backends()) == set(_dispatch.BACKENDS) - {"auto"}
+    assert set(available_backends()) == set(_backends.BACKENDS) - {"auto"}
     assert available_backends()["reference"] == "available"
 
 

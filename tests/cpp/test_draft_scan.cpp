@@ -1,4 +1,4 @@
-// Passes of a draft along a chain whose answer is known, on sizes around the strips that a thread takes.
+// Sweeps of a draft along a chain whose answer is known, on sizes around the strips that a thread takes.
 #include <algorithm>
 #include <random>
 
@@ -63,7 +63,7 @@ struct Curved {
   }
 
   // What the draft says of one row, (B, D).
-  std::vector<double> said(const std::vector<double>& x, std::int64_t i, double off) const {
+  std::vector<double> draft_output(const std::vector<double>& x, std::int64_t i, double off) const {
     std::vector<double> found(batch * size);
     for (std::size_t k = 0; k < found.size(); ++k) {
       const double now = x[i * batch * size + static_cast<std::int64_t>(k)];
@@ -76,39 +76,55 @@ struct Curved {
     const auto count = static_cast<std::int64_t>(at.size());
     const std::int64_t anchors = count * batch * size;
     const Dtype wide = dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-    Storage x(dtype, start), noise(dtype, drift), made(dtype, std::vector<double>(anchors)),
-        turn(dtype, std::vector<double>(2 * batch * size, NAN)), z(dtype, std::vector<double>(ring * anchors, NAN)),
-        rest(dtype, std::vector<double>(ring * anchors, NAN)), slope(wide, std::vector<double>(steps, 0.3)),
-        carry(wide, std::vector<double>(2 * lags * batch * size, NAN));
-    std::vector<double> weights(count * batch * (ring - 1) * (ring - 1), NAN), shares;
-    for (std::int64_t i = 0; i < steps; ++i) shares.insert(shares.end(), {0.0, 1.0});
+    Storage x(dtype, start), noise(dtype, drift), draft_cache(dtype, std::vector<double>(anchors)),
+        correction(dtype, std::vector<double>(2 * batch * size, NAN)),
+        z(dtype, std::vector<double>(ring * anchors, NAN)), remainder(dtype, std::vector<double>(ring * anchors, NAN)),
+        slope(wide, std::vector<double>(steps, 0.3)), carry(wide, std::vector<double>(2 * lags * batch * size, NAN));
+    std::vector<double> secant_weights(count * batch * (ring - 1) * (ring - 1), NAN), weights;
+    for (std::int64_t i = 0; i < steps; ++i) weights.insert(weights.end(), {0.0, 1.0});
     std::vector<std::int32_t> filled(count * batch, 0);
     for (int round = 0; round < rounds; ++round) {
       Storage e(dtype, predict(x.values()));
       std::vector<double> first;
       for (const std::int64_t i : at) {
-        const std::vector<double> one = said(x.values(), i, off);
+        const std::vector<double> one = draft_output(x.values(), i, off);
         first.insert(first.end(), one.begin(), one.end());
       }
-      if (round == 0) made = Storage(dtype, first);
-      draft_secants({dtype,    x.data(),    e.data(),      made.data(),    at.data(), lo.data(), hi.data(),
-                     z.data(), rest.data(), filled.data(), weights.data(), steps,     count,     batch,
-                     size,     ring,        round % ring,  1e-9,           1e-6,      threads});
+      if (round == 0) draft_cache = Storage(dtype, first);
+      draft_secants({dtype,
+                     x.data(),
+                     e.data(),
+                     draft_cache.data(),
+                     at.data(),
+                     lo.data(),
+                     hi.data(),
+                     z.data(),
+                     remainder.data(),
+                     filled.data(),
+                     secant_weights.data(),
+                     steps,
+                     count,
+                     batch,
+                     size,
+                     ring,
+                     round % ring,
+                     1e-9,
+                     1e-6,
+                     threads});
       for (std::int64_t n = 0; n < count; ++n) {
-        Storage heard(dtype, said(x.values(), at[n], off));
+        Storage output(dtype, draft_output(x.values(), at[n], off));
         draft_scan(
             {{dtype, x.data(), e.data(), state_coef.data(), model_coef.data(), drift.empty() ? nullptr : noise.data(),
               lo.data(), hi.data(), sq_diff.data(), sq_norm.data(), steps, batch, size, lags, threads},
-             heard.data(),
-             made.data(),
-             turn.data(),
-             shares.data(),
-             slope.data(),
-             false,
+             output.data(),
+             draft_cache.data(),
+             correction.data(),
+             weights.data(),
+             {slope.data(), false},
              carry.data(),
              z.data(),
-             rest.data(),
-             weights.data(),
+             remainder.data(),
+             secant_weights.data(),
              count,
              n,
              n > 0 ? at[n - 1] : -1,
@@ -117,11 +133,12 @@ struct Curved {
              ring,
              round % ring,
              false});
-        CHECK(heard.intact());
+        CHECK(output.intact());
       }
       CHECK(e.intact());
     }
-    CHECK(x.intact() && noise.intact() && made.intact() && turn.intact() && z.intact() && rest.intact());
+    CHECK(x.intact() && noise.intact() && draft_cache.intact() && correction.intact() && z.intact() &&
+          remainder.intact());
     CHECK(slope.intact() && carry.intact());
     return x.values();
   }
@@ -174,7 +191,7 @@ TEST(results_do_not_depend_on_the_number_of_threads) {
   CHECK(chain.sq_diff == norms);
 }
 
-TEST(what_was_not_said_is_asked_for) {
+TEST(a_missing_output_is_asked_for) {
   Curved chain(Dtype::kFloat64, 3, 1, 2, 1, 1, false);
   chain.at = {0, 3};
   bool refused = false;

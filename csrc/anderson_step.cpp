@@ -1,10 +1,11 @@
-#include "anderson.h"
+#include "anderson_step.h"
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <vector>
 
+#include "ops.h"
 #include "parallel.h"
 #include "ridge_solve.h"
 
@@ -43,12 +44,12 @@ class Round {
   Memory reserve() const;
   std::int64_t chunk_rows(int parts) const;
   void share(int part, int parts);
-  void walk(const Piece* pieces, int count, int parts);
+  void walk(const BlockRange* pieces, int count, int parts);
   void solve_chunk(std::int64_t b, std::int64_t from, std::int64_t to);
   void finish_row(std::int64_t b, std::int64_t i);
   void accumulate(std::int64_t b, std::int64_t i);
   void solve_row(std::int64_t b, std::int64_t i, const double* matrix, int n);
-  void mix(const Piece& piece, std::int64_t from, std::int64_t to) const;
+  void mix(const BlockRange& piece, std::int64_t from, std::int64_t to) const;
 
   std::int64_t slot(std::int64_t b, std::int64_t i) const { return i % p_.width * s_.batch + b; }
   double* gram(std::int64_t b, std::int64_t i) const { return p_.gram + slot(b, i) * square_; }
@@ -70,7 +71,7 @@ class Round {
   std::int64_t blocks_;
   int square_;
   Memory memory_;
-  AffineScan scan_;
+  DdimScan scan_;
   std::int64_t chunk_ = 1;  // rows
   std::vector<std::int64_t> first_gate_;
   std::unique_ptr<Gate[]> gates_;
@@ -112,21 +113,21 @@ void Round::share(int part, int parts) {
   const Range range(s_.batch * blocks_, part, parts);
   if (range.begin == range.end) return;
   const std::int64_t first = range.begin / blocks_, last = (range.end - 1) / blocks_;
-  Piece shared[2];
+  BlockRange shared[2];
   int count = 0;
-  if (sharers(first, parts) > 1) shared[count++] = piece_of(range, blocks_, first);
-  if (last != first && sharers(last, parts) > 1) shared[count++] = piece_of(range, blocks_, last);
+  if (sharers(first, parts) > 1) shared[count++] = blocks_of(range, blocks_, first);
+  if (last != first && sharers(last, parts) > 1) shared[count++] = blocks_of(range, blocks_, last);
   walk(shared, count, parts);
   for (std::int64_t b = first; b <= last; ++b) {
     if (sharers(b, parts) > 1) continue;
-    const Piece own = piece_of(range, blocks_, b);
+    const BlockRange own = blocks_of(range, blocks_, b);
     walk(&own, 1, parts);
   }
 }
 
 // Scans chunk by chunk and mixes behind. Where other threads are involved the mixing keeps one chunk of distance, so
 // that it seldom has to wait for their sums.
-void Round::walk(const Piece* pieces, int count, int parts) {
+void Round::walk(const BlockRange* pieces, int count, int parts) {
   std::int64_t end = 0, lag = 0;
   for (int k = 0; k < count; ++k) {
     end = std::max(end, chunks(pieces[k].b));
@@ -218,7 +219,7 @@ void Round::solve_row(std::int64_t b, std::int64_t i, const double* matrix, int 
   for (int age = 0; age < n; ++age) alpha[age] = solved[n - 1 - age];
 }
 
-void Round::mix(const Piece& piece, std::int64_t from, std::int64_t to) const {
+void Round::mix(const BlockRange& piece, std::int64_t from, std::int64_t to) const {
   const std::int64_t b = piece.b, element = piece.begin * kBlock;
   for (std::int64_t i = from; i < to; ++i) {
     const double* alpha = memory_.alpha + index_.row(b, i) * p_.history;
@@ -246,5 +247,27 @@ void Round::mix(const Piece& piece, std::int64_t from, std::int64_t to) const {
 }  // namespace
 
 void anderson_step(const AndersonProblem& problem) { Round(problem).run(); }
+
+void anderson_step_call(Arguments& a) {
+  AndersonProblem p;
+  p.scan = read_scan(a);
+  p.history = static_cast<int>(a.integer("M", 1, kMaxHistory));
+  p.width = a.integer("W", p.scan.steps > 0 ? 1 : 0, std::int64_t{1} << 30);
+  const std::int64_t slots = std::max<std::int64_t>(p.width, 1) * std::max<std::int64_t>(p.scan.batch, 1);
+  require_addressable("M, W, B, D", p.history * slots, p.scan.size);
+  const auto item = static_cast<std::size_t>(item_size(p.scan.dtype));
+  p.f = a.address("f", item, has_data(p.scan));
+  p.g = a.address("g", item, has_data(p.scan));
+  p.gram = a.table<double>("gram", has_rows(p.scan));
+  p.filled = a.table<std::int32_t>("filled", has_rows(p.scan));
+  p.column = static_cast<int>(a.integer("column", 0, p.history - 1));
+  p.scope = static_cast<Scope>(a.integer("scope", 0, 2));  // timestep, trajectory, triangular
+  p.ridge = a.number("ridge", false, true);
+  p.relative_ridge = a.flag("relative_ridge");
+  p.damping = a.finite("damping");
+  p.stale = a.number("stale", false, false);
+  a.finish();
+  anderson_step(p);
+}
 
 }  // namespace deqdiff

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "arguments.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -54,19 +55,19 @@ class RowIndex {
 };
 
 // Blocks [begin, end) of sample b, to be walked through time by one thread.
-struct Piece {
+struct BlockRange {
   std::int64_t b, begin, end;
 };
 // What a thread that owns `range` of all samples' blocks owns of sample b.
-Piece piece_of(const Range& range, std::int64_t blocks, std::int64_t b);
+BlockRange blocks_of(const Range& range, std::int64_t blocks, std::int64_t b);
 
 // The recursion and its partial sums: `sums` doubles for every block of every active row.
-class AffineScan {
+class DdimScan {
  public:
-  AffineScan(const ScanProblem& problem, const HistoryView& history, const RowIndex& index, double* partial, int sums);
+  DdimScan(const ScanProblem& problem, const HistoryView& history, const RowIndex& index, double* partial, int sums);
 
   // Rows [from, to) of the piece. The piece's earlier rows must have been run.
-  void run(const Piece& piece, std::int64_t from, std::int64_t to) const;
+  void run(const BlockRange& piece, std::int64_t from, std::int64_t to) const;
 
   // total[k] = the sum over blocks, in block order, for k < count.
   void reduce(std::int64_t b, std::int64_t i, int count, double* total) const;
@@ -76,8 +77,8 @@ class AffineScan {
   char* ring(const void* base, int column, std::int64_t i, std::int64_t b, std::int64_t element) const;
 
  private:
-  void run_strip(const Piece& strip, std::int64_t from, std::int64_t to) const;
-  int collect_terms(std::int64_t i, std::int64_t b, std::int64_t element, AffineRow* row) const;
+  void run_strip(const BlockRange& strip, std::int64_t from, std::int64_t to) const;
+  int collect_terms(std::int64_t i, std::int64_t b, std::int64_t element, DdimRow* row) const;
   const char* scanned(std::int64_t i, std::int64_t b, std::int64_t element) const;
 
   const ScanProblem& p_;
@@ -93,5 +94,30 @@ class AffineScan {
 double* scratch(std::size_t doubles);
 
 void ddim_update(const ScanProblem& problem);
+
+// What the scans over a chain are called with; the last two are the names of the sums.
+ScanProblem read_scan(Arguments& arguments, const char* sq_diff = "sq_diff", const char* sq_norm = "sq_norm");
+
+// Rings (H + 1, W, B, D) of states and predictions, row i in slot i % W, the round in `column`.
+struct Rings {
+  void* z = nullptr;  // null: none
+  void* e = nullptr;
+  std::int32_t* filled = nullptr;  // (W, B) how many of the most recent columns are valid
+  int columns = 0;                 // H + 1
+  std::int64_t width = 0;          // W
+  int column = 0;
+};
+Rings read_rings(Arguments& arguments, const ScanProblem& scan, int least);
+
+// A table (T, 1) or (T, D) in float32, or float64 where the states are.
+struct RowTable {
+  const void* data;
+  bool per_element;
+};
+RowTable read_table(Arguments& arguments, const ScanProblem& scan, const char* name);
+
+inline bool has_rows(const ScanProblem& scan) { return scan.steps > 0 && scan.batch > 0; }
+inline bool has_data(const ScanProblem& scan) { return has_rows(scan) && scan.size > 0; }
+inline std::size_t wide_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 
 }  // namespace deqdiff

@@ -1,0 +1,50 @@
+// The arguments of one call of an op, by name, each checked where it is read. No Python in here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace deqdiff {
+
+// Names must outlive the arguments. Every reader throws std::invalid_argument, naming the argument and what was
+// expected, and where there is none.
+class Arguments {
+ public:
+  explicit Arguments(std::size_t count) { entries_.reserve(count); }
+  void add(const char* name, std::int64_t value) { entries_.push_back({name, value, static_cast<double>(value)}); }
+  void add(const char* name, double value) { entries_.push_back({name, 0, value}); }
+
+  std::int64_t integer(const char* name, std::int64_t low, std::int64_t high);
+  bool flag(const char* name) { return integer(name, 0, 1) != 0; }
+  double number(const char* name, bool positive, bool finite);  // >= 0 or > 0, and not NaN
+  double finite(const char* name);
+  // An address aligned to `alignment` bytes; null only where it is not needed.
+  void* address(const char* name, std::size_t alignment, bool needed);
+  template <class T>
+  T* table(const char* name, bool needed) {
+    return static_cast<T*>(address(name, alignof(T), needed));
+  }
+
+  void ignore(const char* name) { find(name); }  // of use to other backends only
+  void finish() const;                           // throws where an argument was given that nobody has read
+
+ private:
+  struct Entry {
+    const char* name;
+    std::int64_t integer;
+    double number;
+    bool read = false;
+  };
+  const Entry& find(const char* name);
+
+  std::vector<Entry> entries_;
+  std::size_t next_ = 0;  // arguments are read in about the order in which they come
+};
+
+void require(bool good, const std::string& name, const std::string& wanted);
+// That `lines` rows of `size` elements can be addressed.
+void require_addressable(const char* names, std::int64_t lines, std::int64_t size);
+
+}  // namespace deqdiff

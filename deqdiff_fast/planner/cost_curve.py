@@ -1,0 +1,59 @@
+"""What a model call costs, by its rows."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+
+# Costs are noisy: what differs from what is simpler or in use must promise to take at most this part of its time.
+MARGIN = 0.95
+
+
+class Curve:
+    """Seconds of one model call over its rows: linear between measured sizes, never falling.
+
+    Beyond the largest size a row costs what the last ones did, and at least a quarter of their mean.
+    """
+
+    def __init__(self, points: dict[int, float]) -> None:
+        if not points or any(n < 1 or not (0 <= s < math.inf) for n, s in points.items()):
+            raise ValueError(f"points: expected {{rows >= 1: seconds >= 0}}, at least one, got {points}")
+        self.sizes = sorted(points)
+        self.seconds: list[float] = []
+        for n in self.sizes:
+            self.seconds.append(max(points[n], self.seconds[-1] if self.seconds else 0.0))
+
+    @property
+    def largest(self) -> int:
+        """The largest measured size, in rows."""
+        return self.sizes[-1]
+
+    @property
+    def slope(self) -> float:
+        """Seconds of one more row, from the last two sizes."""
+        (*_, n), (*_, last) = self.sizes, self.seconds
+        return last / n if len(self.sizes) == 1 else (last - self.seconds[-2]) / (n - self.sizes[-2])
+
+    def __call__(self, rows: float) -> float:
+        sizes, seconds = self.sizes, self.seconds
+        if rows <= sizes[0]:
+            return seconds[0]
+        if rows > sizes[-1]:
+            return seconds[-1] + (rows - sizes[-1]) * max(self.slope, seconds[-1] / sizes[-1] / 4)
+        k = bisect_left(sizes, rows)
+        part = (rows - sizes[k - 1]) / (sizes[k] - sizes[k - 1])
+        return seconds[k - 1] + part * (seconds[k] - seconds[k - 1])
+
+    def in_pieces(self, rows: float, piece: int) -> float:
+        """Seconds of calls of `piece` rows each that together have that many."""
+        whole = int(rows // piece)
+        rest = rows - whole * piece
+        return whole * self(piece) + (self(rest) if rest > 0 else 0.0)
+
+    def best_piece(self, rows: int, limit: int | None) -> int:
+        """The rows in one call with which that many rows take the shortest, at most `limit`."""
+        best = top = min(rows, limit or rows)
+        for piece in self.sizes:
+            if piece < top and self.in_pieces(rows, piece) < MARGIN * self.in_pieces(rows, best):
+                best = piece
+        return best

@@ -1,0 +1,73 @@
+"""Measurements ahead of the first sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.options import Options
+from ..engine.solve import Request
+from ..engine.system import System
+from ..engine.workspace import Workspace
+from ..model.padding import padded_sizes
+from ..plan import Plan
+from ..solver.picard import Picard
+from .measure import time_call
+from .planner import REFRESH, Planner, Workload
+from .probe import REPEATS, WARMUP_SECONDS, measure_sizes
+from .run import TIMED_STEPS, solve_in_rounds, time_steps
+
+NEAR = 1.5  # solves are tried that are predicted to take at most this many times what the serial chain does
+
+
+def compile_sizes(options: Options, system: System, noise: Tensor) -> None:
+    """Call a compiled model once with every size that a solve may call it with; nothing for a plain one."""
+    if system.padded:
+        for rows in padded_sizes(options.most_rows(noise), system.batch):
+            time_call(system, noise, rows)
+
+
+def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None) -> Plan:
+    """Measure calls and steps, then make the solves that look good, once to prepare and some times to learn from."""
+    options, workload = planner.options, planner.workload(noise, model_kwargs)
+    draw: Callable[[], torch.Generator] = lambda: torch.Generator(noise.device).manual_seed(0)  # noqa: E731
+    with torch.no_grad():
+        system = options.system(noise, model_kwargs)
+        compile_sizes(options, system, noise)
+        planner.record_first_steps(workload, system, _step_seconds(planner, system, noise, draw()))
+        measure_sizes(planner, workload, system, warmup=True)
+        serial, *solves = planner.plan(workload).candidates
+        for solve in solves:
+            if solve.seconds is not None and solve.seconds <= NEAR * (serial.seconds or 0.0):
+                _try(planner, workload, Request(noise, draw()), solve.window)
+        workload.stats.measure_budget = 0.0
+        workload.stats.age = REFRESH
+        return planner.plan(workload)
+
+
+def _step_seconds(planner: Planner, system: System, noise: Tensor, generator: torch.Generator) -> float:
+    """Seconds of a step of the serial chain: the median of some, then of some whole chains where these are quick."""
+    options, batch = planner.options, system.batch
+    work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
+    with work.lease:
+        work.begin(noise, generator)
+        taken, _ = time_steps(planner, work, [0] * batch, None, min(2 * TIMED_STEPS + 1, system.num_steps))
+        for _ in range(REPEATS):
+            if sum(taken) + median(taken) * system.num_steps > WARMUP_SECONDS:
+                break
+            taken += time_steps(planner, work, [0] * batch, None, system.num_steps)[0]
+    return median(taken)
+
+
+def _try(planner: Planner, workload: Workload, request: Request, window: int) -> None:
+    """Solve with that window some times, and learn from all but the first."""
+    plan, began = planner.forced(workload, window), planner.clock()
+    for k in range(1 + REPEATS):
+        if k < 2 or planner.clock() - began < WARMUP_SECONDS:
+            system = planner.options.system(workload.noise, workload.model_kwargs)
+            solve_in_rounds(planner, workload, request, plan, system, time.perf_counter(), believed=k > 0)

@@ -1,0 +1,138 @@
+"""The one place where the ops' arguments are checked. Everything here raises ValueError, naming the argument."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_HISTORY = 8
+MAX_LAGS = 16  # PNDM with its Runge-Kutta start needs 11
+WIDE = (torch.float32, torch.float64)
+STORAGE = (*WIDE, torch.bfloat16, torch.float16)
+INDEX = (torch.int32,)
+
+
+def expect(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """A tensor of that shape, one of those dtypes and that device."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected it on {device} like states, got {tensor.device}")
+
+
+def check_states(states: Tensor, predictions: Tensor, lo: Tensor, hi: Tensor) -> None:
+    """What every op on a chain takes."""
+    if states.dim() != 3 or states.shape[0] < 2 or states.shape[2] < 1:
+        raise ValueError(f"states: expected shape (T + 1, B, D) with T, D >= 1, got {tuple(states.shape)}")
+    (rows, batch, size), device = states.shape, states.device
+    expect("states", states, (rows, batch, size), STORAGE, device)
+    expect("predictions", predictions, (rows - 1, batch, size), STORAGE, device)
+    expect("lo", lo, (batch,), INDEX, device)
+    expect("hi", hi, (batch,), INDEX, device)
+
+
+def check_scan(
+    states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
+    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None, workspace: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What the scans over a chain share."""
+    check_states(states, predictions, lo, hi)
+    if state_coef.dim() != 2 or not 1 <= state_coef.shape[1] <= MAX_LAGS:
+        raise ValueError(f"state_coef: expected shape (T, L) with 1 <= L <= {MAX_LAGS}, got {tuple(state_coef.shape)}")
+    (rows, batch, size), device, lags = states.shape, states.device, state_coef.shape[1]
+    steps = rows - 1
+    expect("state_coef", state_coef, (steps, lags), WIDE, device)
+    expect("model_coef", model_coef, (steps, lags), WIDE, device)
+    expect("sq_diff", sq_diff, (steps, batch), WIDE, device)
+    expect("sq_norm", sq_norm, (steps, batch), WIDE, device)
+    if drift is not None:
+        expect("drift", drift, (steps, batch, size), STORAGE, device)
+    check_workspace(workspace, device)
+
+
+def check_workspace(workspace: Tensor | None, device: torch.device) -> None:
+    """A run of bytes on the device, if any."""
+    if workspace is None:
+        return
+    kind = (str(workspace.dtype).removeprefix("torch."), workspace.dim(), workspace.is_contiguous())
+    if kind != ("uint8", 1, True):
+        raise ValueError(
+            f"workspace: expected a contiguous uint8 tensor of one dimension, got {kind[0]} {tuple(workspace.shape)}"
+        )
+    if workspace.device != device:
+        raise ValueError(f"workspace: expected it on {device} like states, got {workspace.device}")
+
+
+def check_slope(slope: Tensor, states: Tensor, name: str = "slope") -> None:
+    """One number a row, or one an element."""
+    (rows, _, size), device = states.shape, states.device
+    shapes = ((rows - 1, 1), (rows - 1, size))
+    if slope.shape not in shapes or not slope.is_floating_point() or slope.device != device:
+        raise ValueError(
+            f"{name}: expected a floating-point tensor {shapes[0]} or {shapes[1]} on {device}, got {slope.dtype} "
+            f"{tuple(slope.shape)} on {slope.device}"
+        )
+
+
+def check_rings(states: Tensor, z: Tensor, e: Tensor, filled: Tensor, column: int, most: int) -> None:
+    """Rings of states and predictions, at most `most` columns."""
+    (_, batch, size), device = states.shape, states.device
+    if z.dim() != 4 or not 1 <= z.shape[0] <= most or z.shape[1] < 1 or z.shape[2:] != (batch, size):
+        raise ValueError(f"z: expected shape (H + 1, W, {batch}, {size}) with H < {most}, got {tuple(z.shape)}")
+    if not z.is_floating_point() or z.device != device:
+        raise ValueError(f"z: expected a floating-point tensor on {device}, got {z.dtype} on {z.device}")
+    if e.shape != z.shape or e.dtype != z.dtype or e.device != device:
+        raise ValueError(f"e: expected {z.dtype} {tuple(z.shape)} like z, got {e.dtype} {tuple(e.shape)}")
+    if filled.shape != z.shape[1:3] or filled.dtype != torch.int32:
+        raise ValueError(f"filled: expected int32 {tuple(z.shape[1:3])}, got {filled.dtype} {tuple(filled.shape)}")
+    check_column(column, z.shape[0], "H + 1")
+
+
+def check_column(column: int, ring: int, name: str) -> None:
+    if not 0 <= column < ring:
+        raise ValueError(f"column: expected 0 <= column < {ring} (the round modulo {name}), got {column}")
+
+
+def check_ridge(ridge: float, floor: float) -> None:
+    """Of a least squares fit of secants."""
+    if not (ridge > 0 and math.isfinite(ridge)) or not (floor >= 0 and math.isfinite(floor)):
+        raise ValueError(f"ridge, floor: expected finite numbers, ridge > 0 and floor >= 0, got {ridge}, {floor}")
+
+
+def check_anchors(
+    states: Tensor, draft_cache: Tensor, z: Tensor, remainder: Tensor, secant_weights: Tensor, column: int
+) -> None:
+    """What a draft's rounds remember."""
+    (rows, batch, size), device, kinds = states.shape, states.device, (states.dtype,)
+    if draft_cache.dim() != 3 or not 1 <= draft_cache.shape[0] < rows:
+        shape = tuple(draft_cache.shape)
+        raise ValueError(f"draft_cache: expected shape (A, B, D) with 1 <= A <= {rows - 1}, got {shape}")
+    if z.dim() != 4 or not 1 <= z.shape[0] <= MAX_HISTORY:
+        raise ValueError(f"z: expected shape (H + 1, A, B, D) with H < {MAX_HISTORY}, got {tuple(z.shape)}")
+    count, secants = draft_cache.shape[0], z.shape[0] - 1
+    expect("draft_cache", draft_cache, (count, batch, size), kinds, device)
+    expect("z", z, (secants + 1, count, batch, size), kinds, device)
+    expect("remainder", remainder, (secants + 1, count, batch, size), kinds, device)
+    expect("secant_weights", secant_weights, (count, batch, secants, secants), (torch.float64,), device)
+    check_column(column, secants + 1, "H + 1")
+
+
+def check_windows(given: dict[str, Any]) -> None:
+    """Values of the windows lo, hi, where reading them costs nothing (on the CPU); the CUDA kernels clamp instead."""
+    steps, limit = given["predictions"].shape[0], given["predictions"].shape[0]
+    for name in ("f", "e"):  # rings of rows
+        if given.get(name) is not None:
+            limit = given[name].shape[1]
+    for b, (first, last) in enumerate(zip(given["lo"].tolist(), given["hi"].tolist(), strict=True)):
+        if not 0 <= first <= last <= steps:
+            raise ValueError(f"lo, hi: expected 0 <= lo <= hi <= {steps}, got {first}, {last} for sample {b}")
+        if last - first > limit:
+            raise ValueError(f"lo, hi: expected at most W = {limit} active rows, got {last - first} for sample {b}")

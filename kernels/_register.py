@@ -1,0 +1,168 @@
+"""The registration of an op: one schema, one reference and the compiled forms become one torch custom op.
+
+Everything between a public function and its kernels is derived from the schema: which arguments are tensors and which
+of them are written, the order of the Triton launch's arguments, the names of the C++ form's. A kernel addresses dense
+tensors by pointer, so what is not dense is replaced by a dense copy and written back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailableError
+from . import _backends
+
+_ARGUMENT = re.compile(r"(Tensor|int|float|bool|str)(\(\w+!\))?\?? (\w+)")
+# What the C++ form takes in float64, and in float32 unless the states are float64; other tensors as they are stored.
+_FLOAT64 = frozenset({"state_coef", "model_coef", "weights", "sq_diff", "sq_norm", "sq_miss", "gram"})
+_WIDE = frozenset({"slope", "weight"})
+
+
+def _kind(name: str, kind: str) -> str:
+    """How the C++ form takes an argument: by value, as a tensor as it is stored, or as one of a certain type."""
+    if kind != "Tensor":
+        return "value"
+    return "float64" if name in _FLOAT64 else "wide" if name in _WIDE else "tensor"
+
+
+class Op:
+    """An op as its public function calls it: `op(backend, *arguments in the order of the schema)`."""
+
+    def __init__(
+        self,
+        package: str,
+        schema: str,
+        reference: Callable[..., None],
+        *,
+        cpp: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        triton: bool = True,
+        storage: tuple[str, ...] = ("states", "predictions", "drift"),
+        check: Callable[[dict[str, Any]], None] | None = None,
+        cpp_serves: Callable[[dict[str, Any]], bool] | None = None,
+    ) -> None:
+        self.package, self.reference, self.cpp, self.triton = package, reference, cpp, triton
+        self.storage, self.check, self.cpp_serves = storage, check, cpp_serves
+        self.name, _, arguments = schema.partition("(")
+        found = _ARGUMENT.findall(arguments)
+        self.names = tuple(name for _, _, name in found)
+        self.written = frozenset(name for _, mutable, name in found if mutable)
+        self.kinds = [(name, _kind(name, kind)) for kind, _, name in found if name != "workspace"]
+        if cpp is not None:
+            _backends.CPP_OPS.append(self.name)
+        self.op = torch.library.custom_op(
+            f"deqdiff_fast::{self.name}",
+            lambda *args: self.run("auto", *args),  # which backend serves depends on what is installed
+            mutates_args=[name for name in self.names if name in self.written],
+            schema=f"({arguments}",
+        )
+        self.op.register_fake(lambda *args, **kwargs: None)  # works in place and returns nothing
+
+    def __call__(self, backend: str, *args: Any) -> None:
+        if backend == "auto" and _backends.dispatched(args[0]):
+            self.op(*args)
+        else:
+            self.run(backend, *args)
+
+    def run(self, backend: str, *args: Any) -> None:
+        """The op on one backend, past torch's dispatcher."""
+        given = dict(zip(self.names, args, strict=True))
+        name = self._choose(backend, given)
+        if self.check is not None and args[0].device.type == "cpu":  # reading values costs nothing there
+            self.check(given)
+        if "states" in given and not given["states"].shape[1]:
+            return
+        if name == "cpp":
+            self._run_cpp(given)
+        elif name == "triton":
+            self._run_triton(given)
+        else:
+            self.reference(*(args[:-1] if self.names[-1] == "workspace" else args))
+
+    def _choose(self, backend: str, given: dict[str, Any]) -> str:
+        storage = tuple(given[name] for name in self.storage if given[name] is not None)
+        if self.cpp is None and (backend == "cpp" or (backend == "auto" and storage[0].device.type != "cuda")):
+            return "reference"  # not worth a kernel on the CPU
+        if backend == "triton" and not self.triton:
+            raise BackendUnavailableError(f"backend 'triton' has no {self.name}; it runs on reference, cpp")
+        lags = given["state_coef"].shape[1] if "state_coef" in given else 1
+        name = _backends.resolve(backend, storage, lags)
+        if name == "triton" and not self.triton:
+            return "reference"
+        if name == "cpp" and self.cpp_serves is not None and not self.cpp_serves(given):
+            return "reference"
+        return name
+
+    def _run_cpp(self, given: dict[str, Any]) -> None:
+        extension, _ = _backends.extension()
+        assert extension is not None
+        assert self.cpp is not None
+        wide = torch.float64 if given[self.names[0]].dtype is torch.float64 else torch.float32
+        call = self.cpp(given)
+        copies, alive = [], []
+        for name, kind in self.kinds:
+            value = given[name]
+            if kind == "value":
+                call.setdefault(name, value)
+            elif value is None:
+                call[name] = 0
+            else:
+                dense = value
+                if kind != "tensor":
+                    dtype = torch.float64 if kind == "float64" else wide
+                    dense = value if value.dtype is dtype else value.to(dtype)
+                if not dense.is_contiguous():
+                    dense = dense.contiguous()
+                if dense is not value:
+                    alive.append(dense)
+                    if name in self.written:
+                        copies.append((value, dense))
+                call[name] = dense.data_ptr()
+        getattr(extension, self.name)(**call)
+        for original, dense in copies:
+            original.copy_(dense)
+
+    def _run_triton(self, given: dict[str, Any]) -> None:
+        module = importlib.import_module("._triton", self.package)  # not before it is needed: it imports Triton
+        dense = [value.contiguous() if isinstance(value, Tensor) else value for value in given.values()]
+        with torch.cuda.device_of(given[self.names[0]]):  # Triton launches on the current device
+            module.launch(*dense)
+        for (name, original), used in zip(given.items(), dense):
+            if used is not original and name in self.written:
+                original.copy_(used)
+
+
+def register(package: str, schema: str, reference: Callable[..., None], **options: Any) -> Op:
+    """Register an op with torch as `deqdiff_fast::<name>` and return what its public function calls.
+
+    Args:
+        package: `__name__` of the op's folder; its `_triton.launch` takes the arguments of the schema in order.
+        schema: "name(Tensor(a!) written, Tensor read, Tensor? optional, int number, ...) -> ()". No argument has a
+            default: torch fails on defaults of mutable arguments under dispatch modes. A `workspace` comes last.
+        reference: the op in plain torch; takes the arguments of the schema in order, without `workspace`.
+        cpp: what `_C.<name>` takes besides the schema's arguments (sizes, threads), from those: {name: value} ->
+            {name: value}. None where there is no C++ form: on the CPU the reference serves then.
+        triton: whether there are Triton kernels; without them the reference serves CUDA tensors.
+        storage: the tensors whose device and dtypes decide which backend serves.
+        check: checks values of arguments, on the CPU only; raises ValueError.
+        cpp_serves: whether the C++ form takes these arguments; else the reference does, even if "cpp" was asked for.
+    """
+    return Op(package, schema, reference, **options)
+
+
+def chain_sizes(given: dict[str, Any]) -> dict[str, Any]:
+    """What the C++ form of an op on a chain takes besides its arguments."""
+    states = given["states"]
+    rows, batch, size = states.shape
+    found = {"dtype": _backends.CPP_DTYPES[states.dtype], "T": rows - 1, "B": batch, "D": size,
+             "threads": torch.get_num_threads()}  # fmt: skip
+    if "state_coef" in given:
+        found["L"] = given["state_coef"].shape[1]
+    for name in _WIDE & given.keys():
+        found[f"{name}_per_element"] = given[name].shape[1] > 1
+    return found
