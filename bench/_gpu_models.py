@@ -24,8 +24,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     # the same kind, small enough for a test
     "tiny": _UNET | {
-        "sample_size": 8, "layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": (8, 8),
-        "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "sample_size": 8, "layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": (8,),
+        "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "add_attention": False,
     },
 }  # fmt: skip
 NAMES = ("bundled", *ARCHITECTURES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,23 +35,42 @@ def _of_module(tree: ast.Module, module: str) -> Iterator[Message]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign)
         for target in node.targets
-        if isinstance(target, ast.Name) and _text(node.value)
+        if isinstance(target, ast.Name) and any(_texts(node.value))
     }
-    inside = {
-        id(call): owner.name for owner in ast.walk(tree) if isinstance(owner, ast.ClassDef) for call in ast.walk(owner)
-    }
+
+    def texts(node: ast.AST) -> list[str]:
+        return _texts(named.get(node.id, node) if isinstance(node, ast.Name) else node)
+
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
         kind = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-        kind = inside.get(id(node), "") if kind == "cls" else kind
-        first = node.args[0]
+        if kind == "report_not_converged":  # deqdiff_fast/engine/reporting.py
+            for failure in texts(node.args[2]):
+                for kind in ("NotConvergedError", "ConvergenceWarning"):
+                    yield Message(kind, f"{GAP} of {GAP} {failure or GAP}; {texts(node.args[3])[0] or GAP}", module)
+            continue
+        found = texts(node.args[0])
         if kind == "warn" and len(node.args) > 1 and isinstance(node.args[1], ast.Name):
             kind = node.args[1].id
+        elif kind == "at_step" and isinstance(node.func, ast.Attribute):  # deqdiff_fast/errors.py
+            kind = ast.unparse(node.func.value)
+            found = [what + _standard_end() for what in found]
         if kind.endswith(("Error", "Warning")):
-            text = _text(named.get(first.id, first) if isinstance(first, ast.Name) else first)
-            if text.strip(GAP + " :"):
-                yield Message(kind, text, module)
+            yield from (Message(kind, text, module) for text in found if re.search("[a-z]{3}", text))
+
+
+@functools.cache
+def _standard_end() -> str:
+    """What `NonFiniteError.at_step` puts after what happened."""
+    tree = ast.parse((ROOT / "deqdiff_fast" / "errors.py").read_text(encoding="utf-8"))
+    made = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "at_step")
+    return next(_text(node) for node in ast.walk(made) if isinstance(node, ast.JoinedStr)).removeprefix(GAP)
+
+
+def _texts(node: ast.AST) -> list[str]:
+    """Both texts of a choice between two."""
+    return [*_texts(node.body), *_texts(node.orelse)] if isinstance(node, ast.IfExp) else [_text(node)]
 
 
 def _text(node: ast.AST) -> str:

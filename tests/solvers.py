@@ -24,7 +24,9 @@ class RelaxedPicard(Solver):
     """X <- X + weight (F(X) - X), F the plain step: Picard iteration, damped (weight < 1) or over-relaxed (> 1)."""
 
     weight: float = 0.8
-    period = 1  # the same device work in every round
+
+    def period(self):  # the same device work in every round
+        return 1
 
     def plan_memory(self, request, size):
         for name in ("relaxed.old", "relaxed.plain"):

@@ -103,6 +103,7 @@ NAMES = {
 # A name that is right elsewhere is looked for in these folders only.
 ONLY_IN = {
     **dict.fromkeys(("plan", "scratch", "drive", "most_rounds"), "deqdiff_fast/solver/"),
+    **dict.fromkeys(("JOLT", "HOPE", "STICKY", "FORGIVE", "PATIENCE", "site", "price"), "deqdiff_fast/planner/"),
     **dict.fromkeys(("shares", "between", "turn", "held", "live", "over"), "deqdiff_fast/solver/"),
 }
 
@@ -179,6 +180,18 @@ def wrong_words(tree: ast.AST, where: Path) -> Iterator[str]:
             yield f"{at(where, line)}: {complaint}"
 
 
+def questions(tree: ast.AST, where: Path) -> Iterator[str]:
+    """Where code asks what a solver has or which one it is, in the place of reading an attribute of `Solver`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "isinstance"):
+            asked = ast.unparse(node.args[0]).rsplit(".", 1)[-1]
+            if asked in ("solver", "resolved") and "str" not in ast.unparse(node.args[-1]):
+                yield f"{at(where, node.lineno)}: `{ast.unparse(node)}`: read an attribute of loop.base.Solver"
+        if isinstance(node, ast.ImportFrom):
+            named = {alias.name for alias in node.names} & {"Drafted", "Anderson", "QuasiNewton", "Parareal"}
+            yield from (f"{at(where, node.lineno)}: {name}: name no solver here" for name in sorted(named))
+
+
 def agree(complaints: list[str]) -> None:
     assert not complaints, "\n" + "\n".join(complaints)
 
@@ -210,6 +223,13 @@ def test_words_are_the_fields() -> None:
     agree(wrong)
 
 
+def test_nobody_asks_which_solver_it_is() -> None:
+    """Those who run solvers know the base class alone; the serial chain's step may be `Picard`."""
+    inside = ("engine", "loop", "planner", "sampler.py")
+    files = {path: text for path, text in sources(PACKAGE).items() if path.relative_to(PACKAGE).parts[0] in inside}
+    agree([line for path, text in files.items() for line in questions(ast.parse(text), path)])
+
+
 def test_every_folder_has_its_tests() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()} | {"kernels"}
     tested = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
@@ -227,13 +247,16 @@ def test_every_folder_has_its_tests() -> None:
         ("class A:\n    allowance: float = 0.0", "deqdiff_fast/x.py:2: `allowance`: say measure_budget"),
         ("def f(*, late=None): pass", "`late`: say lookahead"),
         ("def _take_up(): pass", "`_take_up`: say restart_sample"),
-        ("JOLT = 3", "`JOLT`: say OUTLIER_RATIO"),
         ("def f(plan): pass", None),
+        ("from .solver.draft import Drafted", "Drafted: name no solver here"),
+        ("getattr(self.solver, 'reach', 0.0)", "read an attribute of loop.base.Solver"),
+        ("isinstance(solver, str) or isinstance(model, Module)", None),
         ("def f():\n    late = 1", None),
+        ("PATIENCE = 3", None),
     ],
 )
 def test_complaints(source: str, complaint: str | None) -> None:
     tree, where = ast.parse(source), PACKAGE / "x.py"
-    found = [*too_large(tree, where), *wrong_words(tree, where)]
+    found = [*too_large(tree, where), *wrong_words(tree, where), *questions(tree, where)]
     assert len(found) == (complaint is not None)
     assert complaint is None or complaint in found[0]

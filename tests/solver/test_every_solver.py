@@ -36,7 +36,7 @@ def test_every_name_is_in_the_list():
 @pytest.mark.parametrize("case", SOLVERS, ids=str)
 def test_reaches_the_serial_sample(monkeypatch, mixture, ddim, noise, relative_error, case, steps, eta, window, policy):
     monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: policy)
-    steps = min(steps, 50) if case.slow else steps
+    steps = min(steps, 24) if case.slow else steps
     model, schedule, start = mixture(), ddim(steps, eta), noise(3)
     for tol in (1e-2, 1e-4):
         sampler = case.sampler(model, schedule, tol=tol, window=window if case.windows else "auto")
