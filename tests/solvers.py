@@ -24,9 +24,7 @@ class RelaxedPicard(Solver):
     """X <- X + weight (F(X) - X), F the plain step: Picard iteration, damped (weight < 1) or over-relaxed (> 1)."""
 
     weight: float = 0.8
-
-    def period(self):  # the same device work in every round
-        return 1
+    period = 1  # the same device work in every round
 
     def plan_memory(self, request, size):
         for name in ("relaxed.old", "relaxed.plain"):

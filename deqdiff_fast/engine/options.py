@@ -17,7 +17,6 @@ from ..model.draft_calls import DraftCalls
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.noise import check_generator
 from ..solver import resolve
-from ..solver.draft import Drafted
 from . import arguments
 from .graph_cache import GraphCache
 from .row_limit import row_limit
@@ -61,7 +60,7 @@ class Options:
         resolved, spectrum, draft = resolve(solver), given["spectrum"], given["draft"]
         if draft is not None:
             arguments.check_draft(draft)
-            resolved = Drafted() if isinstance(solver, str) and solver == "auto" else resolved
+            resolved = resolve("draft") if isinstance(solver, str) and solver == "auto" else resolved
         elif resolved.needs_draft:
             raise ValueError("solver: 'draft' needs DEQSampler(draft=...), a cheap stand-in for the model; got None")
         if spectrum is not None and not isinstance(spectrum, SpectralSlope):

@@ -87,8 +87,8 @@ def solve_rounds(
         head: the first steps, where some were made already.
         monitor: asked after every round; where it gives up, the rest is made serially.
     """
-    solver, dtype, limit = options.solver, request.noise.dtype, options.round_limit()
-    rule, warm = options.stopping_rule(dtype), request.init_trajectory is not None
+    solver, limit, rule = options.solver, options.round_limit(), options.stopping_rule(request.noise.dtype)
+    warm = request.init_trajectory is not None
     lookahead = None if solver.makes_rounds else lookahead_policy(system, request)
 
     def open_workspace(system: System) -> Workspace:
@@ -103,10 +103,7 @@ def solve_rounds(
     ):
         device = DeviceWork(lookahead, work.system.pad_round, replay, state)
         _set_up(work, request, head, device)
-        coarse: list[Tensor] = []
-        stopped = False
-        if not warm and head is None and work.coarse is not None and len(work.coarse.grids) < limit:
-            stopped, coarse = _coarse_rounds(work, device, report)
+        stopped, coarse = _coarse_rounds(work, device, report, 0 if warm or head is not None else limit)
         task = Task(
             chain=work.chain, solver=solver, memory=work.memory, evaluate=work.evaluate, rebuild=work.rebuild,
             diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
@@ -130,7 +127,7 @@ def solve_rounds(
             report,
             gave_up,
         )
-    if work.system is not system:
+    if work.system is not system:  # a cached one made the solve
         stats.model_evals += system.model_evals
         stats.model_calls += system.model_calls
     return solution
@@ -146,9 +143,11 @@ def _set_up(work: Workspace, request: Request, head: Head | None, device: Device
         head.work.lease.release()
 
 
-def _coarse_rounds(work: Workspace, device: DeviceWork, report: Reporter) -> tuple[bool, list[Tensor]]:
-    """The rounds on coarse grids that the solver wants first. Whether `report` asked to stop, and their residuals."""
-    assert work.coarse is not None
+def _coarse_rounds(work: Workspace, device: DeviceWork, report: Reporter, limit: int) -> tuple[bool, list[Tensor]]:
+    """The rounds on coarse grids that the solver wants first, if they are fewer than `limit`. Whether `report` asked to
+    stop, and their residuals."""
+    if work.coarse is None or len(work.coarse.grids) >= limit:
+        return False, []
     if device.state is None:
         watcher = report if device.lookahead is None else None
         return work.coarse.run(work.evaluate, watcher, device.replay), work.coarse.trace

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .._types import FrozenNoise
 from ..gradient.fixed_point_map import draw_drift
-from ..kernels.stopping import MAX_RATE
-from ..kernels.stopping import TINY
+from ..kernels.stopping import MAX_RATE, TINY
 from ..schedule import Schedule
 from .base import InversionInfo, InversionProblem, InversionStats, Method, MethodResult
 
