@@ -91,8 +91,15 @@ def scan_row(
 ):  # fmt: skip
     """The state that follows row i, and row i's prediction; x_l, e_l are those of l rows before."""
     at = (tl.cast(i, tl.int64) * B + b) * D
+    a, c = state_coef + i * L, model_coef + i * L
     e0 = tl.load(predictions + at + lanes, mask=mask, other=0.0).to(WIDE)
-    new = combined(i, x0, x1, x2, x3, e0, e1, e2, e3, state_coef, model_coef, L, WIDE)
+    new = tl.fma(tl.load(a).to(WIDE), x0, tl.load(c).to(WIDE) * e0)  # not `combined`, with which registers spill
+    if L > 1:
+        new = tl.fma(tl.load(c + 1).to(WIDE), e1, tl.fma(tl.load(a + 1).to(WIDE), x1, new))
+    if L > 2:
+        new = tl.fma(tl.load(c + 2).to(WIDE), e2, tl.fma(tl.load(a + 2).to(WIDE), x2, new))
+    if L > 3:
+        new = tl.fma(tl.load(c + 3).to(WIDE), e3, tl.fma(tl.load(a + 3).to(WIDE), x3, new))
     if DRIFT:
         new += tl.load(drift + at + lanes, mask=mask, other=0.0).to(WIDE)
     return new, e0

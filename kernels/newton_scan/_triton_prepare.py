@@ -130,7 +130,7 @@ def newton_weights_kernel(
     partials, lo, hi, filled, secant_weights, sq_diff, T, B, W, blocks, ridge: tl.float64, floor: tl.float64,
     RING: tl.constexpr, P: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """One row of one sample. secant_weights (T, B, P, P) float64: S; a zero on its diagonal: a column not to be read."""
+    """One row of one sample. secant_weights (T, B, P, P) float64: S, zero on the diagonal for columns not to read."""
     b = tl.program_id(0) % B
     first, last = window(lo, hi, b, tl.minimum(T, tl.load(lo + b) + W))
     i = first + tl.program_id(0) // B

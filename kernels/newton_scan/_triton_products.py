@@ -128,8 +128,8 @@ def recursion_kernel(
 @triton.jit(do_not_specialize=["T", "W", "column"])
 def corrected_scan_kernel(
     states, predictions, drift, slope, state_coef, model_coef, lo, hi, z, e, secant_weights, gamma, sq_diff, partials,
-    T, B, D, W, column, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, RING: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
-    BLOCK: tl.constexpr,
+    T, B, D, W, column, DRIFT: tl.constexpr, SPECTRAL: tl.constexpr, RING: tl.constexpr, P: tl.constexpr,
+    Q: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of D, one sample. partials (T, B, blocks, 3): |N - X|^2, the plain residual (block 0), |N|^2."""
     blocks = tl.cdiv(D, BLOCK)
