@@ -22,20 +22,7 @@ if __name__ != "kernels":
     from .newton_scan import newton_scan, newton_scan_bytes
 
 __all__ = [
-    "BACKENDS",
-    "advance_window",
-    "anderson_step",
-    "anderson_step_bytes",
-    "available_backends",
-    "copy_rows",
-    "ddim_update",
-    "ddim_update_bytes",
-    "draft_scan",
-    "draft_scan_bytes",
-    "draft_secants",
-    "draft_secants_bytes",
-    "inverse_scan",
-    "mark_converged",
-    "newton_scan",
-    "newton_scan_bytes",
-]
+    "BACKENDS", "advance_window", "anderson_step", "anderson_step_bytes", "available_backends", "copy_rows",
+    "ddim_update", "ddim_update_bytes", "draft_scan", "draft_scan_bytes", "draft_secants", "draft_secants_bytes",
+    "inverse_scan", "mark_converged", "newton_scan", "newton_scan_bytes",
+]  # fmt: skip

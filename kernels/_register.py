@@ -31,21 +31,31 @@ def _kind(name: str, kind: str) -> str:
     return "float64" if name in _FLOAT64 else "wide" if name in _WIDE else "tensor"
 
 
-class Op:
-    """An op as its public function calls it: `op(backend, *arguments in the order of the schema)`."""
+class register:
+    """Registers an op with torch as `deqdiff_fast::<name>`; its public function calls the result.
+
+    Call it with the backend and the arguments in the order of the schema.
+
+    Args:
+        package: `__name__` of the op's folder; its `_triton.launch` takes the arguments of the schema in order.
+        schema: "name(Tensor(a!) written, Tensor read, Tensor? optional, int number, ...) -> ()". No argument has a
+            default: torch fails on defaults of mutable arguments under dispatch modes. A `workspace` comes last.
+        reference: the op in plain torch; takes the arguments of the schema in order, without `workspace`.
+        cpp: what `_C.<name>` takes besides the schema's arguments (sizes, threads), from those: {name: value} ->
+            {name: value}. None where there is no C++ form: on the CPU the reference serves then.
+        triton: whether there are Triton kernels; without them the reference serves CUDA tensors.
+        storage: the tensors whose device and dtypes decide which backend serves.
+        check: checks values of arguments, on the CPU only; raises ValueError.
+        cpp_serves: whether the C++ form takes these arguments; else the reference does, even if "cpp" was asked for.
+    """
 
     def __init__(
-        self,
-        package: str,
-        schema: str,
-        reference: Callable[..., None],
-        *,
-        cpp: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-        triton: bool = True,
+        self, package: str, schema: str, reference: Callable[..., None], *,
+        cpp: Callable[[dict[str, Any]], dict[str, Any]] | None = None, triton: bool = True,
         storage: tuple[str, ...] = ("states", "predictions", "drift"),
         check: Callable[[dict[str, Any]], None] | None = None,
         cpp_serves: Callable[[dict[str, Any]], bool] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.package, self.reference, self.cpp, self.triton = package, reference, cpp, triton
         self.storage, self.check, self.cpp_serves = storage, check, cpp_serves
         self.name, _, arguments = schema.partition("(")
@@ -137,24 +147,6 @@ class Op:
                 original.copy_(used)
 
 
-def register(package: str, schema: str, reference: Callable[..., None], **options: Any) -> Op:
-    """Register an op with torch as `deqdiff_fast::<name>` and return what its public function calls.
-
-    Args:
-        package: `__name__` of the op's folder; its `_triton.launch` takes the arguments of the schema in order.
-        schema: "name(Tensor(a!) written, Tensor read, Tensor? optional, int number, ...) -> ()". No argument has a
-            default: torch fails on defaults of mutable arguments under dispatch modes. A `workspace` comes last.
-        reference: the op in plain torch; takes the arguments of the schema in order, without `workspace`.
-        cpp: what `_C.<name>` takes besides the schema's arguments (sizes, threads), from those: {name: value} ->
-            {name: value}. None where there is no C++ form: on the CPU the reference serves then.
-        triton: whether there are Triton kernels; without them the reference serves CUDA tensors.
-        storage: the tensors whose device and dtypes decide which backend serves.
-        check: checks values of arguments, on the CPU only; raises ValueError.
-        cpp_serves: whether the C++ form takes these arguments; else the reference does, even if "cpp" was asked for.
-    """
-    return Op(package, schema, reference, **options)
-
-
 def chain_sizes(given: dict[str, Any]) -> dict[str, Any]:
     """What the C++ form of an op on a chain takes besides its arguments."""
     states = given["states"]
@@ -165,4 +157,7 @@ def chain_sizes(given: dict[str, Any]) -> dict[str, Any]:
         found["L"] = given["state_coef"].shape[1]
     for name in _WIDE & given.keys():
         found[f"{name}_per_element"] = given[name].shape[1] > 1
+    if "z" in given:  # rings (H + 1, W or A, B, D), or none
+        rings = (0, 0) if given["z"] is None else given["z"].shape
+        found["ring"], found["A" if "draft_cache" in given else "W"] = rings[:2]
     return found

@@ -22,21 +22,9 @@ _op = register(
 
 
 def advance_window(
-    sq_diff: Tensor,
-    sq_norm: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    previous_bounds: Tensor,
-    decision: Tensor,
-    rows: Tensor,
-    freeze: float,
-    finish: float,
-    width: int,
-    reach: float = 0.0,
-    allowed: float = 0.0,
-    *,
-    backend: str = "auto",
-) -> None:
+    sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, previous_bounds: Tensor, decision: Tensor, rows: Tensor,
+    freeze: float, finish: float, width: int, reach: float = 0.0, allowed: float = 0.0, *, backend: str = "auto",
+) -> None:  # fmt: skip
     """Slide every sample's window past its final rows, and list what is active then; the host reads nothing.
 
     Row lo[b] was evaluated at a final state, so it is final now. Where its relative residual r[i] = sqrt(sq_diff[i] /

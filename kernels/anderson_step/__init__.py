@@ -38,29 +38,11 @@ _op = register(
 
 
 def anderson_step(
-    states: Tensor,
-    predictions: Tensor,
-    state_coef: Tensor,
-    model_coef: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    sq_diff: Tensor,
-    sq_norm: Tensor,
-    f: Tensor,
-    g: Tensor,
-    gram: Tensor,
-    filled: Tensor,
-    column: int,
-    *,
-    scope: str,
-    ridge: float,
-    relative_ridge: bool,
-    damping: float,
-    stale: float,
-    drift: Tensor | None = None,
-    workspace: Tensor | None = None,
-    backend: str = "auto",
-) -> None:
+    states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
+    sq_diff: Tensor, sq_norm: Tensor, f: Tensor, g: Tensor, gram: Tensor, filled: Tensor, column: int, *, scope: str,
+    ridge: float, relative_ridge: bool, damping: float, stale: float, drift: Tensor | None = None,
+    workspace: Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
     """One Anderson round without the model call, in place: states[i+1] <- sum_j alpha_j (F_j - (1 - damping) G_j).
 
     F is the scan of `ddim_update`, G = F - states its residual; alpha minimises |sum_j alpha_j G_j|^2 + ridge |alpha|^2

@@ -24,19 +24,10 @@ _op = register(
 
 
 def ddim_update(
-    states: Tensor,
-    predictions: Tensor,
-    state_coef: Tensor,
-    model_coef: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    sq_diff: Tensor,
-    sq_norm: Tensor,
-    drift: Tensor | None = None,
-    *,
-    workspace: Tensor | None = None,
+    states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
+    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None, *, workspace: Tensor | None = None,
     backend: str = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """Advance every active timestep of the chain at once, in place: one Picard round without the model call.
 
     F[i+1] = sum_{l<L} state_coef[i,l] F[i-l] + model_coef[i,l] predictions[i-l] + drift[i] for lo[b] <= i < hi[b], with

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,12 +14,6 @@ from .reference import draft_scan as _reference
 
 __all__ = ["MAX_OUTPUT", "draft_scan", "draft_scan_bytes"]
 
-
-def _sizes(given: dict[str, Any]) -> dict[str, Any]:
-    ring, anchors = given["z"].shape[:2]
-    return chain_sizes(given) | {"A": anchors, "ring": ring}
-
-
 _op = register(
     __name__,
     "draft_scan(Tensor(a!) states, Tensor predictions, Tensor? draft_output, Tensor(b!) draft_cache, "
@@ -30,41 +22,18 @@ _op = register(
     "Tensor secant_weights, int column, int anchor, int previous_start, int start, int stop, bool rollout, bool last, "
     "Tensor? drift, Tensor(g!)? workspace) -> ()",
     _reference,
-    cpp=_sizes,
+    cpp=chain_sizes,
     check=check_windows,
 )
 
 
 def draft_scan(
-    states: Tensor,
-    predictions: Tensor,
-    draft_output: Tensor | None,
-    draft_cache: Tensor,
-    correction: Tensor,
-    weights: Tensor,
-    state_coef: Tensor,
-    model_coef: Tensor,
-    slope: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    sq_diff: Tensor,
-    sq_norm: Tensor,
-    carry: Tensor,
-    z: Tensor,
-    remainder: Tensor,
-    secant_weights: Tensor,
-    column: int,
-    anchor: int,
-    previous_start: int,
-    start: int,
-    stop: int,
-    *,
-    rollout: bool = False,
-    last: bool = True,
-    drift: Tensor | None = None,
-    workspace: Tensor | None = None,
-    backend: str = "auto",
-) -> None:
+    states: Tensor, predictions: Tensor, draft_output: Tensor | None, draft_cache: Tensor, correction: Tensor,
+    weights: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, lo: Tensor, hi: Tensor, sq_diff: Tensor,
+    sq_norm: Tensor, carry: Tensor, z: Tensor, remainder: Tensor, secant_weights: Tensor, column: int, anchor: int,
+    previous_start: int, start: int, stop: int, *, rollout: bool = False, last: bool = True,
+    drift: Tensor | None = None, workspace: Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
     """Sweep one segment of the chain, in place: rows max(start, lo[b]) <= i < min(stop, hi[b]) of every sample b.
 
     N[i+1] = sum_l state_coef[i,l] N[i-l] + model_coef[i,l] Ê[i-l] + drift[i], then states <- N, with

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,42 +13,23 @@ from .reference import draft_secants as _reference
 
 __all__ = ["draft_secants", "draft_secants_bytes"]
 
-
-def _sizes(given: dict[str, Any]) -> dict[str, Any]:
-    ring, anchors = given["z"].shape[:2]
-    return chain_sizes(given) | {"A": anchors, "ring": ring}
-
-
 _op = register(
     __name__,
     "draft_secants(Tensor states, Tensor predictions, Tensor draft_cache, Tensor anchor_rows, Tensor lo, Tensor hi, "
     "Tensor(a!) z, Tensor(b!) remainder, Tensor(c!) filled, Tensor(d!) secant_weights, int column, float ridge, "
     "float floor, Tensor(e!)? workspace) -> ()",
     _reference,
-    cpp=_sizes,
+    cpp=chain_sizes,
     storage=("states", "predictions", "draft_cache"),
     check=check_windows,
 )
 
 
 def draft_secants(
-    states: Tensor,
-    predictions: Tensor,
-    draft_cache: Tensor,
-    anchor_rows: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    z: Tensor,
-    remainder: Tensor,
-    filled: Tensor,
-    secant_weights: Tensor,
-    column: int,
-    ridge: float = 1e-6,
-    floor: float = 1e-5,
-    *,
-    workspace: Tensor | None = None,
-    backend: str = "auto",
-) -> None:
+    states: Tensor, predictions: Tensor, draft_cache: Tensor, anchor_rows: Tensor, lo: Tensor, hi: Tensor, z: Tensor,
+    remainder: Tensor, filled: Tensor, secant_weights: Tensor, column: int, ridge: float = 1e-6, floor: float = 1e-5, *,
+    workspace: Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
     """Record a round at the anchors and fit the remainder's Jacobian, in place, before a sweep of `draft_scan`.
 
     For the anchors n of every sample b with lo[b] <= anchor_rows[n] < hi[b]:

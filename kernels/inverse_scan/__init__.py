@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
@@ -15,19 +14,13 @@ __all__ = ["MAX_COLUMNS", "inverse_scan"]
 
 MAX_COLUMNS = 32
 
-
-def _sizes(given: dict[str, Any]) -> dict[str, Any]:
-    ring, width = given["z"].shape[:2]
-    return chain_sizes(given) | {"ring": ring, "W": width}
-
-
 _op = register(
     __name__,
     "inverse_scan(Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor slope, "
     "Tensor weight, Tensor lo, Tensor hi, Tensor(b!) sq_miss, Tensor(c!) z, Tensor(d!) e, Tensor(e!) filled, "
     "int column, float damping, float ridge, float stale, float floor, float reach, Tensor? drift) -> ()",
     _reference,
-    cpp=_sizes,
+    cpp=chain_sizes,
     cpp_serves=lambda given: given["z"].shape[0] <= MAX_HISTORY,
     triton=False,
     storage=("states", "predictions", "z", "drift"),
@@ -36,28 +29,11 @@ _op = register(
 
 
 def inverse_scan(
-    states: Tensor,
-    predictions: Tensor,
-    state_coef: Tensor,
-    model_coef: Tensor,
-    slope: Tensor,
-    weight: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    sq_miss: Tensor,
-    z: Tensor,
-    e: Tensor,
-    filled: Tensor,
-    column: int,
-    damping: float = 1.0,
-    ridge: float = 1e-6,
-    stale: float = 8.0,
-    floor: float = 1e-6,
-    reach: float = 1.0,
-    drift: Tensor | None = None,
-    *,
+    states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, weight: Tensor,
+    lo: Tensor, hi: Tensor, sq_miss: Tensor, z: Tensor, e: Tensor, filled: Tensor, column: int, damping: float = 1.0,
+    ridge: float = 1e-6, stale: float = 8.0, floor: float = 1e-6, reach: float = 1.0, drift: Tensor | None = None, *,
     backend: str = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """One round of the inverse problem without the model call, in place, for rows lo[b] <= i < hi[b] of every sample b.
 
     State hi[b] is known; every row i below is the equation G_i(x_i) = x_{i+1} with the step G_i of the chain. From the

@@ -31,15 +31,9 @@ _op = register(
 
 
 def mark_converged(
-    sq_diff: Tensor,
-    sq_norm: Tensor,
-    previous: Tensor,
-    strict: Tensor,
-    freeze: float,
-    floor: float,
-    *,
+    sq_diff: Tensor, sq_norm: Tensor, previous: Tensor, strict: Tensor, freeze: float, floor: float, *,
     backend: str = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """Bring sq_diff / sq_norm to at most freeze^2 where a row has converged, and above it where not, in place.
 
     A row that moved by r in this round and by p in the one before, relative to its size, contracts by rho = r / p and

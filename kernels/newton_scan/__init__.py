@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,45 +13,24 @@ from .reference import newton_scan as _reference
 
 __all__ = ["newton_scan", "newton_scan_bytes"]
 
-
-def _sizes(given: dict[str, Any]) -> dict[str, Any]:
-    ring, width = (0, 0) if given["z"] is None else given["z"].shape[:2]
-    return chain_sizes(given) | {"ring": ring, "W": width}
-
-
 _op = register(
     __name__,
     "newton_scan(Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor slope, Tensor lo, "
     "Tensor hi, Tensor(b!) sq_diff, Tensor(c!) sq_norm, Tensor(d!)? z, Tensor(e!)? e, Tensor(f!)? filled, int column, "
     "float ridge, float floor, Tensor? drift, Tensor(g!)? workspace) -> ()",
     _reference,
-    cpp=_sizes,
+    cpp=chain_sizes,
     storage=("states", "predictions", "z", "drift"),
     check=check_windows,
 )
 
 
 def newton_scan(
-    states: Tensor,
-    predictions: Tensor,
-    state_coef: Tensor,
-    model_coef: Tensor,
-    slope: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    sq_diff: Tensor,
-    sq_norm: Tensor,
-    z: Tensor | None = None,
-    e: Tensor | None = None,
-    filled: Tensor | None = None,
-    column: int = 0,
-    ridge: float = 1e-6,
-    floor: float = 1e-5,
-    drift: Tensor | None = None,
-    *,
-    workspace: Tensor | None = None,
-    backend: str = "auto",
-) -> None:
+    states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, lo: Tensor, hi: Tensor,
+    sq_diff: Tensor, sq_norm: Tensor, z: Tensor | None = None, e: Tensor | None = None, filled: Tensor | None = None,
+    column: int = 0, ridge: float = 1e-6, floor: float = 1e-5, drift: Tensor | None = None, *,
+    workspace: Tensor | None = None, backend: str = "auto",
+) -> None:  # fmt: skip
     """One quasi-Newton round without the model call, in place, for the rows lo[b] <= i < hi[b] of every sample b.
 
     N[i+1] = sum_l state_coef[i,l] N[i-l] + model_coef[i,l] Ê[i-l] + drift[i], with the prediction linearised at the old
