@@ -41,10 +41,8 @@ BUDGET = {
 
 
 SOLVES = [name for name in CASES if name.startswith("anderson_solve")]
-# All on one architecture. On the others not what is part of another case: the solves but the largest, which are slow to
-# compile, and one lag without drift, where there are two with it.
+# All on one architecture. On the others not the solves but the largest, which are slow to compile.
 PARTS = {n for n in SOLVES if "fp32-scopetriangular" not in n}
-PARTS |= {n for n in CASES if "-l1" in n and n.replace("-l1", "-l2") in CASES}
 ON_NVIDIA = [(a, n) for a in NVIDIA for n in CASES if a == "sm_90" or n not in PARTS]
 ON_AMD = [n for n in CASES if ("bf16" in n or "fp32-scopetriangular" in n) and n not in PARTS]
 
