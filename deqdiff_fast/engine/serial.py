@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .._types import Rows
 from ..errors import NonFiniteError
-from ..kernels import ddim_update
+from .plain_chain import Steps
 from .system import SANE_RMS
 from .workspace import Workspace
 
@@ -26,25 +25,22 @@ def finish_serially(
     Returns the number of steps made and whether `report` asked to stop. Raises NonFiniteError, ModelOutputError.
     """
     chain, steps, made = work.chain, work.chain.num_steps, 0
+    table = Steps.of(work.system.schedule)
     for i in range(min(front), steps if until is None else until):
         samples = [b for b, final in enumerate(front) if final == i]
         together = len(samples) == chain.batch
         flat = None if together else torch.tensor([i * chain.batch + b for b in samples])
         work.evaluate(Rows(flat, i, i + 1, len(samples)), round + made + 1)
         made += 1
-        chain.lo.fill_(i)
-        if together:
-            chain.hi.fill_(i + 1)
-        else:
-            chain.hi.copy_(torch.tensor([i + (final == i) for final in front], dtype=torch.int32))
-        ddim_update(
-            chain.states, chain.predictions, chain.state_coef, chain.model_coef, chain.lo, chain.hi,
-            chain.sq_diff, chain.sq_norm, chain.drift, workspace=chain.scratch, backend=chain.backend,
-        )  # fmt: skip
-        norms = chain.sq_norm[i] if together else chain.sq_norm[i, samples]
-        if not math.isfinite(float(norms.sum())) and not bool(norms.isfinite().all()):
-            bad = samples[int((~norms.isfinite()).int().argmax())]
-            raise _error(work, i, bad, round + made)
+        chain.lo.fill_(i), chain.hi.fill_(i + 1)
+        back = range(i, max(i - work.system.schedule.lags, -1), -1)
+        states, outputs = [chain.states[k] for k in back], [chain.predictions[k] for k in back]
+        new = table.next_state(i, states, outputs, None if chain.drift is None else chain.drift[i])
+        new = new if together else new[samples]
+        finite = new.isfinite().all(1)
+        if not bool(finite.all()):
+            raise _error(work, i, samples[int((~finite).int().argmax())], round + made)
+        chain.states[i + 1, slice(None) if together else samples] = new
         for b in samples:
             front[b] = i + 1
         if report is not None and report(round + made, front, torch.zeros(chain.batch)) is True:

@@ -14,10 +14,12 @@ from .._types import Generators
 from ..loop.device import DeviceCalls
 from ..loop.host import iterate
 from ..loop.task import DeviceWork, Lookahead, Progress, Task
+from ..schedule.noise import freeze
 from ..solution import Callback, Solution, Stats
 from ..solver.picard import Picard
 from .conclude import conclude
 from .options import Options
+from .plain_chain import plain_samples
 from .progress import Reporter
 from .serial import finish_serially, non_finite
 from .system import System
@@ -172,9 +174,20 @@ def solve_serially(system: System, options: Options, request: Request) -> Soluti
     if noise.shape[0] == 0:
         return no_samples(noise, stats)
     with torch.no_grad():
+        generator = request.generator
+        seen = request.callback is not None or request.progress or request.return_trajectory or system.padded
+        if not seen and system.batch <= (system.max_batch or system.batch):
+            generator = freeze(system.schedule, tuple(noise.shape), generator, noise.dtype, noise.device)
+            sample = plain_samples(system, noise, generator)
+            if sample is not None:
+                stats.rounds = stats.finished_serially = system.num_steps
+                stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
+                stats.wall_seconds = time.perf_counter() - started
+                return Solution(sample, torch.ones(system.batch, dtype=torch.bool), stats)
+            system.model_evals = system.model_calls = 0
         work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
         with work.lease, Reporter(work, 0.0, system.num_steps, request.callback, request.progress) as report:
-            work.begin(noise, request.generator)
+            work.begin(noise, generator)
             front = [0] * noise.shape[0]
             stats.finished_serially, stopped = finish_serially(work, front, 0, report)
             stats.rounds = stats.finished_serially

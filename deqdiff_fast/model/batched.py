@@ -167,7 +167,7 @@ class BatchedModel:
             inputs.mul_(self.input_scale[step, None].to(inputs.dtype))
         kwargs = self.expand_kwargs(sample, (rows.lo, rows.hi, start, stop) if rows.flat is None else None)
         output = self._call(inputs, step, kwargs, round, times, count)[:count]
-        output = self._clip(output, states, step[:count])
+        output = self.clip(output, states, step[:count])
         if self.basis is not None:
             output = self.basis.forward(states.copy_(output), spare)
         if isinstance(at, slice):
@@ -179,7 +179,7 @@ class BatchedModel:
         """(n, D) states at timesteps step: (n,) -> (n, D) predictions, differentiable, in the model's own coordinates;
         kwargs as the rows need them."""
         inputs = states if self.input_scale is None else states * self.input_scale[step, None]
-        return self._clip(self._call(inputs.to(self.model_dtype), step, kwargs, 0), states, step).to(self.dtype)
+        return self.clip(self._call(inputs.to(self.model_dtype), step, kwargs, 0), states, step).to(self.dtype)
 
     def expand_kwargs(self, sample: Tensor, key: Any = None) -> dict[str, Any]:
         """model_kwargs with every per-sample tensor (first dimension B) indexed by `sample`: (n,), for n rows.
@@ -211,7 +211,7 @@ class BatchedModel:
         prediction: Tensor = value
         return prediction.reshape(len(step), self.numel)
 
-    def _clip(self, output: Tensor, states: Tensor, step: Tensor) -> Tensor:
+    def clip(self, output: Tensor, states: Tensor, step: Tensor) -> Tensor:
         """output + gain (clamp(x0) - x0): clipping the predicted sample, as a pointwise map of the prediction."""
         if self.schedule.clip is None or self.clip_gain is None:
             return output

@@ -243,7 +243,7 @@ HOT = {
     "deqdiff_fast/solver/draft_rollout.py": ("make_pass", "sanitized"),
     "deqdiff_fast/model/draft_calls.py": ("row", "rows", "_predict"),
     "deqdiff_fast/engine/workspace.py": ("evaluate", "rebuild"),
-    "deqdiff_fast/model/batched.py": ("evaluate", "_evaluate", "_clip", "expand_kwargs", "pad"),
+    "deqdiff_fast/model/batched.py": ("evaluate", "_evaluate", "clip", "expand_kwargs", "pad"),
     "deqdiff_fast/engine/initial_guess.py": ("_nonlinear_part", "linear_scan"),
     "kernels/advance_window/reference.py": ("advance_window",),
     "kernels/advance_window/_triton.py": ("launch",),
