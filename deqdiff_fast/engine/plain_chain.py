@@ -30,10 +30,13 @@ class Steps(NamedTuple):
         """Made once for each schedule."""
         return cached(schedule, "steps", lambda: cls(*(getattr(schedule, name).tolist() for name in cls._fields)))
 
-    def next_state(self, i: int, states: Sequence[Tensor], outputs: Sequence[Tensor], noise: Tensor | None) -> Tensor:
+    def next_state(
+        self, i: int, states: Sequence[Tensor], outputs: Sequence[Tensor], noise: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """x_{i+1} from x_i, x_{i-1}, ... and the outputs there, newest first; noise: times its coefficient already."""
         a, b = self.state_coef[i], self.model_coef[i]
-        new = torch.add(states[0] * a[0], outputs[0], alpha=b[0])
+        new = torch.mul(states[0], a[0], out=out).add_(outputs[0], alpha=b[0])
         for lag in range(1, min(len(a), i + 1)):
             new.add_(states[lag], alpha=a[lag]).add_(outputs[lag], alpha=b[lag])
         return new if noise is None else new.add_(noise)

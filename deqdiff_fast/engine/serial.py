@@ -34,13 +34,15 @@ def finish_serially(
         made += 1
         chain.lo.fill_(i), chain.hi.fill_(i + 1)
         back = range(i, max(i - work.system.schedule.lags, -1), -1)
-        states, outputs = [chain.states[k] for k in back], [chain.predictions[k] for k in back]
-        new = table.next_state(i, states, outputs, None if chain.drift is None else chain.drift[i])
-        new = new if together else new[samples]
-        finite = new.isfinite().all(1)
-        if not bool(finite.all()):
-            raise _error(work, i, samples[int((~finite).int().argmax())], round + made)
-        chain.states[i + 1, slice(None) if together else samples] = new
+        rows, out = (slice(None), chain.states[i + 1]) if together else (samples, None)
+        states, outputs = [chain.states[k, rows] for k in back], [chain.predictions[k, rows] for k in back]
+        new = table.next_state(i, states, outputs, None if chain.drift is None else chain.drift[i, rows], out)
+        if not bool(new.sum(1).isfinite().all()):
+            finite = new.isfinite().all(1)
+            if not bool(finite.all()):
+                raise _error(work, i, samples[int((~finite).int().argmax())], round + made)
+        if not together:
+            chain.states[i + 1, rows] = new
         for b in samples:
             front[b] = i + 1
         if report is not None and report(round + made, front, torch.zeros(chain.batch)) is True:

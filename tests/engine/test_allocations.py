@@ -78,7 +78,7 @@ def test_the_counter_counts():
 
 def test_second_solve_reuses_the_slab(mixture, ddim, noise):
     memory = dq.SolverMemory()
-    sampler = dq.DEQSampler(mixture(), ddim(20), memory=memory)
+    sampler = dq.DEQSampler(mixture(), ddim(20), solver="quasi-newton", memory=memory)
     sampler.sample(noise(2))
     before = memory.stats()
     sampler.sample(noise(2, seed=1))
