@@ -89,9 +89,10 @@ def cases():
         yield products.products_kernel, "fp32", sizes | tile, "products"
         yield products.recursion_kernel, "fp32", {"P": ring, "Q": ring, "SPAN": 512}, "recursion"
         yield products.corrected_scan_kernel, "fp32", sizes, "newton_prepare"
-    rates = {name: getattr(stopping, name) for name in ("MIN_RATE", "MAX_RATE", "FIRST_RATE", "TINY")}
+    rates = {name: getattr(stopping, name) for name in ("MIN_RATE", "MAX_RATE", "FIRST_RATE")}
+    rates["TINY"] = stopping.TINY_OF[torch.float32]
     yield marking.mark_converged_kernel, "fp32", rates | {"SPAN": 128}, "mark_converged"
-    yield advance.window_bounds_kernel, "fp32", {"TINY": stopping.TINY, "SPAN": 128}, "window_bounds"
+    yield advance.window_bounds_kernel, "fp32", {"TINY": stopping.TINY_OF[torch.float32], "SPAN": 128}, "window_bounds"
     yield advance.active_rows_kernel, "fp32", {"SPAN": 1024}, "rows"
     yield linear.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"
     for ring in (2, 4, 8):

@@ -119,7 +119,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<std::size_t>(), arg("byte_budget"))
       .def_static("plan", &plan_py, arg("request"),
                   "[(name, nbytes), ...] -> ({name: offset}, total bytes), offsets aligned to 256 bytes.")
-      .def("lease", &Arena::lease, arg("total_bytes"), py::call_guard<py::gil_scoped_release>())
+      // With the GIL, like all that takes an arena's mutex: no other thread can then hold one while a process forks.
+      .def("lease", &Arena::lease, arg("total_bytes"))
       .def("stats", &stats_py)
       .def("set_poison", &Arena::set_poison, arg("on"), "Fill slabs with NaN (0xFF bytes) on lease and on release.")
       .def("trim", &Arena::trim, "Free every idle slab.");

@@ -6,7 +6,7 @@
 
 namespace deqdiff {
 
-constexpr double kTiny = 1e-30;  // keeps 0 / 0 a zero residual; Inf / Inf and NaN stay NaN
+constexpr double kTiny = 1e-280;  // keeps 0 / 0 a zero residual; Inf / Inf and NaN stay NaN
 constexpr double kMinRate = 0.1, kMaxRate = 0.9, kFirstRate = 0.5;
 
 // (T, B): squared steps and sizes, and the squared relative steps of the round before, NaN where there is none.

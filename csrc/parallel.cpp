@@ -119,8 +119,10 @@ class Pool {
 // Never destroyed: workers may still sleep in it when the process exits, or belong to the parent after a fork.
 std::atomic<Pool*> current{nullptr};
 
+// When the extension is loaded, not at the first use: a thread may be there while another one forks.
+const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+
 Pool& pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
   static_cast<void>(registered);
   Pool* existing = current.load(std::memory_order_acquire);
   if (existing != nullptr) return *existing;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from ._types import shared
 from .errors import (
     BackendUnavailableError,
     ConvergenceWarning,
@@ -62,6 +63,7 @@ __all__ = [
     "Unrolled",
     "__version__",
     "guided",
+    "shared",
 ]
 
 

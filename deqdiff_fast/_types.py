@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node, tree_map
 
 Model = Callable[..., Any]
 """`model(x, t, **model_kwargs) -> prediction`; x: (n, *shape), t: (n,); any n."""
@@ -28,6 +29,38 @@ class FrozenNoise:
 
 
 Generators = torch.Generator | list[torch.Generator] | FrozenNoise | None
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A value in model_kwargs that belongs to no sample, see `shared`; the model is given the value itself."""
+
+    value: Any
+
+
+register_pytree_node(Shared, lambda marked: ([marked.value], None), lambda values, _: Shared(*values))
+
+
+def shared(value: Any) -> Any:
+    """Mark a value in `model_kwargs`, or in a container there, as one for all samples, however long it is.
+
+    The model is given the value itself, in every call. Without the mark a tensor whose first dimension is B, the number
+    of samples, and a list or tuple of B strings belong to the samples and are repeated for the timesteps of a batch: a
+    table of four noise levels is taken for one level a sample where there happen to be four samples.
+
+    Args:
+        value: a tensor, list, dict, or anything else.
+
+    Returns:
+        What to put into `model_kwargs` in its place.
+    """
+    return value if isinstance(value, Shared) else Shared(value)
+
+
+def without_marks(kwargs: Any) -> Any:
+    """`kwargs` as a model is given them: the values themselves in the place of what `shared` made of them."""
+    plain = lambda value: value.value if isinstance(value, Shared) else value  # noqa: E731
+    return tree_map(plain, kwargs, is_leaf=lambda value: isinstance(value, Shared))
 
 
 @dataclass
@@ -62,4 +95,7 @@ def unwrap_output(output: Any) -> Any:
     return value[0] if isinstance(value, (tuple, list)) and value else value
 
 
-__all__ = ["Backend", "DraftRows", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows", "unwrap_output"]
+__all__ = [
+    "Backend", "DraftRows", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows", "Shared", "shared",
+    "unwrap_output", "without_marks",
+]  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class DeqDiffError(Exception):
     """Base class: `except deqdiff_fast.DeqDiffError` catches all of the library's own errors."""
@@ -17,6 +20,10 @@ class NonFiniteError(DeqDiffError, FloatingPointError):
     def __init__(self, message: str, *, step: int, timestep: float, round: int, sample: int) -> None:
         super().__init__(message)
         self.step, self.timestep, self.round, self.sample = step, timestep, round, sample
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        at = {name: getattr(self, name) for name in ("step", "timestep", "round", "sample")}
+        return partial(type(self), **at), self.args, vars(self)
 
     @classmethod
     def at_step(

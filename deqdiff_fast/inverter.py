@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from .inversion import resolve
 from .inversion.base import DEFAULT_TOL, InversionInfo, InversionProblem, InversionStats, Method
 from .inversion.verification import verify_and_refine
 from .memory import SolverMemory, default_memory
+from .model.sample_kwargs import warn_of_guesses
 from .schedule import Schedule, SpectralSlope
 from .schedule.noise import check_generator
 
@@ -96,6 +98,11 @@ class DEQInverter:
         self.on_failure: OnFailure = arguments.choice("on_failure", on_failure, ("serial", "raise", "warn"))
         self.memory = memory if memory is not None else default_memory()
 
+    def __copy__(self) -> DEQInverter:
+        new = object.__new__(type(self))
+        vars(new).update(vars(self), memory=copy(self.memory))
+        return new
+
     def invert(
         self,
         image: Tensor,
@@ -154,6 +161,7 @@ class DEQInverter:
         arguments.check_kwargs(model_kwargs)
         arguments.check_callback(callback)
         check_generator(generator, image.shape[0])
+        warn_of_guesses(model_kwargs, image.shape[0])
         arguments.check_trajectory(init, image, self.schedule.num_steps)
         if self.schedule.stochastic and generator is None:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .memory import SolverMemory
 from .plan import Plan
 from .planner.planner import Planner
 from .planner.run import solve_planned
-from .planner.warmup import compile_sizes, warm_up
+from .planner.warmup import compile_sizes, example_noise, warm_up
 from .schedule import Schedule, SpectralSlope
 from .solution import Callback, Solution
 
@@ -94,6 +95,11 @@ class DEQSampler:
         self.planner = Planner(self.options)
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
 
+    def __copy__(self) -> DEQSampler:
+        new, options = object.__new__(type(self)), copy(self.options)
+        vars(new).update(vars(self), options=options, planner=Planner(options, self.planner.clock))
+        return new
+
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative residual below which the solve ends, for states of that dtype."""
         return self.options.tolerance(dtype)
@@ -116,8 +122,9 @@ class DEQSampler:
 
         Args:
             noise: (B, *shape), the initial state of the chain, floating point.
-            model_kwargs: passed to every model call; tensors whose first dimension is B belong to the samples and are
-                repeated for the timesteps of a batch.
+            model_kwargs: passed to every model call. Tensors whose first dimension is B, and lists or tuples of B
+                strings, belong to the samples and are repeated for the timesteps of a batch, in nested containers too;
+                all else is passed on as it is, and so is what `shared` marks. A guess is logged, once.
             generator: for the frozen noise of stochastic schedules, one or one for each sample; the draws are those of
                 a serial sampler.
             callback: called after every round, and every step that is finished serially, with a `RoundInfo`; returning
@@ -215,7 +222,7 @@ class DEQSampler:
                 "solver, window: expected 'auto' for both, otherwise nothing is planned; got "
                 f"{self.solver.name!r} and {self.options.window!r}"
             )
-        noise = self._example(shape, batch, dtype, device)
+        noise = example_noise(self.options, shape, batch, dtype, device)
         return self.planner.plan(self.planner.workload(noise, model_kwargs))
 
     def warmup(
@@ -235,7 +242,7 @@ class DEQSampler:
         calls of `sample` measure themselves, a little at a time. Else two samples are drawn. Takes as long as about
         four samples, compilation aside. Arguments and result as for `plan`, None where nothing is planned.
         """
-        noise = self._example(shape, batch, dtype, device)
+        noise = example_noise(self.options, shape, batch, dtype, device)
         self.options.check_request(noise, model_kwargs, None)
         if self.options.planned:
             return warm_up(self.planner, noise, model_kwargs)
@@ -244,14 +251,3 @@ class DEQSampler:
             for _ in range(2):  # CUDA graphs are captured in the second
                 self.sample(noise, model_kwargs, torch.Generator(noise.device).manual_seed(0))
         return None
-
-    def _example(
-        self, shape: tuple[int, ...], batch: int, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> Tensor:
-        """Noise of the kind that a request would have."""
-        arguments.check_shape(shape)
-        first = next(iter(getattr(self.model, "parameters", list)()), torch.empty(0))
-        where = first.device if device is None else torch.device(device)
-        size = (arguments.count("batch", batch) or 1, *shape)
-        noise = torch.randn(size, generator=torch.Generator().manual_seed(0)) * self.schedule.init_noise_sigma
-        return noise.to(where, first.dtype if dtype is None else dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -102,3 +103,19 @@ class RoundInfo:
 
 
 Callback = Callable[[RoundInfo], object]
+
+
+def asks_to_stop(answer: object) -> bool:
+    """Whether a callback's answer is True: Python's, or that of numpy or torch. What is no bool asks for nothing.
+
+    Raises:
+        ValueError: several bools.
+    """
+    if str(getattr(answer, "dtype", "")) not in ("bool", "torch.bool"):
+        return answer is True
+    shape = tuple(getattr(answer, "shape", ()))
+    if math.prod(shape) != 1:
+        raise ValueError(
+            f"callback: expected it to return True to stop, got bools of shape {shape}; use .all() or .any()"
+        )
+    return bool(answer)

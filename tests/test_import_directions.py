@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A unit is a module or package right below deqdiff_fast. It may import units of earlier layers and of its own, inside
 # functions too.
 LAYERS = (
-    {"errors", "_types", "_C", "plan"},
+    {"errors", "_types", "_locks", "_C", "plan"},
     {"solution", "kernels"},
     {"schedule", "memory", "loop"},
     {"solver", "model"},
@@ -36,8 +36,8 @@ ONLY = {
     "kernels": {"errors", "_C"},
     "loop": {"errors", "_types", "kernels"},
     "solver": {"errors", "_types", "kernels", "loop"},
-    "schedule": {"errors", "_types"},
-    "memory": {"errors", "_C"},
+    "schedule": {"errors", "_types", "_locks"},
+    "memory": {"errors", "_locks", "_C"},
 }
 # Who may import a library that is not a plain dependency of the package.
 HOMES = {

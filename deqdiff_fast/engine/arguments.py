@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..schedule import Schedule
 
+LEAST = {torch.float64: 1e-130, torch.float32: 1e-14}  # a sample's size, whose squares and those of its steps count
+
 
 def check_model(model: object) -> None:
     if not callable(model):
@@ -62,8 +64,7 @@ def check_noise(noise: object) -> None:
         raise ValueError(f"noise: expected shape (B, *shape) with a non-empty sample shape, got {tuple(noise.shape)}")
     if noise.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         raise ValueError(f"noise: expected a floating-point dtype, got {noise.dtype}")
-    if not bool(noise.isfinite().all()):
-        raise ValueError("noise: expected finite values, got NaN or Inf")
+    _check_size("noise", noise)
 
 
 def check_image(image: object) -> None:
@@ -77,8 +78,20 @@ def check_image(image: object) -> None:
     if image.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         hint = "; scale pixels to [-1, 1] first" if image.dtype == torch.uint8 else ""
         raise ValueError(f"image: expected a floating-point dtype, got {image.dtype}{hint}")
-    if not bool(image.isfinite().all()):
-        raise ValueError("image: expected finite values, got NaN or Inf")
+    _check_size("image", image)
+
+
+def _check_size(name: str, samples: Tensor) -> None:
+    """Values must be finite, and a sample, unless it is zero, of a size whose square is a number of its dtype."""
+    largest, least = samples.detach().abs().flatten(1).amax(1), LEAST.get(samples.dtype, LEAST[torch.float32])
+    if not bool(largest.isfinite().all()):
+        raise ValueError(f"{name}: expected finite values, got NaN or Inf")
+    if bool((largest.gt(0) & largest.lt(least)).any()):
+        raise ValueError(
+            f"{name}: expected samples with values of at least {least:g} in {samples.dtype}, or zeros, got a largest "
+            f"one of {float(largest[largest > 0].min()):.1e}; squares of them are rounded to zero: change the units, "
+            "or use float64"
+        )
 
 
 def check_shape(shape: object) -> None:
@@ -97,14 +110,18 @@ def check_callback(callback: object) -> None:
         raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
 
 
-def check_trajectory(trajectory: Tensor | None, noise: Tensor, steps: int) -> None:
+def check_trajectory(trajectory: object, noise: Tensor, steps: int) -> None:
     if trajectory is None:
         return
+    if not isinstance(trajectory, Tensor):
+        raise TypeError(f"init_trajectory: expected a tensor or None, got {type(trajectory).__name__}")
     expected = (steps + 1, *noise.shape)
     if tuple(trajectory.shape) != expected:
         raise ValueError(f"init_trajectory: expected shape {expected}, got {tuple(trajectory.shape)}")
     if trajectory.device != noise.device:
         raise ValueError(f"init_trajectory: expected device {noise.device}, got {trajectory.device}")
+    if not bool(trajectory.isfinite().all()):
+        raise ValueError("init_trajectory: expected finite values, got NaN or Inf; leave it out to start without one")
 
 
 def cuda_graph(value: Any) -> bool | str:

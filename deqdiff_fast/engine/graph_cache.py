@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._locks import Lock
 from ..loop.device_state import DeviceState
 from ..loop.task import Replay, run_eager
 from ..model.padding import is_compiled
@@ -46,7 +46,10 @@ class GraphCache:
         self.mode = mode
         self._cached: dict[Any, CachedSolve] = {}
         self._seen: set[Any] = set()
-        self._lock = threading.Lock()
+        self._lock = Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.mode,)  # a copy records its own
 
     @contextmanager
     def acquire(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..loop.stopping import StoppingRule
 from ..memory import SolverMemory, default_memory
 from ..model.batched import BatchedModel
 from ..model.draft_calls import DraftCalls
+from ..model.sample_kwargs import warn_of_guesses
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.noise import check_generator
 from ..solver import resolve
@@ -48,7 +50,7 @@ class Options:
     """solver="auto" with window="auto": each solve is made as is predicted to be the fastest."""
     draft: Model | None = None
     learned: dict[str, int] = field(default_factory=dict)
-    """max_batch, where the model has run out of memory on more rows."""
+    """What solves have told of the model, see `BatchedModel.learned`."""
 
     @classmethod
     def check(
@@ -89,6 +91,11 @@ class Options:
             draft=draft,
             planned=isinstance(solver, str) and solver == "auto" and given["window"] == "auto",
         )
+
+    def __copy__(self) -> Options:
+        """The same settings and model; nothing that a solve writes to is shared."""
+        memory, graphs = copy(self.memory), copy(self.graph_cache)
+        return replace(self, memory=memory, graph_cache=graphs, learned=dict(self.learned))
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative residual below which the solve ends, for states of that dtype."""
@@ -136,12 +143,13 @@ class Options:
         arguments.check_noise(noise)
         arguments.check_kwargs(model_kwargs)
         check_generator(generator, noise.shape[0])
+        warn_of_guesses(model_kwargs, noise.shape[0])
 
     def system(self, noise: Tensor, model_kwargs: dict[str, Any] | None, serial: bool = False) -> System:
         """The chain that starts at `noise`; the arguments have passed `check_request`."""
         slope = "scalar" if serial else self.slope(noise)
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
-        system.on_shrink = lambda rows: self.learned.update(max_batch=rows)
+        system.learned = self.learned
         if self.solver.needs_draft and self.draft is not None and not serial:
             rows = BatchedModel(self.draft, self.schedule, noise, model_kwargs, system.max_batch)
             system.draft = DraftCalls(rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..loop.window import Window
-from ..solution import Callback, RoundInfo
+from ..solution import Callback, RoundInfo, asks_to_stop
 from .reporting import ProgressBar
 from .workspace import Workspace
 
@@ -29,7 +29,7 @@ class Reporter:
         self.bar.show(sum(front), residual, round=round)
         if self.callback is None:
             return None
-        return self.callback(self._info(round, list(front), where, residual))
+        return asks_to_stop(self.callback(self._info(round, list(front), where, residual)))
 
     def _info(self, round: int, front: list[int], where: Window | list[int], residual: Tensor) -> RoundInfo:
         system, chain = self.work.system, self.work.chain

@@ -16,7 +16,7 @@ from ..loop.rows import repeat_rows
 from ..loop.task import Replay, run_eager
 from ..memory import Lease, MemoryPlan, SolverMemory
 from ..schedule.cache import cached
-from ..schedule.noise import fill_drift
+from ..schedule.noise import discard_draws, fill_drift
 from .initial_guess import extrapolate, gaussian_guess
 from .system import System
 
@@ -108,6 +108,8 @@ class Workspace:
             fill_drift(self.chain.drift, self.system.schedule, tuple(noise.shape), generator, noise.dtype)
             if self.system.basis is not None:
                 self.system.basis.forward(self.chain.drift.flatten(0, 1))
+        else:
+            discard_draws(self.system.schedule, tuple(noise.shape), generator, noise.dtype, noise.device)
 
     def guess(self, init: Tensor | None, replay: Replay = run_eager) -> None:
         """States 1..T: a given trajectory, copies of the noise, the chain of the draft, or that of Gaussian data."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._types import Generators
 from ..engine.system import System
-from ..schedule.noise import fill_drift
+from ..schedule.noise import discard_draws, fill_drift
 from .base import Problem
 
 
@@ -47,8 +47,10 @@ class FixedPointMap:
 
 def draw_drift(system: System, generator: Generators) -> Tensor | None:
     """(T, B, D): the chain's noise times its coefficients; None for a deterministic chain."""
+    shape, dtype = (system.batch, *system.shape), system.model_dtype
     if not system.schedule.stochastic:
+        discard_draws(system.schedule, shape, generator, dtype, system.device)
         return None
     drift = torch.empty(system.num_steps, system.batch, system.numel, dtype=system.dtype, device=system.device)
-    fill_drift(drift, system.schedule, (system.batch, *system.shape), generator, system.model_dtype)
+    fill_drift(drift, system.schedule, shape, generator, dtype)
     return drift

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..engine.reporting import ProgressBar, report_not_converged
-from ..kernels.stopping import TINY
+from ..kernels.stopping import TINY_OF
 from ..schedule.chain import serial_chain
-from ..solution import RoundInfo, Solution, Stats
+from ..solution import RoundInfo, Solution, Stats, asks_to_stop
 from .base import Problem
 from .batched_vjp import BatchedVJP
 from .implicit import Implicit
@@ -40,7 +40,8 @@ class IterationMonitor:
     def update(self, states: Tensor, new: Tensor, predictions: Tensor) -> bool:
         """Note a round that went from `states` to `new`, both (T + 1, B, D); whether the iteration must end."""
         states, new, stats = states.detach(), new.detach(), self.stats
-        residual = ((new - states)[1:].norm(dim=2) / new[1:].norm(dim=2).clamp_min(TINY)).double().cpu()
+        size = new[1:].norm(dim=2).clamp_min(TINY_OF[new.dtype])
+        residual = ((new - states)[1:].norm(dim=2) / size).double().cpu()
         self.broken = not bool(residual.isfinite().all())
         stats.rounds += 1
         self.done = (residual <= self.problem.tolerance).all(dim=0) | (stats.rounds >= self.exact and not self.broken)
@@ -48,7 +49,7 @@ class IterationMonitor:
         self.bar.show(stats.rounds, residual)
         if self.problem.callback is not None:
             info = self._info(residual, new, states, predictions.detach())
-            stats.stop_reason = "callback" if self.problem.callback(info) is True else "converged"
+            stats.stop_reason = "callback" if asks_to_stop(self.problem.callback(info)) else "converged"
         return bool(self.done.all()) or self.broken or stats.stop_reason == "callback"
 
     def _info(self, residual: Tensor, new: Tensor, states: Tensor, predictions: Tensor) -> RoundInfo:

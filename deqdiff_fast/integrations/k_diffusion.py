@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .._types import Model
+from .._types import Model, without_marks
 from ..engine import arguments
 from ..model.sample_kwargs import select_rows
 from ..planner.measure import signature_of
@@ -142,7 +142,7 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
     kwargs = extra_args if bind is None else bind(batch, extra_args)
     levels = sigmas[sorted({0, count // 2, count - 1})].to(x.device, x.dtype)
     states, times = [x * (level / levels[0]) for level in levels], [level.expand(batch) for level in levels]
-    apart = [_call(model, state, time, kwargs) for state, time in zip(states, times)]
+    apart = [_call(model, state, time, without_marks(kwargs)) for state, time in zip(states, times)]
     rows = torch.cat([torch.arange(batch).roll(shift + 1).flip(0) + shift * batch for shift in range(len(levels))])
     rows = rows.to(x.device)
     state, time, single = torch.cat(states)[rows], torch.cat(times)[rows], torch.cat(apart)[rows].flatten(1).double()

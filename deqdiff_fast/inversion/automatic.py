@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from .._locks import Lock
 from ..planner import measure as cost
 from ..planner.cost_curve import Curve
 from .base import InversionProblem, MethodResult
@@ -22,7 +22,7 @@ PER_DIGIT = 1.25  # times as many for one more digit
 TRUSTED_TOL = 1e-3
 NEWEST = 0.5  # weight of the newest inversion in what is remembered
 
-_LOCK = threading.Lock()
+_LOCK = Lock()
 
 
 class InversionWork(NamedTuple):

@@ -14,10 +14,10 @@ from ..engine.system import SANE_RMS, System
 from ..engine.workspace import Workspace
 from ..errors import NonFiniteError
 from ..memory import SolverMemory
-from ..model.sample_kwargs import select_rows
+from ..model.sample_kwargs import select_samples
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.noise import fill_drift, freeze
-from ..solution import RoundInfo, Stats
+from ..solution import RoundInfo, Stats, asks_to_stop
 from ..solver.picard import Picard
 
 DEFAULT_TOL = 1e-3
@@ -100,7 +100,7 @@ class InversionProblem:
         return replace(
             self,
             image=self.image[at],
-            model_kwargs=select_rows(self.model_kwargs or {}, self.batch, samples),
+            model_kwargs=select_samples(self.model_kwargs or {}, self.batch, samples),
             generator=frozen.select(at) if isinstance(frozen, FrozenNoise) else None,
             init_trajectory=None if self.init_trajectory is None else self.init_trajectory[:, at],
         )
@@ -135,7 +135,7 @@ class InversionProblem:
         if self.report is None:
             return False
         info = InversionInfo(round, limit, self.schedule.num_steps, front, residual, tolerance, _sample=noise)
-        return self.report(info) is True
+        return asks_to_stop(self.report(info))
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._types import Rows
 from ..engine.system import SANE_RMS, System
 from ..kernels import inverse_scan, newton_scan
-from ..kernels.stopping import TINY
+from ..kernels.stopping import TINY_OF
 from ..loop.base import LeasedTensors, MemoryRequest, ProblemSize, Solver
 from ..schedule import Schedule, SpectralSlope
 from .base import InversionProblem, check_finite
@@ -93,7 +93,7 @@ class EquilibriumStep:
         self.scale = flow_scale(problem.schedule, spectrum).to(system.device, system.dtype)
         self.weight = self.scale[-1] / self.scale[1:]  # what a miss of row i becomes on its way to the image
         self.diagonal_slope = system.diagonal_slope
-        self.sq_size = self.chain.states[-1].square().sum(1).clamp_min(TINY)
+        self.sq_size = self.chain.states[-1].square().sum(1).clamp_min(TINY_OF[system.dtype])
         self.damped_slope = damped_slope(system) if method.slope is not None else self.chain.slope
         ridge, floor = ROUNDING[system.dtype]
         self.ridge = ridge if method.ridge is None else method.ridge

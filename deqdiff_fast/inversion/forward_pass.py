@@ -16,7 +16,7 @@ from ..gradient.base import Gradient
 from ..gradient.batched_vjp import BatchedVJP
 from ..gradient.fixed_point_map import draw_drift
 from ..loop.base import Solver
-from ..model.sample_kwargs import select_rows
+from ..model.sample_kwargs import select_samples
 from ..sampler import DEQSampler
 from ..schedule.chain import serial_chain
 from ..solver import resolve
@@ -50,8 +50,8 @@ class ParallelForward:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # what is found in the end is measured in any case
             solution = self.sampler.sample(
-                noise, select_rows(problem.model_kwargs or {}, problem.batch, samples), _select_noise(problem, samples),
-                init_trajectory=init, return_trajectory=True,
+                noise, select_samples(problem.model_kwargs or {}, problem.batch, samples),
+                _select_noise(problem, samples), init_trajectory=init, return_trajectory=True,
             )  # fmt: skip
         assert solution.trajectory is not None
         stats = solution.stats
@@ -68,7 +68,7 @@ class CheckpointedForward:
 
     def __call__(self, noise: Tensor, samples: Tensor, init: Tensor | None) -> tuple[Tensor, Tensor, int]:
         problem = self.problem
-        kwargs = select_rows(problem.model_kwargs or {}, problem.batch, samples)
+        kwargs = select_samples(problem.model_kwargs or {}, problem.batch, samples)
         system = System(problem.model, problem.schedule, noise, kwargs, problem.max_batch)
         vjp = BatchedVJP(system, system.model_kwargs)
 

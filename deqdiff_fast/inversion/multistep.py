@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._types import FrozenNoise
 from ..gradient.fixed_point_map import draw_drift
-from ..kernels.stopping import MAX_RATE, TINY
+from ..kernels.stopping import MAX_RATE, TINY_OF
 from ..schedule import Schedule
 from .base import InversionInfo, InversionProblem, InversionStats, Method, MethodResult
 
@@ -174,7 +174,8 @@ class _MultistepSolve:
     def _image_error(self, miss: Tensor) -> Tensor:
         """(B,) on the CPU: what the misses of all rows make together, as a relative error of the image."""
         total = (self.weight * miss).sum(0).flatten(1).norm(dim=1)
-        error: Tensor = (total / self.problem.image.flatten(1).norm(dim=1).clamp_min(TINY)).cpu()
+        size = self.problem.image.flatten(1).norm(dim=1).to(total.dtype)
+        error: Tensor = (total / size.clamp_min(TINY_OF[total.dtype])).cpu()
         return error
 
     def _column(self, values: Tensor) -> Tensor:

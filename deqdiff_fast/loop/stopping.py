@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..kernels import advance_window, mark_converged
-from ..kernels.stopping import MAX_RATE, TINY, finish_threshold
+from ..kernels.stopping import MAX_RATE, TINY_OF, finish_threshold
 from .base import Chain, Solver
 from .device_state import DeviceState
 from .window import Window
@@ -105,7 +105,7 @@ def reset_steps(previous: Tensor) -> None:
 
 def relative_steps(chain: Chain) -> Tensor:
     """(T, B): the length of every row's last step, relative to its new state."""
-    return (chain.sq_diff / chain.sq_norm.clamp_min(TINY)).sqrt_()
+    return (chain.sq_diff / chain.sq_norm.clamp_min(TINY_OF[chain.sq_norm.dtype])).sqrt_()
 
 
 class StallDetector:

@@ -6,13 +6,14 @@ import importlib
 import logging
 import math
 import os
-import threading
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._locks import Lock
 from ..errors import StaleLeaseError
 from .plan import ALIGNMENT, MemoryPlan
 
@@ -43,7 +44,6 @@ class Lease:
         self._entries = plan.entries()
         self._offsets, total = plan.layout()
         self._memory = memory
-        self._lock = threading.Lock()
         self.nbytes = max(total, 1)
         self.device = device
         self._arena_lease, slab, self.generation = memory._take(self.nbytes, device)
@@ -84,11 +84,14 @@ class Lease:
 
     def release(self) -> None:
         """Give the slab back. Idempotent."""
-        with self._lock:
+        with self._memory._lock:
             slab, arena_lease = self._slab, self._arena_lease
             self._slab = self._arena_lease = None
         if slab is not None:
             self._memory._give_back(slab, arena_lease)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("lease: it is the use of one slab and cannot be copied or pickled; clone the tensors in it")
 
     def __enter__(self) -> Lease:
         return self
@@ -122,11 +125,17 @@ class SolverMemory:
         if not isinstance(byte_budget, int) or byte_budget < 0:
             raise ValueError(f"byte_budget: expected an int >= 0, got {byte_budget!r}")
         arena = _arena_class()
-        self._arena = None if arena is None else arena(byte_budget)
-        self._lock = threading.RLock()  # reentrant: the garbage collector may release a lease while it is held
+        self._arena, self._byte_budget = None if arena is None else arena(byte_budget), byte_budget
+        self._lock = Lock()
         self._counters = dict.fromkeys(_HOST_COUNTERS + _DEVICE_COUNTERS, 0)
         self._poison = False
         self.set_poison(poison)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what comes out of a pickle: the pool that samplers share, or an empty one like this."""
+        if self is _default:
+            return default_memory, ()
+        return partial(type(self), poison=self._poison), (self._byte_budget,)
 
     def lease(self, plan: MemoryPlan, device: torch.device | str = "cpu") -> Lease:
         """Memory for the plan's tensors on `device`. Raises MemoryError (torch.OutOfMemoryError on CUDA)."""
@@ -197,7 +206,7 @@ def _host_bytes(count: int) -> Tensor:
 
 
 _default: SolverMemory | None = None
-_default_lock = threading.Lock()
+_default_lock = Lock()
 
 
 def default_memory() -> SolverMemory:
@@ -210,9 +219,9 @@ def default_memory() -> SolverMemory:
 
 
 def _after_fork() -> None:
-    """A forked child gets its own locks and pool: another thread of the parent may have held the old ones."""
-    global _default, _default_lock
-    _default, _default_lock = None, threading.Lock()
+    """A forked child gets a pool of its own: what is idle in the parent's would be copied page by page."""
+    global _default
+    _default = None
 
 
 if hasattr(os, "register_at_fork"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .padding import is_compiled, out_of_memory, padded_sizes
 from .sample_kwargs import select_rows
 
 _log = logging.getLogger("deqdiff_fast")
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def row_tables(times: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,6 +28,11 @@ def row_tables(times: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     row = torch.arange(len(times) * batch + 1, device=times.device)
     step = (row // max(batch, 1)).clamp_max(len(times) - 1)
     return step, row % max(batch, 1), times[step]
+
+
+def count_users(memory: Tensor) -> int:
+    """How many tensors there are on its storage, anybody's; 0 where this torch does not tell."""
+    return 0 if _use_count is None else int(_use_count(memory.untyped_storage()._cdata))
 
 
 class BatchedModel:
@@ -66,7 +72,8 @@ class BatchedModel:
         self.padded = is_compiled(model)
         self.sizes: tuple[int, ...] = ()
         self.largest: int | None = None  # rows that the padded sizes are made for; None: those of the workspace
-        self.on_shrink: Callable[[int], object] = lambda rows: None  # told of a smaller max_batch
+        self.learned: dict[str, int] = {}
+        """What calls have told of the model: max_batch, where it ran out of memory on more; keeps_inputs."""
         self.model_evals = self.model_calls = 0
         self._expanded: tuple[Any, dict[str, Any]] | None = None
 
@@ -139,7 +146,7 @@ class BatchedModel:
             self.sizes = padded_sizes(self.max_batch, min(self.batch, self.max_batch))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.on_shrink(self.max_batch)
+        self.learned["max_batch"] = self.max_batch
 
     def _evaluate(
         self, source: Tensor, target: Tensor, rows: Rows, start: int, stop: int, lease: Lease, round: int
@@ -159,7 +166,7 @@ class BatchedModel:
             states = torch.index_select(source, 0, at, out=lease["rows"][:count])
         if self.basis is not None:
             self.basis.inverse(states, spare)
-        inputs = lease["inputs"][:size]
+        inputs, users = self._input_memory(lease, size)
         inputs[:count].copy_(states)
         if size > count:
             inputs[count:].copy_(inputs[:1].expand(size - count, self.numel))
@@ -174,6 +181,17 @@ class BatchedModel:
             target[at].copy_(output)
         else:
             target.index_copy_(0, at, output if output.dtype == target.dtype else states.copy_(output))
+        del output  # it may be the input itself
+        if users and count_users(inputs) > users:
+            self.learned["keeps_inputs"] = 1
+
+    def _input_memory(self, lease: Lease, size: int) -> tuple[Tensor, int]:
+        """(size, D) for the input of a call, and by how many the memory is used; 0 where it is this call's alone: a
+        model that keeps what it was given (a hook, a cache) must not find the next call's values in it."""
+        users = 0 if "keeps_inputs" in self.learned else count_users(lease["inputs"])
+        if not users:
+            return torch.empty(size, self.numel, dtype=self.model_dtype, device=self.device), 0
+        return lease["inputs"][:size], users
 
     def predict(self, states: Tensor, step: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """(n, D) states at timesteps step: (n,) -> (n, D) predictions, differentiable, in the model's own coordinates;

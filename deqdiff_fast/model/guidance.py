@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from .._types import Model, unwrap_output
+from .._types import Model, Shared, unwrap_output, without_marks
+from .sample_kwargs import is_list_of_strings, is_whole
 
 
 def guided(model: Model, cond: Any, uncond: Any, scale: float | Tensor, rescale: float = 0.0) -> Guided:
@@ -85,21 +87,25 @@ class Guided:
     def bind_batch(self, batch: int, extra: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments for `batch` samples, every tensor in them with one row for each: for the sampler.
 
-        extra: the caller's `model_kwargs`; tensors of first dimension `batch` are per sample. Raises ValueError.
+        extra: the caller's `model_kwargs`, of which what has `batch` rows is per sample. Raises ValueError.
         """
         positional = isinstance(self.cond, Tensor)
         branches = [{"": value} if positional else value for value in (self.uncond, self.cond)]
         taken = sorted(set(extra) & set(branches[0]))
         if taken:
             raise ValueError(f"model_kwargs: {', '.join(taken)} is given in cond and uncond already")
-        inside = len(tree_leaves(branches[0]))  # dicts keep their order: these come before the leaves of `extra`
-        (low, structure), (high, _) = (tree_flatten({**branch, **extra}) for branch in branches)
+        whole = partial(is_whole, batch=batch)
+        inside = len(tree_leaves(branches[0], whole))  # dicts keep their order: these come before those of `extra`
+        (low, structure), (high, _) = (tree_flatten({**branch, **extra}, whole) for branch in branches)
         rows, shared, constants = [], [], []
         for k, (u, c) in enumerate(zip(low, high)):
             if isinstance(u, Tensor) and u.dim() > 0 and (k < inside or u.shape[0] == batch):
                 rows.append((_repeat(u, batch), _repeat(c, batch)))
                 constants.append(_ROW)
-            elif isinstance(u, Tensor):
+            elif is_list_of_strings(u, batch):
+                rows.append((u, c))
+                constants.append(_ROW)
+            elif isinstance(u, (Tensor, Shared)):
                 shared.append(u)
                 constants.append(_SHARED)
             else:
@@ -116,11 +122,11 @@ class Guided:
         """The guided prediction for x: (n, *shape), t: (n,). Without the sampler the rows are the samples."""
         if layout is None:
             bound = self.bind_batch(len(x), given)
-            layout, given = bound.pop("layout"), bound
+            layout, given = bound.pop("layout"), without_marks(bound)
         rows, scale = given["rows"], given.get("scale", self.scale)
         if not isinstance(scale, Tensor) and scale == 1.0:
             return self._call(x, t, [c for _, c in rows], given["shared"], layout)
-        both = [torch.cat([u, c]) for u, c in rows]
+        both = [torch.cat([u, c]) if isinstance(u, Tensor) else u + c for u, c in rows]
         low: Tensor
         high: Tensor
         low, high = self._call(torch.cat([x, x]), torch.cat([t, t]), both, given["shared"], layout).chunk(2)
@@ -128,7 +134,7 @@ class Guided:
             scale = scale.to(low.dtype).view(-1, *[1] * (low.dim() - 1))
         return combine(low, high, scale, self.rescale)
 
-    def _call(self, x: Tensor, t: Tensor, rows: list[Tensor], shared: list[Tensor], layout: _Layout) -> Tensor:
+    def _call(self, x: Tensor, t: Tensor, rows: list[Any], shared: list[Any], layout: _Layout) -> Tensor:
         given = {_ROW: iter(rows), _SHARED: iter(shared)}
         leaves = [next(given[value]) if value is _ROW or value is _SHARED else value for value in layout.constants]
         kwargs: dict[str, Any] = tree_unflatten(leaves, layout.structure)
@@ -174,7 +180,8 @@ def _in_order_of(cond: Any, uncond: Any) -> Any:
 
 def _check_pair(cond: Any, uncond: Any) -> None:
     """Raise unless the two branches can be one batch."""
-    (high, above), (low, below) = tree_flatten(cond), tree_flatten(uncond)
+    whole = lambda value: isinstance(value, Shared)  # noqa: E731
+    (high, above), (low, below) = tree_flatten(cond, whole), tree_flatten(uncond, whole)
     if above != below:
         keys = [sorted(value) if isinstance(value, dict) else "a tensor" for value in (cond, uncond)]
         raise ValueError(f"cond, uncond: expected the same keys and nesting in both, got {keys[0]} and {keys[1]}")

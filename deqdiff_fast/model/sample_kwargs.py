@@ -1,19 +1,85 @@
-"""Values that belong to the samples of a batch, picked for rows of it."""
+"""Values that belong to the samples of a batch: which they are, and their rows."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .._types import Shared, shared
+
+_log = logging.getLogger("deqdiff_fast")
+_told: set[str] = set()  # what was said of a guess already
+_INNER = (dict, list, tuple, Shared)
+
+
+def is_list_of_strings(value: Any, batch: int | None = None) -> bool:
+    """Whether it is a list or tuple of strings, `batch` of them (None: any number): prompts, one for each sample."""
+    listed = type(value) in (list, tuple) and all(isinstance(item, str) for item in value)
+    return listed and len(value) > 0 and (batch is None or len(value) == batch)
+
+
+def is_per_sample(value: Any, batch: int) -> bool:
+    """Whether it is a tensor of first dimension `batch`, or a list of as many strings."""
+    if isinstance(value, Tensor):
+        return value.dim() > 0 and value.shape[0] == batch
+    return is_list_of_strings(value, batch)
+
+
+def is_whole(value: Any, batch: int) -> bool:
+    """Whether a walk through `model_kwargs` takes it as one value, though it is a container."""
+    return isinstance(value, Shared) or is_list_of_strings(value, batch)
+
 
 def select_rows(values: Any, batch: int, rows: Tensor) -> Any:
-    """`values` with every tensor of first dimension `batch` indexed by `rows`: (n,), in nested containers too."""
+    """`values` as a model wants them for `rows`: (n,), with all that is per sample indexed, in nested containers too,
+    and the rest, what `shared` has marked among it, as it is."""
+    return _select(values, batch, rows, lambda value: value.value if isinstance(value, Shared) else value)
+
+
+def select_samples(values: Any, batch: int, samples: Tensor) -> Any:
+    """`values` for a batch of some of the samples, (m,) indices. What belongs to none of them is marked as `shared`,
+    for it may have m rows."""
+    return _select(
+        values, batch, samples, lambda value: shared(value) if isinstance(value, (Tensor, list, tuple)) else value
+    )
+
+
+def _select(values: Any, batch: int, rows: Tensor, rest: Callable[[Any], Any]) -> Any:
+    """`values` with all that is per sample indexed by `rows`, and what `rest` makes of everything else."""
 
     def select(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
+        if not is_per_sample(value, batch):
+            return rest(value)
+        if isinstance(value, Tensor):
             return value.index_select(0, rows.to(value.device))
-        return value
+        return type(value)(value[row] for row in rows.tolist())
 
-    return tree_map(select, values)
+    return tree_map(select, values, is_leaf=lambda value: isinstance(value, Shared) or is_list_of_strings(value))
+
+
+def warn_of_guesses(model_kwargs: dict[str, Any] | None, batch: int) -> None:
+    """Log, once for each, what `model_kwargs` leave open: whether a value belongs to the samples."""
+    for name, what, taken in _guesses(model_kwargs, "", batch) if model_kwargs and batch > 1 else ():
+        message = f"model_kwargs{name}: {what}, for {batch} samples, {taken}"
+        if message not in _told:
+            _told.add(message)
+            _log.warning("%s", message)
+
+
+def _guesses(value: Any, name: str, batch: int) -> Iterator[tuple[str, str, str]]:
+    """(where, what it is, what it is taken for) of all that could as well be meant otherwise."""
+    sample = "is taken for one a sample; mark it with deqdiff_fast.shared(...) if it belongs to none"
+    kept = "is passed on as it is, whatever rows a call has; give a tensor of rows if it has one a sample"
+    kind, items = type(value).__name__, value if type(value) in (list, tuple) else ()
+    if isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point() and is_per_sample(value, batch):
+        yield name, f"a tensor of {batch} numbers", sample
+    elif is_list_of_strings(value, batch):
+        yield name, f"a {kind} of {batch} strings", sample
+    elif len(items) == batch and not any(isinstance(x, _INNER) or is_per_sample(x, batch) for x in items):
+        yield name, f"a {kind} of {batch}", f"{kept}, or mark it with deqdiff_fast.shared(...)"
+    for key, item in value.items() if isinstance(value, dict) else enumerate(items):
+        yield from _guesses(item, f"{name}[{key!r}]", batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -13,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from .._locks import Lock
 from .._types import DraftRows, Model
 from ..engine.system import System
 from ..model.padding import out_of_memory
+from ..model.sample_kwargs import is_list_of_strings, is_per_sample
 from .cost_curve import Curve
 from .round_model import average
 
@@ -61,7 +62,7 @@ class Costs:
 
 
 _SHARED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def shared_with_model(model: Model) -> dict[Any, Any]:
@@ -80,23 +81,24 @@ def signature_of(noise: Tensor, model_kwargs: dict[str, Any] | None) -> Any:
     """What decides the cost of a row: the sample's shape, dtype and device, the threads, the kwargs' kinds."""
     kinds: tuple[Any, ...] = ()
     if model_kwargs:
-        leaves, structure = tree_flatten(model_kwargs)
-        kinds = (str(structure), tuple(_kind(leaf, noise.shape[0]) for leaf in leaves))
+        batch = noise.shape[0]
+        leaves, structure = tree_flatten(model_kwargs, is_leaf=lambda value: is_list_of_strings(value, batch))
+        kinds = (str(structure), tuple(_kind(leaf, batch) for leaf in leaves))
     threads = torch.get_num_threads() if noise.device.type == "cpu" else 0
     return tuple(noise.shape[1:]), noise.dtype, str(noise.device), threads, kinds
 
 
 def _kind(leaf: Any, batch: int) -> Any:
     if isinstance(leaf, Tensor):
-        per_sample = leaf.dim() > 0 and leaf.shape[0] == batch
-        return ("row", tuple(leaf.shape[1:]), leaf.dtype) if per_sample else (tuple(leaf.shape), leaf.dtype)
+        shape = tuple(leaf.shape)
+        return ("row", shape[1:], leaf.dtype) if is_per_sample(leaf, batch) else (shape, leaf.dtype)
     return leaf if isinstance(leaf, (bool, int, str, type(None))) else type(leaf).__name__
 
 
 def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf_counter) -> float:
     """Seconds of one model call on that many rows: the noise, at the first timesteps. Counts as evaluations.
 
-    Infinite where the model runs out of memory on them; `system.on_shrink` is told.
+    Infinite where the model runs out of memory on them; `system.learned` has it.
     """
     row = torch.arange(rows, device=noise.device)
     sample, step = row % system.batch, (row // system.batch) % system.num_steps
@@ -113,7 +115,7 @@ def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf
             raise
     else:
         return clock() - start
-    system.on_shrink(rows // 2)
+    system.learned["max_batch"] = rows // 2
     if noise.device.type == "cuda":
         torch.cuda.empty_cache()
     return math.inf

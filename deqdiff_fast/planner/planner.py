@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._locks import Lock
 from ..engine.options import DEFAULT_TOL, Options
 from ..engine.system import System
 from ..engine.workspace import Workspace
@@ -28,7 +28,7 @@ MOST_CORRECTION = 10.0  # beyond which a time was no solver's
 ROUND_OVERHEAD = 1.5  # of what a serial step spends outside of the model: a round also tests and shifts its window
 ELEMENT_SECONDS = 2.4e-9  # a solver's own work for an element of a state: 48 bytes at 20 GB a second
 
-_LOCK = threading.RLock()  # what is learned is shared between samplers, and so between threads
+_LOCK = Lock()  # what is learned is shared between samplers, and so between threads
 
 
 @dataclass
@@ -85,6 +85,9 @@ class Planner:
             self._expectation: Expectation = self._shared.setdefault(
                 ("rounds", *self._kind), Expectation(schedule.num_steps, tol, options.draft is not None)
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.options, self.clock)  # a copy is of another model, which it learns about anew
 
     def workload(self, noise: Tensor, model_kwargs: dict[str, Any] | None, warm: bool = False) -> Workload:
         """Such a request, with what all samplers of the model that work alike know about it."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.arguments import check_shape, count
 from ..engine.options import Options
 from ..engine.solve import Request
 from ..engine.system import System
@@ -23,6 +24,17 @@ from .probe import REPEATS, WARMUP_SECONDS, measure_sizes
 from .run import TIMED_STEPS, solve_in_rounds, time_steps
 
 NEAR = 1.5  # solves are tried that are predicted to take at most this many times what the serial chain does
+
+
+def example_noise(
+    options: Options, shape: tuple[int, ...], batch: int, dtype: torch.dtype | None, device: torch.device | str | None
+) -> Tensor:
+    """Noise of the kind that a request would have; dtype and device are those of the model unless given."""
+    check_shape(shape)
+    first = next(iter(getattr(options.model, "parameters", list)()), torch.empty(0))
+    size = (count("batch", batch) or 1, *shape)
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(0)) * options.schedule.init_noise_sigma
+    return noise.to(first.device if device is None else torch.device(device), first.dtype if dtype is None else dtype)
 
 
 def compile_sizes(options: Options, system: System, noise: Tensor) -> None:

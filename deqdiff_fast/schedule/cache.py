@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -10,11 +9,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from .._locks import Lock
 from .schedule import Schedule
 
 MOST = 16  # of one schedule: batch sizes, dtypes, devices
 _cached: WeakKeyDictionary[Schedule, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 Value = TypeVar("Value")
 
 

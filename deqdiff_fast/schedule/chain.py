@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._types import Generators, Model, unwrap_output
+from .._types import Generators, Model, unwrap_output, without_marks
 from ..errors import NonFiniteError
 from .noise import fill_drift
 from .schedule import Schedule
@@ -50,6 +50,7 @@ def draw_samples(
     kwargs = dict(model_kwargs or {})
     if hasattr(model, "bind_batch"):  # a guided model brings per-sample tensors of its own
         kwargs = model.bind_batch(len(noise), kwargs)
+    kwargs = without_marks(kwargs)
     coef, scale = schedule.denoised_coef().tolist(), schedule.input_scale.tolist()
     clip = None if schedule.clip is None else (schedule.clip.range, schedule.clip.gain.tolist())
 

@@ -43,12 +43,23 @@ def fill_drift(
             drift[i].zero_()
 
 
+def discard_draws(
+    schedule: Schedule, shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Leave a caller's generator as a scheduler would whose draws all count for nothing: no step of it adds noise."""
+    assert schedule.draws is not None
+    if generator is not None and not isinstance(generator, FrozenNoise):
+        for _ in range(int(schedule.draws.sum())):
+            draw(shape, generator, dtype, device)
+
+
 def freeze(
     schedule: Schedule, shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, device: torch.device
 ) -> FrozenNoise | None:
     """All draws of one chain for samples (B, *shape); None for a deterministic one."""
     assert schedule.draws is not None
     if not schedule.stochastic:
+        discard_draws(schedule, shape, generator, dtype, device)
         return None
     if isinstance(generator, FrozenNoise):
         return generator

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._types import Rows
-from ..kernels.stopping import TINY
+from ..kernels.stopping import TINY_OF
 from ..loop.base import Chain
 from ..loop.task import Progress, Task
 from ..loop.window import Window
@@ -181,7 +181,7 @@ class PararealLoop:
         moved = (new - chain.states[state, self.active]).square().sum(1, dtype=chain.sq_norm.dtype)
         chain.states[state, self.active] = new
         chain.sq_norm[state - 1, self.active] = size
-        return (moved / size.clamp_min(TINY)).sqrt().double().nan_to_num(math.inf, math.inf).cpu()
+        return (moved / size.clamp_min(TINY_OF[size.dtype])).sqrt().double().nan_to_num(math.inf, math.inf).cpu()
 
     def _long_step(self, j: int, samples: Tensor) -> Tensor:
         """G: block j from its beginning, the clean sample predicted there held to its end; (n, D)."""

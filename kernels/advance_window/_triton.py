@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..stopping import TINY
+from ..stopping import TINY_OF
 
 
 @triton.jit
@@ -88,6 +88,6 @@ def launch(
     steps, batch = sq_diff.shape
     window_bounds_kernel[(batch,)](
         sq_diff, sq_norm, lo, hi, previous_bounds, decision, steps, batch, width, freeze, finish, reach, allowed,
-        TINY=TINY, SPAN=128, num_warps=1,
+        TINY=TINY_OF[sq_norm.dtype], SPAN=128, num_warps=1,
     )  # fmt: skip
     active_rows_kernel[(1,)](lo, hi, rows, steps, batch, len(rows), SPAN=1024, num_warps=4)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..stopping import TINY, finish_threshold
+from ..stopping import TINY_OF, finish_threshold
 
 
 def advance_window(
@@ -24,7 +24,7 @@ def advance_window(
     steps, batch = sq_diff.shape
     step = torch.arange(steps, device=lo.device)[:, None]
     active = (step >= lo) & (step < hi)
-    residual = torch.where(active, (sq_diff / sq_norm.clamp_min(TINY)).sqrt(), 0)
+    residual = torch.where(active, (sq_diff / sq_norm.clamp_min(TINY_OF[sq_norm.dtype])).sqrt(), 0)
     bad = ~residual.isfinite()
     residual = torch.where(active & (bad.cumsum(0) > 0), math.inf, residual)
     # the first row where `flags` holds, or T

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..stopping import FIRST_RATE, MAX_RATE, MIN_RATE, TINY
+from ..stopping import FIRST_RATE, MAX_RATE, MIN_RATE, TINY_OF
 
 
 @triton.jit(do_not_specialize=["N", "B"])
@@ -45,5 +45,5 @@ def launch(sq_diff: Tensor, sq_norm: Tensor, previous: Tensor, strict: Tensor, f
     count = sq_diff.numel()
     mark_converged_kernel[(triton.cdiv(count, 128),)](
         sq_diff, sq_norm, previous, strict, count, strict.numel(), freeze, floor, MIN_RATE=MIN_RATE, MAX_RATE=MAX_RATE,
-        FIRST_RATE=FIRST_RATE, TINY=TINY, SPAN=128, num_warps=1,
+        FIRST_RATE=FIRST_RATE, TINY=TINY_OF[sq_norm.dtype], SPAN=128, num_warps=1,
     )  # fmt: skip

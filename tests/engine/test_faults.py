@@ -207,3 +207,45 @@ def test_threads_do_not_share_memory(mixture, ddim, noise, relative_error):
         outs = list(pool.map(lambda s: sampler.sample(s).sample, starts * 2))
     for out, reference in zip(outs, expected * 2):
         assert relative_error(out, reference).max() < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("solve", ["sample", "invert"])
+def test_a_starting_guess_must_be_finite(mixture, ddim, noise, solve, value):
+    guess = torch.zeros(6, 2, 3, 8, 8)
+    guess[2, 1, 0, 0, 0] = value
+    model, schedule = mixture(), ddim(5)
+    call = dq.DEQSampler(model, schedule).sample if solve == "sample" else dq.DEQInverter(model, schedule).invert
+    with pytest.raises(ValueError, match="init_trajectory: expected finite values, got NaN or Inf"):
+        call(noise(2).clamp(-1, 1), init_trajectory=guess)
+    with pytest.raises(TypeError, match="init_trajectory: expected a tensor or None, got list"):
+        call(noise(2).clamp(-1, 1), init_trajectory=[guess])
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize("solver", ["quasi-newton", "auto", "parareal", *SOLVERS])
+@pytest.mark.parametrize("scale", [1e-20, 1e-100])
+def test_tiny_states_are_solved_like_others(ddim, noise, relative_error, solver, scale):
+    weights = noise(8, (8,), seed=2, dtype=torch.float64)
+
+    def model(x, t):
+        return scale * (torch.tanh(x / scale @ weights) + 0.5 * x / scale)
+
+    sampler = dq.DEQSampler(model, ddim(12), solver=solver, tol=1e-3)
+    start = scale * noise(2, (8,), dtype=torch.float64)
+    out, expected = sampler.sample(start), sampler.serial(start)
+    assert out.converged.all()
+    assert relative_error(out.sample / scale, expected.sample / scale).max() < 3e-3
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1e-20, torch.float32), (1e-140, torch.float64), (1e-20, torch.bfloat16)])
+def test_states_whose_squares_vanish_are_refused(mixture, ddim, noise, scale, dtype):
+    start, model = noise(2, dtype=dtype), mixture()
+    start[1] *= scale
+    calls = {"noise": dq.DEQSampler(model, ddim(5)).sample, "image": dq.DEQInverter(model, ddim(5)).invert}
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"{name}: expected samples .* at least 1e-.* change the units"):
+            call(start)
+    assert model.calls == 0
+    start[1] = 0
+    dq.DEQSampler(mixture(), ddim(5)).sample(start)

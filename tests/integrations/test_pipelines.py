@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import runpy
 from pathlib import Path
@@ -233,3 +235,16 @@ def test_a_users_script_runs_unchanged(make, tiny, tmp_path, monkeypatch, number
     plain = diffusers.StableDiffusionPipeline.from_pretrained(name, safety_checker=None)
     reference = plain("a photo of a cat", num_inference_steps=50, generator=torch.Generator().manual_seed(0))
     assert np.abs(np.asarray(reference.images[0], float) - np.asarray(known["image"], float)).mean() < 2
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_parallel_pipeline_can_be_copied_and_pickled(make, tiny, way):
+    pipe = parallel(make("ddim"), memory=dq.SolverMemory())
+    given = tiny.arguments("ddim")
+    expected = tiny.call(pipe, **given).images
+    other = way(pipe)
+    assert type(other) is type(pipe)
+    assert torch.equal(other.last_solution.sample, pipe.last_solution.sample)
+    assert np.array_equal(np.asarray(tiny.call(other, **given).images), np.asarray(expected))
+    assert other.last_solution is not pipe.last_solution
+    assert type(dq.integrations.diffusers.restore(other)) is type(make("ddim"))

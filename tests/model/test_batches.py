@@ -123,3 +123,35 @@ def test_one_row_too_many_is_an_error(ddim, noise):
 def test_other_errors_are_not_memory():
     assert not out_of_memory(RuntimeError("shape mismatch"))
     assert not out_of_memory(KeyError("out of memory"))
+
+
+@pytest.mark.parametrize("what", ["all of it", "a part of it"])
+@pytest.mark.parametrize("solver", ["quasi-newton", "auto"])
+def test_inputs_that_a_model_keeps_do_not_change(ddim, noise, solver, what):
+    kept, copies = [], []
+
+    def model(x, t):
+        mine = x if what == "all of it" else x[:, :2]
+        kept.append(mine)
+        copies.append(mine.clone())
+        return 0.5 * torch.tanh(x)
+
+    sampler = dq.DEQSampler(model, ddim(8), solver=solver, max_batch=5)
+    for draw in (sampler.serial, sampler.sample, sampler.sample):
+        draw(noise(2, (4,)))
+        draw(noise(2, (4,), seed=1))
+    assert all(torch.equal(mine, copy) for mine, copy in zip(kept, copies))
+
+
+@pytest.mark.parametrize("model", [lambda x, t: x, lambda x, t: torch.tanh(x), lambda x, t: x.mul_(0.1)])
+def test_a_model_that_keeps_nothing_gets_the_same_memory_again(ddim, noise, model):
+    places = set()
+
+    def watched(x, t):
+        places.add(x.data_ptr())
+        return model(x, t)
+
+    sampler = dq.DEQSampler(watched, ddim(8), solver="quasi-newton")
+    sampler.sample(noise(2, (4,)))
+    assert len(places) == 1
+    assert not sampler.options.learned

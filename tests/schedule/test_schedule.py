@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
+from deqdiff_fast import DEQSampler
 from deqdiff_fast.schedule import Clip, Schedule, timesteps
 
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
@@ -355,3 +357,28 @@ def test_bad_tables_are_named(change, named):
     for bad in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="range"):
             Clip(bad, torch.ones(3))
+
+
+def without_noise() -> Schedule:
+    """A chain whose scheduler draws at every step, for coefficients that are zero."""
+    given = Schedule.ddim(ABAR, [900, 500, 100])
+    return dataclasses.replace(given, draws=torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("way", ["sample", "serial", "unrolled"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_generator_ends_where_the_scheduler_would_have_left_it(noise, way, several):
+    """Draws that count for nothing are made all the same; without a generator none are."""
+    start = noise(2, (4,)).requires_grad_(way == "unrolled")
+    sampler = DEQSampler(lambda x, t: 0.1 * x, without_noise(), gradient="unrolled")
+    solve = sampler.serial if way == "serial" else sampler.sample
+    given = [torch.Generator().manual_seed(k) for k in range(2)] if several else [torch.Generator().manual_seed(0)]
+    solve(start, None, given if several else given[0])
+    for seed, generator in enumerate(given):
+        own = torch.Generator().manual_seed(seed)
+        for _ in range(3):
+            torch.randn(1 if several else 2, 4, generator=own)
+        assert torch.equal(own.get_state(), generator.get_state())
+    before = torch.get_rng_state()
+    solve(start)
+    assert torch.equal(before, torch.get_rng_state())

@@ -122,7 +122,9 @@ class InterceptedLoop:
     def _solve(self) -> Solution:
         problem = self.problem
         assert problem is not None
-        self.random = RandomState(problem.generator if problem.schedule.stochastic else None, problem.start.device)
+        assert problem.schedule.draws is not None
+        drawn = bool(problem.schedule.draws.any())
+        self.random = RandomState(problem.generator if drawn else None, problem.start.device)
         front = [0]
 
         def on_round(info: RoundInfo) -> bool:

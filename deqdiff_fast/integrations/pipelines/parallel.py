@@ -48,10 +48,7 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
     family_of(pipe)
     DEQSampler(lambda x, t: x, Schedule.ddim([0.9, 0.5], [1, 0]), **options)
     _leave(pipe)
-    base = type(pipe)
-    if base not in _CLASSES:
-        _CLASSES[base] = _derived(base)
-    pipe.__class__ = _CLASSES[base]
+    pipe.__class__ = _class_of(type(pipe))
     vars(pipe).update({_SETTINGS: options, "last_solution": None})
     return pipe
 
@@ -77,6 +74,17 @@ def _leave(pipe: Any) -> None:
     vars(pipe).pop(_SETTINGS, None)
 
 
+def _class_of(base: type) -> type:
+    if base not in _CLASSES:
+        _CLASSES[base] = _derived(base)
+    return _CLASSES[base]
+
+
+def _unpickled(base: type) -> Any:
+    """An empty pipeline of our class: pickle finds the plain one by its name."""
+    return object.__new__(_class_of(base))
+
+
 def _derived(base: type) -> type:
     """A subclass under the same name, under which diffusers saves and converts pipelines."""
     plain: Any = base.__call__
@@ -96,7 +104,16 @@ def _derived(base: type) -> type:
         loop.finish()
         return result
 
-    own = {"__call__": call, "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _unpickled, (base,), dict(vars(self))
+
+    own = {
+        "__call__": call,
+        "__reduce_ex__": reduce,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
     return type(base)(base.__name__, (base,), own)
 
 

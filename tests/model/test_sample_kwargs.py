@@ -1,0 +1,138 @@
+"""What in `model_kwargs` belongs to the samples, what is said to belong to none, and what is logged as a guess."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+
+import deqdiff_fast as dq
+from deqdiff_fast.model import sample_kwargs
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_told(monkeypatch):
+    monkeypatch.setattr(sample_kwargs, "_told", set())
+
+
+def levels_of(x, t, levels=None, nested=None):
+    """A model that reads a table which belongs to no sample."""
+    levels = nested["levels"] if levels is None else levels
+    return 0.5 * torch.tanh(x) + levels[t % len(levels)][:, None]
+
+
+def prompted(x, t, prompts):
+    """A model that goes through prompts and rows together."""
+    assert len(prompts) == len(x), "every row has a prompt"
+    return 0.5 * torch.tanh(x) + torch.tensor([0.3 * len(prompt) for prompt in prompts])[:, None]
+
+
+@pytest.mark.parametrize("gradient", [None, "implicit", "unrolled", "reversible"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_marked_table_of_as_many_rows_as_samples(ddim, noise, relative_error, gradient, nested):
+    table, start = torch.tensor([0.0, 1.0, 2.0, 3.0], requires_grad=gradient is not None), noise(4, (8,))
+    kwargs = {"nested": dq.shared({"levels": table})} if nested else {"levels": dq.shared(table)}
+    sampler = dq.DEQSampler(levels_of, ddim(12), solver="quasi-newton", tol=1e-5, gradient=gradient or "implicit")
+    out, expected = sampler.sample(start, kwargs), sampler.serial(start, kwargs)
+    assert relative_error(out.sample.detach(), expected.sample).max() < 1e-4
+    if gradient is not None:
+        out.sample.sum().backward()
+        got, own = table.grad, table.detach().clone().requires_grad_()
+        x = start
+        for i, t in enumerate(sampler.schedule.timesteps):
+            out = levels_of(x, t.expand(4), own)
+            x = float(sampler.schedule.state_coef[i, 0]) * x + float(sampler.schedule.model_coef[i, 0]) * out
+        x.sum().backward()
+        torch.testing.assert_close(got, own.grad, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prompts_are_repeated_with_their_samples(ddim, noise, relative_error, container, batch):
+    prompts = container(["a", "bb", "cccc"][:batch])
+    sampler = dq.DEQSampler(prompted, ddim(12), solver="quasi-newton", tol=1e-5, max_batch=7)
+    out, expected = (solve(noise(batch, (8,)), {"prompts": prompts}) for solve in (sampler.sample, sampler.serial))
+    assert relative_error(out.sample, expected.sample).max() < 1e-4
+
+
+def test_marked_strings_are_passed_on_as_they_are(ddim, noise):
+    def model(x, t, names):
+        assert names == ["red", "green", "blue"]
+        return 0.5 * x
+
+    dq.DEQSampler(model, ddim(5)).sample(noise(3, (8,)), {"names": dq.shared(["red", "green", "blue"])})
+
+
+def test_guided_models_take_marks_and_prompts(ddim, noise, relative_error):
+    def model(x, t, cond, levels, prompts):
+        return prompted(x, t, prompts) + levels[t % len(levels)][:, None] + cond
+
+    cond = torch.linspace(0, 1, 3)[:, None]
+    guided, start = dq.guided(model, cond, torch.zeros(3, 1), 2.0), noise(3, (8,))
+    kwargs = {"levels": dq.shared(torch.tensor([0.0, 1.0, 2.0])), "prompts": ["a", "bb", "cccc"]}
+    sampler = dq.DEQSampler(guided, ddim(8), solver="quasi-newton", tol=1e-5)
+    out = sampler.sample(start, kwargs).sample
+    x = start
+    for i, t in enumerate(sampler.schedule.timesteps):
+        x = float(sampler.schedule.state_coef[i, 0]) * x + float(sampler.schedule.model_coef[i, 0]) * guided(
+            x, t.expand(3), **kwargs
+        )
+    assert relative_error(out, x).max() < 1e-4
+
+
+def test_what_belongs_to_no_sample_still_does_where_only_some_samples_are_left(ddim, noise):
+    """An inversion that goes on with two of four images must not take a table of two for theirs."""
+    values = {
+        "row": torch.arange(4.0),
+        "table": torch.arange(2.0),
+        "names": ["a", "b"],
+        "prompts": ["a", "b", "c", "d"],
+    }
+    some = sample_kwargs.select_samples(values, 4, torch.tensor([1, 3]))
+    for _ in range(2):  # of these, one after the other
+        for_rows = sample_kwargs.select_rows(some, 2, torch.tensor([0, 1, 0, 1, 1]))
+        assert for_rows["row"].tolist() == [1, 3, 1, 3, 3]
+        assert for_rows["prompts"] == ["b", "d", "b", "d", "d"]
+        assert for_rows["table"].tolist() == [0, 1]
+        assert for_rows["names"] == ["a", "b"]
+        some = sample_kwargs.select_samples(some, 2, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.zeros(3), r"model_kwargs\['x'\]: a tensor of 3 numbers, for 3 samples, is taken for one a sample; mark"),
+        (["a", "b", "c"], r"model_kwargs\['x'\]: a list of 3 strings, for 3 samples, is taken for one a sample"),
+        ({"y": ("a", "b", "c")}, r"model_kwargs\['x'\]\['y'\]: a tuple of 3 strings"),
+        ([1.0, 2.0, 3.0], r"a list of 3, for 3 samples, is passed on as it is, whatever rows a call has"),
+        ([torch.zeros(5, 2)] * 3, r"a list of 3, for 3 samples, is passed on as it is"),
+        (torch.zeros(3, 2), ""),
+        (torch.zeros(3, dtype=torch.int64), ""),
+        (torch.zeros(4), ""),
+        ([torch.zeros(3, 2)] * 3, ""),
+        (["a", "b"], ""),
+        (dq.shared(torch.zeros(3)), ""),
+        (dq.shared(["a", "b", "c"]), ""),
+    ],
+)
+def test_a_guess_is_logged_once(ddim, noise, caplog, value, said):
+    sampler, inverter = dq.DEQSampler(levels_of, ddim(4)), dq.DEQInverter(levels_of, ddim(4))
+    with caplog.at_level(logging.WARNING, "deqdiff_fast"):
+        for check in (sampler.options.check_request, sampler.options.check_request):
+            check(noise(3, (4,)), {"x": value}, None)
+        inverter._check(noise(3, (4,)), {"x": value}, None, None, None)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == bool(said)
+    assert not said or re.search(said, messages[0])
+
+
+def test_nothing_is_logged_for_one_sample(ddim, noise, caplog):
+    dq.DEQSampler(prompted, ddim(4)).sample(noise(1, (8,)), {"prompts": ["a"]})
+    assert "model_kwargs" not in caplog.text
+
+
+def test_marks_are_taken_off_once():
+    value = torch.zeros(3)
+    assert dq.shared(dq.shared(value)).value is value
