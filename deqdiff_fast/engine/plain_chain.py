@@ -54,6 +54,7 @@ def plain_samples(system: System, noise: Tensor, frozen: FrozenNoise | None) -> 
     """
     lags, batch, steps = system.schedule.lags, system.batch, Steps.of(system.schedule)
     times = system.times.repeat_interleave(batch).view(-1, batch)  # one row a call: the model may write to it
+    kwargs = system.expand_kwargs(torch.arange(batch, device=system.device))
     draws: Any = iter(()) if frozen is None else iter(frozen.draws)
     states, outputs = [noise.to(system.dtype, copy=True)], list[Tensor]()
     for i in range(system.num_steps):
@@ -62,7 +63,7 @@ def plain_samples(system: System, noise: Tensor, frozen: FrozenNoise | None) -> 
         if system.input_scale is not None:
             inputs.mul_(steps.input_scale[i])
         try:
-            output = unwrap_output(system.model(inputs, times[i], **system.model_kwargs))
+            output = unwrap_output(system.model(inputs, times[i], **kwargs))
         except RuntimeError as error:
             if batch == 1 or not out_of_memory(error):
                 raise
