@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -148,7 +148,9 @@ def _source(name_or_folder: str | Path) -> str:
     text = str(name_or_folder)
     if text == BUNDLED:
         return str(bundled_model())
-    folder = Path(text).expanduser()
+    folder = Path(text)
+    with suppress(RuntimeError):  # ~ of a user that is not there
+        folder = folder.expanduser()
     if folder.is_dir():
         return str(folder)
     if folder.exists():

@@ -21,6 +21,8 @@ def test_a_draft_of_fewer_timesteps(mixture, ddim):
 
 def test_a_draft_of_other_samples(mixture, ddim, noise):
     sampler = dq.DEQSampler(mixture(), ddim(20), solver="draft", draft=draft(size=16))
-    with pytest.raises(ValueError, match=r"noise: expected samples of the draft's shape \(3, 16, 16\), got \(3, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"noise: expected samples of the draft's shape \(3, 16, 16\), got \(3, 8, 8\)"
+    ):
         sampler.sample(noise(1))
     assert sampler.serial(noise(1)).converged.all()
