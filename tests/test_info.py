@@ -14,7 +14,8 @@ from deqdiff_fast.memory import default_memory
 
 def test_versions_devices_and_reasons():
     facts = info.collect()
-    assert facts["versions"]["torch"] == torch.__version__
+    # torch adds the build, such as +cu130, which the metadata of its wheels may leave out
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert facts["versions"]["k-diffusion"]
     assert set(facts["backends"]) == {"reference", "cpp", "triton"}
     assert facts["backends"] == available_backends()

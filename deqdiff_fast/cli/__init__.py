@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -40,25 +43,52 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for anything that the user can mend, 130 when interrupted."""
+    """Run one command. Returns the exit status: 0; 2 for what the user can mend; 1 where work failed, or a part of it:
+    what was finished is written; 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((k for k, word in enumerate(words) if not word.startswith("-")), len(words))
     # What follows `bench` is for the benchmark's own parser, options first included, which argparse cannot express.
     own, bench_args = (words[: command + 1], words[command + 1 :]) if words[command:][:1] == ["bench"] else (words, [])
+    _open_streams()
     args = build_parser().parse_args(own)
     args.bench_args = bench_args
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("deqdiff_fast").setLevel(logging.INFO if args.verbose else logging.WARNING)
     try:
-        return int(args.run(args))
-    except _MISTAKES as error:
-        if args.debug:
-            raise
-        print(f"deqdiff-fast: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2
+        return _flushed(int(args.run(args)))
     except KeyboardInterrupt:
         print("deqdiff-fast: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        expected = isinstance(error, _MISTAKES)
+        text = " ".join(str(error).split()) if expected else next(iter(str(error).strip().splitlines()), "")
+        if not (expected and text):
+            text = f"{type(error).__name__}: {text} (--debug shows where)"
+        print(f"deqdiff-fast: error: {text}", file=sys.stderr)
+        return _flushed(getattr(error, "status", 2 if expected else 1))
+
+
+def _open_streams() -> None:
+    """Standard streams that take every file name, and are there: a shell may have closed them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flushed(status: int) -> int:
+    """The status, once what was printed has left; Python itself says it too late, and with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"deqdiff-fast: error: standard output: {error.strerror or error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return status or 1
+    return status
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..schedule.tensor_file import replacing
 from ..solver import NAMED
-from ._numbers import positive_float, positive_int
-from ._output import CommandError, check_folder, check_picture, replacing
+from ._numbers import positive_float, positive_int, seed
+from ._output import CommandError, check_file, check_folder, require_pillow
 
 SOLVERS = tuple(NAMED)
 CURVES = tuple(name for name in NAMED if name != "auto")
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--curve-images", type=positive_int, default=4, help="images behind the plot (default 4)")
     parser.add_argument("--solver", choices=SOLVERS, default="auto", help="of the pictures (default auto)")
     parser.add_argument("--tol", type=positive_float, help="relative error allowed in a sample (default 1e-2)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.set_defaults(run=run)
 
@@ -80,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise CommandError(f"--out {args.out}: that is a file; name a folder")
     check_folder(args.out)
-    check_picture("--out", paths["pictures"])
+    for path in paths.values():
+        check_file("--out", path)
     from ._plot import require_matplotlib
 
+    require_pillow()
     require_matplotlib()
     import torch
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ._output import replacing
+from ..schedule.tensor_file import replacing
 
 DIFFERENCE_GAIN = 16
 _MARGIN, _LABEL = 8, 20

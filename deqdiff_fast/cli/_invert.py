@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from ..inversion import NAMED
-from ._numbers import fraction, positive_float, positive_int, window
-from ._output import CommandError, check_folder, check_picture, replacing
+from ._numbers import fraction, positive_float, positive_int, seed, window
+from ._output import CommandError, UnfinishedError, check_file, check_folder, check_picture, require_pillow
 
 NAMES = {"noise": "noise.safetensors", "picture": "inversion.png", "plot": "inversion_error.png"}
 COMPARED = ("ddim", "fixed_point", "equilibrium")
@@ -26,7 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--method", choices=tuple(NAMED), default="auto", help="default auto: the faster exact one")
     parser.add_argument("--steps", type=positive_int, default=50, help="timesteps of the chain (default 50)")
     parser.add_argument("--eta", type=fraction, default=0.0, help="0: DDIM (default), 1: as random as DDPM")
-    parser.add_argument("--seed", type=int, default=0, help="of the chain's own noise where eta > 0 (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the chain's own noise where eta > 0 (default 0)")
     parser.add_argument("--tol", type=positive_float, help="relative error allowed in the image (default 1e-3)")
     parser.add_argument("--max-rounds", type=positive_int, help="rounds before steps are finished one by one")
     parser.add_argument("--window", type=window, default="auto", help="timesteps solved at a time, or 'auto' (default)")
@@ -42,47 +43,65 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Invert, and write noise, picture and plot. Returns the exit status."""
-    missing = [path for path in args.images if not path.is_file()]
-    if missing:
-        raise CommandError(f"{missing[0]}: there is no such file")
+    """Invert, and write noise, picture and plot. Returns the exit status; raises UnfinishedError where pictures were
+    left out."""
+    if not any(path.is_file() for path in args.images):
+        raise CommandError(f"{args.images[0]}: there is no such file")
     if args.out.exists() and not args.out.is_dir():
         raise CommandError(f"--out {args.out}: that is a file; name a folder")
     check_folder(args.out)
     paths = {what: args.out / name for what, name in NAMES.items()}
     check_picture("--out", paths["picture"])
+    check_file("--out", paths["noise"])
+    require_pillow()
     if args.compare:
         from ._plot import require_matplotlib
 
         check_picture("--out", paths["plot"])
         require_matplotlib()
-    from safetensors.torch import save_file
 
-    from . import _images
     from ._run import load_problem
 
     problem = load_problem(
         args.model, steps=args.steps, eta=args.eta, seed=args.seed, device=args.device, dtype=args.dtype,
         max_batch=args.max_batch,
     )  # fmt: skip
-    image = read(args.images, problem.info.sample_shape, args.resize).to(problem.device, problem.dtype)
-    names = [args.method, *(name for name in COMPARED if args.compare and name != args.method)]
-    results = {name: invert(problem, image, name, args) for name in names}
-    for name, result in results.items():
-        print(summary(name, result, args))
-    chosen = results[args.method]
-    with replacing(paths["noise"]) as partial:
-        save_file({"noise": chosen.noise.cpu().contiguous(), "image": image.cpu().contiguous()}, str(partial))
-    _images.save(_images.panels(image, chosen.reconstruction, ("image", "reconstruction")), paths["picture"])
-    print(f"wrote {paths['noise']} and {paths['picture']}")
+    image, names, refused = read_those_that_can_be(args.images, problem.info.sample_shape, args.resize)
+    problem.check_room(len(image))
+    image = image.to(problem.device, problem.dtype)
+    chosen = invert(problem, image, args.method, args)
+    print(summary(args.method, chosen, args))
+    write(chosen, image, names, paths)
     if args.compare:
-        from ._plot import error_plot
-
-        points = {name: (r.stats.wall_seconds, float(r.error.max())) for name, r in results.items()}
-        title = f"{args.model}, {args.steps} timesteps, eta {args.eta:g}, worst of {len(image)} images"
-        error_plot(points, paths["plot"], title=title, target=args.tol or 1e-3)
-        print(f"wrote {paths['plot']}")
+        compare(problem, image, chosen, args, paths["plot"])
+    if refused:
+        raise UnfinishedError(f"inverted {len(names)} of {len(args.images)} pictures; left out {'; '.join(refused)}")
     return 0
+
+
+def write(result: Any, image: Any, names: list[str], paths: dict[str, Path]) -> None:
+    """Noise and picture. Beside the noise lie the names of the images, row by row, as JSON."""
+    from ..schedule.tensor_file import write_tensors
+    from . import _images
+
+    write_tensors({"noise": result.noise, "image": image}, paths["noise"], {"images": json.dumps(names)})
+    _images.save(_images.panels(image, result.reconstruction, ("image", "reconstruction")), paths["picture"])
+    print(f"wrote {paths['noise']} and {paths['picture']}")
+
+
+def compare(problem: Any, image: Any, chosen: Any, args: argparse.Namespace, path: Path) -> None:
+    """Run the other methods, and plot error against seconds of all."""
+    from ._plot import error_plot
+
+    results = {args.method: chosen}
+    for name in COMPARED:
+        if name != args.method:
+            results[name] = invert(problem, image, name, args)
+            print(summary(name, results[name], args))
+    points = {name: (r.stats.wall_seconds, float(r.error.max())) for name, r in results.items()}
+    title = f"{args.model}, {args.steps} timesteps, eta {args.eta:g}, worst of {len(image)} images"
+    error_plot(points, path, title=title, target=args.tol or 1e-3)
+    print(f"wrote {path}")
 
 
 def invert(problem: Any, image: Any, method: str, args: argparse.Namespace) -> Any:
@@ -99,29 +118,34 @@ def invert(problem: Any, image: Any, method: str, args: argparse.Namespace) -> A
 
 
 def read(paths: list[Path], shape: tuple[int, ...], resize: bool) -> Any:
-    """(B, C, H, W) float64 in [-1, 1]. Raises CommandError for a file that is no picture or has another size."""
-    import numpy as np
+    """(B, C, H, W) float64 in [-1, 1]. Raises CommandError as `read_picture`."""
     import torch
-    from PIL import Image, UnidentifiedImageError
 
-    channels, height, width = shape
-    if channels not in (1, 3):
+    from ._reading import read_picture
+
+    if shape[0] not in (1, 3):
         raise CommandError(
-            f"the model works on {channels} channels: its samples are no pictures, invert them in Python"
+            f"the model works on {shape[0]} channels: its samples are no pictures, invert them in Python"
         )
-    pictures = []
-    for path in paths:
+    return torch.stack([read_picture(path, shape, resize) for path in paths])
+
+
+def read_those_that_can_be(paths: list[Path], shape: tuple[int, ...], resize: bool) -> tuple[Any, list[str], list[str]]:
+    """(B, C, H, W) of the pictures that can be read, their names, and why the others cannot."""
+    import torch
+
+    def attempt(path: Path) -> Any:
         try:
-            picture = Image.open(path).convert("L" if channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise CommandError(f"{path}: not a picture that can be read ({error})") from error
-        if picture.size != (width, height):
-            if not resize:
-                found = f"{picture.size[0]} x {picture.size[1]}"
-                raise CommandError(f"{path}: {found} pixels, and the model makes {width} x {height}; pass --resize")
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        pictures.append(np.asarray(picture, dtype=np.float64).reshape(height, width, channels))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+            return read([path], shape, resize)
+        except CommandError as error:
+            return error
+
+    found = [(str(path), attempt(path)) for path in paths]
+    refused = [str(result) for _, result in found if isinstance(result, CommandError)]
+    if len(refused) == len(found):
+        raise CommandError("; ".join(refused))
+    read_well = [(name, result) for name, result in found if not isinstance(result, CommandError)]
+    return torch.cat([picture for _, picture in read_well]), [name for name, _ in read_well], refused
 
 
 def summary(name: str, result: Any, args: argparse.Namespace) -> str:

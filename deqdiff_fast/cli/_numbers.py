@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
+
+MAX_SEED, MAX_FLOAT = 10**12, 1e100
 
 
 def positive_int(text: str) -> int:
@@ -14,10 +15,10 @@ def positive_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A number > 0."""
+    """A number > 0 whose square is one."""
     value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
+    if not 0 < value < MAX_FLOAT:
+        raise argparse.ArgumentTypeError(f"expected a number > 0 and below {MAX_FLOAT:g}, got {text!r}")
     return value
 
 
@@ -26,6 +27,17 @@ def fraction(text: str) -> float:
     value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number from which the 64-bit seeds of millions of images follow."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = MAX_SEED + 1
+    if abs(value) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"expected a whole number from -{MAX_SEED} to {MAX_SEED}, got {text!r}")
     return value
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
 class CommandError(Exception):
-    """A mistake that the user can mend; printed as one line, exit status 2."""
+    """A mistake that the user can mend; printed as one line."""
+
+    status = 2
+
+
+class UnfinishedError(CommandError):
+    """What was left out, once all else is written."""
+
+    status = 1
 
 
 def check_folder(folder: Path) -> None:
@@ -23,12 +29,14 @@ def check_folder(folder: Path) -> None:
         raise CommandError(f"cannot write in {folder}: {error.strerror or error}; name another folder") from error
 
 
-def check_picture(option: str, path: Path | None) -> None:
-    """Refuse a picture that could not be written at the end."""
-    if path is None:
-        return
-    if path.suffix.lower() != ".png":
-        raise CommandError(f"{option} {path}: pictures are written as PNG; name a file that ends in .png")
+def check_file(option: str, path: Path) -> None:
+    """Refuse a file that could not be written at the end."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long
+        raise CommandError(f"{option} {path}: cannot be written ({error.strerror}); name another file") from error
     if path.is_dir():
         raise CommandError(f"{option} {path}: that is a folder; name a file in it")
     if path.exists() and not os.access(path, os.W_OK):
@@ -36,12 +44,18 @@ def check_picture(option: str, path: Path | None) -> None:
     check_folder(path.parent)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place once the block has ended well."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+def check_picture(option: str, path: Path | None) -> None:
+    """Refuse a picture that could not be written at the end."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise CommandError(f"{option} {path}: pictures are written as PNG; name a file that ends in .png")
+    check_file(option, path)
+
+
+def require_pillow() -> None:
+    """Refuse early what reads or writes pictures."""
     try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise CommandError('pictures need Pillow: pip install "deqdiff_fast[diffusers]"') from error

@@ -9,7 +9,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from ._output import CommandError, replacing
+from ..schedule.tensor_file import replacing
+from ._output import CommandError
 
 MARKERS = "osD^vP*X"
 
@@ -65,7 +66,8 @@ def _axes(path: Path, title: str, target: float | None) -> Iterator[Any]:
     if target is not None:
         axes.axhline(target, color="grey", linestyle=":", label=f"{target:g}")
     axes.set_yscale("log")
-    axes.set_title(title, fontsize=10)
+    # names of models and folders may hold what is no text, or a $
+    axes.set_title(title.encode("utf-8", "replace").decode(), fontsize=10, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as partial:

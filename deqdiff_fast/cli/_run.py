@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..integrations.diffusers import ModelInfo, ddim_schedule, load_model
+from ..planner.free_memory import free_bytes
 from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
 from ._output import CommandError
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+STREAM_BYTES = 5000  # of a generator
 
 
 @dataclass
@@ -38,8 +41,23 @@ class Problem:
         """A fresh generator for each image."""
         return [torch.Generator().manual_seed(self.seed * 1_000_003 + k) for k in range(batch)]
 
+    def check_room(self, batch: int) -> None:
+        """Refuse a batch that cannot be: where memory is promised and then not there, the process is killed."""
+        numel = math.prod(self.info.sample_shape)
+        for device, each in (
+            (torch.device("cpu"), 8 * numel + STREAM_BYTES),
+            (self.device, 2 * numel * self.dtype.itemsize),
+        ):
+            free = free_bytes(device)
+            if free is not None and batch * each > free:
+                raise CommandError(
+                    f"a batch of {batch} images: their noise alone takes {batch * each / 2**30:.1f} GiB of memory "
+                    f"({device.type}), and {free / 2**30:.1f} GiB are free; ask for fewer at a time"
+                )
+
     def noise(self, batch: int) -> tuple[Tensor, list[torch.Generator]]:
         """(batch, C, H, W) initial states and their generators. Image k has a stream of its own, whatever the batch."""
+        self.check_room(batch)
         streams = self.streams(batch)
         noise = torch.stack([torch.randn(self.info.sample_shape, generator=stream) for stream in streams])
         noise *= self.schedule.init_noise_sigma
@@ -50,15 +68,15 @@ class Problem:
         return DEQSampler(self.model, self.schedule, **{**self.kwargs, "draft": self.draft, **settings})
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`, or "auto". Raises CommandError for one that is not usable here."""
+def pick_device(name: str, dtype: torch.dtype = torch.float32) -> torch.device:
+    """The device called `name`, or "auto". Raises CommandError for one that cannot compute here in that dtype."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        float(torch.zeros(1, device=device, dtype=dtype).sum())
+    except Exception as error:  # each of torch's backends has its own way to say that it is not there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CommandError(f"--device {name}: not usable here ({reason}); `deqdiff-fast info` lists devices") from error
     return device
 
@@ -76,7 +94,8 @@ def load_problem(
     max_batch: int | None = None,
 ) -> Problem:
     """Load `model` and lay out its chain. Raises CommandError for a model that needs more than noise and time."""
-    where, precision = pick_device(device), DTYPES[dtype]
+    precision = DTYPES[dtype]
+    where = pick_device(device, precision)
     loaded = load_model(model, device=where, dtype=precision)
     if loaded.info.conditional:
         raise CommandError(

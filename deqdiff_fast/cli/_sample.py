@@ -8,8 +8,8 @@ from typing import Any
 
 from ..presets import PRESETS, preset
 from ..solver import NAMED
-from ._numbers import fraction, positive_float, positive_int, window
-from ._output import CommandError, check_picture
+from ._numbers import fraction, positive_float, positive_int, seed, window
+from ._output import CommandError, check_picture, require_pillow
 
 SPACINGS = ("leading", "trailing", "linspace", "quad")
 DEFAULTS = {"model": "bundled", "steps": 50, "eta": 0.0, "solver": "auto"}
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
         help="most rows in one model call (default: all on a GPU, 64 or more on a CPU)",
     )
     parser.add_argument("--batch", type=positive_int, default=16, help="number of images (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="image k is the same for every --batch (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="image k is the same for every --batch (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="PNG", help="default samples.png")
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     settle(args)
     check_picture("--out", args.out)
     check_picture("--plot", args.plot)
+    require_pillow()
     if args.plot is not None:
         from ._plot import require_matplotlib
 

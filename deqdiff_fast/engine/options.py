@@ -61,7 +61,7 @@ class Options:
         arguments.check_schedule(schedule)
         resolved, spectrum, draft = resolve(solver), given["spectrum"], given["draft"]
         if draft is not None:
-            arguments.check_draft(draft)
+            arguments.check_draft(draft, schedule)
             resolved = resolve("draft") if isinstance(solver, str) and solver == "auto" else resolved
         elif resolved.needs_draft:
             raise ValueError("solver: 'draft' needs DEQSampler(draft=...), a cheap stand-in for the model; got None")
@@ -151,6 +151,7 @@ class Options:
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
         system.learned = self.learned
         if self.solver.needs_draft and self.draft is not None and not serial:
+            arguments.check_draft_shape(self.draft, noise)
             rows = BatchedModel(self.draft, self.schedule, noise, model_kwargs, system.max_batch)
             system.draft = DraftCalls(rows)
         if self.planned and not serial:  # windows come and go: a compiled model is to see the same sizes in all of them

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,33 +68,32 @@ def load_model(
 
     Raises:
         FileNotFoundError, OSError: there is nothing to load.
-        ValueError: it is no diffusers model.
+        ValueError: it is no diffusers model, or a file of it is damaged, of another model or of another version.
         ImportError: diffusers is not installed.
     """
     library = _library()
     source = _source(name_or_folder)
     config, part = _config(library.UNet2DModel, source, _DENOISERS, "a denoiser (unet/ or transformer/)")
-    model_class = _class(library, config, source)
-    place = {"subfolder": part} if part else {}
-    model = model_class.from_pretrained(source, torch_dtype=dtype, low_cpu_mem_usage=False, **place)
-    model = model.to(device=device).eval().requires_grad_(False)
-    rules, _ = _config(library.DDIMScheduler, source, ("scheduler", ""), "a scheduler (scheduler_config.json)")
-    scheduler = _class(library, rules, source).from_config(rules)
+    model_class = _class(library, config, Path(source, part, "config.json"), "ModelMixin")
+    model = _model(model_class, source, part, dtype).to(device=device).eval().requires_grad_(False)
+    rules, place = _config(library.DDIMScheduler, source, ("scheduler", ""), "a scheduler (scheduler_config.json)")
+    rules_file = Path(source, place, "scheduler_config.json")
+    scheduler_class = _class(library, rules, rules_file, "SchedulerMixin")
+    with _readable(rules_file, "the configuration of a scheduler"):
+        scheduler = scheduler_class.from_config(rules)
     name = model_class.__name__
-    free = name in _UNCONDITIONAL and not model.config.class_embed_type and not model.config.num_class_embeds
+    with _readable(Path(source, part, "config.json"), "the configuration of a model of images, with its sample_size,"):
+        free = name in _UNCONDITIONAL and not model.config.class_embed_type and not model.config.num_class_embeds
+        shape = _sample_shape(model.config)
     info = ModelInfo(
         name=str(name_or_folder),
         model_class=name,
         scheduler_class=type(scheduler).__name__,
-        sample_shape=_sample_shape(model.config),
+        sample_shape=shape,
         parameters=sum(p.numel() for p in model.parameters()),
         conditional="" if free else _CONDITIONS.get(name, "class_labels or other conditioning"),
     )
-    spectrum, draft = (Path(source) / f"{name}.safetensors" for name in ("spectrum", "draft"))
-    return LoadedModel(
-        model, scheduler, info, SpectralSlope.load(spectrum) if spectrum.is_file() else None,
-        ConvDraft.load(draft, device=device) if draft.is_file() else None,
-    )  # fmt: skip
+    return LoadedModel(model, scheduler, info, _spectrum(source, shape), _draft(source, shape, scheduler, device))
 
 
 def ddim_schedule(
@@ -147,7 +148,9 @@ def _source(name_or_folder: str | Path) -> str:
     text = str(name_or_folder)
     if text == BUNDLED:
         return str(bundled_model())
-    folder = Path(text).expanduser()
+    folder = Path(text)
+    with suppress(RuntimeError):  # ~ of a user that is not there
+        folder = folder.expanduser()
     if folder.is_dir():
         return str(folder)
     if folder.exists():
@@ -161,12 +164,14 @@ def _config(loader: Any, source: str, parts: tuple[str, ...], what: str) -> tupl
     """The first configuration among `parts` (subfolders) of `source`, and where it was."""
     reason = ""
     for part in parts:
+        file = Path(source, part, loader.config_name)
         try:
-            config = loader.load_config(source, **({"subfolder": part} if part else {}))
+            with _readable(file, "a configuration"):
+                return dict(loader.load_config(source, **({"subfolder": part} if part else {}))), part
         except OSError as error:
+            if file.is_file():
+                raise ValueError(f"{file}: expected a configuration that diffusers wrote: {error}") from error
             reason = str(error)
-            continue
-        return dict(config), part
     if Path(source).is_dir():
         raise FileNotFoundError(f"model {source!r}: no {what.removeprefix('a ')} in it; is it a diffusers folder?")
     raise OSError(
@@ -174,11 +179,67 @@ def _config(loader: Any, source: str, parts: tuple[str, ...], what: str) -> tupl
     )
 
 
-def _class(library: Any, config: dict[str, Any], source: str) -> Any:
+def _class(library: Any, config: dict[str, Any], file: Path, base: str) -> Any:
     name = config.get("_class_name")
     found = getattr(library, str(name), None)
-    if found is None:
-        raise ValueError(f"model {source!r}: diffusers {library.__version__} has no class {name!r}; update diffusers?")
+    if not (isinstance(found, type) and issubclass(found, getattr(library, base))):
+        raise ValueError(
+            f"{file}: expected the class of a {base.removesuffix('Mixin').lower()}, and diffusers "
+            f"{library.__version__} has none called {name!r}; update diffusers?"
+        )
+    return found
+
+
+def _model(model_class: Any, source: str, part: str, dtype: torch.dtype) -> Any:
+    """The network with its weights, all of them: diffusers would leave at random what a file does not have."""
+    place = {"subfolder": part} if part else {}
+    weights = sorted(Path(source, part).glob("diffusion_pytorch_model*"))
+    file, what = weights[0] if weights else Path(source, part), f"weights of a {model_class.__name__}"
+    try:
+        with _readable(file, what):
+            model, found = model_class.from_pretrained(
+                source, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True, **place
+            )
+    except OSError as error:
+        if not weights:
+            raise
+        raise ValueError(f"{file}: expected {what}, whole and unchanged: {error}") from error
+    if found["missing_keys"]:
+        lacking = f"{len(found['missing_keys'])} tensors are missing, such as {min(found['missing_keys'])}"
+        raise ValueError(f"{file}: expected {what}: {lacking}")
+    return model
+
+
+@contextmanager
+def _readable(file: Path, what: str) -> Iterator[None]:
+    """Whatever diffusers raises over a file that is not what it should be is a ValueError that names it."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{file}: expected {what} that diffusers can use ({reason})") from error
+
+
+def _spectrum(source: str, shape: tuple[int, ...]) -> SpectralSlope | None:
+    """What lies beside the model, if it is for its samples."""
+    path = Path(source, "spectrum.safetensors")
+    found = SpectralSlope.load(path) if path.is_file() else None
+    if found is not None and found.shape != shape:
+        raise ValueError(f"{path}: expected the spectrum of samples of shape {shape}, got {found.shape}")
+    return found
+
+
+def _draft(source: str, shape: tuple[int, ...], scheduler: Any, device: torch.device | str) -> ConvDraft | None:
+    """What lies beside the model, if it is a draft of this one."""
+    path = Path(source, "draft.safetensors")
+    found = ConvDraft.load(path, device=device) if path.is_file() else None
+    if found is not None and hasattr(scheduler, "alphas_cumprod"):
+        wanted = (shape, len(scheduler.alphas_cumprod), scheduler.config.prediction_type)
+        got = (found.spectrum.shape, len(found.get_buffer("alphas_cumprod")), found.prediction_type)
+        if got != wanted:
+            raise ValueError(f"{path}: expected a draft with shape, timesteps and prediction_type {wanted}, got {got}")
     return found
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..schedule import SpectralSlope
+from ..schedule.tensor_file import read_tensors, write_tensors, written_by
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PATCH = 2  # pixels of a block that the convolutions see as channels
@@ -48,7 +47,8 @@ class ConvDraft(nn.Module):
             raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTIONS)}, got {prediction_type!r}")
         if len(shape) != 3 or shape[1] % PATCH or shape[2] % PATCH:
             raise ValueError(f"spectrum: expected one of images (C, H, W) with even H and W, got {shape}")
-        if alphas_cumprod.dim() != 1 or not bool(((alphas_cumprod > 0) & (alphas_cumprod < 1)).all()):
+        inside = (alphas_cumprod > 0) & (alphas_cumprod < 1)
+        if alphas_cumprod.dim() != 1 or not inside.numel() or not bool(inside.all()):
             raise ValueError("alphas_cumprod: expected values between 0 and 1 of shape (N,)")
         self.prediction_type, self.spectrum, self.width, self.depth = prediction_type, spectrum, width, depth
         alphas = alphas_cumprod.detach().double().cpu()
@@ -147,15 +147,14 @@ class ConvDraft(nn.Module):
         return rows @ (channels @ x.reshape(n, c, h * w)).view(n, c, h, w) @ columns.T
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, weights in half precision."""
+        """Write a safetensors file, weights in half precision. Raises OSError, and leaves what was there."""
         state = {f"network.{name}": value.half() for name, value in self.state_dict().items() if "alphas" not in name}
         tables = {
             "alphas_cumprod": self.get_buffer("alphas_cumprod"), "variance": self.spectrum.variance.float(),
             "channels": self.spectrum.channels,
         }  # fmt: skip
         facts = {"prediction_type": self.prediction_type, "width": self.width, "depth": self.depth}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in (state | tables).items()}
-        save_file(tensors, str(path), metadata={"conv_draft": json.dumps(facts)})
+        write_tensors(state | tables, path, {"conv_draft": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> ConvDraft:
@@ -165,17 +164,21 @@ class ConvDraft(nn.Module):
             The draft in eval mode, without gradients for its weights.
 
         Raises:
-            ValueError: another kind of file.
+            ValueError: it is damaged, or another kind of file.
+            OSError: it is not there, or may not be read.
         """
-        with safe_open(str(path), "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("conv_draft", "null"))
-            if facts is None:
-                raise ValueError(f"{path}: expected a file that ConvDraft.save wrote")
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        spectrum = SpectralSlope(stored.pop("variance"), stored.pop("channels"))
-        draft = cls(stored.pop("alphas_cumprod"), spectrum=spectrum, **facts)
-        own = {name.removeprefix("network."): value.float() for name, value in stored.items()}
-        draft.load_state_dict({"alphas_cumprod": draft.alphas_cumprod, **own})
+        with written_by("ConvDraft.save", path):
+            stored, metadata = read_tensors(path)
+            facts = json.loads(metadata["conv_draft"])
+            spectrum = SpectralSlope(stored.pop("variance"), stored.pop("channels"))
+            alphas = stored.pop("alphas_cumprod")
+            own = {name.removeprefix("network."): value.float() for name, value in stored.items()}
+            depth = sum(name.startswith("inner.") and name.endswith(".weight") for name in own)
+            sizes = {"width": len(own["first.weight"]), "depth": depth}
+            if facts != {**sizes, "prediction_type": facts["prediction_type"]}:
+                raise ValueError(f"its metadata {facts} are not those of weights of {sizes}")
+            draft = cls(alphas, spectrum=spectrum, **facts)
+            draft.load_state_dict({"alphas_cumprod": draft.alphas_cumprod, **own})
         # channels last: a tenth faster on a CPU
         draft.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return draft.eval().requires_grad_(False)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .._types import Model
 from .chain import draw_samples
 from .schedule import Schedule
+from .tensor_file import read_tensors, write_tensors, written_by
 
 MIN_VARIANCE = 1e-4  # a coefficient that a few samples never show is not known to be zero
 
@@ -126,14 +126,20 @@ class SpectralSlope:
         return cls.fit(draw_samples(model, schedule, noise.to(device, dtype), model_kwargs, draw))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        save_file({"variance": self.variance.float(), "channels": self.channels.contiguous()}, str(path))
+        """Write a safetensors file. Raises OSError, and leaves what was there."""
+        write_tensors({"variance": self.variance.float(), "channels": self.channels}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> SpectralSlope:
-        """Read a file that `save` wrote."""
-        stored = load_file(str(path))
-        return cls(stored["variance"], stored["channels"])
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: it is damaged, or another kind of file.
+            OSError: it is not there, or may not be read.
+        """
+        with written_by("SpectralSlope.save", path):
+            stored, _ = read_tensors(path)
+            return cls(stored["variance"], stored["channels"])
 
     def basis(self) -> Basis:
         """The change of basis between samples and coefficients."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deqdiff_fast as dq
@@ -68,6 +72,42 @@ def test_it_is_on_disk_what_it_was(abar, noise, tmp_path):
     spectrum().save(tmp_path / "spectrum.safetensors")
     with pytest.raises(ValueError, match=r"ConvDraft\.save"):
         dq.ConvDraft.load(tmp_path / "spectrum.safetensors")
+
+
+def change(stored, facts, kind):
+    """What a file of another version, or one that was mended by hand, may hold."""
+    return {
+        "unknown fact": (stored, facts | {"frob": 1}),
+        "no width": (stored, {"prediction_type": "epsilon", "depth": 2}),
+        "another width": (stored, facts | {"width": 10**9}),
+        "another depth": (stored, facts | {"depth": 3}),
+        "a list": (stored, [1, 2]),
+        "another prediction": (stored, facts | {"prediction_type": "flow"}),
+        "no weight": ({k: v for k, v in stored.items() if k != "network.last.bias"}, facts),
+        "a weight more": (stored | {"network.extra": torch.ones(1)}, facts),
+        "another weight": (stored | {"network.last.bias": torch.ones(3)}, facts),
+        "NaN": (stored | {"network.last.bias": stored["network.last.bias"] * float("nan")}, facts),
+        "no noise schedule": (stored | {"alphas_cumprod": torch.ones(0)}, facts),
+        "odd size": (stored | {"variance": torch.ones(3, 7, 7)}, facts),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["unknown fact", "no width", "another width", "another depth", "a list", "another prediction", "no weight",
+     "a weight more", "another weight", "NaN", "no noise schedule", "odd size"],
+)  # fmt: skip
+def test_files_of_another_version_are_refused(abar, tmp_path, kind):
+    path = tmp_path / "draft.safetensors"
+    trained(abar).save(path)
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(file.metadata()["conv_draft"])
+    dq.ConvDraft.load(path)
+    tensors, changed = change(stored, facts, kind)
+    save_file(tensors, path, metadata={"conv_draft": json.dumps(changed)})
+    with pytest.raises(ValueError, match=r"draft\.safetensors: expected a file that ConvDraft\.save wrote"):
+        dq.ConvDraft.load(path)
 
 
 def test_rows_times_and_dtypes(abar, noise):
