@@ -16,6 +16,7 @@ from .engine.reporting import ProgressBar, report_not_converged
 from .engine.row_limit import row_limit
 from .inversion import resolve
 from .inversion.base import DEFAULT_TOL, InversionInfo, InversionProblem, InversionStats, Method
+from .inversion.bound_model import bind
 from .inversion.verification import verify_and_refine
 from .memory import SolverMemory, default_memory
 from .schedule import Schedule, SpectralSlope
@@ -131,9 +132,10 @@ class DEQInverter:
         start_time = time.perf_counter()
         with torch.no_grad(), ProgressBar(progress, "inverting", "state") as bar:
             report = _reporter(bar, callback) if progress or callback is not None else None
+            model, model_kwargs = bind(self.model, image.shape[0], model_kwargs)
             problem = InversionProblem(
-                model=self.model, schedule=self.schedule, image=image, model_kwargs=model_kwargs, generator=generator,
-                tol=self.tol, max_rounds=self.max_rounds, window=self.window, backend=self.backend,
+                model=model, schedule=self.schedule, image=image.detach(), model_kwargs=model_kwargs,
+                generator=generator, tol=self.tol, max_rounds=self.max_rounds, window=self.window, backend=self.backend,
                 on_failure=self.on_failure, max_batch=row_limit(self.max_batch, image), memory=self.memory,
                 spectrum=self.spectrum, report=report, init_trajectory=init_trajectory,
             )  # fmt: skip
