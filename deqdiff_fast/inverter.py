@@ -19,6 +19,7 @@ from .inversion.base import DEFAULT_TOL, InversionInfo, InversionProblem, Invers
 from .inversion.bound_model import bind
 from .inversion.verification import verify_and_refine
 from .memory import SolverMemory, default_memory
+from .model.transforms import check_inputs
 from .schedule import Schedule, SpectralSlope
 from .schedule.noise import check_generator
 
@@ -126,6 +127,7 @@ class DEQInverter:
             ValueError, TypeError: a bad argument.
             NonFiniteError: the model returned NaN or Inf.
             ModelOutputError: the model returned something that is not a prediction.
+            NotImplementedError: an argument carries a forward-mode tangent or belongs to a torch.func transform.
             NotConvergedError: the tolerance is missed and `on_failure` is "raise".
         """
         self._check(image, model_kwargs, generator, callback, init_trajectory)
@@ -151,6 +153,7 @@ class DEQInverter:
         return result
 
     def _check(self, image: object, model_kwargs: Any, generator: Any, callback: Any, init: Tensor | None) -> None:
+        check_inputs(self.model, image=image, model_kwargs=model_kwargs)
         arguments.check_image(image)
         assert isinstance(image, Tensor)
         arguments.check_kwargs(model_kwargs)
