@@ -17,9 +17,11 @@ from .engine.reporting import ProgressBar, report_not_converged
 from .engine.row_limit import row_limit
 from .inversion import resolve
 from .inversion.base import DEFAULT_TOL, InversionInfo, InversionProblem, InversionStats, Method
+from .inversion.bound_model import bind
 from .inversion.verification import verify_and_refine
 from .memory import SolverMemory, default_memory
 from .model.sample_kwargs import warn_of_guesses
+from .model.transforms import check_inputs
 from .schedule import Schedule, SpectralSlope
 from .schedule.noise import check_generator
 
@@ -132,15 +134,17 @@ class DEQInverter:
             ValueError, TypeError: a bad argument.
             NonFiniteError: the model returned NaN or Inf.
             ModelOutputError: the model returned something that is not a prediction.
+            NotImplementedError: an argument carries a forward-mode tangent or belongs to a torch.func transform.
             NotConvergedError: the tolerance is missed and `on_failure` is "raise".
         """
         self._check(image, model_kwargs, generator, callback, init_trajectory)
         start_time = time.perf_counter()
         with torch.no_grad(), ProgressBar(progress, "inverting", "state") as bar:
             report = _reporter(bar, callback) if progress or callback is not None else None
+            model, model_kwargs = bind(self.model, image.shape[0], model_kwargs)
             problem = InversionProblem(
-                model=self.model, schedule=self.schedule, image=image, model_kwargs=model_kwargs, generator=generator,
-                tol=self.tol, max_rounds=self.max_rounds, window=self.window, backend=self.backend,
+                model=model, schedule=self.schedule, image=image.detach(), model_kwargs=model_kwargs,
+                generator=generator, tol=self.tol, max_rounds=self.max_rounds, window=self.window, backend=self.backend,
                 on_failure=self.on_failure, max_batch=row_limit(self.max_batch, image), memory=self.memory,
                 spectrum=self.spectrum, report=report, init_trajectory=init_trajectory,
             )  # fmt: skip
@@ -156,6 +160,7 @@ class DEQInverter:
         return result
 
     def _check(self, image: object, model_kwargs: Any, generator: Any, callback: Any, init: Tensor | None) -> None:
+        check_inputs(self.model, image=image, model_kwargs=model_kwargs)
         arguments.check_image(image)
         assert isinstance(image, Tensor)
         arguments.check_kwargs(model_kwargs)

@@ -13,7 +13,7 @@ from ._types import Backend, Generators, Model, OnFailure
 from .engine import arguments
 from .engine.options import Options
 from .engine.solve import Request, solve_parallel, solve_serially
-from .gradient import Gradient, Problem
+from .gradient import Gradient, Problem, Unrolled
 from .gradient import resolve as resolve_gradient
 from .loop.base import Solver
 from .memory import SolverMemory
@@ -137,9 +137,10 @@ class DEQSampler:
             A `Solution`.
 
         Raises:
-            NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError.
+            NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError. NotImplementedError: an argument
+            carries a forward-mode tangent or belongs to a torch.func transform.
         """
-        self.options.check_request(noise, model_kwargs, generator)
+        self.options.check_request(noise, model_kwargs, generator, isinstance(self.gradient, Unrolled))
         arguments.check_trajectory(init_trajectory, noise, self.schedule.num_steps)
         arguments.check_callback(callback)
         request = Request(noise, generator, callback, progress, init_trajectory, return_trajectory)

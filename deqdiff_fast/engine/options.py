@@ -16,6 +16,7 @@ from ..memory import SolverMemory, default_memory
 from ..model.batched import BatchedModel
 from ..model.draft_calls import DraftCalls
 from ..model.sample_kwargs import warn_of_guesses
+from ..model.transforms import check_inputs
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.noise import check_generator
 from ..solver import resolve
@@ -138,8 +139,11 @@ class Options:
         chosen: SpectralSlope | str | None = slope
         return chosen
 
-    def check_request(self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators) -> None:
-        """Raises ValueError or TypeError where a solve cannot begin."""
+    def check_request(
+        self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, reverse: bool = False
+    ) -> None:
+        """Raises ValueError, TypeError or NotImplementedError where a solve cannot begin."""
+        check_inputs(self.model, reverse, noise=noise, model_kwargs=model_kwargs)
         arguments.check_noise(noise)
         arguments.check_kwargs(model_kwargs)
         check_generator(generator, noise.shape[0])

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..solution import Solution
 from .base import Problem
 from .batched_vjp import BatchedVJP
+from .first_order import first_order
 
 Cotangents = Callable[[BatchedVJP, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`cotangents(vjp, states, start)`: from states (T + 1, B, D) and the sample's cotangent (B, D) those of the noise
@@ -37,13 +37,13 @@ class _AtSolution(Function):
     ) -> Tensor:
         solution = problem.solve()
         solutions.append(solution)
-        ctx.system, ctx.cotangents, ctx.kwargs = problem.system, cotangents, kwargs
+        ctx.system, ctx.cotangents, ctx.kwargs, ctx.noise = problem.system, cotangents, kwargs, noise
         ctx.save_for_backward(solution.trajectory, *leaves)
         sample: Tensor = solution.sample.clone()
         return sample
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
         trajectory, *leaves = ctx.saved_tensors
         system, (kwargs, count) = ctx.system, ctx.kwargs

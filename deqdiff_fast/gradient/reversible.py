@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..errors import ConvergenceWarning
 from ..solution import Solution
 from .base import Problem
 from .batched_vjp import BatchedVJP
+from .first_order import first_order
 from .fixed_point_map import FixedPointMap
 from .monitor import IterationMonitor
 
@@ -120,13 +120,13 @@ class _Iteration(Function):
             z = (1 - b) * z + b * f.scan(first, y, vjp.predictions(y[:-1]))
             if ended:
                 break
-        ctx.run, ctx.rounds = run, rounds
+        ctx.run, ctx.rounds, ctx.noise = run, rounds, noise
         ctx.save_for_backward(y, z, noise, *leaves, *anchors)
         states.append(z)
         return z[-1].view(noise.shape).to(noise.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> Any:
         y, z, noise, *rest = ctx.saved_tensors
         run, b = ctx.run, ctx.run.relaxation

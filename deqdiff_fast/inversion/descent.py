@@ -74,12 +74,13 @@ class GradientDescent:
         optimizer.zero_grad(set_to_none=True)
         samples = self.active
         at = samples.to(self.problem.image.device)
-        noise = torch.stack([self.noises[b] for b in samples.tolist()])
+        moved = [self.noises[b] for b in samples.tolist()]
+        noise = torch.stack(moved)
         warm = self.trajectory if self.method.warm_start else None
         sample, trajectory, rounds = self.forward(noise, at, None if warm is None else warm[:, at])
         wide = torch.promote_types(sample.dtype, torch.float32)
         loss = (sample.to(wide) - self.problem.image[at].to(wide)).flatten(1).square().sum(1)
-        torch.autograd.backward(loss.sum())
+        torch.autograd.backward(loss.sum(), inputs=moved)  # nothing of the caller's gets one
         self._record(samples, noise.detach(), trajectory, loss.detach().double().cpu(), rounds)
         return float(loss.detach().sum())
 

@@ -73,9 +73,8 @@ class EquilibriumLoop:
 
     def _window_start(self, hi: int) -> int:
         """The first row that is solved together with the ones below hi: the stiff ones first, then the window."""
-        if self.current_width > 1 and hi > self.steps - self.tail:
-            return self.steps - self.tail
-        return max(0, hi - self.current_width)
+        first = self.steps - self.tail if hi > self.steps - self.tail else 0
+        return max(first, hi - self.current_width)
 
     def _iterate(self, limit: int) -> None:
         """Rounds until all samples are final, the limit is reached or the user stops."""

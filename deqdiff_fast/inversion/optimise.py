@@ -119,7 +119,7 @@ class Optimise:
             converged = descent.run()
         stats.model_evals, stats.model_calls = model.evals, model.calls
         stats.backpropagations = model.backpropagations
-        stats.losses = torch.stack(descent.losses)
+        stats.losses = torch.stack(descent.losses) if descent.losses else stats.losses.new_empty(0, problem.batch)
         stats.seconds = torch.tensor(descent.seconds, dtype=torch.float64)
         return MethodResult(descent.best, descent.best_trajectory, converged, stats)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._types import Model, Rows, unwrap_output
+from .._types import Model, Rows
 from ..errors import ModelOutputError
 from ..memory import Lease, MemoryPlan
 from ..schedule import Basis, Schedule
@@ -18,6 +18,7 @@ from ..schedule.cache import cached
 from .outputs import output_fault
 from .padding import is_compiled, out_of_memory, padded_sizes
 from .sample_kwargs import select_rows
+from .transforms import call
 
 _log = logging.getLogger("deqdiff_fast")
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
@@ -218,10 +219,9 @@ class BatchedModel:
         count: int | None = None,
     ) -> Tensor:  # fmt: skip
         """One call on rows `inputs`: (n, D), of which the first `count` are wanted; checked, (n, D)."""
-        output = self.model(inputs.view(-1, *self.shape), self.times[step] if times is None else times, **kwargs)
+        value = call(self.model, inputs.view(-1, *self.shape), self.times[step] if times is None else times, kwargs)
         self.model_calls += 1
         self.model_evals += len(step) if count is None else count
-        value = unwrap_output(output)
         fault = output_fault(value, (len(step), *self.shape), self.device)
         if fault:  # only here are the times read: they may lie on a device that must not be waited for
             first, last = (self.times[step[k]].item() for k in (0, -1))

@@ -22,10 +22,11 @@ def cached(schedule: Schedule, key: Hashable, make: Callable[[], Value]) -> Valu
     """`make()`, or what it returned for that key before; nobody may write to it.
 
     Computed as ordinary tensors, also under `torch.inference_mode`, for a later solve may be one with gradients. Where
-    operations are traced or intercepted (a compiler, a dispatch mode) nothing is cached, for tensors may then be of
-    another kind.
+    operations are traced or intercepted (a compiler, a dispatch mode, torch.func) nothing is cached, for tensors may
+    then be of another kind.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or transformed:
         return make()
     with _lock:
         entries = _cached.setdefault(schedule, OrderedDict())

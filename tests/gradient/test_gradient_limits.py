@@ -143,3 +143,19 @@ def test_second_derivatives_are_refused(ddim, bent):
         (first,) = torch.autograd.grad(out.sample.pow(2).sum(), start, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             first.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["implicit", "phantom", "reversible"])
+def test_second_derivatives_with_respect_to_some_inputs_are_no_zeros(ddim, bent, mode):
+    """With torch's own `once_differentiable` nobody asks the refusal: jvp, hvp and vhp were zero."""
+    start = torch.randn(1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sampler = dq.DEQSampler(bent(), ddim(5), solver="quasi-newton", gradient=mode)
+    for of in (torch.autograd.functional.hvp, torch.autograd.functional.vhp):
+        with pytest.raises(RuntimeError, match="use gradient='unrolled'"):
+            of(lambda x: sampler.sample(x).sample.square().sum(), start, start)
+    with pytest.raises(RuntimeError, match="use gradient='unrolled'"):
+        torch.autograd.functional.jvp(lambda x: sampler.sample(x).sample, start, start)
+    leaf = start.clone().requires_grad_()
+    (first,) = torch.autograd.grad(sampler.sample(leaf).sample.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(first.sum() + leaf.sum(), leaf)
