@@ -253,8 +253,7 @@ void anderson_step_call(Arguments& a) {
   p.scan = read_scan(a);
   p.history = static_cast<int>(a.integer("M", 1, kMaxHistory));
   p.width = a.integer("W", p.scan.steps > 0 ? 1 : 0, std::int64_t{1} << 30);
-  const std::int64_t slots = std::max<std::int64_t>(p.width, 1) * std::max<std::int64_t>(p.scan.batch, 1);
-  require_addressable("M, W, B, D", p.history * slots, p.scan.size);
+  require_addressable("M, W, B, D", {p.history, p.width, p.scan.batch, p.scan.size});
   const auto item = static_cast<std::size_t>(item_size(p.scan.dtype));
   p.f = a.address("f", item, has_data(p.scan));
   p.g = a.address("g", item, has_data(p.scan));

@@ -6,13 +6,17 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
-#include <unordered_set>
+#include <utility>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace deqdiff {
+namespace {
+constexpr std::size_t kAddressable = std::size_t{1} << 62;
+}  // namespace
 
 struct Slab {
   explicit Slab(std::size_t size) : capacity(size) {
@@ -37,6 +41,7 @@ class ArenaState {
   explicit ArenaState(std::size_t budget) : budget_(budget) {}
 
   std::unique_ptr<Slab> acquire(std::size_t bytes, std::uint64_t* generation) {
+    if (bytes > kAddressable) throw std::bad_alloc();  // before the rounding up, which would wrap
     const std::size_t size = std::max(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
     std::unique_ptr<Slab> slab = take_idle(size);
     const bool reused = slab != nullptr;
@@ -122,19 +127,6 @@ class ArenaState {
   ArenaStats stats_;
   bool poison_ = false;
 };
-
-Plan make_plan(const std::vector<std::pair<std::string, std::size_t>>& request) {
-  constexpr std::size_t kLimit = std::size_t{1} << 62;
-  Plan plan;
-  std::unordered_set<std::string> seen;
-  for (const auto& [name, bytes] : request) {
-    if (!seen.insert(name).second) throw std::invalid_argument("plan: the name '" + name + "' appears twice");
-    if (bytes > kLimit - plan.total) throw std::overflow_error("plan: '" + name + "' does not fit the address space");
-    plan.offsets.push_back(plan.total);
-    plan.total += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  }
-  return plan;
-}
 
 Lease::Lease(std::shared_ptr<ArenaState> arena, std::unique_ptr<Slab> slab, std::size_t bytes, std::uint64_t generation)
     : arena_(std::move(arena)), slab_(std::move(slab)), bytes_(bytes), generation_(generation) {}

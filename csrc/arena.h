@@ -4,21 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <string>
-#include <utility>
-#include <vector>
 
 namespace deqdiff {
 
 constexpr std::size_t kAlignment = 256;
-
-struct Plan {
-  std::vector<std::size_t> offsets;  // in the order of the request, multiples of kAlignment
-  std::size_t total = 0;
-};
-
-// Lays tensors out one after another. Throws std::invalid_argument on a repeated name, std::overflow_error past 2^62.
-Plan make_plan(const std::vector<std::pair<std::string, std::size_t>>& request);
 
 struct ArenaStats {
   std::size_t bytes = 0;       // held now, leased and idle
@@ -62,7 +51,7 @@ class Arena {
   // Idle slabs above `byte_budget` in sum are freed, the oldest first. Leased memory is not limited.
   explicit Arena(std::size_t byte_budget);
 
-  std::shared_ptr<Lease> lease(std::size_t bytes);
+  std::shared_ptr<Lease> lease(std::size_t bytes);  // throws std::bad_alloc where there is no such memory
   ArenaStats stats() const;
   void set_poison(bool on);  // fill slabs with NaN (0xFF bytes) when they are leased and when they are released
   void trim();               // free every idle slab

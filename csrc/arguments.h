@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -13,8 +14,8 @@ namespace deqdiff {
 class Arguments {
  public:
   explicit Arguments(std::size_t count) { entries_.reserve(count); }
-  void add(const char* name, std::int64_t value) { entries_.push_back({name, value, static_cast<double>(value)}); }
-  void add(const char* name, double value) { entries_.push_back({name, 0, value}); }
+  void add(const char* name, std::int64_t value) { entries_.push_back({name, value, static_cast<double>(value), true}); }
+  void add(const char* name, double value) { entries_.push_back({name, 0, value, false}); }
 
   std::int64_t integer(const char* name, std::int64_t low, std::int64_t high);
   bool flag(const char* name) { return integer(name, 0, 1) != 0; }
@@ -35,16 +36,21 @@ class Arguments {
     const char* name;
     std::int64_t integer;
     double number;
+    bool whole;  // given as an integer
     bool read = false;
   };
   const Entry& find(const char* name);
+  std::int64_t whole(const char* name);
 
   std::vector<Entry> entries_;
   std::size_t next_ = 0;  // arguments are read in about the order in which they come
 };
 
 void require(bool good, const std::string& name, const std::string& wanted);
-// That `lines` rows of `size` elements can be addressed.
-void require_addressable(const char* names, std::int64_t lines, std::int64_t size);
+// That a tensor of these sizes can be addressed, and its elements counted without overflow; 0 counts as 1.
+void require_addressable(const char* names, std::initializer_list<std::int64_t> sizes);
+// That 0 <= lo[b] <= hi[b] <= steps and hi[b] - lo[b] <= width for every sample b.
+void require_windows(const std::int32_t* lo, const std::int32_t* hi, std::int64_t batch, std::int64_t steps,
+                     std::int64_t width);
 
 }  // namespace deqdiff

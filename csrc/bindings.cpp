@@ -1,6 +1,5 @@
 // The only file that knows Python. Tensors come as addresses: no libtorch, so one wheel serves every torch.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <string>
 
@@ -52,7 +51,11 @@ Arguments read(const py::kwargs& given) {
       arguments.add(name, PyFloat_AS_DOUBLE(value.ptr()));
     } else {
       const long long integer = PyLong_AsLongLong(value.ptr());
-      if (integer == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if (integer == -1 && PyErr_Occurred() != nullptr) {
+        if (PyErr_ExceptionMatches(PyExc_OverflowError) == 0) throw py::error_already_set();
+        PyErr_Clear();
+        throw py::value_error(std::string(name) + ": expected an integer of 64 bits");
+      }
       arguments.add(name, static_cast<std::int64_t>(integer));
     }
   }
@@ -70,13 +73,6 @@ void define_op(py::module_& m, const char* name, void (*call)(Arguments&)) {
         call(arguments);
       },
       doc.c_str());
-}
-
-py::tuple plan_py(const std::vector<std::pair<std::string, std::size_t>>& request) {
-  const Plan plan = make_plan(request);
-  py::dict offsets;
-  for (std::size_t k = 0; k < request.size(); ++k) offsets[py::str(request[k].first)] = plan.offsets[k];
-  return py::make_tuple(offsets, plan.total);
 }
 
 py::dict stats_py(const Arena& arena) {
@@ -117,8 +113,6 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Arena>(m, "Arena", "Slabs of host memory, reused between solves; idle ones above the budget are freed.")
       .def(py::init<std::size_t>(), arg("byte_budget"))
-      .def_static("plan", &plan_py, arg("request"),
-                  "[(name, nbytes), ...] -> ({name: offset}, total bytes), offsets aligned to 256 bytes.")
       // With the GIL, like all that takes an arena's mutex: no other thread can then hold one while a process forks.
       .def("lease", &Arena::lease, arg("total_bytes"))
       .def("stats", &stats_py)

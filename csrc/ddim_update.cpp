@@ -1,7 +1,6 @@
 #include "ddim_update.h"
 
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
 #include "newton_rows.h"
@@ -15,16 +14,11 @@ constexpr std::int64_t kStripBlocks = 16;  // 16 KB of float32: the row before s
 }  // namespace
 
 RowIndex::RowIndex(const ScanProblem& problem, std::int64_t width) : lo_(problem.lo) {
+  require_windows(problem.lo, problem.hi, problem.batch, problem.steps, width);
   first_.reserve(problem.batch + 1);
   first_.push_back(0);
   for (std::int64_t b = 0; b < problem.batch; ++b) {
-    const std::int64_t lo = problem.lo[b], hi = problem.hi[b];
-    if (lo < 0 || hi > problem.steps || hi - lo > width) {
-      throw std::invalid_argument("lo, hi: window [" + std::to_string(lo) + ", " + std::to_string(hi) + ") of sample " +
-                                  std::to_string(b) + " must lie within [0, " + std::to_string(problem.steps) +
-                                  ") and hold at most " + std::to_string(width) + " rows");
-    }
-    first_.push_back(first_.back() + std::max<std::int64_t>(hi - lo, 0));
+    first_.push_back(first_.back() + problem.hi[b] - problem.lo[b]);
   }
 }
 
@@ -146,7 +140,7 @@ ScanProblem read_scan(Arguments& a, const char* sq_diff, const char* sq_norm) {
   p.size = a.integer("D", 0, std::int64_t{1} << 40);
   p.threads = static_cast<int>(a.integer("threads", 1, 1 << 20));
   p.lags = static_cast<int>(a.integer("L", 1, kMaxLags));
-  require_addressable("T, B, D", (p.steps + 1) * std::max<std::int64_t>(p.batch, 1), p.size);
+  require_addressable("T, B, D", {p.steps + 1, p.batch, p.size});
   const bool rows = has_rows(p), data = has_data(p);
   const auto item = static_cast<std::size_t>(item_size(p.dtype));
   p.states = a.address("states", item, data);
@@ -166,8 +160,7 @@ Rings read_rings(Arguments& a, const ScanProblem& scan, int least) {
   r.columns = static_cast<int>(a.integer("ring", least, kMaxSecants + 1));
   const bool used = r.columns > 0;
   r.width = a.integer("W", used && scan.steps > 0 ? 1 : 0, std::int64_t{1} << 30);
-  const std::int64_t slots = std::max<std::int64_t>(r.width, 1) * std::max<std::int64_t>(scan.batch, 1);
-  require_addressable("ring, W, B, D", std::max(r.columns, 1) * slots, scan.size);
+  require_addressable("ring, W, B, D", {r.columns, r.width, scan.batch, scan.size});
   const auto item = static_cast<std::size_t>(item_size(scan.dtype));
   r.z = a.address("z", item, used && has_data(scan));
   r.e = a.address("e", item, used && has_data(scan));

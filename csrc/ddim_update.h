@@ -42,7 +42,7 @@ struct HistoryView {
 // Active rows of all samples, numbered sample by sample.
 class RowIndex {
  public:
-  // Throws std::invalid_argument when a window reaches outside [0, steps] or is wider than `width`.
+  // Throws std::invalid_argument when a window is none of require_windows().
   RowIndex(const ScanProblem& problem, std::int64_t width);
 
   std::int64_t rows() const { return first_.back(); }

@@ -219,7 +219,7 @@ void draft_scan_call(Arguments& a) {
   p.slope = read_table(a, p.scan, "slope");
   p.anchors = a.integer("A", 1, std::max<std::int64_t>(steps, 1));
   p.ring = static_cast<int>(a.integer("ring", 1, kMaxSecants + 1));
-  require_addressable("ring, A, B, D", p.ring * p.anchors * std::max<std::int64_t>(p.scan.batch, 1), p.scan.size);
+  require_addressable("ring, A, B, D", {p.ring, p.anchors, p.scan.batch, p.scan.size});
   const bool data = has_data(p.scan);
   const auto item = static_cast<std::size_t>(item_size(p.scan.dtype));
   p.draft_output = a.address("draft_output", item, false);
@@ -233,8 +233,8 @@ void draft_scan_call(Arguments& a) {
   p.column = static_cast<int>(a.integer("column", 0, p.ring - 1));
   p.anchor = a.integer("anchor", 0, p.anchors - 1);
   p.start = a.integer("start", 0, std::max<std::int64_t>(steps - 1, 0));
-  p.stop = a.integer("stop", p.start, steps);
-  p.previous_start = a.integer("previous_start", -1, p.start);
+  p.stop = a.integer("stop", p.start + 1, steps);
+  p.previous_start = a.integer("previous_start", -1, p.start - 1);
   p.rollout = a.flag("rollout");
   a.ignore("last");
   a.finish();

@@ -68,6 +68,7 @@ void record(const DraftSecantsProblem& p, std::int64_t n, std::int64_t b) {
 }  // namespace
 
 void draft_secants(const DraftSecantsProblem& p) {
+  require_windows(p.lo, p.hi, p.batch, p.steps, p.steps);
   for (std::int64_t n = 0; n < p.anchors; ++n) {
     if (p.anchor_rows[n] < 0 || p.anchor_rows[n] >= p.steps) {
       throw std::invalid_argument("anchor_rows: row " + std::to_string(p.anchor_rows[n]) + " must lie within [0, " +
@@ -92,7 +93,7 @@ void draft_secants_call(Arguments& a) {
   p.threads = static_cast<int>(a.integer("threads", 1, 1 << 20));
   p.anchors = a.integer("A", 0, p.steps);
   p.ring = static_cast<int>(a.integer("ring", 1, kMaxSecants + 1));
-  require_addressable("T, ring, B, D", (p.steps + 1) * p.ring * std::max<std::int64_t>(p.batch, 1), p.size);
+  require_addressable("T, ring, B, D", {p.steps + 1, p.ring, p.batch, p.size});
   const bool rows = p.anchors > 0 && p.batch > 0, data = rows && p.size > 0;
   const auto item = static_cast<std::size_t>(item_size(p.dtype));
   p.states = a.address("states", item, data);

@@ -28,7 +28,7 @@ struct DraftSecantsProblem {
   int threads;
 };
 
-// Throws std::invalid_argument for a row outside of the chain.
+// Throws std::invalid_argument for a row or a window outside of the chain.
 void draft_secants(const DraftSecantsProblem& problem);
 
 }  // namespace deqdiff

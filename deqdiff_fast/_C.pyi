@@ -1,7 +1,6 @@
 # C++ core: solver memory and CPU kernels. An op takes its schema's arguments by name, tensors as addresses, and sizes:
 # see the `_call` function in its file in csrc/, and csrc/arguments.h.
 # dtype: 0 float32, 1 float64, 2 bfloat16. Coefficients, sums and Gram matrices: float64. lo, hi, filled: int32.
-from collections.abc import Sequence
 
 __version__: str
 
@@ -26,8 +25,6 @@ class Lease:
 
 class Arena:
     def __init__(self, byte_budget: int) -> None: ...
-    @staticmethod
-    def plan(request: Sequence[tuple[str, int]]) -> tuple[dict[str, int], int]: ...
     def lease(self, total_bytes: int) -> Lease: ...
     def stats(self) -> dict[str, int]: ...
     def set_poison(self, on: bool) -> None: ...

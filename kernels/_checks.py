@@ -1,4 +1,4 @@
-"""The one place where the ops' arguments are checked. Everything here raises ValueError, naming the argument."""
+"""What the checks of the ops' arguments share. Everything here raises ValueError, naming the argument."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ MAX_LAGS = 16  # PNDM with its Runge-Kutta start needs 11
 WIDE = (torch.float32, torch.float64)
 STORAGE = (*WIDE, torch.bfloat16, torch.float16)
 INDEX = (torch.int32,)
+Arguments = dict[str, Any]  # of an op, by the names of its schema
 
 
 def expect(
@@ -20,7 +21,7 @@ def expect(
 ) -> None:
     """A tensor of that shape, one of those dtypes and that device."""
     if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{name}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
@@ -28,34 +29,32 @@ def expect(
         raise ValueError(f"{name}: expected it on {device} like states, got {tensor.device}")
 
 
-def check_states(states: Tensor, predictions: Tensor, lo: Tensor, hi: Tensor) -> None:
+def check_states(given: Arguments) -> None:
     """What every op on a chain takes."""
+    states = given["states"]
     if states.dim() != 3 or states.shape[0] < 2 or states.shape[2] < 1:
         raise ValueError(f"states: expected shape (T + 1, B, D) with T, D >= 1, got {tuple(states.shape)}")
     (rows, batch, size), device = states.shape, states.device
     expect("states", states, (rows, batch, size), STORAGE, device)
-    expect("predictions", predictions, (rows - 1, batch, size), STORAGE, device)
-    expect("lo", lo, (batch,), INDEX, device)
-    expect("hi", hi, (batch,), INDEX, device)
+    expect("predictions", given["predictions"], (rows - 1, batch, size), STORAGE, device)
+    expect("lo", given["lo"], (batch,), INDEX, device)
+    expect("hi", given["hi"], (batch,), INDEX, device)
+    check_workspace(given.get("workspace"), device)
 
 
-def check_scan(
-    states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
-    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None, workspace: Tensor | None = None,
-) -> None:  # fmt: skip
-    """What the scans over a chain share."""
-    check_states(states, predictions, lo, hi)
+def check_scan(given: Arguments, *sums: str) -> None:
+    """What the scans over a chain share; `sums` are named sq_diff and sq_norm unless given."""
+    check_states(given)
+    states, state_coef, drift = given["states"], given["state_coef"], given["drift"]
     if state_coef.dim() != 2 or not 1 <= state_coef.shape[1] <= MAX_LAGS:
         raise ValueError(f"state_coef: expected shape (T, L) with 1 <= L <= {MAX_LAGS}, got {tuple(state_coef.shape)}")
-    (rows, batch, size), device, lags = states.shape, states.device, state_coef.shape[1]
-    steps = rows - 1
+    (steps, batch, size), device, lags = given["predictions"].shape, states.device, state_coef.shape[1]
     expect("state_coef", state_coef, (steps, lags), WIDE, device)
-    expect("model_coef", model_coef, (steps, lags), WIDE, device)
-    expect("sq_diff", sq_diff, (steps, batch), WIDE, device)
-    expect("sq_norm", sq_norm, (steps, batch), WIDE, device)
+    expect("model_coef", given["model_coef"], (steps, lags), WIDE, device)
+    for name in sums or ("sq_diff", "sq_norm"):
+        expect(name, given[name], (steps, batch), WIDE, device)
     if drift is not None:
         expect("drift", drift, (steps, batch, size), STORAGE, device)
-    check_workspace(workspace, device)
 
 
 def check_workspace(workspace: Tensor | None, device: torch.device) -> None:
@@ -67,33 +66,30 @@ def check_workspace(workspace: Tensor | None, device: torch.device) -> None:
         raise ValueError(
             f"workspace: expected a contiguous uint8 tensor of one dimension, got {kind[0]} {tuple(workspace.shape)}"
         )
-    if workspace.device != device:
-        raise ValueError(f"workspace: expected it on {device} like states, got {workspace.device}")
+    expect("workspace", workspace, workspace.shape, (torch.uint8,), device)
 
 
-def check_slope(slope: Tensor, states: Tensor, name: str = "slope") -> None:
+def check_slope(given: Arguments, name: str = "slope") -> None:
     """One number a row, or one an element."""
+    slope, states = given[name], given["states"]
     (rows, _, size), device = states.shape, states.device
-    shapes = ((rows - 1, 1), (rows - 1, size))
-    if slope.shape not in shapes or not slope.is_floating_point() or slope.device != device:
+    if slope.shape not in ((rows - 1, 1), (rows - 1, size)) or not slope.is_floating_point() or slope.device != device:
         raise ValueError(
-            f"{name}: expected a floating-point tensor {shapes[0]} or {shapes[1]} on {device}, got {slope.dtype} "
-            f"{tuple(slope.shape)} on {slope.device}"
+            f"{name}: expected a floating-point tensor {(rows - 1, 1)} or {(rows - 1, size)} on {device}, got "
+            f"{slope.dtype} {tuple(slope.shape)} on {slope.device}"
         )
 
 
-def check_rings(states: Tensor, z: Tensor, e: Tensor, filled: Tensor, column: int, most: int) -> None:
+def check_rings(given: Arguments, most: int, dtypes: tuple[torch.dtype, ...] = STORAGE) -> None:
     """Rings of states and predictions, at most `most` columns."""
+    states, z, e, filled = given["states"], given["z"], given["e"], given["filled"]
     (_, batch, size), device = states.shape, states.device
     if z.dim() != 4 or not 1 <= z.shape[0] <= most or z.shape[1] < 1 or z.shape[2:] != (batch, size):
         raise ValueError(f"z: expected shape (H + 1, W, {batch}, {size}) with H < {most}, got {tuple(z.shape)}")
-    if not z.is_floating_point() or z.device != device:
-        raise ValueError(f"z: expected a floating-point tensor on {device}, got {z.dtype} on {z.device}")
-    if e.shape != z.shape or e.dtype != z.dtype or e.device != device:
-        raise ValueError(f"e: expected {z.dtype} {tuple(z.shape)} like z, got {e.dtype} {tuple(e.shape)}")
-    if filled.shape != z.shape[1:3] or filled.dtype != torch.int32:
-        raise ValueError(f"filled: expected int32 {tuple(z.shape[1:3])}, got {filled.dtype} {tuple(filled.shape)}")
-    check_column(column, z.shape[0], "H + 1")
+    expect("z", z, z.shape, dtypes, device)
+    expect("e", e, z.shape, (z.dtype,), device)
+    expect("filled", filled, z.shape[1:3], INDEX, device)
+    check_column(given["column"], z.shape[0], "H + 1")
 
 
 def check_column(column: int, ring: int, name: str) -> None:
@@ -101,31 +97,30 @@ def check_column(column: int, ring: int, name: str) -> None:
         raise ValueError(f"column: expected 0 <= column < {ring} (the round modulo {name}), got {column}")
 
 
-def check_ridge(ridge: float, floor: float) -> None:
+def check_ridge(given: Arguments) -> None:
     """Of a least squares fit of secants."""
+    ridge, floor = given["ridge"], given["floor"]
     if not (ridge > 0 and math.isfinite(ridge)) or not (floor >= 0 and math.isfinite(floor)):
         raise ValueError(f"ridge, floor: expected finite numbers, ridge > 0 and floor >= 0, got {ridge}, {floor}")
 
 
-def check_anchors(
-    states: Tensor, draft_cache: Tensor, z: Tensor, remainder: Tensor, secant_weights: Tensor, column: int
-) -> None:
+def check_anchors(given: Arguments) -> None:
     """What a draft's rounds remember."""
+    states, draft_cache, z = given["states"], given["draft_cache"], given["z"]
     (rows, batch, size), device, kinds = states.shape, states.device, (states.dtype,)
     if draft_cache.dim() != 3 or not 1 <= draft_cache.shape[0] < rows:
-        shape = tuple(draft_cache.shape)
-        raise ValueError(f"draft_cache: expected shape (A, B, D) with 1 <= A <= {rows - 1}, got {shape}")
+        raise ValueError(f"draft_cache: expected shape (A, B, D), 1 <= A <= {rows - 1}, got {tuple(draft_cache.shape)}")
     if z.dim() != 4 or not 1 <= z.shape[0] <= MAX_HISTORY:
         raise ValueError(f"z: expected shape (H + 1, A, B, D) with H < {MAX_HISTORY}, got {tuple(z.shape)}")
     count, secants = draft_cache.shape[0], z.shape[0] - 1
     expect("draft_cache", draft_cache, (count, batch, size), kinds, device)
     expect("z", z, (secants + 1, count, batch, size), kinds, device)
-    expect("remainder", remainder, (secants + 1, count, batch, size), kinds, device)
-    expect("secant_weights", secant_weights, (count, batch, secants, secants), (torch.float64,), device)
-    check_column(column, secants + 1, "H + 1")
+    expect("remainder", given["remainder"], (secants + 1, count, batch, size), kinds, device)
+    expect("secant_weights", given["secant_weights"], (count, batch, secants, secants), (torch.float64,), device)
+    check_column(given["column"], secants + 1, "H + 1")
 
 
-def check_windows(given: dict[str, Any]) -> None:
+def check_windows(given: Arguments) -> None:
     """Values of the windows lo, hi, where reading them costs nothing (on the CPU); the CUDA kernels clamp instead."""
     steps, limit = given["predictions"].shape[0], given["predictions"].shape[0]
     for name in ("f", "e"):  # rings of rows

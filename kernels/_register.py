@@ -2,7 +2,7 @@
 
 Everything between a public function and its kernels is derived from the schema: which arguments are tensors and which
 of them are written, the order of the Triton launch's arguments, the names of the C++ form's. A kernel addresses dense
-tensors by pointer, so what is not dense is replaced by a dense copy and written back.
+tensors by pointer, so what is not dense (or stored negated) is replaced by a dense copy and written back.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailableError
 from . import _backends
+from ._checks import Arguments, check_windows
 
 _ARGUMENT = re.compile(r"(Tensor|int|float|bool|str)(\(\w+!\))?\?? (\w+)")
 # What the C++ form takes in float64, and in float32 unless the states are float64; other tensors as they are stored.
@@ -41,23 +42,22 @@ class register:
         schema: "name(Tensor(a!) written, Tensor read, Tensor? optional, int number, ...) -> ()". No argument has a
             default: torch fails on defaults of mutable arguments under dispatch modes. A `workspace` comes last.
         reference: the op in plain torch; takes the arguments of the schema in order, without `workspace`.
+        validate: checks {name: value} of all arguments, without reading a tensor's values; raises ValueError.
         cpp: what `_C.<name>` takes besides the schema's arguments (sizes, threads), from those: {name: value} ->
             {name: value}. None where there is no C++ form: on the CPU the reference serves then.
         triton: whether there are Triton kernels; without them the reference serves CUDA tensors.
         storage: the tensors whose device and dtypes decide which backend serves.
-        check: checks values of arguments, on the CPU only; raises ValueError.
         cpp_serves: whether the C++ form takes these arguments; else the reference does, even if "cpp" was asked for.
     """
 
     def __init__(
         self, package: str, schema: str, reference: Callable[..., None], *,
-        cpp: Callable[[dict[str, Any]], dict[str, Any]] | None = None, triton: bool = True,
+        validate: Callable[[Arguments], None], cpp: Callable[[Arguments], Arguments] | None = None, triton: bool = True,
         storage: tuple[str, ...] = ("states", "predictions", "drift"),
-        check: Callable[[dict[str, Any]], None] | None = None,
-        cpp_serves: Callable[[dict[str, Any]], bool] | None = None,
+        cpp_serves: Callable[[Arguments], bool] | None = None,
     ) -> None:  # fmt: skip
         self.package, self.reference, self.cpp, self.triton = package, reference, cpp, triton
-        self.storage, self.check, self.cpp_serves = storage, check, cpp_serves
+        self.validate, self.storage, self.cpp_serves = validate, storage, cpp_serves
         self.name, _, arguments = schema.partition("(")
         found = _ARGUMENT.findall(arguments)
         self.names = tuple(name for _, _, name in found)
@@ -71,7 +71,7 @@ class register:
             mutates_args=[name for name in self.names if name in self.written],
             schema=f"({arguments}",
         )
-        self.op.register_fake(lambda *args, **kwargs: None)  # works in place and returns nothing
+        self.op.register_fake(lambda *args, **named: validate(dict(zip(self.names, args), **named)))  # returns nothing
 
     def __call__(self, backend: str, *args: Any) -> None:
         if backend == "auto" and _backends.dispatched(args[0]):
@@ -82,11 +82,13 @@ class register:
     def run(self, backend: str, *args: Any) -> None:
         """The op on one backend, past torch's dispatcher."""
         given = dict(zip(self.names, args, strict=True))
+        self.validate(given)
         name = self._choose(backend, given)
-        if self.check is not None and args[0].device.type == "cpu":  # reading values costs nothing there
-            self.check(given)
-        if "states" in given and not given["states"].shape[1]:
-            return
+        if "predictions" in given:  # an op on a chain
+            if args[0].device.type == "cpu":  # reading values costs nothing there
+                check_windows(given)
+            if not args[0].shape[1]:
+                return
         if name == "cpp":
             self._run_cpp(given)
         elif name == "triton":
@@ -94,7 +96,7 @@ class register:
         else:
             self.reference(*(args[:-1] if self.names[-1] == "workspace" else args))
 
-    def _choose(self, backend: str, given: dict[str, Any]) -> str:
+    def _choose(self, backend: str, given: Arguments) -> str:
         storage = tuple(given[name] for name in self.storage if given[name] is not None)
         if self.cpp is None and (backend == "cpp" or (backend == "auto" and storage[0].device.type != "cuda")):
             return "reference"  # not worth a kernel on the CPU
@@ -108,10 +110,9 @@ class register:
             return "reference"
         return name
 
-    def _run_cpp(self, given: dict[str, Any]) -> None:
+    def _run_cpp(self, given: Arguments) -> None:
         extension, _ = _backends.extension()
-        assert extension is not None
-        assert self.cpp is not None
+        assert extension is not None and self.cpp is not None  # noqa: PT018
         wide = torch.float64 if given[self.names[0]].dtype is torch.float64 else torch.float32
         call = self.cpp(given)
         copies, alive = [], []
@@ -126,8 +127,8 @@ class register:
                 if kind != "tensor":
                     dtype = torch.float64 if kind == "float64" else wide
                     dense = value if value.dtype is dtype else value.to(dtype)
-                if not dense.is_contiguous():
-                    dense = dense.contiguous()
+                if not dense.is_contiguous() or dense.is_neg():
+                    dense = dense.contiguous().resolve_neg()
                 if dense is not value:
                     alive.append(dense)
                     if name in self.written:
@@ -137,9 +138,9 @@ class register:
         for original, dense in copies:
             original.copy_(dense)
 
-    def _run_triton(self, given: dict[str, Any]) -> None:
+    def _run_triton(self, given: Arguments) -> None:
         module = importlib.import_module("._triton", self.package)  # not before it is needed: it imports Triton
-        dense = [value.contiguous() if isinstance(value, Tensor) else value for value in given.values()]
+        dense = [value.contiguous().resolve_neg() if isinstance(value, Tensor) else value for value in given.values()]
         with torch.cuda.device_of(given[self.names[0]]):  # Triton launches on the current device
             module.launch(*dense)
         for (name, original), used in zip(given.items(), dense):
@@ -147,7 +148,7 @@ class register:
                 original.copy_(used)
 
 
-def chain_sizes(given: dict[str, Any]) -> dict[str, Any]:
+def chain_sizes(given: Arguments) -> Arguments:
     """What the C++ form of an op on a chain takes besides its arguments."""
     states = given["states"]
     rows, batch, size = states.shape

@@ -34,6 +34,7 @@ def load_module(file: Path, name: str) -> ModuleType:
 
 
 load_module(Path(__file__).with_name("solvers.py"), "solvers")  # for `from solvers import SOLVERS`
+load_module(Path(__file__).parent / "kernels" / "kernel_operands.py", "kernel_operands")
 
 
 class PeakBytes(TorchDispatchMode):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .._types import Model
+from .._types import Model, Shared
+from ..model.sample_kwargs import is_per_sample, is_whole
 
 
 class BoundModel:
@@ -16,13 +17,12 @@ class BoundModel:
     A part of the images is a smaller batch, by whose size alone nobody can tell which tensors belong to images.
     """
 
-    def __init__(self, model: Model, model_kwargs: dict[str, Any], rows: list[int]) -> None:
-        """rows: which leaves of model_kwargs belong to the images."""
+    def __init__(self, model: Model, leaves: list[Any], structure: TreeSpec, rows: list[int]) -> None:
+        """leaves, structure: of the arguments; rows: which leaves belong to the images."""
         self.model, self.base_model = model, getattr(model, "base_model", model)
-        self.leaves, self.structure = tree_flatten(model_kwargs)
-        self.rows = rows
+        self.leaves, self.structure, self.rows = leaves, structure, rows
 
-    def __call__(self, x: Tensor, t: Tensor, *, rows: list[Tensor]) -> Any:
+    def __call__(self, x: Tensor, t: Tensor, *, rows: list[Any]) -> Any:
         leaves = list(self.leaves)
         for at, value in zip(self.rows, rows, strict=True):
             leaves[at] = value
@@ -35,9 +35,10 @@ def bind(model: Model, batch: int, model_kwargs: dict[str, Any] | None) -> tuple
     guided = getattr(model, "bind_batch", None)
     if guided is not None:
         kwargs = guided(batch, kwargs)
-    leaves = tree_flatten(kwargs)[0]
-    sizes = [x.shape[0] if isinstance(x, Tensor) and x.dim() > 0 else 0 for x in leaves]
-    if guided is None and not any(0 < size < batch for size in sizes):
+    leaves, structure = tree_flatten(kwargs, is_leaf=lambda value: is_whole(value, batch))
+    smaller = any(isinstance(x, Tensor) and x.dim() > 0 and 0 < x.shape[0] < batch for x in leaves)
+    if guided is None and not smaller:
         return model, kwargs
-    rows = [k for k, size in enumerate(sizes) if size == batch]
-    return BoundModel(model, kwargs, rows), {"rows": [leaves[k] for k in rows]}
+    rows = [k for k, leaf in enumerate(leaves) if is_per_sample(leaf, batch)]
+    plain = [leaf.value if isinstance(leaf, Shared) else leaf for leaf in leaves]
+    return BoundModel(model, plain, structure, rows), {"rows": [leaves[k] for k in rows]}

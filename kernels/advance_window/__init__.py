@@ -5,11 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import INDEX, WIDE, expect
+from .._checks import INDEX, WIDE, Arguments, expect
 from .._register import register
 from .reference import advance_window as _reference
 
 __all__ = ["advance_window"]
+
+
+def _validate(given: Arguments) -> None:
+    sq_diff = given["sq_diff"]
+    if sq_diff.dim() != 2:
+        raise ValueError(f"sq_diff: expected shape (T, B), got {tuple(sq_diff.shape)}")
+    (steps, batch), device = sq_diff.shape, sq_diff.device
+    expect("sq_diff", sq_diff, (steps, batch), WIDE, device)
+    expect("sq_norm", given["sq_norm"], (steps, batch), (sq_diff.dtype,), device)
+    for name, shape in (("lo", (batch,)), ("hi", (batch,)), ("previous_bounds", (2, batch))):
+        expect(name, given[name], shape, INDEX, device)
+    expect("decision", given["decision"], (4, batch), WIDE, device)
+    expect("rows", given["rows"], (given["rows"].numel(),), (torch.int64,), device)
+
 
 _op = register(
     __name__,
@@ -17,6 +31,7 @@ _op = register(
     "Tensor(d!) decision, Tensor(e!) rows, float freeze, float finish, int width, float reach, "
     "float allowed) -> ()",
     _reference,
+    validate=_validate,
     storage=("sq_diff",),
 )
 
@@ -53,14 +68,6 @@ def advance_window(
         ValueError: an argument has the wrong shape or dtype.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    (steps, batch), device = sq_diff.shape, sq_diff.device
-    expect("sq_norm", sq_norm, (steps, batch), (sq_diff.dtype,), device)
-    expect("lo", lo, (batch,), INDEX, device)
-    expect("hi", hi, (batch,), INDEX, device)
-    expect("previous_bounds", previous_bounds, (2, batch), INDEX, device)
-    expect("decision", decision, (4, batch), WIDE, device)
-    expect("rows", rows, (rows.numel(),), (torch.int64,), device)
     _op(
-        backend, sq_diff, sq_norm, lo, hi, previous_bounds, decision, rows, freeze, finish, width, reach,
-        allowed,
+        backend, sq_diff, sq_norm, lo, hi, previous_bounds, decision, rows, freeze, finish, width, reach, allowed,
     )  # fmt: skip

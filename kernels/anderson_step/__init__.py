@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _config
-from .._checks import INDEX, MAX_HISTORY, STORAGE, WIDE, check_column, check_scan, check_windows, expect
+from .._checks import INDEX, MAX_HISTORY, STORAGE, WIDE, Arguments, check_column, check_scan, expect
 from .._register import chain_sizes, register
 from .._workspace import Layout, ProblemSize, ceil_div, nbytes, needs_none, next_power_of_2, wide
 from .reference import anderson_step as _reference
@@ -19,9 +18,26 @@ __all__ = ["SCOPES", "anderson_step", "anderson_step_bytes"]
 SCOPES = ("timestep", "trajectory", "triangular")  # the position is the extension's code for the scope
 
 
-def _sizes(given: dict[str, Any]) -> dict[str, Any]:
-    history, width = given["f"].shape[:2]
-    return chain_sizes(given) | {"M": history, "W": width, "scope": SCOPES.index(given["scope"])}
+def _validate(given: Arguments) -> None:
+    check_scan(given)
+    states, f, scope = given["states"], given["f"], given["scope"]
+    if f.dim() != 4 or not 1 <= f.shape[0] <= MAX_HISTORY or f.shape[1] < 1:
+        raise ValueError(f"f: expected shape (M, W, B, D) with 1 <= M <= {MAX_HISTORY}, W >= 1, got {tuple(f.shape)}")
+    (history, width), (_, batch, size), device = f.shape[:2], states.shape, states.device
+    expect("f", f, (history, width, batch, size), STORAGE, device)
+    expect("g", given["g"], (history, width, batch, size), STORAGE, device)
+    expect("gram", given["gram"], (width, batch, history, history), WIDE, device)
+    expect("filled", given["filled"], (width, batch), INDEX, device)
+    check_column(given["column"], history, "the history")
+    ridge, damping, stale = given["ridge"], given["damping"], given["stale"]
+    if scope not in SCOPES:
+        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    if not (ridge >= 0 and math.isfinite(ridge)):
+        raise ValueError(f"ridge: expected a finite number >= 0, got {ridge}")
+    if not math.isfinite(damping):
+        raise ValueError(f"damping: expected a finite number, got {damping}")
+    if not stale >= 0:
+        raise ValueError(f"stale: expected a number >= 0 (inf keeps every column), got {stale}")
 
 
 _op = register(
@@ -31,9 +47,9 @@ _op = register(
     "int column, str scope, float ridge, bool relative_ridge, float damping, float stale, Tensor? drift, "
     "Tensor(h!)? workspace) -> ()",
     _reference,
-    cpp=_sizes,
+    validate=_validate,
+    cpp=lambda given: chain_sizes(given) | dict(zip("MW", given["f"].shape)) | {"scope": SCOPES.index(given["scope"])},
     storage=("states", "predictions", "f", "g", "drift"),
-    check=check_windows,
 )
 
 
@@ -72,31 +88,10 @@ def anderson_step(
         ValueError: an argument has the wrong shape, dtype, device or value.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
-    _check_history(states, f, g, gram, filled)
-    check_column(column, f.shape[0], "the history")
-    if scope not in SCOPES:
-        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
-    if not (ridge >= 0 and math.isfinite(ridge)):
-        raise ValueError(f"ridge: expected a finite number >= 0, got {ridge}")
-    if not math.isfinite(damping):
-        raise ValueError(f"damping: expected a finite number, got {damping}")
-    if not stale >= 0:
-        raise ValueError(f"stale: expected a number >= 0 (inf keeps every column), got {stale}")
     _op(
         backend, states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, f, g, gram, filled, column,
         scope, ridge, relative_ridge, damping, stale, drift, workspace,
     )  # fmt: skip
-
-
-def _check_history(states: Tensor, f: Tensor, g: Tensor, gram: Tensor, filled: Tensor) -> None:
-    if f.dim() != 4 or not 1 <= f.shape[0] <= MAX_HISTORY or f.shape[1] < 1:
-        raise ValueError(f"f: expected shape (M, W, B, D) with 1 <= M <= {MAX_HISTORY}, W >= 1, got {tuple(f.shape)}")
-    (history, width), (_, batch, size), device = f.shape[:2], states.shape, states.device
-    expect("f", f, (history, width, batch, size), STORAGE, device)
-    expect("g", g, (history, width, batch, size), STORAGE, device)
-    expect("gram", gram, (width, batch, history, history), WIDE, device)
-    expect("filled", filled, (width, batch), INDEX, device)
 
 
 def layout(size: ProblemSize, history: int, narrow: int) -> Layout:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._checks import INDEX, expect
+from .._checks import INDEX, STORAGE, Arguments, expect
 from .._register import register
 from .reference import copy_rows as _reference
 
 __all__ = ["copy_rows"]
 
+
+def _validate(given: Arguments) -> None:
+    target, source = given["target"], given["source"]
+    if target.dim() != 3 or source.shape[1:] != target.shape[1:]:
+        shapes = f"{tuple(target.shape)}, {tuple(source.shape)}"
+        raise ValueError(f"target, source: expected shapes (R, B, D) and (S, B, D), got {shapes}")
+    expect("target", target, target.shape, STORAGE, target.device)
+    expect("source", source, source.shape, STORAGE, target.device)
+    expect("first", given["first"], target.shape[1:2], INDEX, target.device)
+    expect("last", given["last"], target.shape[1:2], INDEX, target.device)
+
+
 _op = register(
     __name__,
     "copy_rows(Tensor(a!) target, Tensor source, Tensor first, Tensor last) -> ()",
     _reference,
+    validate=_validate,
     storage=("target",),
 )
 
@@ -31,10 +44,4 @@ def copy_rows(target: Tensor, source: Tensor, first: Tensor, last: Tensor, *, ba
         ValueError: an argument has the wrong shape or dtype.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    if target.dim() != 3 or source.dim() != 3 or source.shape[1:] != target.shape[1:]:
-        raise ValueError(
-            f"target, source: expected shapes (R, B, D) and (S, B, D), got {tuple(target.shape)}, {tuple(source.shape)}"
-        )
-    expect("first", first, target.shape[1:2], INDEX, target.device)
-    expect("last", last, target.shape[1:2], INDEX, target.device)
     _op(backend, target, source, first, last)

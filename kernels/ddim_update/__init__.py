@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _config
-from .._checks import check_scan, check_windows
+from .._checks import check_scan
 from .._register import chain_sizes, register
 from .._workspace import Layout, ProblemSize, ceil_div, nbytes, needs_none, wide
 from .reference import ddim_update as _reference
@@ -18,8 +18,8 @@ _op = register(
     "ddim_update(Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor lo, Tensor hi, "
     "Tensor(b!) sq_diff, Tensor(c!) sq_norm, Tensor? drift, Tensor(d!)? workspace) -> ()",
     _reference,
+    validate=check_scan,
     cpp=chain_sizes,
-    check=check_windows,
 )
 
 
@@ -50,7 +50,6 @@ def ddim_update(
         ValueError: an argument has the wrong shape, dtype, device or value.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
     _op(backend, states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
 
 

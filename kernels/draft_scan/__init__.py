@@ -6,13 +6,34 @@ import torch
 from torch import Tensor
 
 from .. import _config
-from .._checks import WIDE, check_anchors, check_scan, check_slope, check_windows, expect
+from .._checks import WIDE, Arguments, check_anchors, check_scan, check_slope, expect
 from .._register import chain_sizes, register
 from .._workspace import Layout, ProblemSize, ceil_div, nbytes, needs_none, next_power_of_2, wide
 from .reference import MAX_OUTPUT
 from .reference import draft_scan as _reference
 
 __all__ = ["MAX_OUTPUT", "draft_scan", "draft_scan_bytes"]
+
+
+def _validate(given: Arguments) -> None:
+    check_scan(given)
+    check_slope(given)
+    check_anchors(given)
+    states, draft_output = given["states"], given["draft_output"]
+    (rows, batch, size), device, kinds = states.shape, states.device, (states.dtype,)
+    if draft_output is not None:
+        expect("draft_output", draft_output, (batch, size), kinds, device)
+    expect("correction", given["correction"], (2, batch, size), kinds, device)
+    expect("weights", given["weights"], (rows - 1, 2), WIDE, device)
+    expect("carry", given["carry"], (2, given["state_coef"].shape[1], batch, size), (wide(states.dtype),), device)
+    count, anchor = given["draft_cache"].shape[0], given["anchor"]
+    previous_start, start, stop = given["previous_start"], given["start"], given["stop"]
+    if not 0 <= anchor < count or not 0 <= start < stop <= rows - 1 or not -1 <= previous_start < start:
+        raise ValueError(
+            f"anchor, previous_start, start, stop: expected 0 <= anchor < {count} and -1 <= previous_start < start < "
+            f"stop <= {rows - 1}, got {anchor}, {previous_start}, {start}, {stop}"
+        )
+
 
 _op = register(
     __name__,
@@ -22,8 +43,8 @@ _op = register(
     "Tensor secant_weights, int column, int anchor, int previous_start, int start, int stop, bool rollout, bool last, "
     "Tensor? drift, Tensor(g!)? workspace) -> ()",
     _reference,
+    validate=_validate,
     cpp=chain_sizes,
-    check=check_windows,
 )
 
 
@@ -72,21 +93,6 @@ def draft_scan(
         ValueError: an argument has the wrong shape, dtype, device or value.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
-    (rows, batch, size), device, kinds = states.shape, states.device, (states.dtype,)
-    check_slope(slope, states)
-    check_anchors(states, draft_cache, z, remainder, secant_weights, column)
-    if draft_output is not None:
-        expect("draft_output", draft_output, (batch, size), kinds, device)
-    expect("correction", correction, (2, batch, size), kinds, device)
-    expect("weights", weights, (rows - 1, 2), WIDE, device)
-    expect("carry", carry, (2, state_coef.shape[1], batch, size), (wide(states.dtype),), device)
-    count = draft_cache.shape[0]
-    if not 0 <= anchor < count or not 0 <= start < stop <= rows - 1 or not -1 <= previous_start < start:
-        raise ValueError(
-            f"anchor, previous_start, start, stop: expected 0 <= anchor < {count} and -1 <= previous_start < start < "
-            f"stop <= {rows - 1}, got {anchor}, {previous_start}, {start}, {stop}"
-        )
     _op(
         backend, states, predictions, draft_output, draft_cache, correction, weights, state_coef, model_coef,
         slope, lo, hi, sq_diff, sq_norm, carry, z, remainder, secant_weights, column, anchor, previous_start, start,

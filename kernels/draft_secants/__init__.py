@@ -6,12 +6,22 @@ import torch
 from torch import Tensor
 
 from .. import _config
-from .._checks import INDEX, check_anchors, check_ridge, check_states, check_windows, check_workspace, expect
+from .._checks import INDEX, Arguments, check_anchors, check_ridge, check_states, expect
 from .._register import chain_sizes, register
 from .._workspace import Layout, ProblemSize, ceil_div, nbytes, needs_none, next_power_of_2, wide
 from .reference import draft_secants as _reference
 
 __all__ = ["draft_secants", "draft_secants_bytes"]
+
+
+def _validate(given: Arguments) -> None:
+    check_states(given)
+    check_anchors(given)
+    shape, device = given["draft_cache"].shape, given["states"].device
+    expect("anchor_rows", given["anchor_rows"], shape[:1], (torch.int64,), device)
+    expect("filled", given["filled"], shape[:2], INDEX, device)
+    check_ridge(given)
+
 
 _op = register(
     __name__,
@@ -19,9 +29,9 @@ _op = register(
     "Tensor(a!) z, Tensor(b!) remainder, Tensor(c!) filled, Tensor(d!) secant_weights, int column, float ridge, "
     "float floor, Tensor(e!)? workspace) -> ()",
     _reference,
+    validate=_validate,
     cpp=chain_sizes,
     storage=("states", "predictions", "draft_cache"),
-    check=check_windows,
 )
 
 
@@ -57,12 +67,6 @@ def draft_secants(
         ValueError: an argument has the wrong shape, dtype, device or value.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    check_states(states, predictions, lo, hi)
-    check_workspace(workspace, states.device)
-    check_anchors(states, draft_cache, z, remainder, secant_weights, column)
-    expect("anchor_rows", anchor_rows, draft_cache.shape[:1], (torch.int64,), states.device)
-    expect("filled", filled, draft_cache.shape[:2], INDEX, states.device)
-    check_ridge(ridge, floor)
     _op(
         backend, states, predictions, draft_cache, anchor_rows, lo, hi, z, remainder, filled, secant_weights, column,
         ridge, floor, workspace,

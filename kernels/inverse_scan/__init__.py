@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from .._checks import MAX_HISTORY, check_rings, check_scan, check_slope, check_windows
+from .._checks import MAX_HISTORY, Arguments, check_rings, check_scan, check_slope
 from .._register import chain_sizes, register
 from .reference import inverse_scan as _reference
 
@@ -14,17 +14,28 @@ __all__ = ["MAX_COLUMNS", "inverse_scan"]
 
 MAX_COLUMNS = 32
 
+
+def _validate(given: Arguments) -> None:
+    check_scan(given, "sq_miss")
+    check_slope(given)
+    check_slope(given, "weight")
+    check_rings(given, MAX_COLUMNS, (given["states"].dtype,))
+    settings = {name: given[name] for name in ("damping", "ridge", "stale", "floor", "reach")}
+    if not all(0 <= value < math.inf and (value > 0 or name == "floor") for name, value in settings.items()):
+        raise ValueError(f"damping, ridge, stale, reach: expected finite numbers > 0, floor >= 0, got {settings}")
+
+
 _op = register(
     __name__,
     "inverse_scan(Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor slope, "
     "Tensor weight, Tensor lo, Tensor hi, Tensor(b!) sq_miss, Tensor(c!) z, Tensor(d!) e, Tensor(e!) filled, "
     "int column, float damping, float ridge, float stale, float floor, float reach, Tensor? drift) -> ()",
     _reference,
+    validate=_validate,
     cpp=chain_sizes,
     cpp_serves=lambda given: given["z"].shape[0] <= MAX_HISTORY,
     triton=False,
     storage=("states", "predictions", "z", "drift"),
-    check=check_windows,
 )
 
 
@@ -68,18 +79,6 @@ def inverse_scan(
         ValueError: an argument has the wrong shape, dtype, device or value.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_miss, sq_miss, drift)
-    check_slope(slope, states)
-    check_slope(weight, states, "weight")
-    check_rings(states, z, e, filled, column, MAX_COLUMNS)
-    if z.dtype != states.dtype:
-        raise ValueError(f"z, e: expected {states.dtype} like states, got {z.dtype}")
-    settings = {"damping": damping, "ridge": ridge, "stale": stale, "floor": floor, "reach": reach}
-    if (
-        not all(math.isfinite(value) and value >= 0 for value in settings.values())
-        or not damping * ridge * stale * reach > 0
-    ):
-        raise ValueError(f"damping, ridge, stale, reach: expected finite numbers > 0, floor >= 0, got {settings}")
     _op(
         backend, states, predictions, state_coef, model_coef, slope, weight, lo, hi, sq_miss, z, e, filled, column,
         damping, ridge, stale, floor, reach, drift,

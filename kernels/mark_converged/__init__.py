@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .._checks import WIDE, expect
+from .._checks import WIDE, Arguments, expect
 from .._register import register
 from .reference import mark_converged as _reference
 
 __all__ = ["mark_converged"]
 
 
-def _sizes(given: dict[str, Any]) -> dict[str, Any]:
-    steps, batch = given["sq_diff"].shape
-    return {"T": steps, "B": batch}
+def _validate(given: Arguments) -> None:
+    sq_diff, strict = given["sq_diff"], given["strict"]
+    shape, device, kinds = tuple(sq_diff.shape), sq_diff.device, (sq_diff.dtype,)
+    expect("sq_diff", sq_diff, (*shape[:1], strict.numel()), WIDE, device)
+    expect("sq_norm", given["sq_norm"], shape, kinds, device)
+    expect("previous", given["previous"], shape, kinds, device)
+    expect("strict", strict, shape[1:], kinds, device)
 
 
 _op = register(
@@ -24,7 +26,8 @@ _op = register(
     "mark_converged(Tensor(a!) sq_diff, Tensor sq_norm, Tensor(b!) previous, Tensor strict, float freeze, "
     "float floor) -> ()",
     _reference,
-    cpp=_sizes,
+    validate=_validate,
+    cpp=lambda given: dict(zip("TB", given["sq_diff"].shape, strict=True)),
     cpp_serves=lambda given: given["sq_diff"].dtype == torch.float64,
     storage=("sq_diff",),
 )
@@ -54,9 +57,4 @@ def mark_converged(
         ValueError: an argument has the wrong shape or dtype.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    shape, device, kinds = tuple(sq_diff.shape), sq_diff.device, (sq_diff.dtype,)
-    expect("sq_diff", sq_diff, (*shape[:1], strict.numel()), WIDE, device)
-    expect("sq_norm", sq_norm, shape, kinds, device)
-    expect("previous", previous, shape, kinds, device)
-    expect("strict", strict, shape[1:], kinds, device)
     _op(backend, sq_diff, sq_norm, previous, strict, freeze, floor)

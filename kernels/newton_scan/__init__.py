@@ -6,12 +6,24 @@ import torch
 from torch import Tensor
 
 from .. import _config
-from .._checks import MAX_HISTORY, check_ridge, check_rings, check_scan, check_slope, check_windows
+from .._checks import MAX_HISTORY, Arguments, check_ridge, check_rings, check_scan, check_slope
 from .._register import chain_sizes, register
 from .._workspace import Layout, ProblemSize, ceil_div, nbytes, needs_none, next_power_of_2, wide
 from .reference import newton_scan as _reference
 
 __all__ = ["newton_scan", "newton_scan_bytes"]
+
+
+def _validate(given: Arguments) -> None:
+    check_scan(given)
+    check_slope(given)
+    rings = [given[name] for name in ("z", "e", "filled") if given[name] is not None]
+    if len(rings) not in (0, 3):
+        raise ValueError("z, e, filled: expected all three or none of them")
+    if rings:
+        check_rings(given, MAX_HISTORY)
+    check_ridge(given)
+
 
 _op = register(
     __name__,
@@ -19,9 +31,9 @@ _op = register(
     "Tensor hi, Tensor(b!) sq_diff, Tensor(c!) sq_norm, Tensor(d!)? z, Tensor(e!)? e, Tensor(f!)? filled, int column, "
     "float ridge, float floor, Tensor? drift, Tensor(g!)? workspace) -> ()",
     _reference,
+    validate=_validate,
     cpp=chain_sizes,
     storage=("states", "predictions", "z", "drift"),
-    check=check_windows,
 )
 
 
@@ -58,13 +70,6 @@ def newton_scan(
         ValueError: an argument has the wrong shape, dtype, device or value.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    check_scan(states, predictions, state_coef, model_coef, lo, hi, sq_diff, sq_norm, drift, workspace)
-    check_slope(slope, states)
-    if (z is None) != (e is None) or (z is None) != (filled is None):
-        raise ValueError("z, e, filled: expected all three or none of them")
-    if z is not None and e is not None and filled is not None:
-        check_rings(states, z, e, filled, column, MAX_HISTORY)
-    check_ridge(ridge, floor)
     _op(
         backend, states, predictions, state_coef, model_coef, slope, lo, hi, sq_diff, sq_norm, z, e, filled, column,
         ridge, floor, drift, workspace,

@@ -1,6 +1,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <limits>
+#include <new>
 #include <thread>
 
 #include "arena.h"
@@ -8,13 +10,14 @@
 
 using namespace deqdiff;
 
-TEST(plans_are_aligned_and_disjoint) {
-  const Plan plan = make_plan({{"a", 1}, {"b", 0}, {"c", 257}, {"d", 256}});
-  CHECK((plan.offsets == std::vector<std::size_t>{0, 256, 256, 768}));
-  CHECK(plan.total == 1024);
-  CHECK_THROWS(make_plan({{"a", 1}, {"a", 1}}), std::invalid_argument);
-  CHECK_THROWS(make_plan({{"a", std::size_t{1} << 63}}), std::overflow_error);
-  CHECK_THROWS(make_plan({{"a", std::size_t{1} << 61}, {"b", std::size_t{1} << 62}}), std::overflow_error);
+TEST(sizes_that_no_memory_has_are_refused) {
+  Arena arena(1 << 20);
+  const std::size_t most = std::numeric_limits<std::size_t>::max();
+  for (const std::size_t bytes : {most, most - 254, most - 255, most / 2 + 1, most / 4 + 2}) {
+    CHECK_THROWS(arena.lease(bytes), std::bad_alloc);
+  }
+  const ArenaStats stats = arena.stats();
+  CHECK(stats.leases == 0 && stats.active == 0 && stats.bytes == 0);
 }
 
 TEST(released_slabs_are_reused) {

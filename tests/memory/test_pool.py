@@ -59,13 +59,13 @@ def test_plan_refuses_what_it_cannot_name_or_size(arena):
         plan.add("b", (1 << 63,), torch.uint8).layout()
 
 
-def test_the_arena_plans_as_the_plan_does(reusing):
-    plan = MemoryPlan().add("a", (3, 5), torch.float32).add("none", (0, 7), torch.int32).add("c", (257,), torch.uint8)
-    assert reusing.plan([("a", 60), ("none", 0), ("c", 257)]) == plan.layout()
-    with pytest.raises(ValueError, match="appears twice"):
-        reusing.plan([("a", 1), ("a", 1)])
-    with pytest.raises(OverflowError):
-        reusing.plan([("a", 1), ("b", 1 << 63)])
+def test_an_arena_refuses_sizes_that_no_memory_has(reusing):
+    arena = reusing(0)
+    before = arena.stats()
+    for size in (2**64 - 1, 2**64 - 255, 2**64 - 256, 2**63, 2**62 + 1):
+        with pytest.raises(MemoryError):
+            arena.lease(size)
+    assert arena.stats() == before
 
 
 def test_tensors_have_their_shape_and_do_not_overlap(arena):

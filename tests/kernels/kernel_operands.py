@@ -1,0 +1,103 @@
+"""Small valid arguments of every op, by the names of its schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+STEPS, BATCH, SIZE, COLUMNS, ANCHORS = 4, 2, 6, 3, 2
+
+
+def _scan(normal: Any) -> dict[str, Any]:
+    rows = (STEPS, BATCH)
+    coef = torch.full((STEPS, 1), 0.5, dtype=torch.float64)
+    return {
+        "states": normal(STEPS + 1, BATCH, SIZE),
+        "predictions": normal(*rows, SIZE),
+        "state_coef": coef,
+        "model_coef": coef.clone(),
+        "lo": torch.zeros(BATCH, dtype=torch.int32),
+        "hi": torch.full((BATCH,), STEPS, dtype=torch.int32),
+        "sq_diff": torch.ones(rows, dtype=torch.float64),
+        "sq_norm": torch.ones(rows, dtype=torch.float64),
+        "drift": normal(*rows, SIZE),
+        "workspace": None,
+    }
+
+
+def _rings(normal: Any, a: str, b: str) -> dict[str, Any]:
+    ring = (COLUMNS, STEPS, BATCH, SIZE)
+    return {a: normal(*ring), b: normal(*ring), "filled": torch.full(ring[1:3], 2, dtype=torch.int32), "column": 1}
+
+
+def _anchors(normal: Any) -> dict[str, Any]:
+    ring = (COLUMNS, ANCHORS, BATCH, SIZE)
+    return {
+        "draft_cache": normal(*ring[1:]),
+        "z": normal(*ring),
+        "remainder": normal(*ring),
+        "secant_weights": torch.eye(COLUMNS - 1, dtype=torch.float64).repeat(ANCHORS, BATCH, 1, 1),
+        "column": 1,
+    }
+
+
+def _stopping(scan: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    sums = {name: scan[name] for name in ("sq_diff", "sq_norm")}
+    marks = {"previous": sums["sq_norm"].clone(), "strict": torch.ones(BATCH, dtype=torch.float64)}
+    bounds = {
+        "lo": scan["lo"],
+        "hi": scan["hi"],
+        "previous_bounds": torch.zeros(2, BATCH, dtype=torch.int32),
+        "decision": torch.zeros(4, BATCH, dtype=torch.float64),
+        "rows": torch.zeros(STEPS * BATCH, dtype=torch.int64),
+    }
+    return {
+        "mark_converged": {**sums, **marks, "freeze": 1e-3, "floor": 1e-6},
+        "advance_window": {
+            **sums, **bounds, "freeze": 1e-3, "finish": 1e-3, "width": 3, "reach": 0.0, "allowed": 0.0,
+        },
+        "copy_rows": {"target": scan["states"], "source": scan["predictions"], "first": scan["lo"], "last": scan["hi"]},
+    }  # fmt: skip
+
+
+def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The arguments of `op`, in the order of its schema."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    scan, fit = _scan(normal), {"ridge": 1e-6, "floor": 1e-5}
+    slope, coefs = torch.full((STEPS, 1), 0.1, dtype=torch.float32), ("state_coef", "model_coef", "lo", "hi")
+    mix = {"scope": "timestep", "ridge": 1e-3, "relative_ridge": True, "damping": 1.0, "stale": 8.0}
+    gram = torch.zeros(STEPS, BATCH, COLUMNS, COLUMNS, dtype=torch.float64)
+    inverse = {"damping": 1.0, "ridge": 1e-6, "stale": 8.0, "floor": 1e-6, "reach": 1.0}
+    segment = {"anchor": 1, "previous_start": 0, "start": 2, "stop": 4, "rollout": False, "last": True}
+    found: dict[str, dict[str, Any]] = {
+        "ddim_update": scan,
+        "anderson_step": {**scan, **_rings(normal, "f", "g"), "gram": gram, **mix},
+        "newton_scan": {**scan, "slope": slope, **_rings(normal, "z", "e"), **fit},
+        "inverse_scan": {
+            **{name: scan[name] for name in ("states", "predictions", *coefs, "drift")}, "slope": slope,
+            "weight": slope.clone(), "sq_miss": scan["sq_diff"], **_rings(normal, "z", "e"), **inverse,
+        },
+        "draft_secants": {
+            **{name: scan[name] for name in ("states", "predictions", "lo", "hi", "workspace")}, **_anchors(normal),
+            "anchor_rows": torch.tensor([0, 2]), "filled": torch.full((ANCHORS, BATCH), 2, dtype=torch.int32), **fit,
+        },
+        "draft_scan": {
+            **scan, "draft_output": normal(BATCH, SIZE), **_anchors(normal), "correction": normal(2, BATCH, SIZE),
+            "weights": torch.full((STEPS, 2), 0.5, dtype=torch.float64), "slope": slope,
+            "carry": normal(2, 1, BATCH, SIZE), **segment,
+        },
+        **_stopping(scan),
+    }  # fmt: skip
+    schema = getattr(torch.ops.deqdiff_fast, op).default._schema
+    return {argument.name: found[op][argument.name] for argument in schema.arguments}
+
+
+OPS = (
+    "ddim_update", "anderson_step", "newton_scan", "inverse_scan", "draft_secants", "draft_scan", "mark_converged",
+    "advance_window", "copy_rows",
+)  # fmt: skip
