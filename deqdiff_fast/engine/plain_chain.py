@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._types import FrozenNoise, unwrap_output
+from .._types import FrozenNoise
 from ..model.outputs import output_fault
 from ..model.padding import out_of_memory
+from ..model.transforms import call
 from ..schedule import Schedule
 from ..schedule.cache import cached
 from .system import System
@@ -63,7 +64,7 @@ def plain_samples(system: System, noise: Tensor, frozen: FrozenNoise | None) -> 
         if system.input_scale is not None:
             inputs.mul_(steps.input_scale[i])
         try:
-            output = unwrap_output(system.model(inputs, times[i], **kwargs))
+            output = call(system.model, inputs, times[i], kwargs)
         except RuntimeError as error:
             if batch == 1 or not out_of_memory(error):
                 raise
