@@ -226,7 +226,7 @@ TEST(nan_in_bfloat16_stays_nan) {
 TEST(windows_outside_the_chain_are_refused) {
   State state = make_state(Dtype::kFloat32, 6, 1, 10, 1, 2, 3, false);
   const AndersonProblem how = settings(Scope::kTimestep, 2, 3, 0, 1.0, 1e300);
-  for (const auto& [lo, hi] : {std::pair<int, int>{-1, 2}, {4, 7}, {0, 4}}) {
+  for (const auto& [lo, hi] : {std::pair<int, int>{-1, 2}, {4, 7}, {0, 4}, {4, 2}, {7, 0}}) {
     Memory memory(state);
     memory.state.lo[0] = lo;
     memory.state.hi[0] = hi;
@@ -238,7 +238,7 @@ TEST(windows_outside_the_chain_are_refused) {
 TEST(nothing_to_do_is_fine) {
   State state = make_state(Dtype::kFloat32, 4, 2, 10, 1, 2, 4, false);
   state.lo = {3, 4};
-  state.hi = {3, 2};
+  state.hi = {3, 4};
   Memory memory(state), before(state);
   anderson_step(memory.anderson(settings(Scope::kTrajectory, 2, 4, 0, 1.0, 1e300), 2));
   ddim_update(memory.scan(2));
