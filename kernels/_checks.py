@@ -82,13 +82,15 @@ def check_slope(given: Arguments, name: str = "slope") -> None:
 
 def check_rings(given: Arguments, most: int, dtypes: tuple[torch.dtype, ...] = STORAGE) -> None:
     """Rings of states and predictions, at most `most` columns."""
-    states, z, e, filled = given["states"], given["z"], given["e"], given["filled"]
-    (_, batch, size), device = states.shape, states.device
+    (_, batch, size), device = given["states"].shape, given["states"].device
+    z, filled = given["z"], given["filled"]
     if z.dim() != 4 or not 1 <= z.shape[0] <= most or z.shape[1] < 1 or z.shape[2:] != (batch, size):
         raise ValueError(f"z: expected shape (H + 1, W, {batch}, {size}) with H < {most}, got {tuple(z.shape)}")
     expect("z", z, z.shape, dtypes, device)
-    expect("e", e, z.shape, (z.dtype,), device)
-    expect("filled", filled, z.shape[1:3], INDEX, device)
+    expect("e", given["e"], z.shape, (z.dtype,), device)
+    found, wanted = (*filled.shape, filled.device), (*z.shape[1:3], device)
+    if found != wanted or filled.dtype != torch.int32:
+        raise ValueError(f"filled: expected int32 {wanted}, got {filled.dtype} {found}")
     check_column(given["column"], z.shape[0], "H + 1")
 
 

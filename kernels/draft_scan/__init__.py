@@ -19,15 +19,15 @@ def _validate(given: Arguments) -> None:
     check_scan(given)
     check_slope(given)
     check_anchors(given)
-    states, draft_output = given["states"], given["draft_output"]
+    states = given["states"]
     (rows, batch, size), device, kinds = states.shape, states.device, (states.dtype,)
-    if draft_output is not None:
-        expect("draft_output", draft_output, (batch, size), kinds, device)
+    if given["draft_output"] is not None:
+        expect("draft_output", given["draft_output"], (batch, size), kinds, device)
     expect("correction", given["correction"], (2, batch, size), kinds, device)
     expect("weights", given["weights"], (rows - 1, 2), WIDE, device)
     expect("carry", given["carry"], (2, given["state_coef"].shape[1], batch, size), (wide(states.dtype),), device)
-    count, anchor = given["draft_cache"].shape[0], given["anchor"]
-    previous_start, start, stop = given["previous_start"], given["start"], given["stop"]
+    count = given["draft_cache"].shape[0]
+    anchor, previous_start, start, stop = (given[name] for name in ("anchor", "previous_start", "start", "stop"))
     if not 0 <= anchor < count or not 0 <= start < stop <= rows - 1 or not -1 <= previous_start < start:
         raise ValueError(
             f"anchor, previous_start, start, stop: expected 0 <= anchor < {count} and -1 <= previous_start < start < "

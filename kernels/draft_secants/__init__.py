@@ -17,9 +17,8 @@ __all__ = ["draft_secants", "draft_secants_bytes"]
 def _validate(given: Arguments) -> None:
     check_states(given)
     check_anchors(given)
-    shape, device = given["draft_cache"].shape, given["states"].device
-    expect("anchor_rows", given["anchor_rows"], shape[:1], (torch.int64,), device)
-    expect("filled", given["filled"], shape[:2], INDEX, device)
+    expect("anchor_rows", given["anchor_rows"], given["z"].shape[1:2], (torch.int64,), given["z"].device)
+    expect("filled", given["filled"], given["z"].shape[1:3], INDEX, given["z"].device)
     check_ridge(given)
 
 

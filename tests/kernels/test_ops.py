@@ -105,6 +105,8 @@ def test_negated_views_are_read_and_written_with_their_sign(op, backend):
     if backend == "triton" and op == "inverse_scan":
         pytest.skip("there is no Triton form")
     plain = operands(op)
+    if op == "draft_scan" and backend == "triton":
+        plain["workspace"] = torch.zeros(1 << 16, dtype=torch.uint8)
     expected = {**plain, **{name: value.clone() for name, value in tensors(plain).items()}}
     called(op, expected, backend=backend)
     for name, value in tensors(plain).items():
@@ -114,7 +116,7 @@ def test_negated_views_are_read_and_written_with_their_sign(op, backend):
         actual[name] = torch._neg_view(value.neg())
         called(op, actual, backend=backend)
         assert actual[name].is_neg()
-        for key, other in tensors(expected).items():
+        for key, other in tensors(expected | {"workspace": None}).items():
             assert torch.equal(actual[key].resolve_neg(), other), f"{key}, with {name} negated"
 
 
