@@ -88,9 +88,7 @@ def check_rings(given: Arguments, most: int, dtypes: tuple[torch.dtype, ...] = S
         raise ValueError(f"z: expected shape (H + 1, W, {batch}, {size}) with H < {most}, got {tuple(z.shape)}")
     expect("z", z, z.shape, dtypes, device)
     expect("e", given["e"], z.shape, (z.dtype,), device)
-    found, wanted = (*filled.shape, filled.device), (*z.shape[1:3], device)
-    if found != wanted or filled.dtype != torch.int32:
-        raise ValueError(f"filled: expected int32 {wanted}, got {filled.dtype} {found}")
+    expect("filled", filled, z.shape[1:3], INDEX, device)
     check_column(given["column"], z.shape[0], "H + 1")
 
 

@@ -163,7 +163,7 @@ def test_opcheck_and_bad_arguments():
         (5, torch.zeros(5, 1), "weight: expected"),
         (9, torch.zeros(33, 6, 2, 8, dtype=torch.float64), "z: expected shape"),
         (10, torch.zeros(4, 6, 2, 8), "e: expected"),
-        (11, torch.zeros(6, 2), "filled: expected int32"),
+        (11, torch.zeros(6, 2), "filled: expected dtype int32"),
         (12, 4, "column: expected"),
         (14, 0.0, "damping, ridge, stale, reach"),
         (7, torch.full((2,), 9, dtype=torch.int32), "lo, hi"),

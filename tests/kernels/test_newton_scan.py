@@ -312,7 +312,7 @@ def test_opcheck_and_bad_arguments():
         (4, torch.zeros(6), "slope: expected"),
         (9, None, "all three or none"),
         (9, torch.zeros(9, 6, 2, 8, dtype=torch.float64), "z: expected shape"),
-        (11, torch.zeros(6, 2), "filled: expected int32"),
+        (11, torch.zeros(6, 2), "filled: expected dtype int32"),
         (12, 4, "column: expected"),
         (13, 0.0, "ridge, floor"),
     ):
