@@ -350,7 +350,7 @@ def test_compiled(figures, tmp_path):
 def test_gpu(figures, tmp_path):
     """On the CPU with tiny shapes: the same code that a device runs, the graphs apart."""
     words = ("--shape", "2,6,40,3", "--passes", "1", "--models", "tiny", "--steps", "2", "3", "--repeats", "2")
-    select = ("--select", "test_window_ops and bad_arguments", "--compiler", "eager", "--compile-sample")
+    select = ("--select", "test_copy_rows and bad_arguments", "--compiler", "eager", "--compile-sample")
     report, table = figures("gpu", *words, *select, "--results", tmp_path)
     parts = {part: [row for row in report["rows"] if row["part"] == part] for part in ("tests", "ops", "samples")}
     assert parts["tests"][0]["passed"] is True
