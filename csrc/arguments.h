@@ -14,7 +14,9 @@ namespace deqdiff {
 class Arguments {
  public:
   explicit Arguments(std::size_t count) { entries_.reserve(count); }
-  void add(const char* name, std::int64_t value) { entries_.push_back({name, value, static_cast<double>(value), true}); }
+  void add(const char* name, std::int64_t value) {
+    entries_.push_back({name, value, static_cast<double>(value), true});
+  }
   void add(const char* name, double value) { entries_.push_back({name, 0, value, false}); }
 
   std::int64_t integer(const char* name, std::int64_t low, std::int64_t high);
