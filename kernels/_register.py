@@ -48,6 +48,8 @@ class register:
         triton: whether there are Triton kernels; without them the reference serves CUDA tensors.
         storage: the tensors whose device and dtypes decide which backend serves.
         cpp_serves: whether the C++ form takes these arguments; else the reference does, even if "cpp" was asked for.
+        check_values: checks values of CPU tensors, where reading them costs nothing; the C++ form does so itself.
+        as_stored: the tensors that the C++ form takes as they are, whatever others of their name are converted to.
     """
 
     def __init__(
@@ -55,14 +57,16 @@ class register:
         validate: Callable[[Arguments], None], cpp: Callable[[Arguments], Arguments] | None = None, triton: bool = True,
         storage: tuple[str, ...] = ("states", "predictions", "drift"),
         cpp_serves: Callable[[Arguments], bool] | None = None,
+        check_values: Callable[[Arguments], None] | None = None, as_stored: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.package, self.reference, self.cpp, self.triton = package, reference, cpp, triton
         self.validate, self.storage, self.cpp_serves = validate, storage, cpp_serves
+        self.check_values = check_values
         self.name, _, arguments = schema.partition("(")
         found = _ARGUMENT.findall(arguments)
         self.names = tuple(name for _, _, name in found)
         self.written = frozenset(name for _, mutable, name in found if mutable)
-        self.kinds = [(name, _kind(name, kind)) for kind, _, name in found if name != "workspace"]
+        self.kinds = [(n, "tensor" if n in as_stored else _kind(n, kind)) for kind, _, n in found if n != "workspace"]
         if cpp is not None:
             _backends.CPP_OPS.append(self.name)
         self.op = torch.library.custom_op(
@@ -89,6 +93,8 @@ class register:
                 check_windows(given)
             if not args[0].shape[1]:
                 return
+        if self.check_values is not None and name != "cpp" and args[0].device.type == "cpu":
+            self.check_values(given)
         if name == "cpp":
             self._run_cpp(given)
         elif name == "triton":

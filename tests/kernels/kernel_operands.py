@@ -61,6 +61,20 @@ def _stopping(scan: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
+def _nodes(normal: Any) -> dict[str, Any]:
+    """Two lags, three nodes nearby, five classes of elements."""
+    rows, lags, stencil, kinds = (STEPS, BATCH, SIZE), 2, 3, 5
+    return {
+        "states": normal(STEPS + 1, BATCH, SIZE),
+        "remainder": normal(*rows),
+        "state_coef": torch.full((STEPS, lags, lags, kinds), 0.5),
+        "remainder_coef": torch.full((STEPS, lags, stencil, kinds), 0.25),
+        "start": torch.tensor([0, 1, 1, 0], dtype=torch.int32),
+        "classes": torch.tensor([4, 0, 3, 3, 1, 2], dtype=torch.int32),
+        "drift": normal(STEPS, lags, BATCH, SIZE),
+    }
+
+
 def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The arguments of `op`, in the order of its schema."""
     draw = torch.Generator().manual_seed(0)
@@ -91,6 +105,7 @@ def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
             "weights": torch.full((STEPS, 2), 0.5, dtype=torch.float64), "slope": slope,
             "carry": normal(2, 1, BATCH, SIZE), **segment,
         },
+        "node_scan": _nodes(normal),
         **_stopping(scan),
     }  # fmt: skip
     schema = getattr(torch.ops.deqdiff_fast, op).default._schema
@@ -98,6 +113,6 @@ def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 OPS = (
-    "ddim_update", "anderson_step", "newton_scan", "inverse_scan", "draft_secants", "draft_scan", "mark_converged",
-    "advance_window", "copy_rows",
+    "ddim_update", "anderson_step", "newton_scan", "inverse_scan", "draft_secants", "draft_scan", "node_scan",
+    "mark_converged", "advance_window", "copy_rows",
 )  # fmt: skip
