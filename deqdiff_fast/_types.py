@@ -72,6 +72,8 @@ class Rows:
     lo: int
     hi: int
     count: int
+    slots: Tensor | None = None
+    """(n,) int64, where these rows lie in the tensors of states and predictions; None: where `flat` says."""
 
 
 class DraftRows(Protocol):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .planner.run import solve_planned
 from .planner.warmup import compile_sizes, example_noise, warm_up
 from .schedule import Schedule, SpectralSlope
 from .solution import Callback, Solution
+from .solver import QuasiNewton
 
 ADJOINT_TOL = 1e-4
 
@@ -59,6 +61,8 @@ class DEQSampler:
             given.
         deterministic: sums are added in a fixed order whatever is given.
         spectrum: the data's power spectrum, a better slope for "auto" and `QuasiNewton(slope="spectral")`.
+        certify: "estimate" ends a solve where the estimate of its error is within `tol`, timesteps that were never
+            evaluated included; "full" evaluates every timestep first.
         draft: a cheap stand-in for the model, called like it, for fewer rounds (see `Drafted`; `ConvDraft` is one to
             train).
         memory: a `SolverMemory` of one's own; by default all samplers share one pool.
@@ -84,12 +88,13 @@ class DEQSampler:
         deterministic: bool = True,
         spectrum: SpectralSlope | None = None,
         draft: Model | None = None,
+        certify: Literal["estimate", "full"] = "estimate",
         memory: SolverMemory | None = None,
     ) -> None:
         self.options = Options.check(
             model, schedule, solver, memory, tol=tol, max_rounds=max_rounds, window=window, backend=backend,
             on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
-            deterministic=deterministic, spectrum=spectrum, draft=draft,
+            deterministic=deterministic, spectrum=spectrum, draft=draft, certify=certify,
         )  # fmt: skip
         self.gradient = resolve_gradient(gradient)
         self.planner = Planner(self.options)
@@ -178,7 +183,9 @@ class DEQSampler:
         plain = self.solver.slope in ("auto", "scalar", None)  # a spectrum has the shape of an image
         # neither a draft nor a solver that makes its own rounds, which may want more of a chain than an adjoint one has
         plain = plain and not self.solver.needs_draft and not self.solver.makes_rounds
-        solver = self.solver if plain and self.solver.max_rounds is None else "quasi-newton"
+        solver = self.solver if plain and self.solver.max_rounds is None else QuasiNewton()
+        if isinstance(solver, QuasiNewton):
+            solver = replace(solver, slope="scalar", nodes=False)  # an adjoint has no spectrum
         sampler = DEQSampler(
             model, schedule, solver=solver, tol=tol, max_batch=options.max_batch, backend=options.backend
         )

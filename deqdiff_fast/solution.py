@@ -22,8 +22,13 @@ class Stats:
     window: int
     rounds: int = 0
     """Batched model calls over the active timesteps, one after the other."""
-    coarse_rounds: int = 0
-    """Those of `rounds` that evaluated a coarse grid of timesteps only."""
+    node_rounds: int = 0
+    """Those of `rounds` that evaluated nodes only, a few of the timesteps."""
+    timesteps_evaluated: float = 1.0
+    """What part of the timesteps was evaluated at all."""
+    error_estimate: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    """(B,): the relative L2 error of each sample against the serial chain, as far as the solve can tell; for samples
+    that were solved on all timesteps the longest relative step of the last round."""
     model_evals: int = 0
     """Model evaluations (NFE): samples x timesteps evaluated, summed over rounds, serial steps included."""
     model_calls: int = 0

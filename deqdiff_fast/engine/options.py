@@ -19,6 +19,7 @@ from ..model.sample_kwargs import warn_of_guesses
 from ..model.transforms import check_inputs
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.noise import check_generator
+from ..schedule.prior import prior_spectrum
 from ..solver import resolve
 from . import arguments
 from .graph_cache import GraphCache
@@ -50,6 +51,7 @@ class Options:
     planned: bool
     """solver="auto" with window="auto": each solve is made as is predicted to be the fastest."""
     draft: Model | None = None
+    certify: str = "estimate"
     learned: dict[str, int] = field(default_factory=dict)
     """What solves have told of the model, see `BatchedModel.learned`."""
 
@@ -90,6 +92,7 @@ class Options:
             spectrum=spectrum,
             memory=memory if memory is not None else default_memory(),
             draft=draft,
+            certify=arguments.choice("certify", given["certify"], ("estimate", "full")),
             planned=isinstance(solver, str) and solver == "auto" and given["window"] == "auto",
         )
 
@@ -103,6 +106,10 @@ class Options:
         if self.tol is None and self.solver.tol is not None:
             return float(self.solver.tol)
         return max(self.solver.safety * (DEFAULT_TOL if self.tol is None else self.tol), self.floor(dtype))
+
+    def allowed(self, dtype: torch.dtype) -> float:
+        """The relative error allowed in a sample."""
+        return max(self.tolerance(dtype) / self.solver.safety, self.floor(dtype))
 
     def stopping_rule(self, dtype: torch.dtype) -> StoppingRule:
         """When rows and samples are done, for states of that dtype."""
@@ -131,7 +138,7 @@ class Options:
         """The slope that the solver wants; raises ValueError where the spectrum is one of other samples."""
         slope = self.solver.slope
         if isinstance(slope, str) and slope in ("auto", "spectral"):
-            slope = self.spectrum if self.spectrum is not None else "scalar"
+            slope = self.spectrum or prior_spectrum(tuple(noise.shape[1:])) or "scalar"
         if isinstance(slope, SpectralSlope) and noise.dim() > 1 and slope.shape != tuple(noise.shape[1:]):
             raise ValueError(
                 f"noise: expected samples of the spectrum's shape {slope.shape}, got {tuple(noise.shape[1:])}"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .._types import Generators
-from ..loop.device import DeviceCalls
 from ..loop.host import iterate
 from ..loop.task import DeviceWork, Lookahead, Progress, Task
 from ..schedule.noise import freeze
 from ..solution import Callback, Solution, Stats
 from ..solver.picard import Picard
 from .conclude import conclude
+from .node_solve import NodeSolve
 from .options import Options
 from .plain_chain import plain_samples
 from .progress import Reporter
@@ -90,8 +90,16 @@ def solve_rounds(
         monitor: asked after every round; where it gives up, the rest is made serially.
     """
     solver, limit, rule = options.solver, options.round_limit(), options.stopping_rule(request.noise.dtype)
-    warm = request.init_trajectory is not None
+    warm, watched = request.init_trajectory is not None, request.callback is not None or request.progress
     lookahead = None if solver.makes_rounds else lookahead_policy(system, request)
+    nodes = None
+    if solver.nodes and not warm and stats.window >= system.num_steps:
+        nodes = NodeSolve(system, options, request, None if head is None else head.work.chain)
+        head = _drop(head)
+    if nodes is not None and not watched:
+        nodes.run(limit)
+        if nodes.finished:
+            return nodes.solution(stats, started)
 
     def open_workspace(system: System) -> Workspace:
         return Workspace.open(system, solver, stats.window, options.memory, options.backend)
@@ -103,41 +111,48 @@ def solve_rounds(
         options.graph_cache.acquire(system, settings, open_workspace, recorded) as (work, replay, state),
         Reporter(work, rule.finish, limit, request.callback, request.progress) as report,
     ):
+        if nodes is not None and watched:
+            nodes.run(limit, work, report)
         device = DeviceWork(lookahead, work.system.pad_round, replay, state)
-        _set_up(work, request, head, device)
-        stopped, coarse = _coarse_rounds(work, device, report, 0 if warm or head is not None else limit)
+        _set_up(work, request, head, nodes, device)
+        over = nodes is not None and (nodes.finished or nodes.stopped)
         task = Task(
             chain=work.chain, solver=solver, memory=work.memory, evaluate=work.evaluate, rebuild=work.rebuild,
             diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
-            report=report if monitor is None else monitor.start(report), rule=rule,
-            max_rounds=0 if stopped else limit, start=0 if head is None else head.front, rounds_before=len(coarse),
-            longest=coarse[-1] if coarse else None, warm=warm, device=device,
+            report=report if monitor is None else monitor.start(report), rule=rule, max_rounds=0 if over else limit,
+            start=0 if head is None else head.front, final=None if nodes is None else nodes.final,
+            rounds_before=0 if nodes is None else nodes.rounds, warm=warm, device=device,
         )  # fmt: skip
         outcome = iterate(task)
         work.system.model_evals -= outcome.padding
-        _note_rounds(stats, outcome, coarse, task.start)
+        _note_rounds(stats, outcome, nodes, task.start)
         gave_up = monitor is not None and monitor.gave_up
-        stopped = stopped or (outcome.stopped and not gave_up)
+        stopped = (nodes is not None and nodes.stopped) or (outcome.stopped and not gave_up)
         solution = conclude(
-            work,
-            outcome.window.lo,
-            stopped,
-            stats,
-            started,
-            request.return_trajectory,
-            options.on_failure,
-            report,
+            work, outcome.window.lo, stopped, stats, started, request.return_trajectory, options.on_failure, report,
             gave_up,
-        )
+        )  # fmt: skip
     if work.system is not system:  # a cached one made the solve
         stats.model_evals += system.model_evals
         stats.model_calls += system.model_calls
     return solution
 
 
-def _set_up(work: Workspace, request: Request, head: Head | None, device: DeviceWork) -> None:
+def _drop(head: Head | None) -> None:
+    """Rounds on nodes begin at the noise: what was made of the chain already is of no use to them."""
+    if head is not None:
+        head.work.lease.release()
+
+
+def _set_up(
+    work: Workspace, request: Request, head: Head | None, nodes: NodeSolve | None, device: DeviceWork
+) -> None:  # fmt: skip
     """The chain's first states: the noise, and a guess of what follows."""
-    if head is None:
+    if nodes is not None and nodes.usable:
+        nodes.fill(work)
+    elif nodes is not None:
+        nodes.restart(work, device.replay)
+    elif head is None:
         work.begin(request.noise, request.generator)
         work.guess(request.init_trajectory, device.replay)
     else:
@@ -145,25 +160,15 @@ def _set_up(work: Workspace, request: Request, head: Head | None, device: Device
         head.work.lease.release()
 
 
-def _coarse_rounds(work: Workspace, device: DeviceWork, report: Reporter, limit: int) -> tuple[bool, list[Tensor]]:
-    """The rounds on coarse grids that the solver wants first, if they are fewer than `limit`. Whether `report` asked to
-    stop, and their residuals."""
-    if work.coarse is None or len(work.coarse.grids) >= limit:
-        return False, []
-    if device.state is None:
-        watcher = report if device.lookahead is None else None
-        return work.coarse.run(work.evaluate, watcher, device.replay), work.coarse.trace
-    calls = DeviceCalls(device.state, work.chain, work.evaluate, device.pad, device.replay)
-    work.coarse.run(calls, None, device.replay)
-    work.system.model_evals -= calls.padding
-    return False, work.coarse.trace
-
-
-def _note_rounds(stats: Stats, outcome: Progress, coarse: list[Tensor], front: int) -> None:
+def _note_rounds(stats: Stats, outcome: Progress, nodes: NodeSolve | None, front: int) -> None:
     """What the loop did, into the statistics; `front` steps were made before it."""
-    stats.rounds, stats.coarse_rounds, stats.repairs = front + outcome.rounds, len(coarse), outcome.repairs
-    trace = [residual.cpu() for residual in coarse] + outcome.trace
-    stats.residual_trace = torch.stack(trace) if trace else stats.residual_trace
+    stats.rounds, stats.repairs = front + outcome.rounds, outcome.repairs
+    trace = outcome.trace
+    if trace:
+        stats.error_estimate = trace[-1].double().cpu()
+    if nodes is not None:
+        trace = nodes.note(stats, bool(outcome.trace)) + trace
+    stats.residual_trace = torch.stack([step.double().cpu() for step in trace]) if trace else stats.residual_trace
 
 
 def solve_serially(system: System, options: Options, request: Request) -> Solution:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +10,9 @@ from torch import Tensor
 
 from .._types import Generators, Rows
 from ..loop.base import Bounds, Chain, ProblemSize, Solver
-from ..loop.coarse_grids import CoarseRounds
 from ..loop.rows import repeat_rows
 from ..loop.task import Replay, run_eager
 from ..memory import Lease, MemoryPlan, SolverMemory
-from ..schedule.cache import cached
 from ..schedule.noise import discard_draws, fill_drift
 from .initial_guess import extrapolate, gaussian_guess
 from .system import System
@@ -30,8 +27,6 @@ class Workspace:
     memory: Any
     system: System
     solver: Solver
-    coarse: CoarseRounds | None = None
-    """The rounds on coarse grids that the solver wants first."""
     warm: bool = False
 
     @classmethod
@@ -54,22 +49,12 @@ class Workspace:
             backend=backend,
             scratch=lease.get("scratch"),
             window_scratch=lease.get("window_scratch"),
-            draft=system.draft,
         )
-        memory_of_solver = solver.start(lease)
-        solver.init_constants(chain, memory_of_solver)
-        work = cls(lease, chain, memory_of_solver, system, solver)
-        grids = solver.coarse_grids(chain.num_steps, window, system.schedule.stochastic)
-        if grids:
-            q, cache = system.denoised_coef[:, 1], partial(cached, system.schedule)
-            work.coarse = CoarseRounds(chain, solver, memory_of_solver, lease["coarse"], q, grids, cache)
-        return work
+        return cls(lease, chain, solver.start(lease), system, solver)
 
     def restart(self) -> None:
         """Forget a solve; the memory stays where it is."""
         self.memory = self.solver.start(self.lease)
-        if self.coarse is not None:
-            self.coarse.memory = self.memory
 
     @staticmethod
     def layout(system: System, solver: Solver, window: int, backend: str) -> MemoryPlan:
@@ -83,9 +68,6 @@ class Workspace:
         plan.add("sq_diff", (steps, batch), system.accumulator)
         plan.add("sq_norm", (steps, batch), system.accumulator)
         system.plan(plan, min(window * batch, system.max_batch or window * batch))
-        grids = solver.coarse_grids(steps, window, system.schedule.stochastic)
-        if grids:
-            plan.add("coarse", (1 + max(grids), batch, numel), system.dtype)
         if window < steps:
             plan.add("window_scratch", (3, batch, numel), system.dtype)
         size = ProblemSize(
@@ -112,7 +94,7 @@ class Workspace:
             discard_draws(self.system.schedule, tuple(noise.shape), generator, noise.dtype, noise.device)
 
     def guess(self, init: Tensor | None, replay: Replay = run_eager) -> None:
-        """States 1..T: a given trajectory, copies of the noise, the chain of the draft, or that of Gaussian data."""
+        """States 1..T: a given trajectory, copies of the noise, or the chain of Gaussian data."""
         chain = self.chain
         self.warm = init is not None
         if init is not None:
@@ -120,9 +102,6 @@ class Workspace:
             chain.states[1:].copy_(self.system.to_basis(rows).view_as(chain.states[1:]))
         elif self.solver.guess == "copy":
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
-        elif self.solver.guess == "draft":
-            whole = [0] * chain.batch, [chain.num_steps] * chain.batch
-            replay(("guess", 0), lambda: self.solver.rollout(chain, self.memory, *whole))
         else:
             replay(("guess", 0), lambda: gaussian_guess(chain, self.system.diagonal_slope))
 
@@ -146,8 +125,6 @@ class Workspace:
             return  # a given trajectory is the better guess
         if self.solver.guess == "copy" and not broken:
             repeat_rows(self.chain, old, new)
-        elif self.solver.guess == "draft":
-            self.solver.rollout(self.chain, self.memory, old, new)
         else:
             extrapolate(self.chain, self.system.diagonal_slope, old, new)
 

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .._types import DraftRows
-
 if TYPE_CHECKING:
     from .task import Progress, Task
 
@@ -68,7 +66,6 @@ class Chain:
     backend: str
     scratch: Tensor | None = None  # (N,) uint8 for the ops, at least as much as `Solver.scratch_bytes` asks for
     window_scratch: Tensor | None = None  # (3, B, D) for what enters a sliding window
-    draft: DraftRows | None = None
 
     @property
     def num_steps(self) -> int:
@@ -89,8 +86,7 @@ class Solver:
 
     # Settings that the loop, the engine and the planner read.
     guess: str = "gaussian"
-    """The starting trajectory: "gaussian", the chain of unit Gaussian data; "copy", the noise everywhere; "draft",
-    the chain of the draft, by `rollout`."""
+    """The starting trajectory: "gaussian", the chain of Gaussian data; "copy", the noise everywhere."""
     max_rounds: int | None = None
     """Rounds before giving up, where the sampler is given no limit. None: `round_limit`."""
     tol: float | None = None
@@ -110,8 +106,11 @@ class Solver:
     """Whether rows are judged by the length of their last step alone, and not by what they have left to go."""
     makes_rounds: bool = False
     """Whether the solver makes its rounds itself, in `solve`, because they are not one call on all active rows."""
+    nodes: bool = False
+    """Whether the first rounds evaluate a few timesteps only, see `deqdiff_fast.nodes`; they may be all that is needed. A
+    solver that wants them has `history`, `ridge` and `floor`, of their secants."""
     needs_draft: bool = False
-    """Whether it wants `Chain.draft`, a cheap stand-in for the model."""
+    """Whether these rounds want a draft, a cheap stand-in for the model."""
 
     @property
     def name(self) -> str:
@@ -132,15 +131,6 @@ class Solver:
         """Rounds after which every chain of that many steps is solved."""
         return steps
 
-    def coarse_grids(self, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
-        """Numbers of intervals of the coarse grids that the first rounds evaluate, one round a grid; see
-        `coarse_grids.CoarseRounds`. A solver that wants some has `step_interpolated`."""
-        return ()
-
-    def without_coarse_grids(self) -> Solver:
-        """The same solver, all of whose rounds are full."""
-        return self
-
     def plan_memory(self, request: MemoryRequest, size: ProblemSize) -> None:
         """Ask for the solver's own memory: request.add(name, shape, dtype)."""
 
@@ -152,19 +142,12 @@ class Solver:
         """Begin a solve: forget everything. What it returns is the `memory` of the methods below."""
         return None
 
-    def init_constants(self, chain: Chain, memory: Any) -> None:
-        """Called once for every slab: what is written to `memory` here stays, from solve to solve."""
-
     def step(self, chain: Chain, memory: Any, round: int) -> None:
         """Predictions -> next states of rows lo <= i < hi, with sq_diff and sq_norm of the plain step against the old.
 
         The row lo must take the plain step: the serial chain's own, by which every round makes a state exact.
         """
         raise TypeError(f"{type(self).__name__} has neither step() nor solve()")
-
-    def step_interpolated(self, chain: Chain, memory: Any, round: int, evaluated: Tensor) -> None:
-        """`step`, where only rows evaluated: (T,) bool hold what the model said and the others are interpolated."""
-        self.step(chain, memory, round)
 
     def settle(self, chain: Chain, memory: Any, round: int, old: Bounds, new: Bounds) -> None:
         """Rows old[b] <= i < new[b] are final: states[i+1] must become the plain step from the last evaluation. Nothing
@@ -176,20 +159,3 @@ class Solver:
     def solve(self, task: Task) -> Progress:
         """All rounds, of a solver that `makes_rounds`."""
         raise TypeError(f"{type(self).__name__} does not make its rounds itself")
-
-    # Of solvers with a draft.
-    def draft_calls(self, steps: int, stochastic: bool) -> int:
-        """Timesteps of a round at which the draft is asked."""
-        return 0
-
-    def draft_predictions(self, chain: Chain, memory: Any) -> Tensor | None:
-        """(T, B, D): what the draft predicts at the states as they are; None without a draft."""
-        return None
-
-    def snap_to_anchors(self, chain: Chain, wanted: list[int]) -> list[int]:
-        """Which timesteps a coarse grid evaluates in the place of those wanted."""
-        return wanted
-
-    def rollout(self, chain: Chain, memory: Any, old: Bounds, new: Bounds) -> None:
-        """States old[b] < i <= new[b] <- the chain of the draft alone: the guess where `guess` is "draft"."""
-        raise TypeError(f"{type(self).__name__} has no draft")

@@ -7,36 +7,13 @@ upper bound of the number of active rows, which never grows, and whether to stop
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from .._types import Rows
-from .base import Chain
 from .device_state import AsyncReadback, DeviceState
 from .stopping import StallDetector
-from .task import Evaluate, Lookahead, Progress, Replay, Task
+from .task import Lookahead, Progress, Task
 from .window import Window
-
-
-class DeviceCalls:
-    """`evaluate` for rows that the host knows, as the same device work as the calls of the loop."""
-
-    def __init__(
-        self, state: DeviceState, chain: Chain, evaluate: Evaluate, pad: Callable[[int], int], replay: Replay
-    ) -> None:
-        self.state, self.chain, self.evaluate, self.pad, self.replay = state, chain, evaluate, pad, replay
-        self.padding = 0
-        """Rows that the model was called on without need."""
-
-    def __call__(self, rows: Rows, round: int) -> None:
-        assert rows.flat is not None
-        steps, found = self.chain.num_steps, self.state.rows
-        count = min(self.pad(rows.count), len(found))
-        self.padding += count - rows.count
-        found[: rows.count].copy_(rows.flat, non_blocking=True)
-        found[rows.count : count].fill_(steps * self.chain.batch)
-        self.replay(("model", count), lambda: self.evaluate(Rows(found[:count], 0, steps, count), round))
 
 
 class DeviceLoop:
@@ -45,11 +22,11 @@ class DeviceLoop:
     def __init__(self, task: Task) -> None:
         chain = task.chain
         self.task, self.chain, self.rule = task, chain, task.rule.for_window(chain)
-        self.window = Window(chain.num_steps, chain.batch, chain.window, task.start)
+        self.window = task.first_window()
         self.progress = Progress(self.window, task.rounds_before)
         self.sliding = chain.window < chain.num_steps
         self.state = task.device.state or DeviceState.make(chain, task.device.pad(self.window.count))
-        self.state.start(chain, self.window, task.longest)
+        self.state.start(chain, self.window)
         self.active = self.window.count  # when the round that was read last began
         self.readback = AsyncReadback(self.state.decision)
         self.period = task.solver.period

@@ -33,15 +33,16 @@ class DeviceState(NamedTuple):
             torch.ones_like(chain.sq_diff[0]),
         )
 
-    def start(self, chain: Chain, window: Window, longest: Tensor | None) -> None:
-        """The bounds and rows of the first window, which is the same for all samples; longest: see `Task`."""
+    def start(self, chain: Chain, window: Window) -> None:
+        """The bounds and rows of the first window."""
         self.decision.zero_()
-        if longest is not None:
-            self.decision[3].copy_(longest)
-        lo, hi = window.lo[0], window.hi[0]
-        chain.lo.fill_(lo), chain.hi.fill_(hi)
         self.previous.fill_(float("nan"))
         self.strict.fill_(1)
+        if len(set(window.lo)) > 1:
+            self.take(chain, window)
+            return
+        lo, hi = window.lo[0], window.hi[0]  # the same for all samples: nothing is copied to the device
+        chain.lo.fill_(lo), chain.hi.fill_(hi)
         torch.arange(lo * chain.batch, lo * chain.batch + len(self.rows), out=self.rows)
         self.rows.masked_fill_(self.rows >= hi * chain.batch, chain.num_steps * chain.batch)
 

@@ -27,14 +27,12 @@ def iterate(task: Task) -> Progress:
 def iterate_on_host(task: Task) -> Progress:
     """`iterate` where the host looks at every round before it makes the next one."""
     chain, solver, rule = task.chain, task.solver, task.rule.for_window(task.chain)
-    window = Window(chain.num_steps, chain.batch, chain.window, task.start)
+    window = task.first_window()
     progress = Progress(window, task.rounds_before)
     previous, strict = torch.empty_like(chain.sq_diff), torch.ones_like(chain.sq_diff[0])
     reset_steps(previous)
     stalls = StallDetector(chain.batch, solver, rule.finish)
     longest = torch.zeros(chain.batch, dtype=torch.float64)
-    if task.longest is not None:
-        longest.copy_(task.longest)
     while not window.done and progress.rounds < task.max_rounds and not progress.stopped:
         progress.rounds += 1
         lo, hi = list(window.lo), list(window.hi)

@@ -73,11 +73,20 @@ class Task:
     """How many rows are final already."""
     rounds_before: int = 0
     """Rounds before this loop, which count."""
-    longest: Tensor | None = None
-    """(B,), the longest steps of the round before, if there was one."""
+    final: list[bool] | None = None
+    """Which samples are solved already, where the window holds all timesteps; None for none."""
     warm: bool = False
     """Whether the states hold a trajectory that the caller gave."""
     device: DeviceWork = field(default_factory=DeviceWork)
+
+    def first_window(self) -> Window:
+        """The rows that are to be solved."""
+        chain = self.chain
+        window = Window(chain.num_steps, chain.batch, chain.window, self.start)
+        for b, final in enumerate(self.final or []):
+            if final:
+                window.lo[b] = window.hi[b] = chain.num_steps
+        return window
 
     def restart_sample(self, window: Window, sample: int) -> None:
         """Make all rows of a sample active again, where the window holds them all; what is remembered of them goes."""

@@ -156,6 +156,8 @@ class BatchedModel:
         count, size, first = stop - start, self.pad(stop - start), rows.lo * self.batch + start
         at = slice(first, first + count) if rows.flat is None else rows.flat[start:stop].to(self.device)
         step, sample, times = (table[at] for table in self.row_tables)
+        if rows.slots is not None:
+            at = rows.slots[start:stop]
         if size > count:
             step, sample, times = (torch.cat([t, t[:1].expand(size - count)]) for t in (step, sample, times))
         elif isinstance(at, slice):

@@ -11,7 +11,6 @@ from .cost_curve import MARGIN, Curve
 
 OPTIMISM = 0.25  # a measurement must pay if further rows cost this part of what the last ones did
 REACH = 4  # predictions are trusted up to this many times the largest batch that was measured
-COARSE_ROWS, COARSE = 9, 0.75  # coarse rounds, of about 9 timesteps, must cost less than this part of a full one
 
 
 @dataclass
@@ -120,14 +119,6 @@ def _choose(candidates: list[Candidate], previous: int | None) -> tuple[Candidat
     if ratio < (1.0 if best is last else 1 / MARGIN):
         return serial, f"the best solve would take {1 / ratio:.2f} times as long as the serial chain"
     return best, f"it is predicted to be {ratio:.2f} times as fast as the serial chain"
-
-
-def coarse_pays(plan: Plan) -> bool:
-    """Whether first rounds on few timesteps are that much cheaper: they save evaluations, and may cost a round."""
-    if not plan.measured or plan.chosen.window < plan.steps:
-        return True
-    calls, rows = Curve(dict(plan.measured)), plan.steps * plan.batch
-    return calls(min(COARSE_ROWS * plan.batch, rows)) < COARSE * calls.in_pieces(rows, plan.chosen.piece or rows)
 
 
 def promising(inputs: PlannerInputs, sizes: list[int]) -> list[int]:

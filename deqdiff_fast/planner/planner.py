@@ -30,6 +30,8 @@ ELEMENT_SECONDS = 2.4e-9  # a solver's own work for an element of a state: 48 by
 
 _LOCK = Lock()  # what is learned is shared between samplers, and so between threads
 
+TYPICAL_SWEEPS = 7  # of a draft in a round on nodes, its call of a batch taken to cost as much for each row as for one
+
 
 @dataclass
 class WorkloadStats:
@@ -153,13 +155,11 @@ class Planner:
 
     def record_first_steps(self, workload: Workload, system: System, step: float) -> None:
         """The first steps of an unmeasured chain took so long each; measures a call, and the draft, beside them."""
-        stats, solver, noise = workload.stats, self.options.solver, workload.noise
+        stats, noise = workload.stats, workload.noise
         rows = min(workload.batch, self.options.row_limit(noise) or workload.batch)
         call = time_call(system, noise, rows, self.clock)
         if system.draft is not None:
-            steps = system.num_steps
-            asked = solver.draft_calls(steps, system.schedule.stochastic) or steps
-            stats.draft_seconds = asked / steps * time_draft(system.draft, noise, self.clock)
+            stats.draft_seconds = TYPICAL_SWEEPS * time_draft(system.draft, noise, self.clock)
         with _LOCK:
             stats.costs.set_step(workload.batch, step)
             stats.costs.set_call(rows, min(call, step))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -19,7 +18,6 @@ from ..engine.workspace import Workspace
 from ..plan import Plan, RoundEstimate
 from ..solution import Solution, Stats
 from ..solver.picard import Picard
-from .decide import coarse_pays
 from .monitor import SlowSolveMonitor
 from .planner import Planner, Workload
 from .probe import may_probe, measure_sizes
@@ -71,8 +69,6 @@ def solve_in_rounds(
     """By rounds. start: `time.perf_counter()` at the start. begun: a workspace in which the first `front` steps were
     made already. believed: learn from it; not where it had to prepare what later ones find prepared."""
     options, began, evals = planner.options, planner.clock(), system.model_evals
-    if not coarse_pays(plan):
-        options = replace(options, solver=options.solver.without_coarse_grids())
     system.max_batch, window = plan.chosen.piece, plan.chosen.window
     stats = Stats(solver=options.solver.name, window=window, plan=plan)
     monitor = SlowSolveMonitor(plan, workload.stats.costs.step(workload.batch) or 0.0, front, planner.clock)

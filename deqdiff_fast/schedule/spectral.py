@@ -145,6 +145,11 @@ class SpectralSlope:
         """The change of basis between samples and coefficients."""
         return Basis(self.channels, self.shape)
 
+    def classes(self) -> tuple[Tensor, Tensor]:
+        """(K,) the distinct variances, and (D,) int64 which of them each coefficient has."""
+        values, which = self.variance.flatten().unique(return_inverse=True)
+        return values, which
+
     def slope(self, schedule: Schedule) -> Tensor:
         """(T, D) float64: c_i of every coefficient, see `Schedule.slope`."""
         return schedule.slope(self.variance.flatten())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..kernels import newton_scan, newton_scan_bytes
 from ..loop.base import Bounds, Chain, LeasedTensors, MemoryRequest, ProblemSize, Solver
-from ..loop.coarse_grids import usable_grids
 from ..loop.rows import clear_rows
 from .settings import check_history_dtype, check_secant_settings, history_dtype
 
@@ -19,7 +18,6 @@ class NewtonMemory(NamedTuple):
     z: Tensor  # (H + 1, W, B, D) states at which the model was called, a ring over rounds and over timesteps
     e: Tensor  # (H + 1, W, B, D) its predictions
     filled: Tensor  # (W, B) int32
-    before: Tensor  # (W, B) int32, scratch of `step_interpolated`
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,7 @@ class QuasiNewton(Solver):
         ridge: of the secant fit, relative.
         floor: shortest step worth keeping, relative to the state.
         max_rounds, tol, guess, safety, freeze, strict: see `Solver`.
-        coarse: numbers of intervals of the grids of timesteps that the first rounds evaluate, one round a grid, of
-            which those count that leave out half of the timesteps or more, and where noise is added on the way only the
-            finest that leaves out three fifths (see `coarse_grids.usable_grids`); () for none. It saves model
-            evaluations and costs a round at times.
+        nodes: whether the first rounds evaluate a few timesteps only (see `deqdiff_fast.nodes`).
         history_dtype: what the history is stored in (None: as the states); bfloat16 halves its memory and traffic and
             blunts the secants, but cannot move the fixed point.
 
@@ -58,11 +53,11 @@ class QuasiNewton(Solver):
     safety: float = 0.7
     freeze: float = 0.01
     strict: float | None = 0.01
-    coarse: tuple[int, ...] = (4, 8, 16, 64)
+    nodes: bool = True
     history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        check_secant_settings(self.history, self.ridge, self.floor, self.coarse, self.max_rounds)
+        check_secant_settings(self.history, self.ridge, self.floor, self.nodes, self.max_rounds)
         if isinstance(self.slope, str) and self.slope not in ("auto", "scalar", "spectral"):
             raise ValueError(
                 f"slope: expected 'auto', 'scalar', 'spectral', a SpectralSlope or None, got {self.slope!r}"
@@ -80,19 +75,12 @@ class QuasiNewton(Solver):
     def period(self) -> int:
         return self.history + 1
 
-    def coarse_grids(self, steps: int, window: int, stochastic: bool) -> tuple[int, ...]:
-        return usable_grids(self.coarse, steps, smooth=not stochastic) if window >= steps else ()
-
-    def without_coarse_grids(self) -> QuasiNewton:
-        return replace(self, coarse=())
-
     def plan_memory(self, request: MemoryRequest, size: ProblemSize) -> None:
         ring = (self.history + 1, size.window, size.batch, size.numel)
         stored = history_dtype(self.history_dtype, size)
         request.add("newton.z", ring, stored)
         request.add("newton.e", ring, stored)
         request.add("newton.filled", ring[1:3], torch.int32)
-        request.add("newton.before", ring[1:3], torch.int32)
 
     def scratch_bytes(self, size: ProblemSize) -> int:
         found: int = newton_scan_bytes(
@@ -112,16 +100,6 @@ class QuasiNewton(Solver):
             chain.sq_diff, chain.sq_norm, memory.z, memory.e, memory.filled, round % (self.history + 1),
             self.ridge, self.floor, chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
-
-    def step_interpolated(self, chain: Chain, memory: NewtonMemory, round: int, evaluated: Tensor) -> None:
-        """`step`, where only rows evaluated: (T,) bool hold what the model said; the window is the whole chain.
-
-        An interpolated prediction is no end of a secant, but it may be the other end of a later one.
-        """
-        before, missing = memory.before.copy_(memory.filled), ~evaluated[:, None]
-        memory.filled.masked_fill_(missing, 0)
-        self.step(chain, memory, round)
-        torch.where(missing, before.add_(1).clamp_max_(self.history + 1), memory.filled, out=memory.filled)
 
     def enter(self, chain: Chain, memory: NewtonMemory, old: Bounds, new: Bounds) -> None:
         clear_rows(memory.filled, old, new)

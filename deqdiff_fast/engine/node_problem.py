@@ -1,0 +1,95 @@
+"""A system as the rounds on nodes want it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._types import Generators, Rows
+from ..loop.base import Chain
+from ..memory import Lease, MemoryPlan, SolverMemory
+from ..nodes.composite import LinearChain
+from ..nodes.grid import density, round_sizes
+from ..nodes.problem import NodeProblem
+from ..nodes.rounds import DENSEST
+from ..schedule import Schedule, SpectralSlope
+from ..schedule.cache import cached
+from ..schedule.noise import discard_draws, fill_drift
+from .system import System
+
+
+def linear_chain(schedule: Schedule, slope: SpectralSlope | str | None) -> tuple[LinearChain, Tensor | None]:
+    """The chain with the slopes of a solver, and the class of every element: (D,) int32, None where there is one."""
+    q = schedule.denoised_coef()[:, 1]
+    unit, classes = torch.where(q == 0, 1, q), None
+    if isinstance(slope, SpectralSlope):
+        variances, which = slope.classes()
+        slopes, classes = schedule.slope(variances), which.int()
+    else:
+        slopes = schedule.slope()[:, None] * (slope is not None)
+    return LinearChain(schedule.state_coef, schedule.model_coef, slopes, unit), classes
+
+
+def lease_for(system: System, memory: SolverMemory) -> Lease:
+    """What model calls at nodes and the noise of the chain need."""
+    plan, steps = MemoryPlan(), system.num_steps
+    rows = min(DENSEST * round_sizes(steps)[-1], steps) * system.batch
+    system.plan(plan, min(rows, system.max_batch or rows))
+    if system.schedule.stochastic:
+        plan.add("drift", (steps, system.batch, system.numel), system.dtype)
+    return memory.lease(plan, system.device)
+
+
+def node_problem(
+    system: System, lease: Lease, noise: Tensor, generator: Generators, tol: float, settings: Any, backend: str,
+    slope: SpectralSlope | str | None, made: Chain | None = None,
+) -> NodeProblem:  # fmt: skip
+    """The problem of one solve.
+
+    settings: history, ridge and floor of the secants. made: a chain whose noise was drawn already.
+    """
+    schedule, device = system.schedule, system.device
+    key = id(slope) if isinstance(slope, SpectralSlope) else slope
+    chain, classes = cached(schedule, ("linear", key), lambda: linear_chain(schedule, slope))
+    drift = lease.get("drift")
+    if made is None:
+        start = system.to_basis(noise.detach().reshape(system.batch, -1).to(system.dtype))
+    else:
+        start = made.states[0].clone()
+    if drift is not None and made is not None and made.drift is not None:
+        drift.copy_(made.drift)
+    elif drift is not None:
+        fill_drift(drift, schedule, tuple(noise.shape), generator, noise.dtype)
+        if system.basis is not None:
+            system.basis.forward(drift.flatten(0, 1))
+    elif made is None:
+        discard_draws(schedule, tuple(noise.shape), generator, noise.dtype, device)
+    return NodeProblem(
+        chain, None if classes is None else classes.to(device),
+        cached(schedule, "density", lambda: density(schedule)), start, drift,
+        partial(ask, system, lease), None if system.draft is None else partial(ask_draft, system),
+        tol, settings.history, settings.ridge, settings.floor, backend,
+        lambda what, make: cached(schedule, (what, key, system.dtype, device), make),
+    )  # fmt: skip
+
+
+def ask(
+    system: System, lease: Lease, states: Tensor, nodes: tuple[int, ...], asked: Tensor | None, out: Tensor, round: int
+) -> None:
+    """`NodeProblem.ask`."""
+    batch, device = system.batch, system.device
+    flat = (torch.tensor(nodes)[:, None] * batch + torch.arange(batch)).to(device)
+    slots = torch.arange(flat.numel(), device=device).view(flat.shape)
+    if asked is not None:
+        flat, slots = flat[asked], slots[asked]
+    rows = Rows(flat.flatten(), nodes[0], nodes[-1] + 1, flat.numel(), slots.flatten())
+    system.evaluate(states, out, rows, lease, round)
+
+
+def ask_draft(system: System, states: Tensor, nodes: tuple[int, ...]) -> Tensor:
+    """`NodeProblem.draft`."""
+    assert system.draft is not None
+    return system.draft.rows(states, torch.tensor(nodes, device=system.device)).to(states.dtype)

@@ -1,0 +1,138 @@
+"""Rounds on nodes as the first part of a solve, or the whole of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..loop.base import Chain
+from ..loop.task import Replay
+from ..loop.window import Window
+from ..nodes.composite import interpolation
+from ..nodes.problem import NodeOutcome
+from ..nodes.rounds import NodeRounds
+from ..solution import Solution, Stats
+from .initial_guess import linear_scan
+from .node_problem import lease_for, node_problem
+from .options import Options
+from .serial import Report
+from .system import System
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from .solve import Request
+
+
+class NodeSolve:
+    """The rounds on nodes of one solve.
+
+    Args:
+        made: a chain that was begun already, whose noise is taken over.
+    """
+
+    def __init__(self, system: System, options: Options, request: Request, made: Chain | None) -> None:
+        self.system, self.request = system, request
+        self.certify_all = options.certify == "full" or request.return_trajectory
+        self.lease = lease_for(system, options.memory)
+        noise, solver, tol = request.noise, options.solver, options.allowed(request.noise.dtype)
+        with torch.no_grad():
+            self.problem = node_problem(
+                system, self.lease, noise, request.generator, tol, solver, options.backend, options.slope(noise), made
+            )
+        self.outcome: NodeOutcome | None = None
+
+    def run(self, limit: int, work: Workspace | None = None, report: Report | None = None) -> None:
+        """Make the rounds; with a workspace the chain is filled in after each of them, for `report` to look at."""
+        watch = None
+        if work is not None and report is not None:
+            seen, told = work, report
+
+            def watch(round: int, error: Tensor, rounds: NodeRounds) -> object:
+                self._fill(seen, rounds.grid.nodes, rounds.remainder)
+                window = Window(seen.chain.num_steps, seen.chain.batch, seen.chain.window)
+                window.lo = [window.num_steps if done else 0 for done in rounds.done]
+                return told(round, window, error)
+
+        with torch.no_grad():
+            self.outcome = NodeRounds(self.problem).run(limit, watch)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the rounds have left states that others can begin with."""
+        return self.outcome is not None and not self.outcome.broken
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.usable and not self.certify_all and all(self._outcome.done)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a callback asked for the end."""
+        return self.outcome is not None and self.outcome.stopped
+
+    @property
+    def rounds(self) -> int:
+        """How many were made."""
+        return 0 if self.outcome is None else len(self.outcome.trace)
+
+    @property
+    def final(self) -> list[bool] | None:
+        """Which samples rounds on all timesteps may leave as they are."""
+        return self._outcome.done if self.usable and not self.certify_all else None
+
+    @property
+    def _outcome(self) -> NodeOutcome:
+        assert self.outcome is not None
+        return self.outcome
+
+    def fill(self, work: Workspace) -> None:
+        """States and predictions of all timesteps, from what the rounds have found."""
+        self._fill(work, self._outcome.grid.nodes, self._outcome.remainder)
+
+    def restart(self, work: Workspace, replay: Replay) -> None:
+        """Begin anew with the noise of this solve: nothing that was found is of use."""
+        self._begin(work)
+        work.guess(None, replay)
+
+    def _begin(self, work: Workspace) -> None:
+        chain, problem = work.chain, self.problem
+        chain.states[0].copy_(problem.start)
+        chain.sq_diff.zero_(), chain.sq_norm.zero_()
+        if chain.drift is not None and problem.drift is not None:
+            chain.drift.copy_(problem.drift)
+
+    def _fill(self, work: Workspace, nodes: tuple[int, ...], remainder: Tensor) -> None:
+        self._begin(work)
+        chain, problem = work.chain, self.problem
+        make: Callable[[], Tensor] = lambda: interpolation(  # noqa: E731
+            torch.tensor(nodes), torch.arange(chain.num_steps), problem.chain.unit
+        ).to(chain.states)
+        weights: Tensor = problem.cache(("all", nodes), make)
+        torch.mm(weights, remainder.flatten(1), out=chain.predictions.flatten(1))
+        linear_scan(chain, chain.slope, torch.zeros_like(chain.lo), torch.full_like(chain.hi, chain.num_steps))
+        chain.predictions.addcmul_(chain.slope[:, None], chain.states[:-1])
+
+    def note(self, stats: Stats, more: bool) -> list[Tensor]:
+        """What was done, into the statistics; more: rounds on all timesteps followed. Returns the trace."""
+        outcome = self._outcome
+        stats.rounds, stats.node_rounds = max(stats.rounds, self.rounds), self.rounds
+        if not more:
+            stats.error_estimate = outcome.error_estimate
+            stats.timesteps_evaluated = len(outcome.grid.nodes) / self.system.num_steps
+        return outcome.trace
+
+    def solution(self, stats: Stats, started: float) -> Solution:
+        """What the rounds on nodes alone have found."""
+        system, trace = self.system, self.note(stats, more=False)
+        stats.residual_trace = torch.stack(trace)
+        stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
+        stats.draft_evals = 0 if system.draft is None else system.draft.evals
+        sample = system.from_basis(self._outcome.states[-1]).view(system.batch, *system.shape).to(system.model_dtype)
+        self.lease.release()
+        stats.wall_seconds = time.perf_counter() - started
+        return Solution(sample, torch.ones(system.batch, dtype=torch.bool), stats)

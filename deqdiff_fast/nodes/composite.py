@@ -1,0 +1,119 @@
+"""Composite steps: a chain with linear predictions, made from node to node in one step each.
+
+Between two nodes the remainder of the predictions is a local polynomial through the values at the nearest nodes, in
+units of the clean sample (q times the remainder), where it is smooth up to the image end. As predictions are
+slope[i] x_i + remainder[i], the state at the next node is linear in the state at this one and in those few values. The
+coefficients depend on an element only by its slope, so they are kept for every distinct slope.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+POINTS = 4  # of the interpolation: cubic
+
+
+class LinearChain(NamedTuple):
+    """x_{i+1} = sum_l a[i,l] x_{i-l} + b[i,l] (c[i-l] x_{i-l} + remainder[i-l]); float64 on the CPU."""
+
+    state_coef: Tensor  # (T, L) a
+    model_coef: Tensor  # (T, L) b
+    slope: Tensor  # (T, K) c of every class of elements
+    unit: Tensor  # (T,) q, nowhere 0: remainders times it are smooth in time
+
+
+class CompositeSteps(NamedTuple):
+    """Steps between nodes; arguments of `kernels.node_scan`."""
+
+    state_coef: Tensor  # (n, L, L, K)
+    remainder_coef: Tensor  # (n, L, S, K)
+    start: Tensor  # (n,) int32
+
+
+def stencil(sources: Tensor, at: Tensor, points: int = POINTS) -> tuple[Tensor, Tensor]:
+    """First of the `points` sources nearest to the interval that holds each timestep: (m,), and all of them, (m, S)."""
+    count = min(points, len(sources))
+    left = torch.searchsorted(sources, at, right=True) - 1
+    start = (left - (count // 2 - 1)).clamp(0, len(sources) - count)
+    return start, start[:, None] + torch.arange(count)
+
+
+def lagrange(known: Tensor, at: Tensor) -> Tensor:
+    """(m, S): weights of values at `known`: (m, S), distinct in each row, in the polynomial through them at `at`: (m,).
+    """
+    known, count = known.double(), known.shape[1]
+    weights = torch.ones(known.shape, dtype=torch.float64)
+    for j in range(count):
+        for k in range(count):
+            if k != j:
+                weights[:, j] *= (at.double() - known[:, k]) / (known[:, j] - known[:, k])
+    return weights
+
+
+def interpolation(sources: Tensor, at: Tensor, unit: Tensor | None = None) -> Tensor:
+    """(m, n) float64: what timesteps `at` take of the values at n sources, in units of `unit`, (T,), if given."""
+    _, near = stencil(sources, at)
+    weights = lagrange(sources[near], at)
+    if unit is not None:
+        weights = weights * unit[sources[near]] / unit[at, None]
+    return torch.zeros(len(at), len(sources), dtype=torch.float64).scatter_(1, near, weights)
+
+
+def composite_steps(chain: LinearChain, targets: Tensor, sources: Tensor) -> CompositeSteps:
+    """Steps from each of the timesteps `targets` to the next, the last one to the sample, by the values at `sources`.
+
+    All steps of one length are made at once, so it takes as many operations as the longest interval has timesteps.
+    """
+    a, b, c, unit = chain
+    steps, lags = a.shape
+    length = torch.cat([targets[1:], torch.tensor([steps])]) - targets
+    start, near = stencil(sources, targets)
+    known = sources[near]
+    points = near.shape[1]
+    coef = torch.zeros(len(targets), lags, lags + points, c.shape[1], dtype=torch.float64)
+    for lag in range(lags):
+        coef[:, lag, lag] = 1  # of x_t, x_{t-1}, ... at the beginning
+    for done in range(int(length.max())):
+        row = (targets + done).clamp_max(steps - 1)
+        new = torch.zeros_like(coef[:, 0])
+        for lag in range(lags):
+            there = row - lag
+            exists, there = (there >= 0)[:, None], there.clamp_min(0)
+            gain = torch.where(exists, a[row, lag, None] + b[row, lag, None] * c[there], 0)
+            share = lagrange(known, row - lag) * unit[known] / unit[there, None]
+            new += gain[:, None] * coef[:, lag]
+            new[:, lags:] += torch.where(exists, b[row, lag, None] * share, 0)[..., None]
+        made = torch.cat([new[:, None], coef[:, :-1]], 1)
+        coef = torch.where((done < length)[:, None, None, None], made, coef)
+    return CompositeSteps(coef[:, :, :lags], coef[:, :, lags:], start.int())
+
+
+def node_influence(steps: CompositeSteps) -> Tensor:
+    """(n, K): d sample / d remainder at each source, where these are the targets too."""
+    state, remainder, start = steps
+    count, lags, points = remainder.shape[:3]
+    found = torch.zeros(count, remainder.shape[3], dtype=torch.float64)
+    carried = torch.zeros(lags, remainder.shape[3], dtype=torch.float64)
+    carried[0] = 1
+    for j in range(count - 1, -1, -1):
+        first = int(start[j])
+        found[first : first + points] += (carried[:, None] * remainder[j]).sum(0)
+        carried = (carried[:, None] * state[j]).sum(0)
+    return found
+
+
+def leave_one_out(sources: Tensor, unit: Tensor) -> Tensor:
+    """(n, n) float64: each value less what its four nearest neighbours say by interpolation."""
+    count = len(sources)
+    found = torch.eye(count, dtype=torch.float64)
+    if count < 3:
+        return torch.zeros_like(found)
+    around = min(POINTS, count - 1)
+    for j in range(count):
+        first = max(0, min(j - around // 2, count - around - 1))
+        near = torch.tensor([k for k in range(first, first + around + 1) if k != j])
+        found[j, near] -= lagrange(sources[near][None], sources[j : j + 1])[0] * unit[sources[near]] / unit[sources[j]]
+    return found

@@ -1,0 +1,102 @@
+"""Which timesteps a round asks the model about.
+
+The remainder of a prediction, in units of the clean sample, is smooth in the logarithm l of the noise-to-signal ratio.
+Local cubic interpolation of it between nodes h apart is wrong by about h^4, and an error at a timestep counts as much
+as the chain carries of it to the sample, w. Nodes that share the error evenly have the density |l'|^(4/5) w^(1/5). What
+is rough in time whatever the noise level, such as a network's embedding of the timestep, wants an even share: `EVEN`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..schedule import Schedule
+
+EVEN = 0.2
+TYPICAL_VARIANCE = 0.25  # of data scaled to [-1, 1], for the weight of an error
+FIRST, SECOND = 9, 17  # nodes of the first two rounds
+HALF = 45  # nodes of the rounds that follow: T HALF / (T + HALF)
+SHIFT, GOLDEN = 0.25, 0.6180339887498949  # how far nodes are moved, in intervals; multiples of the latter spread out evenly
+RATIO_RANGE = (1e-4, 1e4)  # noise-to-signal ratios beyond count as these
+LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
+
+
+def round_sizes(steps: int) -> list[int]:
+    """Numbers of nodes of the first rounds; the last one stands for all that follow."""
+    last = max(min(steps, 5), round(HALF * steps / (steps + HALF)))
+    return [n for n in (FIRST, SECOND) if 5 * n < 4 * last] + [last]
+
+
+def density(schedule: Schedule) -> Tensor:
+    """(T,) float64 with sum 1: how the nodes of a chain should be spread."""
+    steps = schedule.num_steps
+    low, high = RATIO_RANGE
+    ratio = (schedule.sigma[:-1] / schedule.signal[:-1].clamp_min(1e-300)).clamp(low, high).log()
+    width = torch.zeros(steps, dtype=torch.float64)
+    if steps > 1:
+        moved = ratio.diff().abs()
+        width[0], width[-1], width[1:-1] = moved[0], moved[-1], (moved[1:] + moved[:-1]) / 2
+    weight = influence(schedule).abs()
+    weight = (weight / weight.max()).clamp_min(LEAST_WEIGHT)
+    shape = width**0.8 * weight**0.2
+    total = shape.sum()
+    even = torch.full_like(shape, 1 / steps)
+    return even if not total > 0 else (1 - EVEN) * shape / total + EVEN * even
+
+
+def influence(schedule: Schedule) -> Tensor:
+    """(T,): what the sample takes of an error in the clean sample that is predicted at each timestep."""
+    slope = schedule.slope(TYPICAL_VARIANCE)[:, None]
+    q = schedule.denoised_coef()[:, 1]
+    return adjoint(schedule.state_coef, schedule.model_coef, slope)[:, 0] / torch.where(q == 0, 1, q)
+
+
+def adjoint(state_coef: Tensor, model_coef: Tensor, slope: Tensor) -> Tensor:
+    """(T, K): d sample / d remainder of each timestep, for predictions slope[i] x_i + remainder[i]; slope: (T, K)."""
+    steps, lags = state_coef.shape
+    found = torch.zeros(steps, slope.shape[1], dtype=torch.float64)
+    carried = torch.zeros(lags, slope.shape[1], dtype=torch.float64)  # d sample / d x_{i+1}, x_i, ...
+    carried[0] = 1
+    for i in range(steps - 1, -1, -1):
+        before = torch.cat([carried[1:], torch.zeros_like(carried[:1])])
+        for lag in range(min(lags, i + 1)):
+            found[i - lag] += model_coef[i, lag] * carried[0]
+            before[lag] += (state_coef[i, lag] + model_coef[i, lag] * slope[i - lag]) * carried[0]
+        carried = before
+    return found
+
+
+def spread(weight: Tensor, count: int) -> list[int]:
+    """`count` distinct timesteps that part the weight, (T,) > 0, evenly; the first and the last are among them.
+
+    They are moved by up to a quarter of an interval, each another way: what is periodic in time, as a network's
+    embedding of it makes its errors, would else add up where its period is that of the nodes, and no estimate could see
+    it.
+    """
+    steps, count = len(weight), min(count, len(weight))
+    if count == 1:
+        return [0]
+    reached = torch.cat([torch.zeros(1, dtype=torch.float64), ((weight[1:] + weight[:-1]) / 2).cumsum(0)])
+    number = torch.arange(count, dtype=torch.float64)
+    moved = (number * GOLDEN % 1 - 0.5) * 2 * SHIFT
+    moved[0] = moved[-1] = 0
+    wanted = (number + moved) / (count - 1) * reached[-1]
+    nodes: list[int] = []
+    for k, at in enumerate(torch.searchsorted(reached, wanted).tolist()):
+        least = nodes[-1] + 1 if nodes else 0
+        nodes.append(min(max(at, least), steps - count + k))
+    nodes[-1] = steps - 1
+    return nodes
+
+
+def refine(nodes: list[int], score: list[float], count: int) -> list[int]:
+    """Up to `count` more nodes, in the middle of the intervals on both sides of those with the largest score."""
+    known = set(nodes)
+    for j in sorted(range(len(nodes)), key=lambda j: -score[j]):
+        for left, right in ((j - 1, j), (j, j + 1)):
+            if len(known) == len(nodes) + count:
+                return sorted(known)
+            if 0 <= left and right < len(nodes):
+                known.add((nodes[left] + nodes[right]) // 2)
+    return sorted(known)

@@ -1,0 +1,124 @@
+"""Secants at the nodes: what the model answered in the last rounds, and the Jacobian that follows from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .node_grid import Transfer
+
+GUESSED_RIDGE = 1e-2  # of a secant with an end that was interpolated and not asked
+
+
+class NodeHistory:
+    """The last H + 1 answers at each of n nodes of B samples, the newest in column 0.
+
+    Each node and sample counts for itself: one that is not asked in a round keeps what it has. The correction of a
+    prediction is the multisecant one of `kernels.newton_scan` (Fang and Saad 2009, doi 10.1002/nla.617), for all nodes
+    at once.
+
+    Args:
+        columns: H + 1.
+        ridge: of the fit, on normalised columns.
+        floor: shortest step worth keeping, relative to the state.
+        drafted: whether a draft's predictions are kept too; secants are then those of the difference to it.
+    """
+
+    def __init__(self, columns: int, like: Tensor, ridge: float, floor: float, drafted: bool = False) -> None:
+        n, batch, numel = like.shape
+        self.ridge, self.floor = ridge, floor
+        self.z = like.new_zeros(columns, n, batch, numel)
+        self.e, self.draft = torch.zeros_like(self.z), torch.zeros_like(self.z) if drafted else None
+        self.ridges = torch.full((columns, n, batch), ridge, dtype=like.dtype, device=like.device)
+        self.count = torch.zeros(n, batch, dtype=torch.int64, device=like.device)
+        self.dz: Tensor | None = None
+
+    def push(self, asked: Tensor | None, states: Tensor, predictions: Tensor, draft: Tensor | None) -> None:
+        """New answers at the nodes asked: (n, B) bool, None for all; (n, B, D) each."""
+        columns = [(self.z, states), (self.e, predictions)]
+        if self.draft is not None and draft is not None:
+            columns.append((self.draft, draft))
+        if asked is None:
+            for kept, new in columns:
+                kept[1:] = kept[:-1].clone()
+                kept[0] = new
+            self.ridges[1:] = self.ridges[:-1].clone()
+            self.ridges[0] = self.ridge
+            self.count.add_(1).clamp_max_(len(self.z))
+            return
+        rows = asked[..., None]
+        for kept, new in columns:
+            for h in range(len(kept) - 1, 0, -1):
+                torch.where(rows, kept[h - 1], kept[h], out=kept[h])
+            torch.where(rows, new, kept[0], out=kept[0])
+        for h in range(len(self.ridges) - 1, 0, -1):
+            torch.where(asked, self.ridges[h - 1], self.ridges[h], out=self.ridges[h])
+        self.ridges[0].masked_fill_(asked, self.ridge)
+        self.count.add_(asked).clamp_max_(len(self.z))
+
+    def moved_to(self, transfer: Transfer, old: Tensor, new: Tensor, slopes: tuple[Tensor, Tensor]) -> NodeHistory:
+        """The same for other nodes: what the model would have answered there, by interpolation in time.
+
+        Args:
+            old, new: the states as they are now at these nodes and at the others, (n, B, D) and (m, B, D).
+            slopes: at these nodes and at the others.
+        """
+        found = NodeHistory(len(self.z), new, self.ridge, self.floor, self.draft is not None)
+        before, after = slopes
+        for h in range(len(self.z)):
+            torch.sub(new, _through(transfer.plain, old - self.z[h]), out=found.z[h])
+            kept = [(self.e, found.e)] + ([] if self.draft is None else [(self.draft, found.draft)])
+            for values, target in kept:
+                rest = _through(transfer.scaled, values[h] - before * self.z[h])
+                torch.add(rest, after * found.z[h], out=target[h])
+            guessed = torch.full_like(found.ridges[h], GUESSED_RIDGE)
+            known = _through((transfer.plain == 1).to(new.dtype), self.ridges[h])
+            torch.where(transfer.kept[:, None], known, guessed, out=found.ridges[h])
+        found.count.copy_(self.count.amin(0).expand_as(found.count))
+        return found
+
+    def prepare(self, slope: Tensor) -> None:
+        """Secants and their Gram matrices, for slopes (n, 1, D or 1)."""
+        columns, n, batch, numel = self.z.shape
+        if columns == 1:
+            return
+        self.dz = (self.z[1:] - self.z[0]).permute(1, 2, 0, 3).reshape(n * batch, columns - 1, numel)
+        rest = self.e[1:] - self.e[0]
+        rest -= slope * (self.z[1:] - self.z[0]) if self.draft is None else self.draft[1:] - self.draft[0]
+        self.dr = rest.permute(1, 2, 0, 3).reshape(n * batch, columns - 1, numel)
+        gram = torch.bmm(self.dz, self.dz.transpose(1, 2)).double()
+        norm, size = gram.diagonal(dim1=1, dim2=2).sqrt(), self.z[0].norm(dim=2).double().view(-1, 1)
+        column = torch.arange(1, columns, device=norm.device)
+        keep = (norm > self.floor * size) & (column < self.count.view(-1, 1)) & norm.isfinite()
+        self.scale = torch.where(keep, 1 / norm.clamp_min(1e-300), 0)
+        ridges = self.ridges[1:].double().permute(1, 2, 0).reshape(n * batch, columns - 1)
+        system = gram.nan_to_num(0.0, 0.0, 0.0) * self.scale[:, :, None] * self.scale[:, None]
+        system.diagonal(dim1=1, dim2=2).add_(torch.where(keep, ridges, 1.0))
+        factor, _ = torch.linalg.cholesky_ex(system)
+        self.inverse = torch.cholesky_inverse(factor)
+
+    def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
+        """out <- base + the secants' part for states that have moved on: (n, B, D) each."""
+        if self.dz is None:
+            out.copy_(base)
+            return
+        dz = self.dz
+        moved = (states - self.z[0]).view(len(dz), -1, 1)
+        along = torch.bmm(dz, moved).double() * self.scale[..., None]
+        weights = (torch.bmm(self.inverse, along) * self.scale[..., None]).nan_to_num_(0.0, 0.0, 0.0).to(dz.dtype)
+        numel = dz.shape[2]
+        torch.baddbmm(
+            base.reshape(-1, 1, numel), weights.transpose(1, 2), self.dr, out=out.view(-1, 1, numel)
+        )
+
+    def moved(self) -> Tensor:
+        """(n, B): lengths of the steps between the last two answers, NaN where there is one only."""
+        if len(self.z) == 1:
+            return torch.full_like(self.count, float("nan"), dtype=self.z.dtype)
+        length = (self.z[0] - self.z[1]).norm(dim=2)
+        return length.masked_fill_(self.count < 2, float("nan"))
+
+
+def _through(weights: Tensor, values: Tensor) -> Tensor:
+    """(m, n) weights of values (n, ...) -> (m, ...)."""
+    return (weights @ values.flatten(1)).view(len(weights), *values.shape[1:])

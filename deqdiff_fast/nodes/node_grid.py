@@ -1,0 +1,76 @@
+"""One set of nodes with everything that follows from it, on the device of a solve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .composite import (
+    CompositeSteps,
+    LinearChain,
+    composite_steps,
+    interpolation,
+    leave_one_out,
+    node_influence,
+)
+from .grid import adjoint
+
+
+@dataclass(frozen=True)
+class NodeGrid:
+    """n nodes of a chain; K classes of elements."""
+
+    nodes: tuple[int, ...]
+    at: Tensor  # (n,) int64
+    steps: CompositeSteps
+    slope: Tensor  # (n, K) of the prediction in the state
+    influence: Tensor  # (n, K) d sample / d remainder
+    excess: Tensor  # (n, K) that part of the influence that stands for timesteps that are not asked
+    leave_one_out: Tensor  # (n, n)
+
+    @classmethod
+    def of(cls, chain: LinearChain, nodes: list[int], dtype: torch.dtype, device: torch.device) -> NodeGrid:
+        at = torch.tensor(nodes)
+        steps = composite_steps(chain, at, at)
+        influence = node_influence(steps)
+        own = adjoint(chain.state_coef, chain.model_coef, chain.slope)[at]
+        tables = [chain.slope[at], influence, influence - own, leave_one_out(at, chain.unit)]
+        return cls(tuple(nodes), at.to(device), on(steps, dtype, device), *(t.to(device, dtype) for t in tables))
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """From one set of nodes, the sources, to another one or to single timesteps."""
+
+    steps: CompositeSteps
+    plain: Tensor  # (m, n) interpolation of what is smooth as it is
+    scaled: Tensor  # (m, n) of remainders
+    kept: Tensor  # (m,) bool: which targets are sources
+
+    @classmethod
+    def of(
+        cls, chain: LinearChain, sources: tuple[int, ...], targets: tuple[int, ...], dtype: torch.dtype,
+        device: torch.device,
+    ) -> Transfer:  # fmt: skip
+        known, at = torch.tensor(sources), torch.tensor(targets)
+        return cls(
+            on(composite_steps(chain, at, known), dtype, device),
+            interpolation(known, at).to(device, dtype),
+            interpolation(known, at, chain.unit).to(device, dtype),
+            torch.isin(at, known).to(device),
+        )
+
+
+def on(steps: CompositeSteps, dtype: torch.dtype, device: torch.device) -> CompositeSteps:
+    """The same coefficients where a kernel wants them."""
+    state, remainder, start = steps
+    return CompositeSteps(
+        state.to(device, dtype).contiguous(), remainder.to(device, dtype).contiguous(), start.to(device)
+    )
+
+
+def per_element(table: Tensor, classes: Tensor | None) -> Tensor:
+    """(n, K) -> (n, 1, D), or (n, 1, 1) where all elements are of one class."""
+    return table[:, None] if classes is None else table.index_select(1, classes)[:, None]

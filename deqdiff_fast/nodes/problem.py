@@ -1,0 +1,71 @@
+"""What the rounds on nodes are given, and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .composite import LinearChain
+from .node_grid import NodeGrid
+
+Ask = Callable[[Tensor, tuple[int, ...], "Tensor | None", Tensor, int], None]
+"""ask(states, nodes, asked, predictions, round): fills predictions: (n, B, D) at states: (n, B, D) of those timesteps,
+where asked: (n, B) bool, None for everywhere."""
+
+
+class Cache(Protocol):
+    """`make()`, or what it returned for that key before."""
+
+    def __call__(self, key: Hashable, make: Callable[[], Any]) -> Any: ...
+
+
+@dataclass
+class NodeProblem:
+    """A chain to solve by rounds on nodes.
+
+    Attributes:
+        chain, classes: the linear model; (D,) int32, the class of every element, None for a single one.
+        density: (T,), how nodes are to be spread.
+        start: (B, D), the noise.
+        drift: (T, B, D), the frozen noise of every step, or None.
+        ask: calls the model.
+        draft: (n, B, D) states of those timesteps -> predictions of a cheap stand-in for the model, or None.
+        tol: relative L2 error allowed in a sample.
+        history, ridge, floor: of the secants, see `QuasiNewton`.
+        known: nodes that earlier solves ended with, or None.
+    """
+
+    chain: LinearChain
+    classes: Tensor | None
+    density: Tensor
+    start: Tensor
+    drift: Tensor | None
+    ask: Ask
+    draft: Callable[[Tensor, tuple[int, ...]], Tensor] | None
+    tol: float
+    history: int
+    ridge: float
+    floor: float
+    backend: str
+    cache: Cache
+    known: tuple[int, ...] | None = None
+
+
+@dataclass
+class NodeOutcome:
+    """What the rounds on nodes have found."""
+
+    grid: NodeGrid
+    states: Tensor  # (n + 1, B, D), the last one the samples
+    remainder: Tensor  # (n, B, D) of the predictions, by which the states follow
+    done: list[bool]
+    """Which samples are within the tolerance, as far as the estimate can tell."""
+    error_estimate: Tensor  # (B,)
+    trace: list[Tensor]  # (B,) of every round
+    stopped: bool = False
+    """Whether `report` asked for the end."""
+    broken: bool = False
+    """Whether states are not finite: nothing of this is of use."""

@@ -1,0 +1,204 @@
+"""The rounds: ask the model at the nodes, make the chain with what it said, and see how good that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels import node_scan
+from .composite import LinearChain
+from .drift import composite_drift
+from .estimate import Estimate, estimate
+from .grid import refine, round_sizes, spread
+from .history import NodeHistory
+from .node_grid import NodeGrid, Transfer, per_element
+from .problem import NodeOutcome, NodeProblem
+
+MAX_ROUNDS = 12  # a chain that takes more is left to rounds on all timesteps
+SKIPPED = 0.1  # part of the tolerance that nodes that are not asked again may cost
+ROUGH = 0.5  # part of the tolerance that interpolation may leave before there are more nodes
+GROWTH = 4  # one node more for so many, and that many at least
+DENSEST = 2  # times the usual number of nodes, at most
+SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move
+
+Report = Callable[[int, Tensor, "NodeRounds"], object]
+"""report(round, error estimate (B,), the rounds): called after every round; returning True stops."""
+
+
+class NodeRounds:
+    """One solve."""
+
+    def __init__(self, problem: NodeProblem) -> None:
+        self.problem, self.steps = problem, len(problem.density)
+        self.sizes = round_sizes(self.steps)
+        self.batch = problem.start.shape[0]
+        self.done = [False] * self.batch
+        self._use(self._grid(spread(problem.density, self.sizes[0])))
+        self.remainder = self.states.new_zeros(self.states[1:].shape)
+        self._scan(self.remainder, self.states)
+        self.history = self._history()
+        self.surprise = torch.zeros_like(self.remainder)
+        if problem.draft is not None:
+            self._sweep(None, self.remainder)
+
+    def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
+        """Up to `limit` rounds, until all samples are good enough."""
+        problem, trace, before = self.problem, list[Tensor](), torch.full((self.batch,), float("inf"))
+        asked: Tensor | None = None
+        stopped = broken = False
+        found: Estimate | None = None
+        total = before
+        for round in range(1, min(limit, MAX_ROUNDS) + 1):
+            if self._change_nodes(round, found):
+                asked = None
+            self._ask(asked, round)
+            found = self._advance()
+            now, rough, last = torch.stack([found.linearisation, found.interpolation, self.states[-1].sum(1)]).double().cpu()
+            found = found._replace(linearisation=now, interpolation=rough)
+            if not bool((now + rough + last).isfinite().all()):
+                broken = True
+                break
+            total = found.total(before if round > 2 else torch.full_like(before, float("inf")))
+            before = now
+            trace.append(total)
+            self.done = [was or bool(e <= problem.tol) for was, e in zip(self.done, total)]
+            stopped = report is not None and report(round, total, self) is True
+            if stopped or all(self.done):
+                break
+            asked = self._worth_asking(found)
+        return NodeOutcome(
+            self.grid, self.states, self.remainder, self.done, total, trace, stopped, broken
+        )
+
+    def _grid(self, nodes: list[int]) -> NodeGrid:
+        like, chain = self.problem.start, self.problem.chain
+        make: Callable[[], NodeGrid] = lambda: NodeGrid.of(chain, nodes, like.dtype, like.device)  # noqa: E731
+        found: NodeGrid = self.problem.cache(("nodes", tuple(nodes)), make)
+        return found
+
+    def _use(self, grid: NodeGrid) -> None:
+        problem = self.problem
+        self.grid = grid
+        self.slope = per_element(grid.slope, problem.classes)
+        self.states = problem.start.new_empty(len(grid.nodes) + 1, *problem.start.shape)
+        self.states[0] = problem.start
+        self.drift = None
+        if problem.drift is not None:
+            self.drift = composite_drift(problem.chain, problem.classes, grid.nodes, problem.drift)
+
+    def _history(self) -> NodeHistory:
+        problem = self.problem
+        return NodeHistory(
+            problem.history + 1, self.states[1:], problem.ridge, problem.floor, problem.draft is not None
+        )
+
+    def _scan(self, remainder: Tensor, out: Tensor) -> None:
+        """States that follow from the remainders at the nodes."""
+        node_scan(
+            out, remainder, *self.grid.steps, classes=self.problem.classes, drift=self.drift,
+            backend=self.problem.backend,
+        )  # fmt: skip
+
+    def _change_nodes(self, round: int, found: Estimate | None) -> bool:
+        """Other nodes for this round, if it wants some; what is known is taken along."""
+        nodes = self.grid.nodes
+        if round == 1 or found is None:
+            return False
+        if round <= len(self.sizes):
+            known = self.problem.known
+            wanted = list(known) if known is not None and round == len(self.sizes) else spread(
+                self.problem.density, self.sizes[round - 1]
+            )
+        elif bool((found.interpolation[~torch.tensor(self.done)] > ROUGH * self.problem.tol).any()):
+            room = min(DENSEST * self.sizes[-1], self.steps) - len(nodes)
+            score = found.node_roughness.amax(1).tolist()
+            wanted = refine(list(nodes), score, min(max(GROWTH, len(nodes) // GROWTH), room))
+        else:
+            return False
+        if tuple(wanted) == nodes:
+            return False
+        self._move(tuple(wanted))
+        return True
+
+    def _move(self, nodes: tuple[int, ...]) -> None:
+        problem, like, old = self.problem, self.problem.start, self.grid
+        make: Callable[[], Transfer] = lambda: Transfer.of(problem.chain, old.nodes, nodes, like.dtype, like.device)  # noqa: E731
+        transfer: Transfer = problem.cache(("transfer", old.nodes, nodes), make)
+        remainder, before, slope = self.remainder, self.states, self.slope
+        self._use(self._grid(list(nodes)))
+        sources = torch.cat([remainder, remainder.new_zeros(len(nodes) - len(old.nodes), *like.shape)])
+        node_scan(
+            self.states, sources, *transfer.steps, classes=problem.classes, drift=self.drift, backend=problem.backend
+        )
+        self.remainder = torch.mm(transfer.scaled, remainder.flatten(1)).view(len(nodes), *like.shape)
+        self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1], (slope, self.slope))
+        self.surprise = torch.zeros_like(self.remainder)
+
+    def _worth_asking(self, found: Estimate) -> Tensor | None:
+        """(n, B) bool: all nodes but those where the next surprise is foretold to count for next to nothing."""
+        counts, order = found.node_surprise.sort(0)
+        little = counts.cumsum(0) <= SKIPPED * self.problem.tol
+        asked = torch.zeros_like(little).scatter_(0, order, ~little)
+        asked &= ~torch.tensor(self.done, device=asked.device)
+        return asked
+
+    def _ask(self, asked: Tensor | None, round: int) -> None:
+        """The model at the nodes, and by how much it says something else than was foretold."""
+        problem, states = self.problem, self.states[:-1]
+        answers = torch.empty_like(states)
+        problem.ask(states, self.grid.nodes, asked, answers, round)
+        draft = None if problem.draft is None else problem.draft(states, self.grid.nodes)
+        surprise = answers - self.slope * states - self.remainder
+        if asked is None:
+            self.surprise = surprise
+        else:
+            self.surprise = torch.where(asked[..., None], surprise, self.surprise)
+        self.history.push(asked, states, answers, draft)
+
+    def _advance(self) -> Estimate:
+        """The chain with what is known now, and how good it is."""
+        history = self.history
+        history.prepare(self.slope)
+        base = history.e[0] - self.slope * history.z[0]
+        if self.problem.draft is None:
+            self._scan(base, self.states)
+            history.correct(base, self.states[:-1], self.remainder)
+            self._scan(self.remainder, self.states)
+        else:
+            self._sweep(base, self.remainder)
+        made = (self.states[:-1] - history.z[0]).norm(dim=2)
+        before = history.moved()
+        shrinking = torch.where(before > 0, made / before, (made > 0).to(made)).nan_to_num_(1.0).clamp_max_(1.0)
+        return estimate(
+            self.grid, self.problem.classes, self.surprise, shrinking, self.remainder, self.states[-1]
+        )
+
+    def _sweep(self, base: Tensor | None, out: Tensor) -> None:
+        """The chain of the draft, corrected by what the model said: base, None for nothing; by sweeps over all nodes.
+
+        out: remainders, those of the last sweep.
+        """
+        problem, history = self.problem, self.history
+        assert problem.draft is not None
+        last = self.states[-1].clone()
+        for _ in range(SWEEPS):
+            states = self.states[:-1]
+            rest = problem.draft(states, self.grid.nodes).sub_(self.slope * states)
+            if base is not None:
+                assert history.draft is not None
+                rest += history.e[0] - history.draft[0]
+                history.correct(rest, states, out)
+            else:
+                out.copy_(rest)
+            self._scan(out, self.states)
+            moved = ((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max()
+            last.copy_(self.states[-1])
+            if not float(moved) > SETTLED * problem.tol:
+                break
+
+
+def full_chain(chain: LinearChain) -> tuple[int, ...]:
+    """All timesteps as nodes."""
+    return tuple(range(len(chain.unit)))
