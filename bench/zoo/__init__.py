@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._common import environment, note, positive_float, positive_int, summary, write_json
+from .._timing import CLOCKS
 from . import _cache
 from ._measure import DEFAULT_TOL, FALSE, HAS_WEIGHT, TIGHT, measure
 from ._members import MEMBERS, Chain
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", type=positive_float, default=3.0, help="seconds for a side, after which 3 pairs do (default 3)"
     )
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: processor time, on one thread")
     parser.add_argument("--fit", type=positive_int, help="training steps, in place of each model's own")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="trained weights (default build/zoo)")
     parser.add_argument("--train-only", action="store_true", help="train what the cache lacks, and measure nothing")

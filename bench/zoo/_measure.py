@@ -109,7 +109,8 @@ def planned(case: Case, *, warm: bool) -> dict[str, Any]:
         Side("loop", partial(loop, case.noise)),
         Side("sample", lambda: runs.append(sampler.sample(case.noise, request.kwargs).stats)),
     ]
-    interleave(sides, case.args.device, passes=case.args.passes, budget=case.args.budget)
+    args = case.args
+    interleave(sides, args.device, passes=args.passes, budget=args.budget, clock=args.clock)
     found = case.outcome(sampler.sample(case.noise, request.kwargs, case.draws()))
     if case.chain.eta == 0.0:
         found["loop_error"] = case.error(loop(case.noise))
