@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noises", type=positive_int, default=8, help="noises, seeded one after the other (default 8)")
     parser.add_argument("--passes", type=positive_int, default=5, help="pairs of timings for each noise (default 5)")
     parser.add_argument(
-        "--budget", type=positive_float, default=3.0, help="seconds for a side, after which 3 pairs do (default 3)"
+        "--budget",
+        type=positive_float,
+        default=3.0,
+        help="seconds of sample() for a row, after which no more noises are timed (default 3)",
     )
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: processor time, on one thread")
     parser.add_argument("--fit", type=positive_int, help="training steps, in place of each model's own")

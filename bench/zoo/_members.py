@@ -130,7 +130,7 @@ _ALL = (
     ),
     Member(
         "graph", "5 to 12 nodes of 5 entries, padded to 12, attention, eps", (_data.NODES, _data.NODE),
-        (Chain(100), Chain(1000), Chain(1000, 1.0)), _padded, POLYNOMIAL,
+        (Chain(100), Chain(1000, 1.0)), _padded, POLYNOMIAL,
     ),
 )  # fmt: skip
 MEMBERS = {member.name: member for member in _ALL}
