@@ -90,8 +90,8 @@ def test_what_weights_are_kept_under(zoo, tmp_path):
 
 def test_training_lowers_the_loss(zoo):
     train, recipe = sys.modules["bench.zoo._train"], sys.modules["bench.zoo._recipes"].RECIPES["graph"]
-    test = recipe.batches(512, torch.Generator().manual_seed(5))
-    nets = [train.fit("graph", replace(recipe, batch=32), steps) for steps in (1, 60)]
+    test = recipe.batches(256, torch.Generator().manual_seed(5))
+    nets = [train.fit("graph", replace(recipe, batch=16), steps) for steps in (1, 40)]
     with torch.no_grad():
         before, after = (float(test.loss(net)) for net in nets)
     assert after < 0.8 * before
