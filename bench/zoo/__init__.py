@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     print(table(rows))
     print(
         f"\n*: some solve had ended before; counted in one at tol {TIGHT:g}. false: converged with an error above "
-        f"{FALSE:g} tol, of the solves by rounds and of sample(). loop / sample(): paired, median (smallest..largest)."
+        f"{FALSE:g} tol, of the solves\nby rounds and of sample(). loop / sample(): paired, median (smallest..largest)."
     )
     return 0
 

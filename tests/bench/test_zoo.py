@@ -206,3 +206,29 @@ def test_a_solve_that_ends_too_early_is_counted_in_a_tighter_one(zoo, member):
     assert early["rounds_to"][0] > early["rounds_to"][1] > 1
     assert whole["by_tight"] == [False, False]
     assert whole["error"] <= 1e-2
+
+
+def test_a_row_is_timed_within_its_budget(figures, tmp_path):
+    words = ("--fit", "1", "--steps", "5", "--noises", "3", "--passes", "1", "--cache", tmp_path / "cache")
+    report, table = figures("zoo", "--models", "policy", *words, "--budget", "1e-9")
+    for row in report["rows"]:
+        assert [len(run["planned"]["ratios"]) for run in row["runs"]] == [1, 0, 0]
+        assert all(run["planned"]["error"] <= 1e-2 for run in row["runs"])
+    assert "of 6 |" in table
+
+
+def test_the_table_has_estimates_where_there_are_some(zoo):
+    plan = {"loop_seconds": [0.2], "sample_seconds": [0.1], "ratios": [2.0], "serial_share": 0.0, "false": False}
+    solve = {"rounds_to": [3.0, float("inf")], "by_tight": [False, True], "rounds": 5, "evaluations": 20, "error": 4e-3}
+
+    def lines(estimate: float | None) -> tuple[list[str], list[str]]:
+        run = {"solve": solve | {"estimate": estimate, "false": True}, "planned": plan}
+        head, _, line = zoo.table([{"model": "graph", "steps": 10, "eta": 0.0, "runs": [run]}]).splitlines()
+        return tuple([cell.strip() for cell in text.strip("| ").split("|")] for text in (head, line))
+
+    head, line = lines(None)
+    assert "estimate" not in head
+    expected = ["graph", "10", "0", "3", "never*", "5", "2.00", "4.0e-03", "200 ms", "100 ms", "2.00 (2.00..2.00)"]
+    assert line == [*expected, "0%", "1 of 2"]
+    head, line = lines(6e-3)
+    assert line[head.index("estimate")] == "6.0e-03"
