@@ -20,6 +20,7 @@ BENCHMARKS = {
     "kernels": "time of each op: reference, the paper's formulation, torch.compile, compiled; against a memory copy",
     "planner": "sample() against the serial chain in paired timings, with what was planned",
     "overhead": "share of a solve's time that is spent outside the model",
+    "zoo": "small models of many kinds, trained here: rounds, evaluations, error, and seconds against a plain loop",
     "pipelines": "diffusers pipelines: rounds and evaluations against steps, and what surrounds the model",
     "compiled": "what the compiled kernels predict for a GPU: registers, occupancy, bytes, launches; no times measured",
     "gpu": "all that is asked of a CUDA device: kernel tests, ops against their byte floor, whole samples",

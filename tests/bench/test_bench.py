@@ -13,8 +13,6 @@ from statistics import median
 import pytest
 import torch
 
-import deqdiff_fast as dq
-
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "bench" / "__main__.py").is_file(), reason="bench/ is not beside the tests")
 
@@ -29,45 +27,7 @@ def bench(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture
-def baseline(monkeypatch):
-    """The modules of bench/, with the path put back afterwards."""
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    import bench.__main__
-    import bench._operands
-    import bench._policy
-    import bench._timing
-
-    return bench
-
-
-@pytest.fixture
-def figures(baseline, tmp_path, capsys):
-    """Run a benchmark that must succeed, in this process; what it wrote as JSON, and its table."""
-
-    def run(name: str, *words: str | Path) -> tuple[dict, str]:
-        file, threads = tmp_path / f"{name}.json", torch.get_num_threads()
-        try:
-            status = baseline.__main__.main([name, "--json", str(file), "--threads", "1", *map(str, words)])
-        finally:
-            torch.set_num_threads(threads)
-        printed = capsys.readouterr()
-        assert status == 0, printed.err
-        return report_of(name, file), printed.out
-
-    return run
-
-
-def report_of(name: str, file: Path) -> dict:
-    report = json.loads(file.read_text(encoding="utf-8"))
-    assert report["benchmark"] == name
-    assert {"device", "cpu", "threads", "torch", "triton", "deqdiff_fast", "commit"} <= set(report["environment"])
-    assert report["environment"]["deqdiff_fast"] == dq.__version__
-    assert report["environment"]["threads"] == 1
-    return report
-
-
-def test_rounds(tmp_path):
+def test_rounds(tmp_path, report_of):
     """As a process of its own, which is how benchmarks are run; the others are spared the imports."""
     pytest.importorskip("matplotlib")
     plot, file = tmp_path / "rounds.png", tmp_path / "rounds.json"
