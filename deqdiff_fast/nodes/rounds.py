@@ -18,7 +18,8 @@ from .problem import NodeOutcome, NodeProblem
 
 MAX_ROUNDS = 12  # a chain that takes more is left to rounds on all timesteps
 SKIPPED = 0.1  # part of the tolerance that nodes that are not asked again may cost
-ROUGH = 0.5  # part of the tolerance that interpolation may leave before there are more nodes
+UNTOLD = 2  # rounds before which nothing was foretold that could be believed
+ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
 GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move
@@ -45,25 +46,22 @@ class NodeRounds:
 
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
         """Up to `limit` rounds, until all samples are good enough."""
-        problem, trace, before = self.problem, list[Tensor](), torch.full((self.batch,), float("inf"))
+        problem, trace = self.problem, list[Tensor]()
         asked: Tensor | None = None
         stopped = broken = False
         found: Estimate | None = None
-        total = before
+        total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
         for round in range(1, min(limit, MAX_ROUNDS) + 1):
             if self._change_nodes(round, found):
                 asked = None
             self._ask(asked, round)
-            found = self._advance()
-            now, rough, last = torch.stack([found.linearisation, found.interpolation, self.states[-1].sum(1)]).double().cpu()
-            found = found._replace(linearisation=now, interpolation=rough)
-            if not bool((now + rough + last).isfinite().all()):
+            before, found = found, self._advance()
+            total = self._look(found, before if round > UNTOLD else None)
+            if bool(total.isnan().any()):
                 broken = True
                 break
-            total = found.total(before if round > 2 else torch.full_like(before, float("inf")))
-            before = now
             trace.append(total)
-            self.done = [was or bool(e <= problem.tol) for was, e in zip(self.done, total)]
+            self.done = [was or bool(e <= problem.tol) for was, e in zip(self.done, total.tolist())]
             stopped = report is not None and report(round, total, self) is True
             if stopped or all(self.done):
                 break
@@ -71,6 +69,12 @@ class NodeRounds:
         return NodeOutcome(
             self.grid, self.states, self.remainder, self.done, total, trace, stopped, broken
         )
+
+    def _look(self, found: Estimate, before: Estimate | None) -> Tensor:
+        """(B,) float64 on the host: the estimate of the error. The one wait for a device in a round."""
+        total = found.total(before)
+        broken = ~(found.step + found.interpolation).isfinite()
+        return total.masked_fill(broken, float("nan")).double().cpu()
 
     def _grid(self, nodes: list[int]) -> NodeGrid:
         like, chain = self.problem.start, self.problem.chain
@@ -111,7 +115,7 @@ class NodeRounds:
             wanted = list(known) if known is not None and round == len(self.sizes) else spread(
                 self.problem.density, self.sizes[round - 1]
             )
-        elif bool((found.interpolation[~torch.tensor(self.done)] > ROUGH * self.problem.tol).any()):
+        elif self._too_rough(found):
             room = min(DENSEST * self.sizes[-1], self.steps) - len(nodes)
             score = found.node_roughness.amax(1).tolist()
             wanted = refine(list(nodes), score, min(max(GROWTH, len(nodes) // GROWTH), room))
@@ -121,6 +125,11 @@ class NodeRounds:
             return False
         self._move(tuple(wanted))
         return True
+
+    def _too_rough(self, found: Estimate) -> bool:
+        """Whether some sample that is not done wants more nodes."""
+        rough = (found.interpolation > ROUGH * self.problem.tol).tolist()
+        return any(wanted and not done for wanted, done in zip(rough, self.done))
 
     def _move(self, nodes: tuple[int, ...]) -> None:
         problem, like, old = self.problem, self.problem.start, self.grid
@@ -159,7 +168,7 @@ class NodeRounds:
 
     def _advance(self) -> Estimate:
         """The chain with what is known now, and how good it is."""
-        history = self.history
+        history, last = self.history, self.states[-1].clone()
         history.prepare(self.slope)
         base = history.e[0] - self.slope * history.z[0]
         if self.problem.draft is None:
@@ -172,7 +181,7 @@ class NodeRounds:
         before = history.moved()
         shrinking = torch.where(before > 0, made / before, (made > 0).to(made)).nan_to_num_(1.0).clamp_max_(1.0)
         return estimate(
-            self.grid, self.problem.classes, self.surprise, shrinking, self.remainder, self.states[-1]
+            self.grid, self.problem.classes, self.surprise, shrinking, self.remainder, self.states[-1], last
         )
 
     def _sweep(self, base: Tensor | None, out: Tensor) -> None:
