@@ -17,6 +17,7 @@ from .gradient import Gradient, Problem, Unrolled
 from .gradient import resolve as resolve_gradient
 from .loop.base import Solver
 from .memory import SolverMemory
+from .model.recording import Recording
 from .plan import Plan
 from .planner.planner import Planner
 from .planner.run import solve_planned
@@ -98,6 +99,13 @@ class DEQSampler:
     def __copy__(self) -> DEQSampler:
         new, options = object.__new__(type(self)), copy(self.options)
         vars(new).update(vars(self), options=options, planner=Planner(options, self.planner.clock))
+        return new
+
+    def record(self, recording: Recording) -> DEQSampler:
+        """This sampler with a model whose predictions are kept in `recording`, for `distill`. Raises TypeError."""
+        new = copy(self)
+        new.options = self.options.recorded(recording)
+        new.planner, new.model = Planner(new.options, self.planner.clock), new.options.model
         return new
 
     def tolerance(self, dtype: torch.dtype) -> float:
