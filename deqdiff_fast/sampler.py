@@ -97,16 +97,16 @@ class DEQSampler:
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
 
     def __copy__(self) -> DEQSampler:
-        new, options = object.__new__(type(self)), copy(self.options)
-        vars(new).update(vars(self), options=options, planner=Planner(options, self.planner.clock))
+        return self._with(copy(self.options))
+
+    def _with(self, options: Options) -> DEQSampler:
+        new, planner = object.__new__(type(self)), Planner(options, self.planner.clock)
+        vars(new).update(vars(self), options=options, planner=planner, model=options.model)
         return new
 
     def record(self, recording: Recording) -> DEQSampler:
         """This sampler with a model whose predictions are kept in `recording`, for `distill`. Raises TypeError."""
-        new = copy(self)
-        new.options = self.options.recorded(recording)
-        new.planner, new.model = Planner(new.options, self.planner.clock), new.options.model
-        return new
+        return self._with(self.options.recorded(recording))
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative residual below which the solve ends, for states of that dtype."""

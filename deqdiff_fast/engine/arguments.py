@@ -33,9 +33,7 @@ def check_draft(draft: object, schedule: Schedule) -> None:
 
 def check_draft_shape(draft: object, noise: Tensor) -> None:
     if isinstance(draft, Draft) and draft.shape != tuple(noise.shape[1:]):
-        raise ValueError(
-            f"noise: expected samples of the draft's shape {draft.shape}, got {tuple(noise.shape[1:])}"
-        )
+        raise ValueError(f"noise: expected samples of the draft's shape {draft.shape}, got {tuple(noise.shape[1:])}")
 
 
 def check_schedule(schedule: object) -> None:

@@ -65,6 +65,7 @@ class Draft(DraftLayers):
         self.spectrum, self.prediction_type, self.scale = spectrum, prediction_type, float(scale)
         self.conditions = conditions
         self._table: tuple[Any, Tensor] | None = None
+        self.report: Any = None  # of `distill`, where it comes from there
         self.embed = ConditionEmbedding(conditions, EMBEDDED, shape[1:]) if conditions else None
         for name, value in levels._asdict().items():
             self.register_buffer(name, value.detach().float().cpu(), persistent=False)
@@ -106,9 +107,9 @@ class Draft(DraftLayers):
         """The same, with the keyword arguments as `draft_conditions.pool` makes them."""
         dtype, x = x.dtype, x.to(self.last.weight.dtype)
         level = self._level(t, pooled)
-        ones = [None] * len(self.shape)
+        shape = (-1, *[1] * len(self.shape))
         signal, noise, noise_to_signal, signal_to_noise, input_norm, of_input, of_velocity, of_mean = (
-            level[(slice(None), k, *ones)] for k in range(TERMS)
+            level[:, k].view(shape) for k in range(TERMS)
         )
         if self._scaled:
             x = x * input_norm
@@ -123,6 +124,14 @@ class Draft(DraftLayers):
         if self._centred:
             velocity = torch.addcmul(velocity, of_mean, self.get_buffer("mean"))
         return velocity.to(dtype)
+
+    def output_size(self, t: Tensor) -> Tensor:
+        """(n,) how far the output moves with the velocity a eps - b x0, and at least half of its own size: the unit in
+        which predictions of different times, and of different types, are comparable."""
+        terms = self._levels_at(t)
+        log_snr, clean, noise = terms[0] + 2 * math.log(self.scale), terms[2] * self.scale, terms[3]
+        moved = noise * log_snr.sigmoid().sqrt() - clean * (-log_snr).sigmoid().sqrt()
+        return torch.maximum(moved.abs(), torch.hypot(clean, noise) / 2)
 
     def _level(self, t: Tensor, pooled: Pooled) -> Tensor:
         """(n, TERMS + 2 width (depth + 1)): all that depends on the noise level and the conditions alone.
@@ -235,5 +244,9 @@ def rotate(x: Tensor, matrices: list[Tensor]) -> Tensor:
     n, c, *axes = shape = x.shape
     x = matrices[0] @ x.reshape(n, c, -1)
     for k, matrix in enumerate(matrices[1:]):
-        x = x.view(shape) @ matrix.T if k == len(axes) - 1 else matrix @ x.view(n, -1, axes[k], math.prod(axes[k + 1 :]))
+        x = (
+            x.view(shape) @ matrix.T
+            if k == len(axes) - 1
+            else matrix @ x.view(n, -1, axes[k], math.prod(axes[k + 1 :]))
+        )
     return x.view(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,9 @@ class DraftLayers(nn.Module):
         if not self.block:
             return nn.Linear(inputs, outputs)
         kernel = KERNEL[len(self.block)]
-        made: nn.Conv1d | nn.Conv2d | nn.Conv3d = CONV[len(self.block)](inputs, outputs, kernel, padding=kernel // 2)
-        return made
+        made: Any = CONV[len(self.block)](inputs, outputs, kernel, padding=kernel // 2)
+        layer: nn.Conv1d | nn.Conv2d | nn.Conv3d = made
+        return layer
 
     def correction(self, parts: list[Tensor], scales: Tensor, shifts: Tensor) -> Tensor:
         """(n, *shape). parts: (n, channels, *axes) each; scales, shifts: (n, width (depth + 1))."""

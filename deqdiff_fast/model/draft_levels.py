@@ -82,8 +82,8 @@ class DraftLevels(NamedTuple):
                 continue
             order = self.log_snr.argsort()
             low, high = (float(self.log_snr[order[end]]) for end in (0, -1))
-            span = [max(low - BEYOND, -MAX_LOG_SNR), min(high + BEYOND, MAX_LOG_SNR)]
-            log_snr = torch.linspace(*span, DENSE, dtype=torch.float64)
+            low, high = max(low - BEYOND, -MAX_LOG_SNR), min(high + BEYOND, MAX_LOG_SNR)
+            log_snr = torch.linspace(low, high, DENSE, dtype=torch.float64)
             times = float(weights[0]) + float(weights[1]) * law((-log_snr / 2).exp())
             outputs = {
                 name: interpolate(self.log_snr[order], getattr(self, name)[order], log_snr)

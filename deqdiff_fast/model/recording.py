@@ -55,11 +55,15 @@ class Recording:
         with self._lock:
             calls = list(self._calls)
         if not calls:
-            raise ValueError("recording: expected predictions of solves, got none; solve with sampler.record(recording)")
+            raise ValueError(
+                "recording: expected predictions of solves, got none; solve with sampler.record(recording)"
+            )
         names = set[str].intersection(*(set(pooled) for *_, pooled in calls))
-        x, t, prediction = (torch.cat([call[k] for call in calls]) for k in range(3))
+        x, t, prediction = (torch.cat(parts) for parts in zip(*(call[:3] for call in calls)))
         shapes = {name: {call[3][name].shape[1:] for call in calls} for name in sorted(names)}
-        pooled = {name: torch.cat([call[3][name] for call in calls]) for name, kinds in shapes.items() if len(kinds) == 1}
+        pooled = {
+            name: torch.cat([call[3][name] for call in calls]) for name, kinds in shapes.items() if len(kinds) == 1
+        }
         return x.float(), t, prediction.float(), pooled
 
 
