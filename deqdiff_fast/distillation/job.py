@@ -19,7 +19,7 @@ from ..model.draft import Draft
 from ..model.draft_conditions import conditions_of
 from ..model.draft_levels import DraftLevels
 from ..schedule import SpectralSlope
-from .chains import draw_grids, walk
+from .chains import draw_grids, start_size, walk
 from .checkpoint import Checkpoint
 from .fit import Fit
 from .linear_part import LinearPart, choose_width, linear_part
@@ -57,17 +57,16 @@ class Job:
     """See `distill`.
 
     Args:
-        show: called with (seconds spent, what is going on) now and then.
-        stage_done: called with the draft after every stage; what it returns is shown.
+        show: called with (seconds spent, what is going on).
+        stage_done: called after every stage; what it returns is shown.
     """
 
     def __init__(
         self, teacher: Teacher, limits: Limits, checkpoint: Checkpoint, show: Callable[[float, str], object],
         stage_done: Callable[[Job], str],
     ) -> None:  # fmt: skip
-        self.teacher, self.limits, self.checkpoint, self.show, self.stage_done = (
-            teacher, limits, checkpoint, show, stage_done
-        )  # fmt: skip
+        self.teacher, self.limits, self.checkpoint = teacher, limits, checkpoint
+        self.show, self.stage_done = show, stage_done
         self.levels = DraftLevels.of(teacher.schedule)
         self.draw = torch.Generator().manual_seed(limits.seed + 10**6)
         self.began, self.row_seconds, self.note = time.perf_counter(), 0.0, ""
@@ -103,11 +102,12 @@ class Job:
 
     def _own_chains(self) -> None:
         """The model along its own chains; from their samples the draft's linear part."""
-        teacher, steps = self.teacher, self.teacher.schedule.num_steps
-        grid = draw_grids(steps, MOST, self.draw)
+        teacher = self.teacher
+        grid = draw_grids(teacher.schedule, MOST, self.draw)
         count = self._count_chains(len(grid))
         grid, condition = grid[:, :count], torch.arange(count) % teacher.conditions
-        noise = torch.randn(count, math.prod(teacher.shape), generator=self.draw) * teacher.schedule.init_noise_sigma
+        noise = torch.randn(count, math.prod(teacher.shape), generator=self.draw)
+        noise *= start_size(teacher.schedule, int(grid[0, 0]))
         at = condition.to(teacher.device)
 
         def predict(states: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,15 +129,8 @@ class Job:
         Raises:
             ValueError: none do.
         """
-        teacher, size = self.teacher, math.prod(self.teacher.shape)
-        rows = min(teacher.rows.max_batch or COUNTED, COUNTED)
-        states = torch.randn(rows, size, generator=self.draw).to(teacher.device, teacher.rows.dtype)
-        step = torch.linspace(0, teacher.schedule.num_steps - 1, rows).long().to(teacher.device)
-        condition = torch.arange(rows, device=teacher.device) % teacher.conditions
-        for _ in range(2):  # the first one prepares
-            started = time.perf_counter()
-            float(teacher(states * teacher.schedule.init_noise_sigma, step, condition).float().sum())
-            self.row_seconds = (time.perf_counter() - started) / rows
+        size = math.prod(self.teacher.shape)
+        self.row_seconds = self.teacher.time_row(COUNTED, self.draw)
         room = MOST_BYTES // (8 * size * steps * 3)
         if self.limits.steps is not None:
             return max(min(COUNTED, room), FEWEST)
@@ -153,7 +146,8 @@ class Job:
     def _new_draft(self, part: LinearPart) -> None:
         """An untrained draft, of a width that is cheap beside the model."""
         self.part = part
-        self.draft = choose_width(self._make, self.teacher.shape, self.row_seconds)
+        known = 0.0 if self.limits.steps is not None else self.row_seconds  # counted steps: the same draft every time
+        self.draft = choose_width(self._make, self.teacher.shape, known)
 
     def _make(self, width: int) -> Draft:
         (spectrum, mean, scale), teacher = self.part, self.teacher
@@ -230,6 +224,10 @@ class Job:
         except BaseException:  # interrupted: to be taken up again
             self._save_state(stage, began, fit)
             raise
+        _log.info(
+            "stage %d: %d predictions, %d pairs of them, %d steps, %.0f%% of a difference missed, %.0f s so far",
+            stage + 1, self.store.rows, len(self.store.pairs), fit.steps, 100 * fit.missed, self.spent,
+        )  # fmt: skip
 
     def _save_rows(self, stage: int) -> None:
         chains = None if self.chains is None else [self.chains.grid, self.chains.condition]

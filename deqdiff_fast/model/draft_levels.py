@@ -21,7 +21,7 @@ LAWS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda ratio: ratio.log(),  # EDM: t = log(sigma) / 4
     torch.atan,  # TrigFlow
 )
-EXACT, DENSE, BEYOND = 1e-3, 1024, 2.0  # a law's largest misfit; rows of the table then, how far past both ends it goes
+EXACT, DENSE, BEYOND = 1e-3, 1024, 8.0  # a law's largest misfit; rows of the table then, how far past both ends it goes
 MAX_LOG_SNR = 28.0  # a vanishing signal, or vanishing noise, in numbers that float32 can divide by
 
 
@@ -85,16 +85,30 @@ class DraftLevels(NamedTuple):
             low, high = max(low - BEYOND, -MAX_LOG_SNR), min(high + BEYOND, MAX_LOG_SNR)
             log_snr = torch.linspace(low, high, DENSE, dtype=torch.float64)
             times = float(weights[0]) + float(weights[1]) * law((-log_snr / 2).exp())
-            outputs = {
-                name: interpolate(self.log_snr[order], getattr(self, name)[order], log_snr)
-                for name in ("input_norm", "clean", "noise")
-            }
+            outputs = {"input_norm": self._input_norm(log_snr)}
+            for name in ("clean", "noise"):
+                outputs[name] = interpolate(self.log_snr[order], getattr(self, name)[order], log_snr)
             if schedule.x0_coef is None:
                 outputs |= _outputs(log_snr, schedule.prediction_type)
             dense = torch.stack([times, log_snr, *outputs.values()])
             dense = dense[:, dense[0].argsort(stable=True)]
             return DraftLevels(*dense[:, torch.cat([torch.tensor([True]), dense[0].diff() > 0])].unbind(0))
         return self
+
+    def _input_norm(self, log_snr: Tensor) -> Tensor:
+        """`input_norm` at other noise levels: of inputs in variance-preserving, unscaled or flow coordinates, or, where
+        it is neither, by interpolation."""
+
+        def forms(log_snr: Tensor) -> list[Tensor]:
+            a, b = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+            return [torch.ones_like(a), a, a + b]
+
+        for here, there in zip(forms(self.log_snr), forms(log_snr)):
+            factor = self.input_norm / here
+            if torch.allclose(factor, factor[:1].expand_as(factor), rtol=1e-5):
+                return factor[0] * there
+        order = self.log_snr.argsort()
+        return interpolate(self.log_snr[order], self.input_norm[order].log(), log_snr).exp()
 
 
 def _outputs(log_snr: Tensor, prediction_type: str) -> dict[str, Tensor]:
