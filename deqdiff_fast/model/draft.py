@@ -81,7 +81,8 @@ class Draft(DraftLayers):
         self.level = nn.Sequential(
             nn.Linear(1 + 2 * len(WAVES), EMBEDDED), nn.SiLU(), nn.Linear(EMBEDDED, 2 * width * (depth + 1))
         )
-        self._scaled, self._centred = bool((levels.input_norm != 1).any()), bool((mean != 0).any())
+        self._scaled = self.scale != 1 or bool((levels.input_norm != 1).any())
+        self._centred = bool((mean != 0).any())
         self._velocity = prediction_type == "v_prediction" and self.scale == 1 and levels.is_velocity()
 
     @property
@@ -164,8 +165,8 @@ class Draft(DraftLayers):
         input, of the velocity and of the mean; scales and shifts of the layers."""
         log_snr, input_norm, clean, of_noise = levels
         if self.scale != 1:
-            log_snr = log_snr + 2 * math.log(self.scale)
-            clean = clean * self.scale
+            input_norm = input_norm * (log_snr.sigmoid() * self.scale**2 + (-log_snr).sigmoid()).rsqrt()
+            log_snr, clean = log_snr + 2 * math.log(self.scale), clean * self.scale
         signal, noise = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         outputs = [clean * signal + of_noise * noise, of_noise * signal - clean * noise, clean]
         hidden = self.level[0](self._embedding(log_snr))
