@@ -60,8 +60,7 @@ class DEQSampler:
             given.
         deterministic: sums are added in a fixed order whatever is given.
         spectrum: the data's power spectrum, a better slope for "auto" and `QuasiNewton(slope="spectral")`.
-        draft: a cheap stand-in for the model, called like it, for fewer rounds (see `Drafted`; `ConvDraft` is one to
-            train).
+        draft: a cheap stand-in for the model, called like it, for fewer rounds (see `Drafted`; `distill` makes one).
         memory: a `SolverMemory` of one's own; by default all samplers share one pool.
 
     Raises:
@@ -92,20 +91,19 @@ class DEQSampler:
             on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
             deterministic=deterministic, spectrum=spectrum, draft=draft,
         )  # fmt: skip
-        self.gradient = resolve_gradient(gradient)
-        self.planner = Planner(self.options)
+        self.gradient, self.planner = resolve_gradient(gradient), Planner(self.options)
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
 
     def __copy__(self) -> DEQSampler:
         return self._with(copy(self.options))
 
     def _with(self, options: Options) -> DEQSampler:
-        new, planner = object.__new__(type(self)), Planner(options, self.planner.clock)
-        vars(new).update(vars(self), options=options, planner=planner, model=options.model)
+        new, own = object.__new__(type(self)), {"options": options, "model": options.model}
+        vars(new).update(vars(self), planner=Planner(options, self.planner.clock), **own)
         return new
 
     def record(self, recording: Recording) -> DEQSampler:
-        """This sampler with a model whose predictions are kept in `recording`, for `distill`. Raises TypeError."""
+        """This sampler, its model's predictions kept in `recording` for `distill`. Raises TypeError."""
         return self._with(self.options.recorded(recording))
 
     def tolerance(self, dtype: torch.dtype) -> float:

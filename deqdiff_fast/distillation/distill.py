@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,41 +85,58 @@ def distill(
     arguments.check_schedule(schedule)
     arguments.check_shape(shape)
     _check(minutes, steps, recording)
-    first = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
-    dtype = first.dtype if first.is_floating_point() else torch.float32
-    like = torch.empty(0, dtype=dtype, device=first.device if device is None else torch.device(device))
-    teacher = Teacher(model, schedule, tuple(shape), model_kwargs, like)
+    teacher = Teacher(model, schedule, tuple(shape), model_kwargs, _like(model, device))
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    seconds = 60 * float(minutes)
-    trial = Trial(teacher, thinned(schedule, TRIAL_STEPS) if schedule.num_steps > 2 * TRIAL_STEPS else schedule, seed)
-    with tqdm(
-        total=round(seconds), desc="distilling", unit="s", file=sys.stderr, disable=not progress, dynamic_ncols=True
-    ) as bar:
+    limits = Limits(60 * float(minutes) * (1 - MEASURING * measure), steps, seed)
+    return _Distillation(teacher, limits, folder, recording, measure).run(60 * float(minutes), progress)
 
-        def show(spent: float, what: str) -> None:
-            bar.set_postfix_str(what, refresh=False)
-            bar.update(min(int(spent), bar.total) - bar.n)
 
-        def stage_done(job: Job) -> str:
-            if not progress or _cost(job, trial) > TRYING * seconds:
-                return ""
-            return f", {trial.solve(0, job.draft).stats.rounds} rounds now"
+class _Distillation(NamedTuple):
+    teacher: Teacher
+    limits: Limits
+    folder: Path | None
+    recording: Recording | None
+    measure: bool
 
-        limits = Limits(seconds * (1 - MEASURING * measure), steps, seed)
-        checkpoint = Checkpoint(folder, _identity(teacher, seed, recording))
-        job = Job(teacher, limits, checkpoint, show, stage_done)
-        draft = job.run(recording)
-    if folder is not None:
-        draft.save(folder / DRAFT)
-        job.part[0].save(folder / SPECTRUM)
-        checkpoint.remove()
-    if measure:
-        affordable = int(MEASURING * seconds / max(_cost(job, trial) * ROUGH_COST / 2, 1e-9))
-        draft.report = trial.report(draft, max(min(affordable, SAMPLES), 1))
-        _log.info("%s", draft.report)
-    return draft
+    def run(self, seconds: float, progress: bool) -> Draft:
+        """With a bar, files and a report, as they were asked for."""
+        schedule, seed = self.teacher.schedule, self.limits.seed
+        few = thinned(schedule, TRIAL_STEPS) if schedule.num_steps > 2 * TRIAL_STEPS else schedule
+        trial = Trial(self.teacher, few, seed)
+        checkpoint = Checkpoint(self.folder, _identity(self.teacher, seed, self.recording))
+        with tqdm(
+            total=round(seconds), desc="distilling", unit="s", file=sys.stderr, disable=not progress, dynamic_ncols=True
+        ) as bar:
+
+            def show(spent: float, what: str) -> None:
+                bar.set_postfix_str(what, refresh=False)
+                bar.update(min(int(spent), bar.total) - bar.n)
+
+            def stage_done(job: Job) -> str:
+                if not progress or _cost(job, trial) > TRYING * seconds:
+                    return ""
+                return f", {trial.solve(0, job.draft).stats.rounds} rounds now"
+
+            job = Job(self.teacher, self.limits, checkpoint, show, stage_done)
+            draft = job.run(self.recording)
+        if self.folder is not None:
+            draft.save(self.folder / DRAFT)
+            draft.spectrum.save(self.folder / SPECTRUM)
+            checkpoint.remove()
+        if self.measure:
+            affordable = int(MEASURING * seconds / max(_cost(job, trial) * ROUGH_COST / 2, 1e-9))
+            draft.report = trial.report(draft, max(min(affordable, SAMPLES), 1))
+            _log.info("%s", draft.report)
+        return draft
+
+
+def _like(model: Model, device: torch.device | str | None) -> Tensor:
+    """An empty tensor of the dtype and on the device of the model's inputs."""
+    first = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
+    dtype = first.dtype if first.is_floating_point() else torch.float32
+    return torch.empty(0, dtype=dtype, device=first.device if device is None else torch.device(device))
 
 
 def _cost(job: Job, trial: Trial) -> float:

@@ -95,9 +95,9 @@ class Job:
                 if saved is None or stage > first:
                     self._ask_along_the_draft(stage)
                     self._save_rows(stage)
-                self._fit(stage, fit_state)
-                fit_state = None
-                self.note = self.stage_done(self)
+                self._fit(stage, fit_state if stage == first else None)
+                if stage + 1 < len(self.stages):
+                    self.note = self.stage_done(self)
         return self.draft
 
     def _own_chains(self) -> None:
@@ -116,7 +116,9 @@ class Job:
 
         noise = noise.to(teacher.device, teacher.rows.dtype)
         show = lambda: self.show(self.spent, "the model's own chains")  # noqa: E731
+        began = self.spent
         states, said, samples = walk(teacher.schedule, predict, noise, grid, show)
+        self.row_seconds = (self.spent - began) / grid.numel()
         self.store = PairStore(teacher.pooled)
         flat = grid.flatten().to(teacher.device)
         self.store.add(*teacher.inputs(states.flatten(0, 1), flat), said, condition.repeat(len(grid)))
@@ -135,8 +137,8 @@ class Job:
         if self.limits.steps is not None:
             return max(min(COUNTED, room), FEWEST)
         fits = int(CHAINS * self.limits.seconds / (self.row_seconds * steps))
-        least = FEWEST * self.row_seconds * steps / CHAINS / 60
         if fits < 1:
+            least = FEWEST * self.row_seconds * steps / CHAINS / 60
             raise ValueError(
                 f"minutes: expected at least {least:.2g} for a model whose call takes {self.row_seconds:.2g} s for a "
                 f"row, got {self.limits.seconds / 60:.2g}; or give a recording of solves"
@@ -182,13 +184,15 @@ class Job:
             most = int(self.stages[stage][0] * self.limits.seconds / max(self.row_seconds, 1e-9))
         room = MOST_BYTES // (8 * states.shape[-1]) - self.store.rows
         chosen = usable[torch.randperm(len(usable), generator=self.draw)[: max(min(most, room), 1)]]
-        chosen = chosen.sort().values
         share = NEAREST + (1 - NEAREST) * torch.rand(len(chosen), 1, generator=self.draw)
         where = chosen.to(teacher.device)
         begin, end = states.flatten(0, 1)[where], trail.flatten(0, 1)[where]
         mixed = torch.lerp(begin, end, share.to(begin))
         step, owner = grid.flatten()[chosen].to(teacher.device), condition.repeat(len(grid))[chosen]
+        until = self.spent + self.stages[stage][0] * self.limits.seconds if self.limits.steps is None else math.inf
         for start in range(0, len(chosen), piece := max(teacher.rows.max_batch or 64, 1)):
+            if start and self.spent > until:  # the machine is slower than it was
+                break
             self.show(self.spent, f"stage {stage + 1}: the model along them")
             part = slice(start, start + piece)
             said = teacher(mixed[part], step[part], owner[part].to(teacher.device))
@@ -224,10 +228,8 @@ class Job:
         except BaseException:  # interrupted: to be taken up again
             self._save_state(stage, began, fit)
             raise
-        _log.info(
-            "stage %d: %d predictions, %d pairs of them, %d steps, %.0f%% of a difference missed, %.0f s so far",
-            stage + 1, self.store.rows, len(self.store.pairs), fit.steps, 100 * fit.missed, self.spent,
-        )  # fmt: skip
+        sizes = f"{self.store.rows} predictions, {len(self.store.pairs)} pairs, {fit.steps} steps"
+        _log.info("stage %d: %s, %.0f%% of a difference missed, %.0f s", stage + 1, sizes, 100 * fit.missed, self.spent)
 
     def _save_rows(self, stage: int) -> None:
         chains = None if self.chains is None else [self.chains.grid, self.chains.condition]

@@ -61,14 +61,14 @@ class DraftLayers(nn.Module):
 
     def correction(self, parts: list[Tensor], scales: Tensor, shifts: Tensor) -> Tensor:
         """(n, *shape). parts: (n, channels, *axes) each; scales, shifts: (n, width (depth + 1))."""
-        scale, shift = (self._spread(table).chunk(self.depth + 1, 1) for table in (scales, shifts))
+        scale, shift = (self._per_element(table).chunk(self.depth + 1, 1) for table in (scales, shifts))
         hidden = self.first(self._fold(torch.cat(parts, 1)))
         hidden = F.silu(torch.addcmul(shift[0], hidden, scale[0]))
         for k, layer in enumerate(self.inner, 1):
             hidden = hidden + F.silu(torch.addcmul(shift[k], layer(hidden), scale[k]))
         return self._unfold(self.last(hidden))
 
-    def _spread(self, table: Tensor) -> Tensor:
+    def _per_element(self, table: Tensor) -> Tensor:
         return table.view(*table.shape, *[1] * len(self.block))
 
     def _fold(self, x: Tensor) -> Tensor:

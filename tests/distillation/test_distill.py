@@ -300,7 +300,7 @@ def test_the_time_is_kept(monkeypatch):
     now = [0.0]
 
     def clock():
-        now[0] += 0.1
+        now[0] += 0.03
         return now[0]
 
     monkeypatch.setattr(job.time, "perf_counter", clock)
