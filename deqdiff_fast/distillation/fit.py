@@ -13,7 +13,8 @@ from ..model.draft import Draft
 from .pairs import PairBatch, PairStore
 
 BATCH = 24  # pairs in a step of the optimizer
-RATE, WEIGHT_DECAY, WARMUP = 2e-3, 1e-3, 100
+RATE, WEIGHT_DECAY = 2e-3, 1e-3
+WARMUP, WARM = 100, 0.1  # steps until the rate is reached, or part of the stage, whichever is over first
 JACOBIAN = 0.3  # weight of the differences
 SLACK = 1e-3  # mean square, below which a difference is rounding
 MOST_NORM = 1.0  # of a gradient
@@ -45,7 +46,8 @@ class Fit:
 
     def step(self, done: float) -> None:
         """One step. done: part of the stage that is over, 0 to 1."""
-        rate = min(1.0, (self.steps + 1) / WARMUP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        warm = max((self.steps + 1) / WARMUP, done / WARM)
+        rate = min(1.0, warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
         self.optimizer.param_groups[0]["lr"] = rate * RATE
         batch = self.store.draw(BATCH, self.generator, self.device)
         with torch.enable_grad():
