@@ -12,7 +12,8 @@ from torch import Tensor
 from ..model.draft import Draft
 from .pairs import PairBatch, PairStore
 
-BATCH = 24  # pairs in a step of the optimizer
+BATCH = {"cpu": 12}  # pairs in a step of the optimizer, by device; small where a row costs what it costs ...
+BATCH_ELSEWHERE = 64  # ... and large where few rows leave the device idle
 RATE, WEIGHT_DECAY = 2e-3, 1e-3
 WARMUP, WARM = 100, 0.1  # steps until the rate is reached, or part of the stage, whichever is over first
 JACOBIAN = 0.3  # weight of the differences
@@ -49,7 +50,8 @@ class Fit:
         warm = max((self.steps + 1) / WARMUP, done / WARM)
         rate = min(1.0, warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
         self.optimizer.param_groups[0]["lr"] = rate * RATE
-        batch = self.store.draw(BATCH, self.generator, self.device)
+        count = BATCH.get(self.device.type, BATCH_ELSEWHERE)
+        batch = self.store.draw(count, self.generator, self.device)
         with torch.enable_grad():
             loss, missed = loss_of(self.draft, batch)
             self.optimizer.zero_grad()

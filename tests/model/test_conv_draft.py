@@ -202,3 +202,16 @@ def test_a_general_draft_begins_as_the_linear_prediction(kind, scale):
             expected = inner + ((1 - p * schedule.signal[i]) / q) * mean
             found = draft((state * schedule.input_scale[i]).float(), schedule.timesteps[i].expand(2))
             assert float((found.double() - expected).norm() / expected.norm()) < 1e-4, (kind, i)
+
+
+def test_the_bundled_draft_predicts_what_it_always_did():
+    """Numbers of the release that wrote its file."""
+    pytest.importorskip("diffusers")
+    from deqdiff_fast.integrations.diffusers import bundled_model
+
+    draft = dq.ConvDraft.load(bundled_model() / "draft.safetensors")
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    whole, between = draft(x, torch.tensor([0, 17, 500, 999])), draft(x, torch.tensor([0.0, 17.5, 500.25, 999.0]))
+    assert torch.allclose(whole.flatten()[:4], torch.tensor([11.4955, -24.2502, 6.3835, 3.4579]), atol=2e-3)
+    assert float(whole.double().square().sum()) == pytest.approx(2883355.17, rel=1e-5)
+    assert float(between.double().square().sum()) == pytest.approx(2872255.38, rel=1e-5)
