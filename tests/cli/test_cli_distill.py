@@ -45,7 +45,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_draft_is_made_and_found(folder, capsys, kind):
     model = folder(SCHEDULERS[kind]())
-    assert main(["distill", str(model), "--minutes", "0.05", "--device", "cpu"]) == 0
+    assert main(["distill", str(model), "--minutes", "0.02", "--device", "cpu"]) == 0
     told = capsys.readouterr()
     assert re.search(r"rounds and [\d.]+ T evaluations with the draft.* It (pays|does not pay)", told.out, re.S)
     assert "draft.safetensors" in told.out
@@ -66,7 +66,7 @@ def test_a_draft_is_made_and_found(folder, capsys, kind):
 
 def test_classes(folder, capsys):
     model = folder(SCHEDULERS["ddim"](), num_class_embeds=3)
-    assert main(["distill", str(model), "--minutes", "0.05", "--device", "cpu"]) == 0
+    assert main(["distill", str(model), "--minutes", "0.02", "--device", "cpu"]) == 0
     draft = dq.integrations.diffusers.load_model(model).draft
     assert [(c.where, c.kind, c.size) for c in draft.conditions] == [("class_labels", "label", 3)]
 
