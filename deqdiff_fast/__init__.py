@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from ._types import shared
+from .distillation import distill
 from .errors import (
     BackendUnavailableError,
     ConvergenceWarning,
@@ -23,7 +24,9 @@ from .gradient.unrolled import Unrolled
 from .inverter import DEQInverter, Inversion
 from .memory import SolverMemory
 from .model.conv_draft import ConvDraft
+from .model.draft import Draft
 from .model.guidance import guided
+from .model.recording import Recording
 from .sampler import DEQSampler
 from .schedule import Schedule, SpectralSlope
 from .solution import RoundInfo, Solution, Stats
@@ -42,6 +45,7 @@ __all__ = [
     "DEQInverter",
     "DEQSampler",
     "DeqDiffError",
+    "Draft",
     "Drafted",
     "Implicit",
     "Inversion",
@@ -52,6 +56,7 @@ __all__ = [
     "Phantom",
     "Picard",
     "QuasiNewton",
+    "Recording",
     "Reversible",
     "RoundInfo",
     "Schedule",
@@ -62,6 +67,7 @@ __all__ = [
     "Stats",
     "Unrolled",
     "__version__",
+    "distill",
     "guided",
     "shared",
 ]

@@ -18,6 +18,7 @@ from .gradient import Gradient, Problem, Unrolled
 from .gradient import resolve as resolve_gradient
 from .loop.base import Solver
 from .memory import SolverMemory
+from .model.recording import Recording
 from .plan import Plan
 from .planner.planner import Planner
 from .planner.run import solve_planned
@@ -63,8 +64,7 @@ class DEQSampler:
         spectrum: the data's power spectrum, a better slope for "auto" and `QuasiNewton(slope="spectral")`.
         certify: "estimate" ends a solve where the estimate of its error is within `tol`, timesteps that were never
             evaluated included; "full" evaluates every timestep first.
-        draft: a cheap stand-in for the model, called like it, for fewer rounds (see `Drafted`; `ConvDraft` is one to
-            train).
+        draft: a cheap stand-in for the model, called like it, for fewer rounds (see `Drafted`; `distill` makes one).
         memory: a `SolverMemory` of one's own; by default all samplers share one pool.
 
     Raises:
@@ -96,14 +96,20 @@ class DEQSampler:
             on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
             deterministic=deterministic, spectrum=spectrum, draft=draft, certify=certify,
         )  # fmt: skip
-        self.gradient = resolve_gradient(gradient)
-        self.planner = Planner(self.options)
+        self.gradient, self.planner = resolve_gradient(gradient), Planner(self.options)
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
 
     def __copy__(self) -> DEQSampler:
-        new, options = object.__new__(type(self)), copy(self.options)
-        vars(new).update(vars(self), options=options, planner=Planner(options, self.planner.clock))
+        return self._with(copy(self.options))
+
+    def _with(self, options: Options) -> DEQSampler:
+        new, own = object.__new__(type(self)), {"options": options, "model": options.model}
+        vars(new).update(vars(self), planner=Planner(options, self.planner.clock), **own)
         return new
+
+    def record(self, recording: Recording) -> DEQSampler:
+        """This sampler, its model's predictions kept in `recording` for `distill`. Raises TypeError."""
+        return self._with(self.options.recorded(recording))
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative residual below which the solve ends, for states of that dtype."""

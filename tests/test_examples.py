@@ -13,7 +13,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Those with a test below, or in the file named.
-COVERED = {"plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit", "distill_draft"}
+COVERED = {"plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit"}
 ELSEWHERE = {"pipeline": "integrations/test_pipelines.py"}
 
 
@@ -73,32 +73,6 @@ def test_invert_and_edit(run, tmp_path):
     assert min(errors) <= 1e-3
     assert max(errors) <= 1e-3 or (max(errors) < 1e-2 and "tolerance" in out), "a miss must be said"
     assert image.open(tmp_path / "walk.png").size == (4 * 3 * 32, 4 * 32)
-
-
-def test_distill_draft(run, tmp_path):
-    import deqdiff_fast as dq
-
-    diffusers = pytest.importorskip("diffusers")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = diffusers.UNet2DModel(
-            sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
-    scheduler = diffusers.DDIMScheduler(num_train_timesteps=100, clip_sample=False)
-    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
-    small = ["--minutes", 0.1, "--each", 2, "--width", 8, "--depth", 1, "--device", "cpu"]
-    out = run("distill_draft", tmp_path / "model", "--out", tmp_path / "model" / "draft.safetensors", *small)
-    first, second = re.findall(r"^stage \d: loss (\S+)$", out, re.M)
-    assert 0 < float(second) <= 1.5 * float(first)
-    loaded = dq.integrations.diffusers.load_model(tmp_path / "model")
-    sampler = dq.DEQSampler(loaded.model, dq.Schedule.from_diffusers(scheduler, 20), solver="draft", draft=loaded.draft)
-    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        found, expected = sampler.sample(noise), sampler.serial(noise)
-    assert found.converged.all()
-    assert float((found.sample - expected.sample).norm() / expected.sample.norm()) < 1e-2
-    assert found.stats.draft_evals > 0
 
 
 def test_train_cifar10(run, tmp_path):

@@ -24,7 +24,7 @@ LAYERS = (
     {"engine"},
     {"gradient", "planner"},
     {"sampler"},
-    {"inversion"},
+    {"inversion", "distillation"},
     {"inverter"},
     {"__init__"},
     {"integrations", "presets", "info"},

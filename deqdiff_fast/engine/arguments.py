@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.conv_draft import ConvDraft
+from ..model.draft import Draft
 from ..schedule import Schedule
 
 LEAST = {torch.float64: 1e-130, torch.float32: 1e-14}  # a sample's size, whose squares and those of its steps count
@@ -22,10 +22,8 @@ def check_model(model: object) -> None:
 def check_draft(draft: object, schedule: Schedule) -> None:
     if not callable(draft):
         raise TypeError(f"draft: expected a callable like the model, draft(x, t), or None, got {type(draft).__name__}")
-    if (
-        isinstance(draft, ConvDraft) and not schedule.timesteps.is_floating_point()
-    ):  # looked up: one beyond would fail late
-        last, known = int(schedule.timesteps.max()), len(draft.get_buffer("alphas_cumprod")) - 1
+    if isinstance(draft, Draft) and not schedule.timesteps.is_floating_point():  # looked up: one beyond would fail late
+        last, known = int(schedule.timesteps.max()), draft.last_timestep
         if last > known:
             raise ValueError(
                 f"draft: expected one that knows the schedule's timesteps, up to {last}; this ends at {known}: "
@@ -34,10 +32,8 @@ def check_draft(draft: object, schedule: Schedule) -> None:
 
 
 def check_draft_shape(draft: object, noise: Tensor) -> None:
-    if isinstance(draft, ConvDraft) and draft.spectrum.shape != tuple(noise.shape[1:]):
-        raise ValueError(
-            f"noise: expected samples of the draft's shape {draft.spectrum.shape}, got {tuple(noise.shape[1:])}"
-        )
+    if isinstance(draft, Draft) and draft.shape != tuple(noise.shape[1:]):
+        raise ValueError(f"noise: expected samples of the draft's shape {draft.shape}, got {tuple(noise.shape[1:])}")
 
 
 def check_schedule(schedule: object) -> None:

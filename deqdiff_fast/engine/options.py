@@ -15,7 +15,9 @@ from ..loop.stopping import StoppingRule
 from ..memory import SolverMemory, default_memory
 from ..model.batched import BatchedModel
 from ..model.draft_calls import DraftCalls
+from ..model.recording import RecordedModel, Recording
 from ..model.sample_kwargs import warn_of_guesses
+from ..model.stand_in import stand_in
 from ..model.transforms import check_inputs
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.noise import check_generator
@@ -101,6 +103,13 @@ class Options:
         memory, graphs = copy(self.memory), copy(self.graph_cache)
         return replace(self, memory=memory, graph_cache=graphs, learned=dict(self.learned))
 
+    def recorded(self, recording: Recording) -> Options:
+        """The same, the model's predictions kept; nothing is recorded as a CUDA graph. Raises TypeError."""
+        if not isinstance(recording, Recording):
+            raise TypeError(f"recording: expected a deqdiff_fast.Recording, got {type(recording).__name__}")
+        model, graphs = RecordedModel(self.model, recording), GraphCache(False)
+        return replace(copy(self), model=model, cuda_graph=False, graph_cache=graphs)
+
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative residual below which the solve ends, for states of that dtype."""
         if self.tol is None and self.solver.tol is not None:
@@ -163,7 +172,7 @@ class Options:
         system.learned = self.learned
         if self.solver.needs_draft and self.draft is not None and not serial:
             arguments.check_draft_shape(self.draft, noise)
-            rows = BatchedModel(self.draft, self.schedule, noise, model_kwargs, system.max_batch)
+            rows = BatchedModel(stand_in(self.draft, self.model), self.schedule, noise, model_kwargs, system.max_batch)
             system.draft = DraftCalls(rows)
         if self.planned and not serial:  # windows come and go: a compiled model is to see the same sizes in all of them
             system.largest = self.most_rows(noise)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..model.conv_draft import ConvDraft
+from ..model.draft import Draft
+from ..model.stand_in import load_draft
 from ..schedule import Schedule, SpectralSlope, timesteps
 from .pipelines import invert as invert
 from .pipelines.parallel import parallelize as parallelize
@@ -42,7 +44,7 @@ class LoadedModel(NamedTuple):
     scheduler: Any  # of diffusers
     info: ModelInfo
     spectrum: SpectralSlope | None  # of its samples, where the folder has a spectrum.safetensors
-    draft: ConvDraft | None  # of it, where the folder has a draft.safetensors
+    draft: Draft | None  # of it, where the folder has a draft.safetensors
 
 
 def bundled_model() -> Path:
@@ -62,7 +64,7 @@ def load_model(
     Args:
         name_or_folder: "bundled", a folder or a hub name. The folder holds `unet/` or `transformer/` and `scheduler/`,
             or is flat, with config.json, weights and scheduler_config.json side by side. It may also hold
-            spectrum.safetensors (see `SpectralSlope.save`) and draft.safetensors (see `ConvDraft.save`).
+            spectrum.safetensors (see `SpectralSlope.save`) and draft.safetensors (see `distill`).
         device: of the model.
         dtype: of the weights, whatever they were saved in.
 
@@ -231,13 +233,15 @@ def _spectrum(source: str, shape: tuple[int, ...]) -> SpectralSlope | None:
     return found
 
 
-def _draft(source: str, shape: tuple[int, ...], scheduler: Any, device: torch.device | str) -> ConvDraft | None:
+def _draft(source: str, shape: tuple[int, ...], scheduler: Any, device: torch.device | str) -> Draft | None:
     """What lies beside the model, if it is a draft of this one."""
     path = Path(source, "draft.safetensors")
-    found = ConvDraft.load(path, device=device) if path.is_file() else None
+    found = load_draft(path, device=device) if path.is_file() else None
     if found is not None and hasattr(scheduler, "alphas_cumprod"):
         wanted = (shape, len(scheduler.alphas_cumprod), scheduler.config.prediction_type)
-        got = (found.spectrum.shape, len(found.get_buffer("alphas_cumprod")), found.prediction_type)
+        known = int(found.last_timestep) + 1  # of some of the timesteps, a draft may have been made from few
+        counted = isinstance(found, ConvDraft) or known > wanted[1]
+        got = (found.shape, known if counted else wanted[1], found.prediction_type)
         if got != wanted:
             raise ValueError(f"{path}: expected a draft with shape, timesteps and prediction_type {wanted}, got {got}")
     return found

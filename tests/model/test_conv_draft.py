@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deqdiff_fast as dq
+from deqdiff_fast.model.draft_levels import DraftLevels
 
 SHAPE = (3, 8, 8)
 
@@ -176,3 +177,41 @@ def test_what_depends_on_the_timestep_alone_is_looked_up(abar, noise):
         draft.double()
         assert draft(x.double(), t).dtype == torch.float64
         torch.testing.assert_close(draft(x.double(), t).float(), first, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
+@pytest.mark.parametrize("scale", [1.0, 0.3, 40.0])
+def test_a_general_draft_begins_as_the_linear_prediction(kind, scale):
+    """Of Gaussian data of any size about any mean, in any coordinates, at any times."""
+    draw = torch.Generator().manual_seed(0)
+    samples = scale * (torch.randn(40, 2, 70, generator=draw).cumsum(-1) / 8 + 3)
+    slope, mean = dq.SpectralSlope.fit(samples), samples.mean(0)
+    sigmas = torch.cat([torch.logspace(1.5, -1, 30) * scale, torch.zeros(1)])
+    schedules = [dq.Schedule.from_sigmas(sigmas, prediction_type=kind)]
+    if kind == "flow":
+        schedules.append(dq.Schedule.from_sigmas(torch.linspace(0.99, 0, 31), flow=True))
+    for schedule in schedules:
+        size = float((samples - mean).square().mean().sqrt())
+        draft = dq.Draft(DraftLevels.of(schedule), slope, kind, mean=mean, scale=size, width=8, depth=1)
+        table, basis = slope.slope(schedule), slope.basis()
+        for i in (0, 7, 20, 29):
+            p, q = schedule.denoised_coef()[i]
+            about = schedule.signal[i] * mean.double()
+            state = about + (schedule.sigma[i] + scale) * torch.randn(2, 2, 70, generator=draw).double()
+            inner = basis.inverse(table[i] * basis.forward((state - about).flatten(1))).view_as(state)
+            expected = inner + ((1 - p * schedule.signal[i]) / q) * mean
+            found = draft((state * schedule.input_scale[i]).float(), schedule.timesteps[i].expand(2))
+            assert float((found.double() - expected).norm() / expected.norm()) < 1e-4, (kind, i)
+
+
+def test_the_bundled_draft_predicts_what_it_always_did():
+    """Numbers of the release that wrote its file."""
+    pytest.importorskip("diffusers")
+    from deqdiff_fast.integrations.diffusers import bundled_model
+
+    draft = dq.ConvDraft.load(bundled_model() / "draft.safetensors")
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    whole, between = draft(x, torch.tensor([0, 17, 500, 999])), draft(x, torch.tensor([0.0, 17.5, 500.25, 999.0]))
+    assert torch.allclose(whole.flatten()[:4], torch.tensor([11.4955, -24.2502, 6.3835, 3.4579]), atol=2e-3)
+    assert float(whole.double().square().sum()) == pytest.approx(2883355.17, rel=1e-5)
+    assert float(between.double().square().sum()) == pytest.approx(2872255.38, rel=1e-5)
