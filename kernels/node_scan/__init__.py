@@ -69,7 +69,6 @@ _op = register(
     check_values=_check_values,
     storage=("states", "remainder", "drift"),
     as_stored=("state_coef",),
-    triton=False,
 )
 
 

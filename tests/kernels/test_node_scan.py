@@ -103,10 +103,10 @@ def test_equals_float64(backend, dtype, shape, lags, kinds, small, close):
         assert one is None or torch.equal(one.cpu(), two), "only states are written"
 
 
-@pytest.mark.parametrize("stencil", range(1, 9))
+@pytest.mark.parametrize("stencil", [1, 2, 5, 8] if INTERPRETED else range(1, 9))
 @pytest.mark.parametrize("lags", [1, 4])
 def test_every_stencil(backend, stencil, lags, small, close):
-    steps, size = small(20, 301, 8)
+    steps, size = small(20, 301, 8)  # as many steps as nodes in the longest stencil, or more
     given = nodes(steps, 2, size, lags, stencil, dtype=torch.float64)
     truth, actual = given.exact(), given.clone().serve(backend)
     reference(*truth.list())
