@@ -30,6 +30,7 @@ from deqdiff_fast.kernels.newton_scan import _triton as newton
 from deqdiff_fast.kernels.newton_scan import _triton_linear as linear
 from deqdiff_fast.kernels.newton_scan import _triton_prepare as prepare
 from deqdiff_fast.kernels.newton_scan import _triton_products as products
+from deqdiff_fast.kernels.node_scan import _triton as nodes
 
 NVIDIA = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -39,6 +40,7 @@ HISTORY = 5
 TABLES = (
     "state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat", "gains",
     "products", "gamma", "previous", "strict", "weights", "carry", "dots", "decision",
+    "remainder_coef",
 )  # fmt: skip
 STREAMS = (
     "exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source", "draft_output", "draft_cache",
@@ -79,6 +81,9 @@ def cases():
                 {"M": HISTORY, "DAMPED": damped, "MIXED": False},
                 "anderson_mix",
             )
+        for lags, drift, by_class in ((1, False, True), (1, True, False), (2, True, True), (3, False, True)):
+            given = {"L": lags, "S": 4, "CLASSES": by_class, "DRIFT": drift}
+            yield nodes.node_scan_kernel, storage, given, "node_scan"
         yield copies.copy_rows_kernel, storage, {}, "copy_rows"
         yield secants_of_draft.draft_gram_kernel, storage, {"RING": 4, "P": 4}, "draft_gram"
     yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "anderson_mix"
@@ -110,7 +115,7 @@ def cases():
 def label(case) -> str:
     kernel, storage, constants, _ = case
     detail = "-".join(
-        f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING", "ROLLOUT")
+        f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING", "ROLLOUT", "CLASSES")
     )
     return f"{kernel.fn.__name__}-{storage}-{detail}"
 
@@ -129,6 +134,8 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
         constants["BLOCK"] = config.block(WIDTH[storage])
     if constants.get("DRIFT") is False:
         constants["drift"] = None
+    if constants.get("CLASSES") is False:
+        constants["classes"] = None
     if constants.get("RING") == 0:
         constants |= {"z": None, "e": None, "filled": None}
     if constants.get("MIXED") is False and "exact" in kernel.arg_names:
@@ -140,7 +147,7 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
     )
     if storage == "mixed":
         types |= dict.fromkeys(HISTORIES, "*bf16")
-    types |= dict.fromkeys(("lo", "hi", "filled", "previous_bounds", "first", "last"), "*i32")
+    types |= dict.fromkeys(("lo", "hi", "filled", "previous_bounds", "first", "last", "start", "classes"), "*i32")
     types |= {"secant_weights": "*fp64"} | dict.fromkeys(("rows", "anchor_rows"), "*i64")
     types |= dict.fromkeys(SETTINGS, "fp64")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
@@ -165,13 +172,16 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
 
 
 def stream_accesses(ttgir: str, block: int, threads: int) -> tuple[int, int, int]:
-    """16-byte loads and stores that whole blocks of D make per thread, and loads of other numbers, in a program."""
+    """16-byte loads and stores that whole blocks of D make per thread, and loads of other numbers, in a program. What
+    is looked up in a table that is to stay in the cache (evict_last) is of no such block."""
     found = {"load": 0, "store": 0, "other": 0}
     for line in ttgir.splitlines():
         if access := re.search(r"\btt\.(load|store)\b", line):
             tensor = re.search(r"tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)>", line)
             count = math.prod(map(int, tensor[1].split("x")[:-1])) if tensor else 1
-            if tensor and tensor[1].endswith(f"{block}x"):
+            if "evict_last" in line or "evictionPolicy = 3" in line:
+                found["other"] += count // threads
+            elif tensor and tensor[1].endswith(f"{block}x"):
                 found[access[1]] += count * int(tensor[2]) // 8 // 16 // threads
             elif access[1] == "load":
                 found["other"] += count

@@ -20,6 +20,7 @@ from deqdiff_fast.kernels import (
     draft_secants,
     draft_secants_bytes,
     newton_scan,
+    node_scan,
 )
 
 from . import _paper
@@ -46,8 +47,9 @@ class Shape:
         return f"({self.batch}, {self.steps}, {self.size}, {self.history})"
 
 
-OPS = ("ddim_update", "anderson_step", "newton_scan", "draft_pass")
-HISTORY_OPS, PAPER_OPS = OPS[1:], OPS[:2]
+OPS = ("ddim_update", "anderson_step", "newton_scan", "draft_pass", "node_scan")
+HISTORY_OPS, PAPER_OPS = OPS[1:4], OPS[:2]
+STENCIL, CLASSES = 4, 135  # of the scan over nodes: those of a spectral prior of 3 x 32 x 32 images
 
 
 def anchors(steps: int) -> int:
@@ -61,11 +63,11 @@ def elements_moved(op: str, shape: Shape) -> float:
     g out. newton_scan: predictions and old state in, M columns of z and e in, new state and a column of z and e out.
     draft_pass (a round's `draft_secants` and `draft_scan`, the draft's calls left out): predictions and old state in,
     new state out, and at the anchors the draft's output and cache and M columns of z and of the remainder in, the
-    cache and a column of z and of the remainder out.
+    cache and a column of z and of the remainder out. node_scan: remainders in, new state out.
     """
     if op == "draft_pass":
         return 3 + (2 * shape.history + 5) * anchors(shape.steps) / shape.steps
-    return 3 if op == "ddim_update" else 2 * shape.history + 5
+    return {"ddim_update": 3, "node_scan": 2}.get(op, 2 * shape.history + 5)
 
 
 class Inputs:
@@ -118,7 +120,21 @@ class Fused:
         self.filled = torch.zeros(t, b, dtype=torch.int32, device=device)
         self.z, self.e = (torch.zeros(m + 1, t, b, d, dtype=inputs.dtype, device=device) for _ in range(2))
         self._draft(shape)
+        self._nodes(shape)
         self.round = 0
+
+    def _nodes(self, shape: Shape) -> None:
+        """Coefficients by class, every timestep a node; the model's part from nodes on both sides."""
+        (t, d), device, kind = (shape.steps, shape.size), self.states.device, self.states.dtype
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        stencil, kinds = min(STENCIL, t), min(CLASSES, d)
+        tables = [
+            (coef[:, :, None, None] / columns).expand(t, 1, columns, kinds).to(wide).contiguous()
+            for coef, columns in ((self.inputs.state_coef, 1), (self.inputs.model_coef, stencil))
+        ]
+        start = (torch.arange(t, device=device) - 1).clamp_(0, t - stencil).int()
+        classes = torch.randperm(d, generator=torch.Generator().manual_seed(0)).remainder_(kinds).int().to(device)
+        self.nodes = (*tables, start, classes)
 
     def _draft(self, shape: Shape) -> None:
         """What a sweep of a draft works on."""
@@ -179,6 +195,9 @@ class Fused:
                 previous_start, start, stop, last=stop == self.inputs.shape.steps, workspace=self.workspace, backend=on,
             )  # fmt: skip
             previous_start = start
+
+    def node_scan(self, backend: str | None = None) -> None:
+        node_scan(self.states, self.predictions, *self.nodes, backend=backend or self.backend)
 
     def fill(self, op: str) -> Fused:
         """Run as many rounds as there are history columns, with the quickest backend."""

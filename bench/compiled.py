@@ -39,6 +39,7 @@ LAUNCHES = {
     "newton_scan": 3,
     "draft_secants": 2,
     "draft_scan": 1,
+    "node_scan": 1,
     "mark_converged": 1,
     "advance_window": 2,
     "copy_rows": 1,
@@ -101,6 +102,7 @@ def elements_of_kernels(op: str, shape: Shape) -> list[tuple[str, float]]:
             (f"newton_prepare_kernel: E, X, {m} of z in; a column of z and of e out", m + 4),
             (f"newton_advance_kernel: E, X, N, this round's z, {m} of z and of e in; N out", 2 * m + 5),
         ],
+        "node_scan": [("node_scan_kernel: E in, most of a stencil from the cache; X out", 2)],
         "draft_pass": [
             (
                 f"draft_gram_kernel, at the anchors: E, X, cache, {m} of z in; a column of z and of the remainder out",

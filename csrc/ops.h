@@ -10,6 +10,7 @@
   X(inverse_scan)      \
   X(draft_secants)     \
   X(draft_scan)        \
+  X(node_scan)         \
   X(mark_converged)
 
 namespace deqdiff {

@@ -7,6 +7,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define DEQDIFF_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -80,6 +84,7 @@ struct WideOf<Float64> {
 template <class S>
 struct Lanes {
   static constexpr int count = DEQDIFF_VECTOR_BYTES / sizeof(typename S::Wide);
+  typedef int32_t Index __attribute__((vector_size(4 * count)));
 };
 
 template <class S>
@@ -107,15 +112,50 @@ DEQDIFF_INLINE void prefetch(const void* base, int64_t index) {
 // The last items of a row: missing lanes read as zero, which adds nothing to any sum.
 template <class S>
 DEQDIFF_INLINE typename S::Vector load_tail(const void* base, int64_t index, int64_t items) {
+  const typename S::Item* from = static_cast<const typename S::Item*>(base) + index;
+#if defined(__AVX512F__)  // where a row is shorter than a vector, most of the time of a call goes here
+  if constexpr (sizeof(*from) == 8) return bits<typename S::Vector>(_mm512_maskz_loadu_pd((1u << items) - 1, from));
+  if constexpr (sizeof(*from) == 4) return bits<typename S::Vector>(_mm512_maskz_loadu_ps((1u << items) - 1, from));
+#endif
   typename S::Packed packed = {};
-  memcpy(&packed, static_cast<const typename S::Item*>(base) + index, items * sizeof(typename S::Item));
+  memcpy(&packed, from, items * sizeof(*from));
   return S::unpack(packed);
 }
 
 template <class S>
 DEQDIFF_INLINE void store_tail(void* base, int64_t index, const typename S::Vector& value, int64_t items) {
   const typename S::Packed packed = S::pack(value);
-  memcpy(static_cast<typename S::Item*>(base) + index, &packed, items * sizeof(typename S::Item));
+  typename S::Item* to = static_cast<typename S::Item*>(base) + index;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(*to) == 8) return _mm512_mask_storeu_pd(to, (1u << items) - 1, bits<__m512d>(packed));
+  if constexpr (sizeof(*to) == 4) return _mm512_mask_storeu_ps(to, (1u << items) - 1, bits<__m512>(packed));
+#endif
+  memcpy(to, &packed, items * sizeof(*to));
+}
+
+// table[places], in the wide type.
+template <class S>
+DEQDIFF_INLINE typename S::Vector gather(const typename S::Wide* table, const typename Lanes<S>::Index& places) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename S::Wide) == 8) {
+    return bits<DoubleV>(_mm512_mask_i32gather_pd(_mm512_setzero_pd(), 0xFF, bits<__m256i>(places), table, 8));
+  } else {
+    return bits<FloatV>(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, bits<__m512i>(places), table, 4));
+  }
+#elif defined(__AVX2__)
+  const WordV all = ~WordV{};
+  if constexpr (sizeof(typename S::Wide) == 8) {
+    return bits<DoubleV>(
+        _mm256_mask_i32gather_pd(_mm256_setzero_pd(), table, bits<__m128i>(places), bits<__m256d>(all), 8));
+  } else {
+    return bits<FloatV>(
+        _mm256_mask_i32gather_ps(_mm256_setzero_ps(), table, bits<__m256i>(places), bits<__m256>(all), 4));
+  }
+#else
+  typename S::Vector found;
+  for (int k = 0; k < Lanes<S>::count; ++k) found[k] = table[places[k]];
+  return found;
+#endif
 }
 
 template <class S>

@@ -51,7 +51,7 @@ def _check_values(given: Arguments) -> None:
             raise ValueError(f"start: expected 0 <= start <= n - S = {last}, got {first} for step {j}")
     for d, kind in enumerate([] if classes is None else classes.tolist()):
         if not 0 <= kind < count:
-            raise ValueError(f"classes: expected 0 <= classes < K = {count}, got {kind} for element {d}")
+            raise ValueError(f"classes: expected 0 <= classes <= K - 1 = {count - 1}, got {kind} for element {d}")
 
 
 def _sizes(given: Arguments) -> Arguments:
@@ -65,9 +65,10 @@ _op = register(
     "Tensor? classes, Tensor? drift) -> ()",
     _reference,
     validate=_validate,
+    cpp=_sizes,
     check_values=_check_values,
     storage=("states", "remainder", "drift"),
-    triton=False,
+    as_stored=("state_coef",),
 )
 
 

@@ -13,9 +13,9 @@ from deqdiff_fast.kernels import _backends
 
 _C = pytest.importorskip("deqdiff_fast._C")
 CPP = [op for op in OPS if op in _backends.CPP_OPS]
-WINDOWED = [op for op in CPP if op != "mark_converged"]
-SIZES = ("T", "B", "D", "L", "A", "M", "W", "ring", "threads", "dtype")
-NEVER_ZERO = ("L", "M", "threads")  # an empty chain is nothing to do; these are no sizes of it
+WINDOWED = [op for op in CPP if op not in ("mark_converged", "node_scan")]
+SIZES = ("T", "B", "D", "L", "A", "M", "W", "S", "K", "ring", "threads", "dtype")
+NEVER_ZERO = ("L", "M", "S", "K", "threads")  # an empty chain is nothing to do; these are no sizes of it
 
 
 class Call:
@@ -68,7 +68,7 @@ def test_sizes(op, call):
             one.refuse(rf"\b{name}\b", **{name: bad})
 
 
-@pytest.mark.parametrize("op", WINDOWED)
+@pytest.mark.parametrize("op", [*WINDOWED, "node_scan"])
 def test_sizes_whose_product_wraps(op, call):
     one = call(op)
     for sizes in ({"T": 1 << 30, "B": 1 << 30}, {"B": 1 << 30, "D": 1 << 40}, {"T": 1 << 30, "D": 1 << 40}):
@@ -115,6 +115,18 @@ def test_anchors_outside_of_the_chain(call):
         one = call("draft_secants")
         one.tensors["anchor_rows"][1] = row
         one.refuse("anchor_rows")
+
+
+@pytest.mark.parametrize(("name", "bad"), [("start", -1), ("start", 2), ("classes", -1), ("classes", 5)])
+def test_nodes_and_classes_out_of_range(name, bad, call):
+    one = call("node_scan")
+    one.tensors[name][3] = bad
+    one.refuse(rf"{name}: expected .*, got {bad} for \w+ 3")
+
+
+def test_a_stencil_is_no_longer_than_the_chain(call):
+    call("node_scan").refuse(r"\bS\b", T=2)
+    call("node_scan").refuse("a size within the address space", K=1 << 31, T=1 << 30, B=1, D=1)
 
 
 @pytest.mark.parametrize("op", CPP)

@@ -23,6 +23,7 @@ GROUPS = {  # files: how many of their tests there must be at least
     ("newton_scan", "mark_converged", "advance_window", "stopping_rule"): 50,
     ("draft_scan", "draft_secants", "launches"): 29,
     ("workspace", "device_solve"): 30,
+    ("node_scan",): 60,
 }
 
 

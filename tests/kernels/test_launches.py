@@ -18,6 +18,7 @@ from deqdiff_fast.kernels import (
     draft_secants,
     mark_converged,
     newton_scan,
+    node_scan,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -122,3 +123,7 @@ def test_triton_others_are_one_or_two(launches, problem):
     launches.clear()
     mark_converged(*(torch.ones(5, 2, device=device) for _ in range(3)), torch.ones(2, device=device), 1e-3, 1e-6, **ON)
     assert launches == ["mark_converged_kernel"]
+    launches.clear()
+    tables = [torch.ones(5, 1, columns, 1, device=device) for columns in (1, 4)]
+    node_scan(run.states, run.predictions, *tables, torch.zeros(5, dtype=torch.int32, device=device), **ON)
+    assert launches == ["node_scan_kernel"]
