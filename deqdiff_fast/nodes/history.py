@@ -67,7 +67,9 @@ class NodeHistory:
         before, after = slopes
         for h in range(len(self.z)):
             torch.sub(new, _through(transfer.plain, old - self.z[h]), out=found.z[h])
-            kept = [(self.e, found.e)] + ([] if self.draft is None else [(self.draft, found.draft)])
+            kept = [(self.e, found.e)]
+            if self.draft is not None and found.draft is not None:
+                kept.append((self.draft, found.draft))
             for values, target in kept:
                 rest = _through(transfer.scaled, values[h] - before * self.z[h])
                 torch.add(rest, after * found.z[h], out=target[h])
@@ -107,9 +109,7 @@ class NodeHistory:
         along = torch.bmm(dz, moved).double() * self.scale[..., None]
         weights = (torch.bmm(self.inverse, along) * self.scale[..., None]).nan_to_num_(0.0, 0.0, 0.0).to(dz.dtype)
         numel = dz.shape[2]
-        torch.baddbmm(
-            base.reshape(-1, 1, numel), weights.transpose(1, 2), self.dr, out=out.view(-1, 1, numel)
-        )
+        torch.baddbmm(base.reshape(-1, 1, numel), weights.transpose(1, 2), self.dr, out=out.view(-1, 1, numel))
 
     def moved(self) -> Tensor:
         """(n, B): lengths of the steps between the last two answers, NaN where there is one only."""
@@ -121,4 +121,5 @@ class NodeHistory:
 
 def _through(weights: Tensor, values: Tensor) -> Tensor:
     """(m, n) weights of values (n, ...) -> (m, ...)."""
-    return (weights @ values.flatten(1)).view(len(weights), *values.shape[1:])
+    found: Tensor = torch.mm(weights, values.flatten(1)).view(len(weights), *values.shape[1:])
+    return found

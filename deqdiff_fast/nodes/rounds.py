@@ -16,9 +16,10 @@ from .history import NodeHistory
 from .node_grid import NodeGrid, Transfer, per_element
 from .problem import NodeOutcome, NodeProblem
 
-MAX_ROUNDS = 12  # a chain that takes more is left to rounds on all timesteps
-SKIPPED = 0.1  # part of the tolerance that nodes that are not asked again may cost
-UNTOLD = 2  # rounds before which nothing was foretold that could be believed
+MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
+SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sqrt(D)
+SKIPPED = 0.03  # part of the tolerance that nodes that are not asked again may cost
+UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
 GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
@@ -36,6 +37,8 @@ class NodeRounds:
         self.sizes = round_sizes(self.steps)
         self.batch = problem.start.shape[0]
         self.done = [False] * self.batch
+        self.safety = 1 + SCATTER / problem.start.shape[1] ** 0.5
+        self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype, device=problem.start.device)
         self._use(self._grid(spread(problem.density, self.sizes[0])))
         self.remainder = self.states.new_zeros(self.states[1:].shape)
         self._scan(self.remainder, self.states)
@@ -51,7 +54,7 @@ class NodeRounds:
         stopped = broken = False
         found: Estimate | None = None
         total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
-        for round in range(1, min(limit, MAX_ROUNDS) + 1):
+        for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
             if self._change_nodes(round, found):
                 asked = None
             self._ask(asked, round)
@@ -61,18 +64,19 @@ class NodeRounds:
                 broken = True
                 break
             trace.append(total)
-            self.done = [was or bool(e <= problem.tol) for was, e in zip(self.done, total.tolist())]
+            self.done = [e <= problem.tol for e in total.tolist()]
             stopped = report is not None and report(round, total, self) is True
             if stopped or all(self.done):
                 break
             asked = self._worth_asking(found)
-        return NodeOutcome(
-            self.grid, self.states, self.remainder, self.done, total, trace, stopped, broken
-        )
+        return NodeOutcome(self.grid, self.states, self.remainder, self.done, total, trace, stopped, broken)
 
     def _look(self, found: Estimate, before: Estimate | None) -> Tensor:
         """(B,) float64 on the host: the estimate of the error. The one wait for a device in a round."""
-        total = found.total(before)
+        total = torch.full_like(found.step, float("inf"))
+        if before is not None:
+            self.shortfall = torch.maximum(self.shortfall, found.shortfall(before))
+            total = found.total(before, self.shortfall) * self.safety
         broken = ~(found.step + found.interpolation).isfinite()
         return total.masked_fill(broken, float("nan")).double().cpu()
 
@@ -112,8 +116,10 @@ class NodeRounds:
             return False
         if round <= len(self.sizes):
             known = self.problem.known
-            wanted = list(known) if known is not None and round == len(self.sizes) else spread(
-                self.problem.density, self.sizes[round - 1]
+            wanted = (
+                list(known)
+                if known is not None and round == len(self.sizes)
+                else spread(self.problem.density, self.sizes[round - 1])
             )
         elif self._too_rough(found):
             room = min(DENSEST * self.sizes[-1], self.steps) - len(nodes)
@@ -128,7 +134,7 @@ class NodeRounds:
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is not done wants more nodes."""
-        rough = (found.interpolation > ROUGH * self.problem.tol).tolist()
+        rough = (self.shortfall * found.interpolation > ROUGH * self.problem.tol).tolist()
         return any(wanted and not done for wanted, done in zip(rough, self.done))
 
     def _move(self, nodes: tuple[int, ...]) -> None:
@@ -148,7 +154,7 @@ class NodeRounds:
     def _worth_asking(self, found: Estimate) -> Tensor | None:
         """(n, B) bool: all nodes but those where the next surprise is foretold to count for next to nothing."""
         counts, order = found.node_surprise.sort(0)
-        little = counts.cumsum(0) <= SKIPPED * self.problem.tol
+        little = counts.cumsum(0) * self.shortfall * self.safety <= SKIPPED * self.problem.tol
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
         asked &= ~torch.tensor(self.done, device=asked.device)
         return asked
@@ -180,9 +186,7 @@ class NodeRounds:
         made = (self.states[:-1] - history.z[0]).norm(dim=2)
         before = history.moved()
         shrinking = torch.where(before > 0, made / before, (made > 0).to(made)).nan_to_num_(1.0).clamp_max_(1.0)
-        return estimate(
-            self.grid, self.problem.classes, self.surprise, shrinking, self.remainder, self.states[-1], last
-        )
+        return estimate(self.grid, self.problem.classes, self.surprise, shrinking, self.remainder, self.states, last)
 
     def _sweep(self, base: Tensor | None, out: Tensor) -> None:
         """The chain of the draft, corrected by what the model said: base, None for nothing; by sweeps over all nodes.
