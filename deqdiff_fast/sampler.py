@@ -150,7 +150,7 @@ class DEQSampler:
 
         Raises:
             NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError. NotImplementedError: an argument
-            carries a forward-mode tangent or belongs to a torch.func transform.
+                carries a forward-mode tangent or belongs to a torch.func transform.
         """
         self.options.check_request(noise, model_kwargs, generator, isinstance(self.gradient, Unrolled))
         arguments.check_trajectory(init_trajectory, noise, self.schedule.num_steps)
