@@ -19,8 +19,7 @@ from ._common import positive_int
 
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 TRAIN_STEPS = len(ABAR)
-FULL_ROUNDS, FULL_DRAFTED = "quasi-newton, full rounds", "draft, full rounds"
-
+FULL_ROUNDS, 
 
 class Mixture:
     """E[eps | x] of data from a mixture of isotropic Gaussians: a model whose every value is known exactly."""
@@ -103,7 +102,7 @@ def load(args: argparse.Namespace) -> Problem:
 
 
 def solvers(names: list[str] | None, drafted: bool = False) -> dict[str, Solver]:
-    """The named solvers, the trajectory scope, and quasi-Newton and draft without coarse rounds, for fewest rounds.
+    """The named solvers, the trajectory scope, and quasi-Newton on all timesteps from the first round on.
 
     drafted: there is a draft of the model. Each once; the one that "auto" stands for says so.
     """
@@ -111,9 +110,7 @@ def solvers(names: list[str] | None, drafted: bool = False) -> dict[str, Solver]
         name: resolve(name) for name in NAMED if name != "auto" and (drafted or name != "draft")
     }
     known["trajectory"] = dq.Anderson(scope="trajectory")
-    known[FULL_ROUNDS] = dq.QuasiNewton(coarse=())
-    if drafted:
-        known[FULL_DRAFTED] = dq.Drafted(coarse=())
+    known[FULL_ROUNDS] = dq.QuasiNewton(nodes=False)
     automatic = resolve("draft" if drafted else "auto")
     twins = [name for name, solver in known.items() if solver == automatic]
     if not twins:

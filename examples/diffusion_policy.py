@@ -102,7 +102,7 @@ def main() -> None:
     policy = train(args.training_steps, seed=args.seed)
     print(f"trained {args.training_steps} steps in {time.perf_counter() - began:.0f} s")
 
-    solver = dq.QuasiNewton(coarse=())  # a call of so small a network costs the same for ten rows as for a hundred
+    solver = dq.QuasiNewton(nodes=False)  # a call of so small a network costs the same for ten rows as for a hundred
     sampler = dq.DEQSampler(policy, dq.Schedule.ddpm(ABAR, torch.arange(T).flip(0)), solver=solver)
     rows = []
     for k in range(-3, args.repeats):  # the first three warm up

@@ -89,7 +89,6 @@ SOLVERS = (
     Case("quasi-newton-plain", dq.QuasiNewton(history=5, slope=None)),
     Case("quasi-newton-bf16", dq.QuasiNewton(history_dtype=torch.bfloat16), slow=True),
     Case("draft", "draft", drafted=True),
-
     Case("triangular", "triangular"),
     Case("triangular-bf16", dq.Anderson(history_dtype=torch.bfloat16), slow=True),
     Case("anderson", "anderson"),

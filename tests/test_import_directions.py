@@ -20,7 +20,7 @@ LAYERS = (
     {"errors", "_types", "_locks", "_C", "plan"},
     {"solution", "kernels"},
     {"schedule", "memory", "loop"},
-    {"solver", "model"},
+    {"solver", "model", "nodes"},
     {"engine"},
     {"gradient", "planner"},
     {"sampler"},
@@ -36,6 +36,7 @@ ONLY = {
     "kernels": {"errors", "_C"},
     "loop": {"errors", "_types", "kernels"},
     "solver": {"errors", "_types", "kernels", "loop"},
+    "nodes": {"errors", "_types", "kernels", "schedule"},
     "schedule": {"errors", "_types", "_locks"},
     "memory": {"errors", "_locks", "_C"},
 }

@@ -41,6 +41,9 @@ def conclude(
         stats.stop_reason = "replanned" if gave_up else "max_rounds"
         if gave_up or on_failure == "serial":
             stats.finished_serially, stopped = finish_serially(work, front, stats.rounds, report)
+        if stats.finished_serially and not stopped:
+            stats.error_estimate = torch.zeros(system.batch, dtype=torch.float64)
+            stats.timesteps_evaluated = 1.0
     if stopped:
         stats.stop_reason = "callback"
     done = torch.tensor([final == system.num_steps for final in front])

@@ -118,7 +118,7 @@ class NodeSolve:
         stats.rounds, stats.node_rounds = max(stats.rounds, self.rounds), self.rounds
         if not more:
             stats.error_estimate = outcome.error_estimate
-            stats.timesteps_evaluated = len(outcome.grid.nodes) / self.system.num_steps
+            stats.timesteps_evaluated = outcome.evaluated / self.system.num_steps
         return outcome.trace
 
     def solution(self, stats: Stats, started: float) -> Solution:

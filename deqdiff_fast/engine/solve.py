@@ -13,6 +13,8 @@ from torch import Tensor
 from .._types import Generators
 from ..loop.host import iterate
 from ..loop.task import DeviceWork, Lookahead, Progress, Task
+from ..nodes.grid import FEWEST_STEPS
+from ..nodes.rounds import UNTOLD
 from ..schedule.noise import freeze
 from ..solution import Callback, Solution, Stats
 from ..solver.picard import Picard
@@ -93,7 +95,7 @@ def solve_rounds(
     warm, watched = request.init_trajectory is not None, request.callback is not None or request.progress
     lookahead = None if solver.makes_rounds else lookahead_policy(system, request)
     nodes = None
-    if solver.nodes and not warm and stats.window >= system.num_steps:
+    if solver.nodes and not warm and stats.window >= system.num_steps >= FEWEST_STEPS and limit > UNTOLD:
         nodes = NodeSolve(system, options, request, None if head is None else head.work.chain)
         if head is not None:
             head.work.lease.release()  # what was made of the chain already is of no use to rounds on nodes

@@ -16,6 +16,7 @@ from ..schedule import Schedule
 EVEN = 0.2
 TYPICAL_VARIANCE = 0.25  # of data scaled to [-1, 1], for the weight of an error
 FIRST, SECOND = 9, 17  # nodes of the first two rounds
+FEWEST_STEPS = 10  # of a chain that is worth rounds on nodes
 SHORT = 16  # timesteps of a chain all of which are nodes in the end
 HALF = 45  # nodes of the rounds that follow: T HALF / (T + HALF)
 SHIFT, GOLDEN = (

@@ -65,6 +65,8 @@ class NodeOutcome:
     """Which samples are within the tolerance, as far as the estimate can tell."""
     error_estimate: Tensor  # (B,)
     trace: list[Tensor]  # (B,) of every round
+    evaluated: int
+    """How many timesteps were nodes in some round."""
     stopped: bool = False
     """Whether `report` asked for the end."""
     broken: bool = False

@@ -38,6 +38,7 @@ class NodeRounds:
         self.sizes = round_sizes(self.steps)
         self.batch = problem.start.shape[0]
         self.done, self.draft = [False] * self.batch, problem.draft
+        self.evaluated = set[int]()
         self.safety = 1 + SCATTER / problem.start.shape[1] ** 0.5
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype, device=problem.start.device)
         self._use(self._grid(spread(problem.density, self.sizes[0])))
@@ -61,16 +62,16 @@ class NodeRounds:
             self._ask(asked, round)
             before, found = found, self._advance()
             total = self._look(found, before if round > UNTOLD else None)
+            trace.append(total.nan_to_num(float("inf")))
             if bool(total.isnan().any()):
                 broken = True
                 break
-            trace.append(total)
             self.done = [e <= problem.tol for e in total.tolist()]
             stopped = report is not None and report(round, total, self) is True
             if stopped or all(self.done):
                 break
             asked = self._worth_asking(found)
-        return NodeOutcome(self.grid, self.states, self.remainder, self.done, total, trace, stopped, broken)
+        return NodeOutcome(self.grid, self.states, self.remainder, self.done, total, trace, len(self.evaluated), stopped, broken)
 
     def _look(self, found: Estimate, before: Estimate | None) -> Tensor:
         """(B,) float64 on the host: the estimate of the error. The one wait for a device in a round."""
@@ -165,6 +166,7 @@ class NodeRounds:
         problem, states = self.problem, self.states[:-1]
         answers = torch.empty_like(states)
         problem.ask(states, self.grid.nodes, asked, answers, round)
+        self.evaluated.update(self.grid.nodes)
         draft = None if self.draft is None else self.draft(states, self.grid.nodes)
         surprise = answers - self.slope * states - self.remainder
         if asked is None:

@@ -428,16 +428,3 @@ def test_bad_input_and_no_samples(machine, noise):
     with pytest.raises(TypeError, match="model_kwargs: expected a dict"):
         sampler.warmup((3, 8, 8), model_kwargs=[1])
     assert sampler.sample(noise(0)).sample.shape == (0, 3, 8, 8)
-
-
-def test_coarse_rounds_where_rows_cost_something(machine, noise):
-    flat, quick = machine(lambda n: 1.0)
-    steep, slow = machine(lambda n: 4.0 + 0.02 * n)  # a batch pays, and so does a smaller one
-    for sampler in (quick, slow):
-        sampler.warmup((3, 8, 8), batch=2)
-        workload = sampler.planner.workload(noise(2), None)
-        workload.stats.plan, workload.stats.age = sampler.planner.forced(workload, 50), 0
-    fast, careful = solve(flat, quick, noise(2)), solve(steep, slow, noise(2))
-    assert fast.stats.window == careful.stats.window == 50
-    assert fast.stats.coarse_rounds == 0
-    assert careful.stats.coarse_rounds > 0

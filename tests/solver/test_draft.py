@@ -9,7 +9,7 @@ from torch import Tensor
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.loop.task import Lookahead
-from deqdiff_fast.solver.anchors import Anchors
+from deqdiff_fast.nodes.rounds import UNTOLD
 
 TIGHT = {"tol": 1e-4, "max_batch": 512}
 
@@ -38,14 +38,15 @@ def solved(model, schedule, noise, draft, generator=None, **options):
         return found, error(found.sample, sampler.serial(noise, generator=seed()).sample)
 
 
-def test_a_perfect_draft_leaves_one_round(mixture, ddim, noise):
+def test_a_perfect_draft_takes_the_fewest_rounds(mixture, ddim, noise):
     model = mixture()
-    found, off = solved(model, ddim(20), noise(), model, solver=dq.Drafted(coarse=()))
-    assert found.stats.rounds == 1
+    draft = Shifted(model, 0.0)
+    found, off = solved(model, ddim(100), noise(), draft, tol=1e-2)
+    assert found.stats.rounds == found.stats.node_rounds == UNTOLD + 1, "before that no estimate is believed"
     assert found.converged.all()
-    assert off < 1e-5
-    assert found.stats.model_evals == 20 * 2
-    assert found.stats.draft_evals == 2 * 20 * 2  # the guess, and the chain after the round
+    assert off < 1e-2
+    assert found.stats.model_evals < 100 * 2
+    assert found.stats.draft_evals == draft.rows > 0
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -87,61 +88,44 @@ def test_schedules_of_other_kinds(mixture, noise, karras, method):
 
 
 def test_a_linear_draft_is_quasi_newton(mixture, ddim, noise):
-    schedule, model = ddim(20), mixture()
+    schedule, model = ddim(50), mixture()
     slope = dict(zip(schedule.timesteps.tolist(), schedule.slope().float()))
 
     def linear(x: Tensor, t: Tensor) -> Tensor:
         return x * torch.stack([slope[int(k)] for k in t])[:, None, None, None]
 
-    found, _ = solved(model, schedule, noise(), linear, solver=dq.Drafted(coarse=(), reach=0.0))
-    newton, _ = solved(model, schedule, noise(), None, solver=dq.QuasiNewton(slope="scalar", coarse=()))
+    found, _ = solved(model, schedule, noise(), linear, solver=dq.Drafted(slope="scalar", history=0), tol=1e-2)
+    newton, _ = solved(model, schedule, noise(), None, solver=dq.QuasiNewton(slope="scalar", history=0), tol=1e-2)
     assert found.stats.rounds == newton.stats.rounds
-    # the first rounds: later ones divide by what rounding left
-    assert torch.allclose(found.stats.residual_trace[:4], newton.stats.residual_trace[:4], rtol=1e-2)
+    assert torch.allclose(found.stats.residual_trace, newton.stats.residual_trace, rtol=1e-2)
 
 
-@pytest.mark.parametrize("coarse", [(), (4,)])
-def test_better_drafts_take_fewer_rounds(mixture, ddim, noise, coarse):
+def test_better_drafts_take_fewer_rounds(mixture, ddim, noise):
     model = mixture()
     rounds = []
-    for size in (0.0, 0.01, 0.1, 3.0):
-        solver = dq.Drafted(coarse=coarse, stride=1)
-        found, off = solved(model, ddim(50), noise(), Shifted(model, size), solver=solver)
+    for size in (0.0, 0.1, 3.0):
+        found, off = solved(model, ddim(50), noise(), Shifted(model, size), tol=1e-2)
         assert found.converged.all()
-        assert off < 1e-4
+        assert off < 1e-2
         rounds.append(found.stats.rounds)
     assert rounds == sorted(rounds)
-    assert rounds[0] < rounds[1] < rounds[-1]
+    assert rounds[0] < rounds[-1]
 
 
-@pytest.mark.parametrize("stride", [1, 2, 5, 7, 60])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_draft_asked_at_some_timesteps_only(mixture, ddim, noise, stride, eta):
-    model = mixture()
-    draft = Shifted(model, 0.02)
-    found, off = solved(model, ddim(60, eta), noise(3), draft, solver=dq.Drafted(stride=stride))
-    assert found.converged.all()
-    assert found.stats.finished_serially == 0
-    assert off < 1e-4
-    most = Anchors(60, stride).count * 3 * (found.stats.rounds + 1)
-    assert draft.rows == found.stats.draft_evals <= most
-    assert found.stats.draft_evals > most / 2
-
-
-def test_strides_of_multistep_chains_and_windows(mixture, noise, karras):
-    schedule = dq.Schedule.from_sigmas(karras(40), method="dpmpp_2m")
-
+def test_multistep_chains_and_noise(mixture, noise, ddim, karras, eta):
     def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
         return torch.tanh(2 * x / (1 + sigma[:, None, None, None] ** 2))
 
-    start, rounds = noise(3) * schedule.init_noise_sigma, []
-    for window in ("auto", 16):
-        solver = dq.Drafted(stride=3)
-        found, off = solved(denoiser, schedule, start, Shifted(denoiser, 0.01), solver=solver, window=window)
-        assert found.converged.all()
-        assert off < 1e-4
-        rounds.append(found.stats.rounds)
-    assert rounds[0] < rounds[1] < 40
+    if eta:
+        model, schedule = mixture(), ddim(60, eta)
+    else:
+        model, schedule = denoiser, dq.Schedule.from_sigmas(karras(40), method="dpmpp_2m")
+    start = noise(3) * schedule.init_noise_sigma
+    found, off = solved(model, schedule, start, Shifted(model, 0.01))
+    assert found.converged.all()
+    assert found.stats.finished_serially == 0
+    assert off < 1e-4
 
 
 @pytest.mark.parametrize("window", [1, 6, 20])
@@ -156,7 +140,7 @@ def test_windows_and_batches(mixture, ddim, noise, window):
 def test_secants_help_where_the_draft_does_not(mixture, ddim, noise):
     model = mixture()
     rounds = [
-        solved(model, ddim(50), noise(), Shifted(model, 0.3), solver=dq.Drafted(history=h, coarse=()), tol=1e-5)[0]
+        solved(model, ddim(50), noise(), Shifted(model, 0.3), solver=dq.Drafted(history=h), tol=1e-3)[0]
         .stats.rounds
         for h in (0, 3)
     ]  # fmt: skip
@@ -191,9 +175,9 @@ def test_conditions_reach_the_draft(ddim, noise):
     def model(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
         return 0.5 * x + 0.1 * torch.sin(x + shift[:, None, None, None])
 
-    sampler = dq.DEQSampler(model, ddim(20), solver=dq.Drafted(coarse=()), draft=model, **TIGHT)
+    sampler = dq.DEQSampler(model, ddim(20), solver="draft", draft=model, tol=1e-2)
     found = sampler.sample(noise(3), {"shift": torch.tensor([0.0, 1.0, 2.0])})
-    assert found.stats.rounds == 1
+    assert found.stats.rounds == UNTOLD + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -235,12 +219,8 @@ def test_what_is_refused(mixture, ddim, noise):
     for wrong in (
         {"history": 8},
         {"ridge": 0.0},
-        {"coarse": (0,)},
-        {"coarse_noisy": 3},
-        {"coarse_long": [4]},
+        {"nodes": 3},
         {"max_rounds": 0},
-        {"stride": 0},
-        {"reach": -1.0},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             dq.Drafted(**wrong)
