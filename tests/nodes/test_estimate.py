@@ -1,0 +1,104 @@
+"""The estimate of the error: exact where the model is linear in its foretold part, and what it is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deqdiff_fast.nodes.estimate import SLOWEST, Estimate, estimate
+from deqdiff_fast.nodes.node_grid import NodeGrid
+
+STEPS, NODES, BATCH, SIZE = 23, [0, 3, 7, 8, 15, 21, 22], 2, 5
+CLASSES = torch.tensor([0, 2, 1, 1, 0])
+
+
+@pytest.fixture
+def grid(random_chain):
+    return NodeGrid.of(random_chain(STEPS, 1, 3), NODES, torch.float64, torch.device("cpu"))
+
+
+def made(grid, surprise, remainder, scan, start, shrinking=None):
+    states = scan(grid.steps, remainder, start, CLASSES)
+    shrinking = torch.ones(len(NODES), BATCH, dtype=torch.float64) if shrinking is None else shrinking
+    return states, estimate(grid, CLASSES, surprise, shrinking, remainder, states, torch.zeros_like(start))
+
+
+def test_the_next_step_is_what_the_surprises_do_to_the_sample(grid, scan, gaussian):
+    start, rest, surprise = gaussian(BATCH, SIZE), gaussian(7, BATCH, SIZE, seed=2), gaussian(7, BATCH, SIZE, seed=3)
+    shrinking = gaussian(7, BATCH, seed=4).abs().clamp_max(1)
+    states, found = made(grid, surprise, rest, scan, start, shrinking)
+    moved = scan(grid.steps, rest + shrinking[..., None] * surprise, start, CLASSES)[-1]
+    size = states[-1].norm(dim=1)
+    torch.testing.assert_close(found.next_step, (moved - states[-1]).norm(dim=1) / size)
+    torch.testing.assert_close(found.step, torch.ones_like(size))  # from a sample of zeros
+    assert bool((found.node_surprise.sum(0) >= found.next_step).all())
+
+
+def test_no_surprise_and_a_smooth_remainder_are_no_error(grid, scan, gaussian, random_chain):
+    at = torch.tensor(NODES).double()[:, None, None] / STEPS
+    smooth = (1 - at + 2 * at**3) * gaussian(1, BATCH, SIZE) / random_chain(STEPS, 1, 3).unit[NODES, None, None]
+    _, found = made(grid, torch.zeros(7, BATCH, SIZE).double(), smooth, scan, gaussian(BATCH, SIZE, seed=2))
+    assert bool((found.next_step == 0).all())
+    assert bool((found.interpolation < 1e-9).all())
+    assert bool((found.interpolation >= 0).all())
+
+
+def test_all_timesteps_leave_nothing_to_interpolate(random_chain, scan, gaussian):
+    every = NodeGrid.of(random_chain(STEPS, 1, 3), list(range(STEPS)), torch.float64, torch.device("cpu"))
+    rest, start = gaussian(STEPS, BATCH, SIZE), gaussian(BATCH, SIZE, seed=2)
+    states, flat = scan(every.steps, rest, start, CLASSES), torch.ones(STEPS, BATCH, dtype=torch.float64)
+    found = estimate(every, CLASSES, torch.zeros_like(rest), flat, rest, states, start)
+    assert bool((found.interpolation < 1e-10).all())
+
+
+def test_samples_do_not_mix(grid, scan, gaussian):
+    start, rest, surprise = gaussian(BATCH, SIZE), gaussian(7, BATCH, SIZE, seed=2), gaussian(7, BATCH, SIZE, seed=3)
+    _, both = made(grid, surprise.clone(), rest, scan, start)
+    rest, surprise, start = rest.clone(), surprise.clone(), start.clone()
+    for values in (rest, surprise, start):
+        values[..., 1, :] *= 100
+    _, other = made(grid, surprise, rest, scan, start)
+    for name in Estimate._fields:
+        torch.testing.assert_close(getattr(both, name)[..., 0], getattr(other, name)[..., 0])
+
+
+def test_all_zero_is_finite(grid, scan):
+    zero = torch.zeros(7, BATCH, SIZE, dtype=torch.float64)
+    _, found = made(grid, zero, zero, scan, torch.zeros(BATCH, SIZE, dtype=torch.float64))
+    assert all(bool(value.isfinite().all()) for value in found)
+
+
+def numbers(next_step, step, interpolation=0.0):
+    one = torch.ones(1, 1, dtype=torch.float64)
+    values = (torch.tensor([v], dtype=torch.float64) for v in (next_step, interpolation, step))
+    return Estimate(*values, one, one)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.8])
+def test_steps_that_shrink_are_a_geometric_series(rate):
+    before, now = numbers(rate, 1.0), numbers(rate * rate, rate)
+    left = sum(rate ** (2 + k) for k in range(400))
+    total = now.total(before, torch.ones(1, dtype=torch.float64))
+    torch.testing.assert_close(total, torch.tensor([left], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rate", [1.0, 3.0, 1e6])
+def test_steps_that_do_not_shrink_are_finite(rate):
+    before, now = numbers(1.0, 1.0), numbers(rate, rate)
+    total = now.total(before, torch.ones(1, dtype=torch.float64))
+    torch.testing.assert_close(total, torch.tensor([rate / (1 - SLOWEST)], dtype=torch.float64))
+
+
+def test_the_slower_of_the_two_rates_counts():
+    one = torch.ones(1, dtype=torch.float64)
+    slow = numbers(0.1, 0.5).total(numbers(1.0, 1.0), one)
+    torch.testing.assert_close(slow, one * 0.1 / 0.5)
+    torch.testing.assert_close(numbers(0.5, 0.1).total(numbers(1.0, 1.0), one), one)
+
+
+def test_a_round_that_moved_more_than_foretold_scales_what_follows():
+    one = torch.ones(1, dtype=torch.float64)
+    assert numbers(0.1, 0.6).shortfall(numbers(0.2, 1.0)).item() == pytest.approx(3)
+    assert numbers(0.1, 0.1).shortfall(numbers(0.2, 1.0)).item() == 1
+    assert numbers(0.0, 0.0).shortfall(numbers(0.0, 0.0)).item() == 1  # 0 / 0
+    torch.testing.assert_close(numbers(0.0, 0.1, 0.02).total(numbers(1.0, 1.0), 3 * one), one * 0.06)

@@ -1,0 +1,128 @@
+"""Which timesteps are nodes: how many, and where."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from deqdiff_fast import Schedule
+from deqdiff_fast.nodes.grid import density, influence, refine, round_sizes, spread
+
+ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+ANGLE = torch.linspace(0, 1, 1001, dtype=torch.float64)
+COSINE = ((ANGLE + 0.008) / 1.008 * torch.pi / 2).cos().square()[1:].clamp_min(1e-9)
+
+
+def steps_of(count):
+    return torch.arange(count).flip(0) * (1000 // count)
+
+
+SCHEDULES = {
+    "ddim": lambda n: Schedule.ddim(ABAR, steps_of(n)),
+    "ddim-eta-1": lambda n: Schedule.ddim(ABAR, steps_of(n), eta=1.0),
+    "cosine": lambda n: Schedule.ddim(COSINE, steps_of(n)),
+    "cosine-v": lambda n: Schedule.ddim(COSINE, steps_of(n), prediction_type="v_prediction"),
+    "no-signal-v": lambda n: Schedule.ddim(
+        torch.cat([ABAR[:-1], ABAR.new_zeros(1)]), (999 - torch.arange(n) * (999 // n)), prediction_type="v_prediction"
+    ),
+    "almost-no-signal": lambda n: Schedule.ddim(ABAR * torch.linspace(1, 1e-6, 1000, dtype=torch.float64), steps_of(n)),
+    "euler": lambda n: Schedule.from_sigmas(torch.cat([torch.linspace(80, 0.01, n), torch.zeros(1)])),
+    "dpmpp": lambda n: Schedule.from_sigmas(torch.cat([torch.linspace(14, 0.05, n), torch.zeros(1)]), "dpmpp_2m"),
+    "flow": lambda n: Schedule.from_sigmas(torch.linspace(1, 0, n + 1), flow=True),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50, 999])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_density_is_one(name, steps):
+    found = density(SCHEDULES[name](steps))
+    assert found.shape == (steps,)
+    assert bool((found >= 0.2 / steps * (1 - 1e-9)).all())  # everywhere at least the even share, and never NaN
+    torch.testing.assert_close(found.sum(), torch.ones((), dtype=torch.float64))
+
+
+def test_density_is_high_where_noise_levels_change_and_errors_count(ddim):
+    found = density(ddim(1000))
+    assert found[-100:].sum() > 3 * found[450:550].sum()  # towards the image
+    assert found[-1] > 10 * found[500]
+
+
+def test_influence_is_the_gain_of_the_chain(ddim):
+    schedule = ddim(12)
+    p, q = schedule.denoised_coef().unbind(1)
+    slope, x0 = schedule.slope(0.25), torch.zeros(12, dtype=torch.float64, requires_grad=True)
+    x = torch.ones((), dtype=torch.float64)
+    for i in range(12):  # the error of the clean sample moves the prediction by one over q
+        x = schedule.state_coef[i, 0] * x + schedule.model_coef[i, 0] * (slope[i] * x + x0[i] / q[i])
+    x.backward()
+    torch.testing.assert_close(influence(schedule), x0.grad)
+    assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 16, 50, 1000])
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 17, 33, 2000])
+@pytest.mark.parametrize("kind", ["even", "end", "beginning", "spike"])
+def test_spread_is_distinct_and_has_the_ends(steps, count, kind):
+    at = torch.arange(steps, dtype=torch.float64)
+    weight = {
+        "even": torch.ones_like(at),
+        "end": 1e-6 + (at - steps).div(steps / 40).exp(),
+        "beginning": 1e-6 + (-at).div(steps / 40).exp(),
+        "spike": torch.full_like(at, 1e-9).index_fill(0, torch.tensor([steps // 2]), 1.0),
+    }[kind]
+    nodes = spread(weight / weight.sum(), count)
+    assert len(nodes) == min(count, steps)
+    assert nodes == sorted(set(nodes))
+    assert nodes[0] == 0
+    if count > 1:
+        assert nodes[-1] == steps - 1
+
+
+def test_spread_follows_the_density():
+    weight = torch.cat([torch.full((500,), 1.0), torch.full((500,), 3.0)]).double()
+    nodes = spread(weight / weight.sum(), 81)
+    assert abs(sum(n < 500 for n in nodes) - 20) <= 1
+    parted = torch.tensor([float(weight[a:b].sum()) for a, b in itertools.pairwise(nodes)]) / (weight.sum() / 80)
+    assert parted.min() > 0.4
+    assert parted.max() < 1.6  # a quarter of an interval at both ends, and the rounding to timesteps
+
+
+def test_spread_has_no_period():
+    nodes = torch.tensor(spread(torch.ones(1000, dtype=torch.float64), 51)).double()
+    turns = torch.exp(2j * torch.pi * nodes / 20)  # as even nodes would have
+    assert turns.mean().abs() < 0.8
+
+
+def test_refine_adds_where_the_score_is_largest():
+    nodes = [0, 10, 20, 30, 40]
+    assert refine(nodes, [0.0, 0.0, 5.0, 0.0, 0.0], 2) == [0, 10, 15, 20, 25, 30, 40]
+    assert refine(nodes, [0.0, 0.0, 5.0, 0.0, 0.0], 1) == [0, 10, 15, 20, 30, 40]
+    assert refine(nodes, [9.0, 0.0, 0.0, 0.0, 8.0], 2) == [0, 5, 10, 20, 30, 35, 40]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 100])
+def test_refine_keeps_what_is_there(count):
+    nodes = [0, 1, 2, 3, 9, 10, 40]
+    more = refine(nodes, [float(j) for j in range(7)], count)
+    assert more == sorted(set(more))
+    assert set(nodes) <= set(more)
+    assert len(more) <= len(nodes) + count
+    assert len(more) > len(nodes) or count == 0
+    assert refine([0, 1, 2, 3], [1.0] * 4, count) == [0, 1, 2, 3]  # no room
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 16, 17, 20, 50, 100, 250, 1000, 4000])
+def test_round_sizes_grow_and_stay_below_the_chain(steps):
+    sizes = round_sizes(steps)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] >= 1
+    assert sizes[-1] <= steps
+    assert sizes[-1] == steps or steps > 16
+    assert sizes[-1] <= 45
+
+
+def test_few_nodes_for_a_long_chain():
+    assert round_sizes(1000)[-1] * 20 < 1000
+    assert len(round_sizes(1000)) == 3
