@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,7 @@ from .planner.run import solve_planned
 from .planner.warmup import compile_sizes, example_noise, warm_up
 from .schedule import Schedule, SpectralSlope
 from .solution import Callback, Solution
-from .solver import QuasiNewton
+from .solver import resolve
 
 ADJOINT_TOL = 1e-4
 
@@ -190,11 +189,9 @@ class DEQSampler:
         plain = self.solver.slope in ("auto", "scalar", None)  # a spectrum has the shape of an image
         # neither a draft nor a solver that makes its own rounds, which may want more of a chain than an adjoint one has
         plain = plain and not self.solver.needs_draft and not self.solver.makes_rounds
-        solver = self.solver if plain and self.solver.max_rounds is None else QuasiNewton()
-        if isinstance(solver, QuasiNewton):
-            solver = replace(solver, slope="scalar", nodes=False)  # an adjoint has no spectrum
+        solver = self.solver if plain and self.solver.max_rounds is None else resolve("quasi-newton")
         sampler = DEQSampler(
-            model, schedule, solver=solver, tol=tol, max_batch=options.max_batch, backend=options.backend
+            model, schedule, solver=solver.for_adjoint(), tol=tol, max_batch=options.max_batch, backend=options.backend
         )
         with torch.no_grad():
             trajectory = sampler.sample(start, model_kwargs, return_trajectory=True).trajectory

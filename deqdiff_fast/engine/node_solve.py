@@ -13,8 +13,9 @@ from ..loop.base import Chain
 from ..loop.task import Replay
 from ..loop.window import Window
 from ..nodes.composite import interpolation
+from ..nodes.grid import FEWEST_STEPS
 from ..nodes.problem import NodeOutcome
-from ..nodes.rounds import NodeRounds
+from ..nodes.rounds import UNTOLD, NodeRounds
 from ..solution import Solution, Stats
 from .initial_guess import linear_scan
 from .node_problem import lease_for, node_problem
@@ -25,6 +26,14 @@ from .workspace import Workspace
 
 if TYPE_CHECKING:
     from .solve import Request
+
+
+MOST_LAGS = 2  # of a chain: what is further back would be extrapolated between nodes
+
+
+def worth_nodes(system: System, limit: int) -> bool:
+    """Whether rounds on nodes can do anything for that chain in that many rounds."""
+    return system.num_steps >= FEWEST_STEPS and system.schedule.lags <= MOST_LAGS and limit > UNTOLD
 
 
 class NodeSolve:
@@ -54,7 +63,8 @@ class NodeSolve:
             def watch(round: int, error: Tensor, rounds: NodeRounds) -> object:
                 self._fill(seen, rounds.grid.nodes, rounds.remainder)
                 window = Window(seen.chain.num_steps, seen.chain.batch, seen.chain.window)
-                window.lo = [window.num_steps if done else 0 for done in rounds.done]
+                if all(rounds.done):  # before that a sample may turn out to be none
+                    window.lo = [window.num_steps] * seen.chain.batch
                 return told(round, window, error)
 
         with torch.no_grad():
@@ -69,6 +79,11 @@ class NodeSolve:
     def finished(self) -> bool:
         """Whether nothing is left to do."""
         return self.usable and not self.certify_all and all(self._outcome.done)
+
+    @property
+    def final(self) -> list[bool]:
+        """Which samples are done."""
+        return [done and not self.certify_all for done in self._outcome.done]
 
     @property
     def stopped(self) -> bool:

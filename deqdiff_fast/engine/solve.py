@@ -13,13 +13,11 @@ from torch import Tensor
 from .._types import Generators
 from ..loop.host import iterate
 from ..loop.task import DeviceWork, Lookahead, Progress, Task
-from ..nodes.grid import FEWEST_STEPS
-from ..nodes.rounds import UNTOLD
 from ..schedule.noise import freeze
 from ..solution import Callback, Solution, Stats
 from ..solver.picard import Picard
 from .conclude import conclude
-from .node_solve import NodeSolve
+from .node_solve import NodeSolve, worth_nodes
 from .options import Options
 from .plain_chain import plain_samples
 from .progress import Reporter
@@ -95,7 +93,7 @@ def solve_rounds(
     warm, watched = request.init_trajectory is not None, request.callback is not None or request.progress
     lookahead = None if solver.makes_rounds else lookahead_policy(system, request)
     nodes = None
-    if solver.nodes and not warm and stats.window >= system.num_steps >= FEWEST_STEPS and limit > UNTOLD:
+    if solver.nodes and not warm and stats.window >= system.num_steps and worth_nodes(system, limit):
         nodes = NodeSolve(system, options, request, None if head is None else head.work.chain)
         if head is not None:
             head.work.lease.release()  # what was made of the chain already is of no use to rounds on nodes
@@ -124,7 +122,7 @@ def solve_rounds(
             chain=work.chain, solver=solver, memory=work.memory, evaluate=work.evaluate, rebuild=work.rebuild,
             diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
             report=report if monitor is None else monitor.start(report), rule=rule, max_rounds=0 if over else limit,
-            start=0 if head is None else head.front, over=over,
+            start=0 if head is None else head.front, final=None if nodes is None or not over else nodes.final,
             rounds_before=0 if nodes is None else nodes.rounds, warm=warm, device=device,
         )  # fmt: skip
         outcome = iterate(task)
@@ -163,7 +161,9 @@ def _note_rounds(stats: Stats, outcome: Progress, nodes: NodeSolve | None, front
     stats.rounds, stats.repairs = front + outcome.rounds, outcome.repairs
     trace = outcome.trace
     if trace:
-        stats.error_estimate = trace[-1].double().cpu()
+        steps = torch.stack(trace).double().cpu()
+        last = (steps > 0).long().cumsum(0).argmax(0)  # a sample that is done counts as 0 from there on
+        stats.error_estimate = steps.gather(0, last[None])[0]
     if nodes is not None:
         trace = nodes.note(stats, bool(outcome.trace)) + trace
     stats.residual_trace = torch.stack([step.double().cpu() for step in trace]) if trace else stats.residual_trace

@@ -127,6 +127,10 @@ class Solver:
     def check(self, steps: int, lags: int, window: int | str) -> None:
         """Raises ValueError for chains that it cannot solve."""
 
+    def for_adjoint(self) -> Solver:
+        """The same solver for an adjoint chain, of whose data no spectrum is known."""
+        return self
+
     def round_limit(self, steps: int) -> int:
         """Rounds after which every chain of that many steps is solved."""
         return steps

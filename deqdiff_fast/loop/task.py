@@ -73,8 +73,8 @@ class Task:
     """How many rows are final already."""
     rounds_before: int = 0
     """Rounds before this loop, which count."""
-    over: bool = False
-    """Whether all samples are solved already."""
+    final: list[bool] | None = None
+    """Which samples are solved already, where nothing more is to be done; None: there is."""
     warm: bool = False
     """Whether the states hold a trajectory that the caller gave."""
     device: DeviceWork = field(default_factory=DeviceWork)
@@ -83,8 +83,8 @@ class Task:
         """The rows that are to be solved."""
         chain = self.chain
         window = Window(chain.num_steps, chain.batch, chain.window, self.start)
-        if self.over:
-            window.lo = window.hi = [chain.num_steps] * chain.batch
+        if self.final is not None:
+            window.lo = [chain.num_steps if final else 0 for final in self.final]
         return window
 
     def restart_sample(self, window: Window, sample: int) -> None:

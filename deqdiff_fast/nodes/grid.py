@@ -72,7 +72,7 @@ def adjoint(state_coef: Tensor, model_coef: Tensor, slope: Tensor) -> Tensor:
     return found
 
 
-def spread(weight: Tensor, count: int) -> list[int]:
+def equidistribute(weight: Tensor, count: int) -> list[int]:
     """`count` distinct timesteps that part the weight, (T,) > 0, evenly; the first and the last are among them.
 
     They are moved by up to a quarter of an interval, each another way: what is periodic in time, as a network's

@@ -126,7 +126,7 @@ class NodeHistory:
         """(n, B): lengths of the steps between the last two answers, NaN where there is one only."""
         if len(self.z) == 1:
             return torch.full_like(self.count, float("nan"), dtype=self.z.dtype)
-        length = (self.z[0] - self.z[1]).norm(dim=2)
+        length: Tensor = (self.z[0] - self.z[1]).norm(dim=2)
         return length.masked_fill_(self.count < 2, float("nan"))
 
 

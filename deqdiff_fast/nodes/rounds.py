@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels import node_scan
 from .drift import composite_drift
 from .estimate import Estimate, estimate
-from .grid import refine, round_sizes, spread
+from .grid import equidistribute, refine, round_sizes
 from .history import NodeHistory
 from .node_grid import NodeGrid, Transfer, per_element
 from .problem import NodeOutcome, NodeProblem
@@ -23,7 +23,8 @@ ROUGH = 0.7  # part of the tolerance that interpolation may leave before there a
 GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 UNSETTLED = 0.02  # what the last sweep may move where they have not settled
-GROWING = 2.0  # times the last move of a draft's sweeps: they do not settle
+GROWING, LARGEST = 2.0, 3.0  # times the last move of a draft's sweeps, or times the sample: they do not settle
+PATIENT, STALLED = 7, 0.7  # rounds before which none is hopeless; part of the estimate two rounds before
 SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move
 
 Report = Callable[[int, Tensor, "NodeRounds"], object]
@@ -41,7 +42,7 @@ class NodeRounds:
         self.evaluated = set[int]()
         self.safety = 1 + SCATTER / problem.start.shape[1] ** 0.5
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype, device=problem.start.device)
-        self._use(self._grid(spread(problem.density, self.sizes[0])))
+        self._use(self._grid(equidistribute(problem.density, self.sizes[0])))
         self.remainder = self.states.new_zeros(self.states[1:].shape)
         self._scan(self.remainder, self.states)
         self.history = self._history()
@@ -61,19 +62,21 @@ class NodeRounds:
                 asked = None
             self._ask(asked, round)
             before, found = found, self._advance()
-            total = self._look(found, before if round > UNTOLD else None)
+            total = self._estimate_error(found, before if round > UNTOLD else None)
             trace.append(total.nan_to_num(float("inf")))
             if bool(total.isnan().any()):
                 broken = True
                 break
             self.done = [e <= problem.tol for e in total.tolist()]
             stopped = report is not None and report(round, total, self) is True
-            if stopped or all(self.done):
+            if stopped or all(self.done) or self._hopeless(found, trace):
                 break
-            asked = self._worth_asking(found)
-        return NodeOutcome(self.grid, self.states, self.remainder, self.done, total, trace, len(self.evaluated), stopped, broken)
+            asked = self._nodes_to_evaluate(found)
+        return NodeOutcome(
+            self.grid, self.states, self.remainder, self.done, total, trace, len(self.evaluated), stopped, broken
+        )
 
-    def _look(self, found: Estimate, before: Estimate | None) -> Tensor:
+    def _estimate_error(self, found: Estimate, before: Estimate | None) -> Tensor:
         """(B,) float64 on the host: the estimate of the error. The one wait for a device in a round."""
         total = torch.full_like(found.step, float("inf"))
         if before is not None:
@@ -121,10 +124,10 @@ class NodeRounds:
             wanted = (
                 list(known)
                 if known is not None and round == len(self.sizes)
-                else spread(self.problem.density, self.sizes[round - 1])
+                else equidistribute(self.problem.density, self.sizes[round - 1])
             )
         elif self._too_rough(found):
-            room = min(DENSEST * self.sizes[-1], self.steps) - len(nodes)
+            room = self._most() - len(nodes)
             score = found.node_roughness.amax(1).tolist()
             wanted = refine(list(nodes), score, min(max(GROWTH, len(nodes) // GROWTH), room))
         else:
@@ -133,6 +136,20 @@ class NodeRounds:
             return False
         self._move(tuple(wanted))
         return True
+
+    def _hopeless(self, found: Estimate, trace: list[Tensor]) -> bool:
+        """Whether some sample is no longer getting better, or no number of nodes that is allowed will do for it."""
+        worst = self.shortfall * found.interpolation * self.safety
+        rough = (worst > self.problem.tol).tolist() if len(self.grid.nodes) >= self._most() else [False] * self.batch
+        for b, done in enumerate(self.done):
+            stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-3][b])
+            if not done and (rough[b] or stalled):
+                return True
+        return False
+
+    def _most(self) -> int:
+        """How many nodes there may be."""
+        return min(DENSEST * self.sizes[-1], self.steps)
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is not done wants more nodes."""
@@ -153,7 +170,7 @@ class NodeRounds:
         self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1], (slope, self.slope))
         self.surprise = torch.zeros_like(self.remainder)
 
-    def _worth_asking(self, found: Estimate) -> Tensor | None:
+    def _nodes_to_evaluate(self, found: Estimate) -> Tensor | None:
         """(n, B) bool: all nodes but those where the next surprise is foretold to count for next to nothing."""
         counts, order = found.node_surprise.sort(0)
         little = counts.cumsum(0) * self.shortfall * self.safety <= SKIPPED * self.problem.tol
@@ -214,7 +231,7 @@ class NodeRounds:
                 out.copy_(rest)
             self._scan(out, self.states)
             before, moved = moved, float(((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max())
-            if not moved <= GROWING * before:  # secants of short steps, stretched too far
+            if not moved <= min(GROWING * before, LARGEST):  # secants of short steps, stretched too far
                 history.forget_secants()
                 self.states.copy_(begun)
                 moved = float("inf")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +74,9 @@ class QuasiNewton(Solver):
     @property
     def period(self) -> int:
         return self.history + 1
+
+    def for_adjoint(self) -> QuasiNewton:
+        return replace(self, slope="scalar" if self.slope == "auto" else self.slope, nodes=False)
 
     def plan_memory(self, request: MemoryRequest, size: ProblemSize) -> None:
         ring = (self.history + 1, size.window, size.batch, size.numel)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deqdiff_fast import Schedule
-from deqdiff_fast.nodes.grid import density, influence, refine, round_sizes, spread
+from deqdiff_fast.nodes.grid import density, equidistribute, influence, refine, round_sizes
 
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 ANGLE = torch.linspace(0, 1, 1001, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_spread_is_distinct_and_has_the_ends(steps, count, kind):
         "beginning": 1e-6 + (-at).div(steps / 40).exp(),
         "spike": torch.full_like(at, 1e-9).index_fill(0, torch.tensor([steps // 2]), 1.0),
     }[kind]
-    nodes = spread(weight / weight.sum(), count)
+    nodes = equidistribute(weight / weight.sum(), count)
     assert len(nodes) == min(count, steps)
     assert nodes == sorted(set(nodes))
     assert nodes[0] == 0
@@ -82,7 +82,7 @@ def test_spread_is_distinct_and_has_the_ends(steps, count, kind):
 
 def test_spread_follows_the_density():
     weight = torch.cat([torch.full((500,), 1.0), torch.full((500,), 3.0)]).double()
-    nodes = spread(weight / weight.sum(), 81)
+    nodes = equidistribute(weight / weight.sum(), 81)
     assert abs(sum(n < 500 for n in nodes) - 20) <= 1
     parted = torch.tensor([float(weight[a:b].sum()) for a, b in itertools.pairwise(nodes)]) / (weight.sum() / 80)
     assert parted.min() > 0.4
@@ -90,7 +90,7 @@ def test_spread_follows_the_density():
 
 
 def test_spread_has_no_period():
-    nodes = torch.tensor(spread(torch.ones(1000, dtype=torch.float64), 51)).double()
+    nodes = torch.tensor(equidistribute(torch.ones(1000, dtype=torch.float64), 51)).double()
     turns = torch.exp(2j * torch.pi * nodes / 20)  # as even nodes would have
     assert turns.mean().abs() < 0.8
 

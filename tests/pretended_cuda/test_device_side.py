@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast.nodes.rounds import NodeRounds
 from deqdiff_fast.loop.device import DeviceLoop
 from deqdiff_fast.loop.device_state import AsyncReadback
-from deqdiff_fast.model.draft_calls import DraftCalls
+from deqdiff_fast.nodes.rounds import NodeRounds
 
 
 class Net(torch.nn.Module):
@@ -117,7 +116,7 @@ def test_the_host_waits_for_no_round(device, monkeypatch, ddim, solver, window):
     """In the loop, whose decisions are read late; in rounds on nodes it looks once at each of them."""
     device.watch(monkeypatch, DeviceLoop, "queue", "round")
     device.watch(monkeypatch, NodeRounds, "_advance", "nodes")
-    device.watch(monkeypatch, NodeRounds, "_look", "estimate")
+    device.watch(monkeypatch, NodeRounds, "_estimate_error", "estimate")
     device.watch(monkeypatch, AsyncReadback, "read", "mail")
     stats = sampled(device, ddim(60), solver=solver, window=window)
     assert device.launches["round"].total() >= 5 * (stats.rounds - stats.node_rounds)
