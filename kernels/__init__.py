@@ -22,5 +22,6 @@ if __name__ != "kernels":
 
 __all__ = [
     "BACKENDS", "advance_window", "anderson_step", "anderson_step_bytes", "available_backends", "copy_rows",
-    "ddim_update", "ddim_update_bytes", "inverse_scan", "mark_converged", "newton_scan", "newton_scan_bytes", "node_scan",
+    "ddim_update", "ddim_update_bytes", "inverse_scan", "mark_converged", "newton_scan", "newton_scan_bytes",
+    "node_scan",
 ]  # fmt: skip
