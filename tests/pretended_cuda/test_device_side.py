@@ -9,7 +9,6 @@ import deqdiff_fast as dq
 from deqdiff_fast.loop.coarse_grids import CoarseRounds
 from deqdiff_fast.loop.device import DeviceLoop
 from deqdiff_fast.loop.device_state import AsyncReadback
-from deqdiff_fast.model.draft_calls import DraftCalls
 
 
 class Net(torch.nn.Module):
@@ -123,19 +122,6 @@ def test_the_host_waits_for_no_round(device, monkeypatch, ddim, solver, window):
     assert (device.launches["coarse"].total() > 0) == (stats.coarse_rounds > 0)
     assert device.waits["round"] == device.waits["coarse"] == []
     assert device.waits["other"], "the noise is looked at before"
-
-
-def test_one_launch_between_two_calls_of_a_draft(device, monkeypatch, ddim):
-    """Beside the draft's own work and the look-up of its timestep: what the solver adds is one kernel for each call,
-    and a handful of operations for each round."""
-    device.watch(monkeypatch, DeviceLoop, "queue", "round")
-    device.watch(monkeypatch, DraftCalls, "row", "row")
-    stats = sampled(device, ddim(100), solver="draft", window=100)
-    rounds, row = stats.rounds - stats.coarse_rounds, device.launches["row"]
-    calls = device.launches["round"].pop("deqdiff_fast.draft_scan.default")
-    assert calls == rounds * len(dq.Drafted().anchors(100, False).known())
-    assert set(row) == {"aten.index.Tensor"}, "the timestep"
-    assert device.launches["round"].total() <= 25 * rounds, device.launches["round"]
 
 
 def test_what_is_on_two_devices_is_refused(device):
