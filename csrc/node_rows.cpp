@@ -60,7 +60,8 @@ DEQDIFF_INLINE void step_vector(const NodeRow& row, const typename Lanes<S>::Ind
 
 // Whole vectors; returns where what is left begins.
 template <class S, int L, int P>
-int64_t step_whole(const NodeRow& row) {
+int64_t step_whole(const NodeRow& given) {
+  const NodeRow row = given;  // nothing that is stored can be part of it
   typedef typename S::Vector V;
   typedef typename WideOf<S>::Type W;
   int64_t at = 0;

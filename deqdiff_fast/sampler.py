@@ -43,8 +43,8 @@ class DEQSampler:
             where there is one. With window="auto" it plans: `sample` does what is predicted to be the fastest, rounds
             over all timesteps or over a window, or the serial chain; see `plan` and `warmup`.
         tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim":
-            the paper's 1e-3 on the residual). The solve ends when all relative residuals are below `solver.safety`
-            times that, or, with a draft, where they fall so fast that less than that is left.
+            the paper's 1e-3 on the residual). Rounds on nodes end where the estimate of the error is below it, rounds
+            on all timesteps where all relative residuals are below `solver.safety` times that.
         max_rounds: batched model calls before giving up (None: the solver's own limit, else T). The serial chain, where
             it is planned, does not count as giving up.
         window: number of timesteps solved at a time, or "auto": planned if the solver is "auto" too, else all of them.
@@ -62,8 +62,9 @@ class DEQSampler:
             given.
         deterministic: sums are added in a fixed order whatever is given.
         spectrum: the data's power spectrum, a better slope for "auto" and `QuasiNewton(slope="spectral")`.
-        certify: "estimate" ends a solve where the estimate of its error is within `tol`, timesteps that were never
-            evaluated included; "full" evaluates every timestep first.
+        certify: "estimate" ends a solve where the estimate of its error is within `tol`. It takes the model for smooth
+            in time between the timesteps evaluated: what it does for a few in between is not seen. "full" evaluates
+            every timestep first, as do solves with gradients or `return_trajectory`.
         draft: a cheap stand-in for the model, called like it, for fewer rounds (see `Drafted`; `distill` makes one).
         memory: a `SolverMemory` of one's own; by default all samplers share one pool.
 
@@ -149,7 +150,7 @@ class DEQSampler:
 
         Raises:
             NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError. NotImplementedError: an argument
-            carries a forward-mode tangent or belongs to a torch.func transform.
+                carries a forward-mode tangent or belongs to a torch.func transform.
         """
         self.options.check_request(noise, model_kwargs, generator, isinstance(self.gradient, Unrolled))
         arguments.check_trajectory(init_trajectory, noise, self.schedule.num_steps)

@@ -21,14 +21,14 @@ class Stats:
     solver: str
     window: int
     rounds: int = 0
-    """Batched model calls over the active timesteps, one after the other."""
+    """Batched model calls, one after the other, on nodes or on the active timesteps."""
     node_rounds: int = 0
     """Those of `rounds` that evaluated nodes only, a few of the timesteps."""
     timesteps_evaluated: float = 1.0
-    """What part of the timesteps was evaluated at all."""
+    """What part of the timesteps the result rests on: nodes of the last round / T, 1 where all were evaluated."""
     error_estimate: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
-    """(B,): the relative L2 error of each sample against the serial chain, as far as the solve can tell; for samples
-    that were solved on all timesteps the longest relative step of the last round."""
+    """(B,): the relative L2 error of each sample against the serial chain, as far as the nodes can tell; after rounds
+    on all timesteps the longest relative step of the last round."""
     model_evals: int = 0
     """Model evaluations (NFE): samples x timesteps evaluated, summed over rounds, serial steps included."""
     model_calls: int = 0
@@ -36,7 +36,8 @@ class Stats:
     draft_evals: int = 0
     """Rows that a draft of the model was called on, if there is one; not among `model_evals`."""
     residual_trace: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
-    """(rounds, B): the largest relative residual among the timesteps that were not final before that round."""
+    """(rounds, B): the largest relative residual among the timesteps that were not final before that round; of rounds
+    on nodes the estimate of the error, infinite for the first three, which have none."""
     wall_seconds: float = 0.0
     finished_serially: int = 0
     """Chain steps that were made one after the other, by plan or because the rounds had run out; 0 if none."""
@@ -71,9 +72,10 @@ class RoundInfo:
     front: Tensor
     """(B,) int64: how many chain steps are final for each sample; `num_steps` when it is done."""
     residual: Tensor
-    """(B,) largest relative residual among the timesteps that were not final; 0 when done."""
+    """(B,) largest relative residual among the timesteps that were not final; 0 when done. In rounds on nodes the
+    estimate of the error, infinite for the first three."""
     tolerance: float
-    """The residual at which the solve ends; with a draft it may end earlier, see `Drafted`."""
+    """The residual at which rounds on all timesteps end."""
     _preview: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
     _sample: Callable[[], Tensor] = field(repr=False, default=lambda: torch.empty(0))
     _state: Callable[[int], Tensor] = field(repr=False, default=lambda step: torch.empty(0))

@@ -89,7 +89,7 @@ SOLVERS = (
     Case("quasi-newton-plain", dq.QuasiNewton(history=5, slope=None)),
     Case("quasi-newton-bf16", dq.QuasiNewton(history_dtype=torch.bfloat16), slow=True),
     Case("draft", "draft", drafted=True),
-    Case("draft-every-step", dq.Drafted(stride=1, coarse=()), drafted=True),
+
     Case("triangular", "triangular"),
     Case("triangular-bf16", dq.Anderson(history_dtype=torch.bfloat16), slow=True),
     Case("anderson", "anderson"),

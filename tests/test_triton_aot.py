@@ -29,8 +29,8 @@ from deqdiff_fast.kernels import _config  # noqa: E402
 
 # registers per thread: the scans are to keep 16 warps of 32 on a multiprocessor (65,536 registers), whose loads in
 # flight cover the memory's latency; the mix four programs of four warps; a solve is small, and alone; the
-# quasi-Newton scan is one program of eight warps, and its preparation, with the Gram of up to 7 columns, keeps 12 warps;
-# the scan over nodes, with two steps in flight, keeps 15 in half types
+# quasi-Newton scan is one program of eight warps, and its preparation, with the Gram of up to 7 columns, keeps 12
+# warps; the scan over nodes, with two steps in flight, keeps 15 in half types
 BUDGET = {
     "ddim_update_kernel": 128, "anderson_scan_kernel": 128, "anderson_mix_kernel": 128, "anderson_solve_kernel": 255,
     "ddim_norms_kernel": 128, "newton_linear_kernel": 128, "newton_prepare_kernel": 168, "newton_weights_kernel": 128,

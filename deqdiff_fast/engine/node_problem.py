@@ -92,4 +92,6 @@ def ask(
 def ask_draft(system: System, states: Tensor, nodes: tuple[int, ...]) -> Tensor:
     """`NodeProblem.draft`."""
     assert system.draft is not None
-    return system.draft.rows(states, torch.tensor(nodes, device=system.device)).to(states.dtype)
+    rows = system.from_basis(states.flatten(0, 1)).view_as(states)
+    found = system.draft.rows(rows, torch.tensor(nodes, device=system.device)).to(states.dtype)
+    return system.to_basis(found.flatten(0, 1)).view_as(states)

@@ -19,7 +19,7 @@ from ..solution import Solution, Stats
 from .initial_guess import linear_scan
 from .node_problem import lease_for, node_problem
 from .options import Options
-from .serial import Report
+from .progress import Reporter
 from .system import System
 from .workspace import Workspace
 
@@ -45,7 +45,7 @@ class NodeSolve:
             )
         self.outcome: NodeOutcome | None = None
 
-    def run(self, limit: int, work: Workspace | None = None, report: Report | None = None) -> None:
+    def run(self, limit: int, work: Workspace | None = None, report: Reporter | None = None) -> None:
         """Make the rounds; with a workspace the chain is filled in after each of them, for `report` to look at."""
         watch = None
         if work is not None and report is not None:
@@ -79,11 +79,6 @@ class NodeSolve:
     def rounds(self) -> int:
         """How many were made."""
         return 0 if self.outcome is None else len(self.outcome.trace)
-
-    @property
-    def final(self) -> list[bool] | None:
-        """Which samples rounds on all timesteps may leave as they are."""
-        return self._outcome.done if self.usable and not self.certify_all else None
 
     @property
     def _outcome(self) -> NodeOutcome:

@@ -95,7 +95,9 @@ def solve_rounds(
     nodes = None
     if solver.nodes and not warm and stats.window >= system.num_steps:
         nodes = NodeSolve(system, options, request, None if head is None else head.work.chain)
-        head = _drop(head)
+        if head is not None:
+            head.work.lease.release()  # what was made of the chain already is of no use to rounds on nodes
+            head = None
     if nodes is not None and not watched:
         nodes.run(limit)
         if nodes.finished:
@@ -119,7 +121,7 @@ def solve_rounds(
             chain=work.chain, solver=solver, memory=work.memory, evaluate=work.evaluate, rebuild=work.rebuild,
             diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
             report=report if monitor is None else monitor.start(report), rule=rule, max_rounds=0 if over else limit,
-            start=0 if head is None else head.front, final=None if nodes is None else nodes.final,
+            start=0 if head is None else head.front, over=over,
             rounds_before=0 if nodes is None else nodes.rounds, warm=warm, device=device,
         )  # fmt: skip
         outcome = iterate(task)
@@ -136,12 +138,6 @@ def solve_rounds(
         stats.model_calls += system.model_calls
         stats.draft_evals = 0 if system.draft is None else system.draft.evals
     return solution
-
-
-def _drop(head: Head | None) -> None:
-    """Rounds on nodes begin at the noise: what was made of the chain already is of no use to them."""
-    if head is not None:
-        head.work.lease.release()
 
 
 def _set_up(

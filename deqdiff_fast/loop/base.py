@@ -102,8 +102,8 @@ class Solver:
     makes_rounds: bool = False
     """Whether the solver makes its rounds itself, in `solve`, because they are not one call on all active rows."""
     nodes: bool = False
-    """Whether the first rounds evaluate a few timesteps only, see `deqdiff_fast.nodes`; they may be all that is needed. A
-    solver that wants them has `history`, `ridge` and `floor`, of their secants."""
+    """Whether the first rounds evaluate a few timesteps only, see `deqdiff_fast.nodes`; they may be all that it takes.
+    A solver that wants them has `history`, `ridge` and `floor`, of their secants."""
     needs_draft: bool = False
     """Whether these rounds want a draft, a cheap stand-in for the model."""
 

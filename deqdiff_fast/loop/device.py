@@ -13,7 +13,6 @@ from .._types import Rows
 from .device_state import AsyncReadback, DeviceState
 from .stopping import StallDetector
 from .task import Lookahead, Progress, Task
-from .window import Window
 
 
 class DeviceLoop:

@@ -73,8 +73,8 @@ class Task:
     """How many rows are final already."""
     rounds_before: int = 0
     """Rounds before this loop, which count."""
-    final: list[bool] | None = None
-    """Which samples are solved already, where the window holds all timesteps; None for none."""
+    over: bool = False
+    """Whether all samples are solved already."""
     warm: bool = False
     """Whether the states hold a trajectory that the caller gave."""
     device: DeviceWork = field(default_factory=DeviceWork)
@@ -83,9 +83,8 @@ class Task:
         """The rows that are to be solved."""
         chain = self.chain
         window = Window(chain.num_steps, chain.batch, chain.window, self.start)
-        for b, final in enumerate(self.final or []):
-            if final:
-                window.lo[b] = window.hi[b] = chain.num_steps
+        if self.over:
+            window.lo = window.hi = [chain.num_steps] * chain.batch
         return window
 
     def restart_sample(self, window: Window, sample: int) -> None:

@@ -42,8 +42,7 @@ def stencil(sources: Tensor, at: Tensor, points: int = POINTS) -> tuple[Tensor, 
 
 
 def lagrange(known: Tensor, at: Tensor) -> Tensor:
-    """(m, S): weights of values at `known`: (m, S), distinct in each row, in the polynomial through them at `at`: (m,).
-    """
+    """(m, S): what the polynomial through values at `known`: (m, S), distinct in a row, takes of each at `at`: (m,)."""
     known, count = known.double(), known.shape[1]
     weights = torch.ones(known.shape, dtype=torch.float64)
     for j in range(count):

@@ -29,24 +29,30 @@ class Estimate(NamedTuple):
     next_step: Tensor  # (B,) how far the next round is foretold to move the sample
     interpolation: Tensor  # (B,)
     step: Tensor  # (B,) how far this round has moved it
-    node_surprise: Tensor  # (n, B) parts of the first
+    node_surprise: Tensor  # (n, B) parts of the first, or what they do to the next state where that is more
     node_roughness: Tensor  # (n, B) parts of the second
 
-    def total(self, before: Estimate | None) -> Tensor:
-        """(B,): the estimate of the error; before: of the last round, without which it is Inf.
+    def shortfall(self, before: Estimate) -> Tensor:
+        """(B,) >= 1: this round's step against the one that was foretold in the round before.
 
-        What was foretold for this round and what it made of it say by how much the foretelling falls short: the chain
-        of the linear model carries errors less far than that of a model which amplifies them.
+        The linear model may carry errors less far than the model does, which amplifies them where it decides something.
         """
-        if before is None:
-            return torch.full_like(self.step, float("inf"))
-        short = (self.step / before.next_step).nan_to_num(1.0).clamp_min(1)
+        return (self.step / before.next_step).nan_to_num(1.0).clamp_min(1)
+
+    def total(self, before: Estimate, shortfall: Tensor) -> Tensor:
+        """(B,): the estimate of the error, by the estimate of the last round and the largest shortfall so far."""
         rate = torch.maximum(self.next_step / before.next_step, self.step / before.step)
-        return torch.hypot(short * self.next_step / (1 - rate.nan_to_num(0.0).clamp(0, SLOWEST)), self.interpolation)
+        left = self.next_step / (1 - rate.nan_to_num(0.0).clamp(0, SLOWEST))
+        return shortfall * torch.hypot(left, self.interpolation)
 
 
 def estimate(
-    grid: NodeGrid, classes: Tensor | None, surprise: Tensor, shrinking: Tensor, remainder: Tensor, sample: Tensor,
+    grid: NodeGrid,
+    classes: Tensor | None,
+    surprise: Tensor,
+    shrinking: Tensor,
+    remainder: Tensor,
+    states: Tensor,
     last: Tensor,
 ) -> Estimate:
     """The estimate of a round.
@@ -55,11 +61,13 @@ def estimate(
         surprise: (n, B, D), answers less what was foretold at the nodes, when they were last asked.
         shrinking: (n, B), the step from there that was just made against the one that led there.
         remainder: (n, B, D) at the nodes.
-        sample, last: (B, D), of this round and of the one before.
+        states: (n + 1, B, D), of the nodes and the sample.
+        last: (B, D), the sample of the round before.
     """
-    size = sample.norm(dim=1).clamp_min(torch.finfo(sample.dtype).tiny)
-    weighted = surprise * per_element(grid.influence, classes)
-    weighted *= shrinking[..., None]
+    sizes, sample = states.norm(dim=2).clamp_min(torch.finfo(states.dtype).tiny), states[-1]
+    size, expected = sizes[-1], surprise * shrinking[..., None]
+    weighted = expected * per_element(grid.influence, classes)
+    here = expected.mul_(per_element(grid.local, classes)).norm(dim=2) / sizes[1:]
     missed = torch.mm(grid.leave_one_out, remainder.flatten(1)).view_as(remainder)
     missed *= per_element(grid.excess, classes)
     rough = missed.norm(dim=2) / size
@@ -67,6 +75,6 @@ def estimate(
         weighted.sum(0).norm(dim=1) / size,
         rough.norm(dim=0),
         (sample - last).norm(dim=1) / size,
-        weighted.norm(dim=2) / size,
+        torch.maximum(weighted.norm(dim=2) / size, here),
         rough,
     )

@@ -16,15 +16,19 @@ from ..schedule import Schedule
 EVEN = 0.2
 TYPICAL_VARIANCE = 0.25  # of data scaled to [-1, 1], for the weight of an error
 FIRST, SECOND = 9, 17  # nodes of the first two rounds
+SHORT = 16  # timesteps of a chain all of which are nodes in the end
 HALF = 45  # nodes of the rounds that follow: T HALF / (T + HALF)
-SHIFT, GOLDEN = 0.25, 0.6180339887498949  # how far nodes are moved, in intervals; multiples of the latter spread out evenly
+SHIFT, GOLDEN = (
+    0.25,
+    0.6180339887498949,
+)  # how far nodes are moved, in intervals; multiples of the latter spread out evenly
 RATIO_RANGE = (1e-4, 1e4)  # noise-to-signal ratios beyond count as these
 LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
 
 
 def round_sizes(steps: int) -> list[int]:
     """Numbers of nodes of the first rounds; the last one stands for all that follow."""
-    last = max(min(steps, 5), round(HALF * steps / (steps + HALF)))
+    last = steps if steps <= SHORT else round(HALF * steps / (steps + HALF))
     return [n for n in (FIRST, SECOND) if 5 * n < 4 * last] + [last]
 
 
@@ -97,6 +101,6 @@ def refine(nodes: list[int], score: list[float], count: int) -> list[int]:
         for left, right in ((j - 1, j), (j, j + 1)):
             if len(known) == len(nodes) + count:
                 return sorted(known)
-            if 0 <= left and right < len(nodes):
+            if left >= 0 and right < len(nodes):
                 known.add((nodes[left] + nodes[right]) // 2)
     return sorted(known)

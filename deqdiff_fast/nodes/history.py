@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .node_grid import Transfer
 
+SHORTEST = 0.02  # step worth keeping, relative to the longest: stretched that much, it says little
 GUESSED_RIDGE = 1e-2  # of a secant with an end that was interpolated and not asked
 
 
@@ -67,7 +68,9 @@ class NodeHistory:
         before, after = slopes
         for h in range(len(self.z)):
             torch.sub(new, _through(transfer.plain, old - self.z[h]), out=found.z[h])
-            kept = [(self.e, found.e)] + ([] if self.draft is None else [(self.draft, found.draft)])
+            kept = [(self.e, found.e)]
+            if self.draft is not None and found.draft is not None:
+                kept.append((self.draft, found.draft))
             for values, target in kept:
                 rest = _through(transfer.scaled, values[h] - before * self.z[h])
                 torch.add(rest, after * found.z[h], out=target[h])
@@ -89,13 +92,23 @@ class NodeHistory:
         gram = torch.bmm(self.dz, self.dz.transpose(1, 2)).double()
         norm, size = gram.diagonal(dim1=1, dim2=2).sqrt(), self.z[0].norm(dim=2).double().view(-1, 1)
         column = torch.arange(1, columns, device=norm.device)
-        keep = (norm > self.floor * size) & (column < self.count.view(-1, 1)) & norm.isfinite()
+        longest = norm.amax(1, keepdim=True)
+        keep = (
+            (norm > self.floor * size)
+            & (norm > SHORTEST * longest)
+            & (column < self.count.view(-1, 1))
+            & norm.isfinite()
+        )
         self.scale = torch.where(keep, 1 / norm.clamp_min(1e-300), 0)
         ridges = self.ridges[1:].double().permute(1, 2, 0).reshape(n * batch, columns - 1)
         system = gram.nan_to_num(0.0, 0.0, 0.0) * self.scale[:, :, None] * self.scale[:, None]
         system.diagonal(dim1=1, dim2=2).add_(torch.where(keep, ridges, 1.0))
         factor, _ = torch.linalg.cholesky_ex(system)
         self.inverse = torch.cholesky_inverse(factor)
+
+    def forget_secants(self) -> None:
+        """Until the next `prepare` there are none."""
+        self.dz = None
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
         """out <- base + the secants' part for states that have moved on: (n, B, D) each."""
@@ -107,9 +120,7 @@ class NodeHistory:
         along = torch.bmm(dz, moved).double() * self.scale[..., None]
         weights = (torch.bmm(self.inverse, along) * self.scale[..., None]).nan_to_num_(0.0, 0.0, 0.0).to(dz.dtype)
         numel = dz.shape[2]
-        torch.baddbmm(
-            base.reshape(-1, 1, numel), weights.transpose(1, 2), self.dr, out=out.view(-1, 1, numel)
-        )
+        torch.baddbmm(base.reshape(-1, 1, numel), weights.transpose(1, 2), self.dr, out=out.view(-1, 1, numel))
 
     def moved(self) -> Tensor:
         """(n, B): lengths of the steps between the last two answers, NaN where there is one only."""
@@ -121,4 +132,5 @@ class NodeHistory:
 
 def _through(weights: Tensor, values: Tensor) -> Tensor:
     """(m, n) weights of values (n, ...) -> (m, ...)."""
-    return (weights @ values.flatten(1)).view(len(weights), *values.shape[1:])
+    found: Tensor = torch.mm(weights, values.flatten(1)).view(len(weights), *values.shape[1:])
+    return found

@@ -27,6 +27,7 @@ class NodeGrid:
     steps: CompositeSteps
     slope: Tensor  # (n, K) of the prediction in the state
     influence: Tensor  # (n, K) d sample / d remainder
+    local: Tensor  # (n, K) d state of the next node / d remainder
     excess: Tensor  # (n, K) that part of the influence that stands for timesteps that are not asked
     leave_one_out: Tensor  # (n, n)
 
@@ -36,7 +37,9 @@ class NodeGrid:
         steps = composite_steps(chain, at, at)
         influence = node_influence(steps)
         own = adjoint(chain.state_coef, chain.model_coef, chain.slope)[at]
-        tables = [chain.slope[at], influence, influence - own, leave_one_out(at, chain.unit)]
+        number = torch.arange(len(nodes))
+        local = steps.remainder_coef[number, 0, number - steps.start]
+        tables = [chain.slope[at], influence, local, influence - own, leave_one_out(at, chain.unit)]
         return cls(tuple(nodes), at.to(device), on(steps, dtype, device), *(t.to(device, dtype) for t in tables))
 
 

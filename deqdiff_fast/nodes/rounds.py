@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import node_scan
-from .composite import LinearChain
 from .drift import composite_drift
 from .estimate import Estimate, estimate
 from .grid import refine, round_sizes, spread
@@ -16,12 +15,15 @@ from .history import NodeHistory
 from .node_grid import NodeGrid, Transfer, per_element
 from .problem import NodeOutcome, NodeProblem
 
-MAX_ROUNDS = 12  # a chain that takes more is left to rounds on all timesteps
-SKIPPED = 0.1  # part of the tolerance that nodes that are not asked again may cost
-UNTOLD = 2  # rounds before which nothing was foretold that could be believed
+MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
+SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sqrt(D)
+SKIPPED = 0.03  # part of the tolerance that nodes that are not asked again may cost
+UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
 GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
+UNSETTLED = 0.02  # what the last sweep may move where they have not settled
+GROWING = 2.0  # times the last move of a draft's sweeps: they do not settle
 SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move
 
 Report = Callable[[int, Tensor, "NodeRounds"], object]
@@ -35,13 +37,15 @@ class NodeRounds:
         self.problem, self.steps = problem, len(problem.density)
         self.sizes = round_sizes(self.steps)
         self.batch = problem.start.shape[0]
-        self.done = [False] * self.batch
+        self.done, self.draft = [False] * self.batch, problem.draft
+        self.safety = 1 + SCATTER / problem.start.shape[1] ** 0.5
+        self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype, device=problem.start.device)
         self._use(self._grid(spread(problem.density, self.sizes[0])))
         self.remainder = self.states.new_zeros(self.states[1:].shape)
         self._scan(self.remainder, self.states)
         self.history = self._history()
         self.surprise = torch.zeros_like(self.remainder)
-        if problem.draft is not None:
+        if self.draft is not None:
             self._sweep(None, self.remainder)
 
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
@@ -51,7 +55,7 @@ class NodeRounds:
         stopped = broken = False
         found: Estimate | None = None
         total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
-        for round in range(1, min(limit, MAX_ROUNDS) + 1):
+        for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
             if self._change_nodes(round, found):
                 asked = None
             self._ask(asked, round)
@@ -61,18 +65,19 @@ class NodeRounds:
                 broken = True
                 break
             trace.append(total)
-            self.done = [was or bool(e <= problem.tol) for was, e in zip(self.done, total.tolist())]
+            self.done = [e <= problem.tol for e in total.tolist()]
             stopped = report is not None and report(round, total, self) is True
             if stopped or all(self.done):
                 break
             asked = self._worth_asking(found)
-        return NodeOutcome(
-            self.grid, self.states, self.remainder, self.done, total, trace, stopped, broken
-        )
+        return NodeOutcome(self.grid, self.states, self.remainder, self.done, total, trace, stopped, broken)
 
     def _look(self, found: Estimate, before: Estimate | None) -> Tensor:
         """(B,) float64 on the host: the estimate of the error. The one wait for a device in a round."""
-        total = found.total(before)
+        total = torch.full_like(found.step, float("inf"))
+        if before is not None:
+            self.shortfall = torch.maximum(self.shortfall, found.shortfall(before))
+            total = found.total(before, self.shortfall) * self.safety
         broken = ~(found.step + found.interpolation).isfinite()
         return total.masked_fill(broken, float("nan")).double().cpu()
 
@@ -112,8 +117,10 @@ class NodeRounds:
             return False
         if round <= len(self.sizes):
             known = self.problem.known
-            wanted = list(known) if known is not None and round == len(self.sizes) else spread(
-                self.problem.density, self.sizes[round - 1]
+            wanted = (
+                list(known)
+                if known is not None and round == len(self.sizes)
+                else spread(self.problem.density, self.sizes[round - 1])
             )
         elif self._too_rough(found):
             room = min(DENSEST * self.sizes[-1], self.steps) - len(nodes)
@@ -128,7 +135,7 @@ class NodeRounds:
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is not done wants more nodes."""
-        rough = (found.interpolation > ROUGH * self.problem.tol).tolist()
+        rough = (self.shortfall * found.interpolation > ROUGH * self.problem.tol).tolist()
         return any(wanted and not done for wanted, done in zip(rough, self.done))
 
     def _move(self, nodes: tuple[int, ...]) -> None:
@@ -147,7 +154,7 @@ class NodeRounds:
     def _worth_asking(self, found: Estimate) -> Tensor | None:
         """(n, B) bool: all nodes but those where the next surprise is foretold to count for next to nothing."""
         counts, order = found.node_surprise.sort(0)
-        little = counts.cumsum(0) <= SKIPPED * self.problem.tol
+        little = counts.cumsum(0) * self.shortfall * self.safety <= SKIPPED * self.problem.tol
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
         asked &= ~torch.tensor(self.done, device=asked.device)
         return asked
@@ -157,7 +164,7 @@ class NodeRounds:
         problem, states = self.problem, self.states[:-1]
         answers = torch.empty_like(states)
         problem.ask(states, self.grid.nodes, asked, answers, round)
-        draft = None if problem.draft is None else problem.draft(states, self.grid.nodes)
+        draft = None if self.draft is None else self.draft(states, self.grid.nodes)
         surprise = answers - self.slope * states - self.remainder
         if asked is None:
             self.surprise = surprise
@@ -170,18 +177,20 @@ class NodeRounds:
         history, last = self.history, self.states[-1].clone()
         history.prepare(self.slope)
         base = history.e[0] - self.slope * history.z[0]
-        if self.problem.draft is None:
-            self._scan(base, self.states)
-            history.correct(base, self.states[:-1], self.remainder)
-            self._scan(self.remainder, self.states)
+        if self.draft is None:
+            self._correct(base, self.remainder)
         else:
             self._sweep(base, self.remainder)
         made = (self.states[:-1] - history.z[0]).norm(dim=2)
         before = history.moved()
         shrinking = torch.where(before > 0, made / before, (made > 0).to(made)).nan_to_num_(1.0).clamp_max_(1.0)
-        return estimate(
-            self.grid, self.problem.classes, self.surprise, shrinking, self.remainder, self.states[-1], last
-        )
+        return estimate(self.grid, self.problem.classes, self.surprise, shrinking, self.remainder, self.states, last)
+
+    def _correct(self, base: Tensor, out: Tensor) -> None:
+        """The chain by the slopes, then once more with what the secants add along it; out: its remainders."""
+        self._scan(base, self.states)
+        self.history.correct(base, self.states[:-1], out)
+        self._scan(out, self.states)
 
     def _sweep(self, base: Tensor | None, out: Tensor) -> None:
         """The chain of the draft, corrected by what the model said: base, None for nothing; by sweeps over all nodes.
@@ -189,11 +198,11 @@ class NodeRounds:
         out: remainders, those of the last sweep.
         """
         problem, history = self.problem, self.history
-        assert problem.draft is not None
-        last = self.states[-1].clone()
+        assert self.draft is not None
+        begun, moved = self.states.clone(), float("inf")
         for _ in range(SWEEPS):
-            states = self.states[:-1]
-            rest = problem.draft(states, self.grid.nodes).sub_(self.slope * states)
+            states, last = self.states[:-1], self.states[-1].clone()
+            rest = self.draft(states, self.grid.nodes).sub_(self.slope * states)
             if base is not None:
                 assert history.draft is not None
                 rest += history.e[0] - history.draft[0]
@@ -201,12 +210,22 @@ class NodeRounds:
             else:
                 out.copy_(rest)
             self._scan(out, self.states)
-            moved = ((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max()
-            last.copy_(self.states[-1])
-            if not float(moved) > SETTLED * problem.tol:
-                break
+            before, moved = moved, float(((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max())
+            if not moved <= GROWING * before:  # secants of short steps, stretched too far
+                history.forget_secants()
+                self.states.copy_(begun)
+                moved = float("inf")
+            elif moved <= SETTLED * problem.tol:
+                return
+        if not moved <= UNSETTLED:
+            self._give_up_draft(base, out)
 
-
-def full_chain(chain: LinearChain) -> tuple[int, ...]:
-    """All timesteps as nodes."""
-    return tuple(range(len(chain.unit)))
+    def _give_up_draft(self, base: Tensor | None, out: Tensor) -> None:
+        """Go on without a draft whose chain cannot be made by sweeps, with the slopes in its place."""
+        self.draft = self.history.draft = None
+        if base is None:
+            out.zero_()
+            self._scan(out, self.states)
+        else:
+            self.history.prepare(self.slope)
+            self._correct(base, out)

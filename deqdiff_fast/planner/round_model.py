@@ -11,7 +11,7 @@ from ..plan import RoundEstimate
 # and each model within a fifth of the means. What counts is the window's share of the chain.
 EVALUATIONS, EXPONENT, FEWEST = 3.7, 0.25, 1.2  # evaluations per timestep: 3.7 share^0.25, at least 1.2
 EMPTYING = 0.7  # rows of a mean round, as a part of the window: 1 / (1 + 0.7 share)
-WHOLE = RoundEstimate(6.4, 2.7)  # all timesteps at once, which begins on coarse grids
+WHOLE = RoundEstimate(6.4, 2.7)  # all timesteps at once
 DRAFTED = RoundEstimate(3.4, 1.8)  # and with a draft: the bundled model and its own
 PER_DECADE = 1.3  # evaluations beyond the first, for one more digit of the sample
 PER_DOUBLING = 1.05  # rounds for twice the samples: the slowest of a batch decides

@@ -76,10 +76,12 @@ def solve_in_rounds(
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
     if stats.stop_reason != "callback" and believed:
         seconds, rows, share = planner.clock() - began - monitor.outside, stats.model_evals - evals, 1.0
+        front = 0 if stats.node_rounds else front  # which begin at the noise
+        rounds = stats.rounds - front
         if monitor.gave_up:  # it counts with what it would still have taken
             share += monitor.left / monitor.rounds
-            seconds, rows = monitor.spent * share, monitor.rows
-        taken = RoundEstimate(monitor.rounds * share, rows * share / (system.num_steps * system.batch))
+            seconds, rows, rounds = monitor.spent * share, monitor.rows, monitor.rounds
+        taken = RoundEstimate(rounds * share, rows * share / (system.num_steps * system.batch))
         planner.record_rounds(workload, window, taken, seconds, complete=front == 0, gave_up=monitor.gave_up)
     return solution
 

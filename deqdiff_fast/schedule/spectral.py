@@ -147,7 +147,7 @@ class SpectralSlope:
 
     def classes(self) -> tuple[Tensor, Tensor]:
         """(K,) the distinct variances, and (D,) int64 which of them each coefficient has."""
-        values, which = self.variance.flatten().unique(return_inverse=True)
+        values, which = torch.unique(self.variance.flatten(), return_inverse=True)
         return values, which
 
     def slope(self, schedule: Schedule) -> Tensor:

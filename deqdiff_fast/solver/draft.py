@@ -15,7 +15,7 @@ class Drafted(QuasiNewton):
     costs little; S the Jacobian of E - M along the secants of the last rounds. With M(x) = c x, a linear draft, this is
     `QuasiNewton`, and where rounds on nodes do not suffice, rounds on all timesteps are its own. The fixed point is the
     serial chain whatever M is; how many rounds it takes depends on how well the Jacobian of M is the model's. The first
-    guess is the chain of the draft alone. Every sweep of M is one batched call on all nodes. Cf. deferred correction and
+    guess is the chain of the draft alone. Each sweep of M is one batched call on all nodes. Cf. deferred correction and
     Parareal (Lions, Maday, Turinici 2001), where the cheap propagator is a coarser step of the same model, and draft
     models in speculative decoding (Leviathan et al. 2023, arXiv 2211.17192).
 
