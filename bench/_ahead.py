@@ -23,8 +23,6 @@ from deqdiff_fast.kernels.anderson_step import _triton as anderson
 from deqdiff_fast.kernels.anderson_step import _triton_solve as solve
 from deqdiff_fast.kernels.copy_rows import _triton as copies
 from deqdiff_fast.kernels.ddim_update import _triton as scan
-from deqdiff_fast.kernels.draft_scan import _triton as drafting
-from deqdiff_fast.kernels.draft_secants import _triton as secants_of_draft
 from deqdiff_fast.kernels.mark_converged import _triton as marking
 from deqdiff_fast.kernels.newton_scan import _triton as newton
 from deqdiff_fast.kernels.newton_scan import _triton_linear as linear
@@ -39,15 +37,13 @@ WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest 
 HISTORY = 5
 TABLES = (
     "state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat", "gains",
-    "products", "gamma", "previous", "strict", "weights", "carry", "dots", "decision",
-    "remainder_coef",
+    "products", "gamma", "previous", "strict", "decision", "remainder_coef",
 )  # fmt: skip
 STREAMS = (
-    "exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source", "draft_output", "draft_cache",
-    "correction", "remainder",
+    "exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source", "remainder",
 )  # fmt: skip
 HISTORIES = ("g", "z", "e")
-SETTINGS = ("ridge", "floor", "stale", "undamped", "freeze", "finish", "reach", "allowed")
+SETTINGS = ("ridge", "floor", "stale", "undamped", "freeze", "finish")
 SINGLE = ("weights", "newton_norms", "window_bounds", "mark_converged")  # one warp a program
 
 
@@ -68,11 +64,6 @@ def cases():
                 secants = common | {"RING": 4, "P": 4, "MIXED": True}
                 yield prepare.newton_prepare_kernel, "mixed", secants, "newton_prepare"
                 yield newton.newton_advance_kernel, "mixed", secants | {"SPECTRAL": True}, "newton_advance"
-            passes = common | {"SPECTRAL": True, "MAX_OUTPUT": drafting.MAX_OUTPUT, "SPAN": 32}
-            for ring in (4, 8) if storage == "fp32" else (4,):
-                for rollout in (False, True) if ring == 4 else (False,):
-                    given = passes | {"RING": ring, "P": ring, "ROLLOUT": rollout}
-                    yield drafting.draft_scan_kernel, storage, given, "draft_scan"
             yield linear.newton_linear_kernel, storage, common | {"RING": lags - 1, "SPECTRAL": True}, "newton_linear"
         for damped in (False, True):
             yield (
@@ -85,7 +76,6 @@ def cases():
             given = {"L": lags, "S": 4, "CLASSES": by_class, "DRIFT": drift}
             yield nodes.node_scan_kernel, storage, given, "node_scan"
         yield copies.copy_rows_kernel, storage, {}, "copy_rows"
-        yield secants_of_draft.draft_gram_kernel, storage, {"RING": 4, "P": 4}, "draft_gram"
     yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "anderson_mix"
     yield products.gains_kernel, "fp32", {"SPECTRAL": True}, "newton_prepare"
     for ring in (4, 8):
@@ -102,8 +92,6 @@ def cases():
     yield linear.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"
     for ring in (2, 4, 8):
         yield prepare.newton_weights_kernel, "fp32", {"RING": ring, "P": ring if ring > 2 else 1, "SPAN": 8}, "weights"
-    for ring in (4, 8):
-        yield secants_of_draft.draft_weights_kernel, "fp32", {"RING": ring, "P": ring, "SPAN": 8}, "weights"
     yield scan.ddim_norms_kernel, "fp32", {"K": 2, "AT": 0, "ROWS": 16, "SPAN": 64}, "norms"
     for scope in ("timestep", "trajectory", "triangular"):
         shape = _config.TABLE["sm_90"]["anderson_solve"]
@@ -115,7 +103,7 @@ def cases():
 def label(case) -> str:
     kernel, storage, constants, _ = case
     detail = "-".join(
-        f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING", "ROLLOUT", "CLASSES")
+        f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING", "CLASSES")
     )
     return f"{kernel.fn.__name__}-{storage}-{detail}"
 
@@ -148,7 +136,7 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
     if storage == "mixed":
         types |= dict.fromkeys(HISTORIES, "*bf16")
     types |= dict.fromkeys(("lo", "hi", "filled", "previous_bounds", "first", "last", "start", "classes"), "*i32")
-    types |= {"secant_weights": "*fp64"} | dict.fromkeys(("rows", "anchor_rows"), "*i64")
+    types |= {"secant_weights": "*fp64", "rows": "*i64"}
     types |= dict.fromkeys(SETTINGS, "fp64")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     hints = [n for n, kind in signature.items() if kind.startswith("*") or (n == "D" and aligned)]

@@ -15,10 +15,6 @@ import deqdiff_fast as dq
 from deqdiff_fast.kernels import (
     anderson_step,
     ddim_update,
-    draft_scan,
-    draft_scan_bytes,
-    draft_secants,
-    draft_secants_bytes,
     newton_scan,
     node_scan,
 )
@@ -47,26 +43,17 @@ class Shape:
         return f"({self.batch}, {self.steps}, {self.size}, {self.history})"
 
 
-OPS = ("ddim_update", "anderson_step", "newton_scan", "draft_pass", "node_scan")
-HISTORY_OPS, PAPER_OPS = OPS[1:4], OPS[:2]
+OPS = ("ddim_update", "anderson_step", "newton_scan", "node_scan")
+HISTORY_OPS, PAPER_OPS = OPS[1:3], OPS[:2]
 STENCIL, CLASSES = 4, 135  # of the scan over nodes: those of a spectral prior of 3 x 32 x 32 images
-
-
-def anchors(steps: int) -> int:
-    """The timesteps at which a draft is asked in a round."""
-    return dq.Drafted().anchors(steps, noisy=False).count
 
 
 def elements_moved(op: str, shape: Shape) -> float:
     """Elements read or written for each state element, every tensor once. ddim_update: predictions and old state in,
     new state out. anderson_step: predictions and old state in, M columns of f and g in, new state and a column of f and
     g out. newton_scan: predictions and old state in, M columns of z and e in, new state and a column of z and e out.
-    draft_pass (a round's `draft_secants` and `draft_scan`, the draft's calls left out): predictions and old state in,
-    new state out, and at the anchors the draft's output and cache and M columns of z and of the remainder in, the
-    cache and a column of z and of the remainder out. node_scan: remainders in, new state out.
+    node_scan: remainders in, new state out.
     """
-    if op == "draft_pass":
-        return 3 + (2 * shape.history + 5) * anchors(shape.steps) / shape.steps
     return {"ddim_update": 3, "node_scan": 2}.get(op, 2 * shape.history + 5)
 
 
@@ -93,8 +80,6 @@ class Inputs:
         # noise predictions: near the noise itself, with what one round after the other still changes
         self.bank = [(0.9 * start + 0.1 * normal(t, b, d)).to(device, dtype) for _ in range(min(shape.history + 2, 7))]
         self.states = torch.cat([start[None], start + 0.3 * normal(t, b, d)]).to(device, dtype)
-        self.weight = schedule.denoised_coef()[:, 1].to(device, self.accumulator)
-        self.draft_outputs = (0.9 * start + 0.1 * normal(anchors(t), b, d)).to(device, dtype)
 
     def predictions(self, round: int) -> Tensor:
         return self.bank[round % len(self.bank)]
@@ -119,7 +104,6 @@ class Fused:
         self.gram = torch.zeros(t, b, m, m, dtype=inputs.accumulator, device=device)
         self.filled = torch.zeros(t, b, dtype=torch.int32, device=device)
         self.z, self.e = (torch.zeros(m + 1, t, b, d, dtype=inputs.dtype, device=device) for _ in range(2))
-        self._draft(shape)
         self._nodes(shape)
         self.round = 0
 
@@ -135,25 +119,6 @@ class Fused:
         start = (torch.arange(t, device=device) - 1).clamp_(0, t - stencil).int()
         classes = torch.randperm(d, generator=torch.Generator().manual_seed(0)).remainder_(kinds).int().to(device)
         self.nodes = (*tables, start, classes)
-
-    def _draft(self, shape: Shape) -> None:
-        """What a sweep of a draft works on."""
-        kind, device = self.states.dtype, self.states.device
-        found = dq.Drafted().anchors(shape.steps, noisy=False)
-        self.segments, count, row = found.segments(0, shape.steps), found.count, (shape.batch, shape.size)
-        self.anchor_rows, self.weights = found.rows(device), found.weights(self.inputs.weight)
-        self.draft_cache, self.correction = (torch.zeros(n, *row, dtype=kind, device=device) for n in (count, 2))
-        self.remainder = torch.zeros(shape.history + 1, count, *row, dtype=kind, device=device)
-        self.anchored = torch.zeros_like(self.remainder)
-        self.remembered = torch.zeros(count, shape.batch, dtype=torch.int32, device=device)
-        self.secant_weights = torch.zeros(
-            count, shape.batch, shape.history, shape.history, dtype=torch.float64, device=device
-        )  # fmt: skip
-        wide = torch.float64 if kind == torch.float64 else torch.float32
-        self.carry = torch.zeros(2, 1, *row, dtype=wide, device=device)
-        needed = (shape.batch, shape.size, shape.history, kind, device, self.backend)
-        needs = max(draft_scan_bytes(shape.steps, *needed), draft_secants_bytes(count, *needed))
-        self.workspace = torch.zeros(needs, dtype=torch.uint8, device=device) if needs else None
 
     def prepare(self) -> None:
         """What the model does between two rounds: new predictions."""
@@ -179,22 +144,6 @@ class Fused:
             self.hi, *self.sums, self.z, self.e, self.filled, self.round % (self.inputs.shape.history + 1),
             backend=backend or self.backend,
         )  # fmt: skip
-
-    def draft_pass(self, backend: str | None = None) -> None:
-        column, on = self.round % (self.inputs.shape.history + 1), backend or self.backend
-        draft_secants(
-            self.states, self.predictions, self.draft_cache, self.anchor_rows, self.lo, self.hi, self.anchored,
-            self.remainder, self.remembered, self.secant_weights, column, workspace=self.workspace, backend=on,
-        )  # fmt: skip
-        previous_start = -1
-        for anchor, start, stop in self.segments:
-            draft_scan(
-                self.states, self.predictions, self.inputs.draft_outputs[anchor], self.draft_cache, self.correction,
-                self.weights, self.inputs.state_coef, self.inputs.model_coef, self.inputs.slope, self.lo, self.hi,
-                *self.sums, self.carry, self.anchored, self.remainder, self.secant_weights, column, anchor,
-                previous_start, start, stop, last=stop == self.inputs.shape.steps, workspace=self.workspace, backend=on,
-            )  # fmt: skip
-            previous_start = start
 
     def node_scan(self, backend: str | None = None) -> None:
         node_scan(self.states, self.predictions, *self.nodes, backend=backend or self.backend)

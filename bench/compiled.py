@@ -23,29 +23,25 @@ import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.loop import device as loop
 from deqdiff_fast.loop.task import Lookahead
-from deqdiff_fast.solver import draft as drafted
 
 from ._common import environment, markdown, note, summary, write_json
-from ._operands import OPS, Inputs, Paper, Shape, anchors, elements_moved
+from ._operands import OPS, Inputs, Paper, Shape, elements_moved
 
 PEAK = 3.35e12  # bytes per second, H100 SXM5, HBM3: NVIDIA's data sheet
 MULTIPROCESSORS = 132
 SHAPES = (Shape(1, 100, 3072, 5), Shape(8, 1000, 3072, 5))
 FLOOR = 1.25  # the goal: times the bytes that an op has to move
-SOLVERS = ("picard", "triangular", "deq-ddim", "paradigms", "quasi-newton", "draft")
+SOLVERS = ("picard", "triangular", "deq-ddim", "paradigms", "quasi-newton")
 LAUNCHES = {
     "ddim_update": 2,
     "anderson_step": 3,
     "newton_scan": 3,
-    "draft_secants": 2,
-    "draft_scan": 1,
     "node_scan": 1,
     "mark_converged": 1,
     "advance_window": 2,
     "copy_rows": 1,
 }
-"""Triton launches of an op, as tests/kernels/test_launches.py counts them. The last draft_scan of a round, which is
-called once for each call of the draft, makes one more."""
+"""Triton launches of an op, as tests/kernels/test_launches.py counts them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +87,7 @@ def compiled_rows(architectures: list[str], select: str) -> list[dict[str, Any]]
 
 def elements_of_kernels(op: str, shape: Shape) -> list[tuple[str, float]]:
     """Elements that each kernel of an op reads or writes for one state element, one lag, no drift, undamped."""
-    m, part = shape.history, anchors(shape.steps) / shape.steps
+    m = shape.history
     return {
         "ddim_update": [("ddim_update_kernel: E, X in; F out", 3)],
         "anderson_step": [
@@ -103,18 +99,6 @@ def elements_of_kernels(op: str, shape: Shape) -> list[tuple[str, float]]:
             (f"newton_advance_kernel: E, X, N, this round's z, {m} of z and of e in; N out", 2 * m + 5),
         ],
         "node_scan": [("node_scan_kernel: E in, most of a stencil from the cache; X out", 2)],
-        "draft_pass": [
-            (
-                f"draft_gram_kernel, at the anchors: E, X, cache, {m} of z in; a column of z and of the remainder out",
-                (m + 5) * part,
-            ),
-            ("draft_scan_kernel: E, X in; N out", 3),
-            (
-                f"draft_scan_kernel, at the anchors: N, output, cache, a correction, F, {m + 1} of z and of the "
-                "remainder in; cache, a correction, F out",
-                (2 * m + 10) * part,
-            ),
-        ],
     }[op]
 
 
@@ -148,7 +132,7 @@ class Operations(TorchDispatchMode):
 def launch_row(solver: str) -> dict[str, Any]:
     """Launches of one round beside the model, all timesteps at once: the solver's step, the decision, the window."""
     mode, rounds = Operations(), []
-    before, step, host = solve.lookahead_policy, loop.DeviceLoop.step, drafted.on_host
+    before, step = solve.lookahead_policy, loop.DeviceLoop.step
 
     def watched(self: Any, round: int) -> None:
         mode.found.clear()
@@ -160,17 +144,16 @@ def launch_row(solver: str) -> dict[str, Any]:
     alphas = torch.linspace(0.9999, 0.98, 1000, dtype=torch.float64).cumprod(0)
     sampler = dq.DEQSampler(
         lambda x, t: 0.9 * x, dq.Schedule.ddim(alphas, torch.arange(12).flip(0) * 80), solver=solver, window=12,
-        draft=(lambda x, t: x) if solver == "draft" else None,
+        certify="full",  # else it may be found without a round on all timesteps
     )  # fmt: skip
     solve.lookahead_policy, loop.DeviceLoop.step = lambda system, request: Lookahead(near=0.0), watched
-    drafted.on_host = lambda chain: False  # every round is the same work, as on a device
     try:
         with mode:
             sampler.sample(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)))
     finally:
-        solve.lookahead_policy, loop.DeviceLoop.step, drafted.on_host = before, step, host
+        solve.lookahead_policy, loop.DeviceLoop.step = before, step
     last = rounds[-1]
-    ours = {op: count * LAUNCHES[op] + (op == "draft_scan") for op, count in last.items() if op in LAUNCHES}
+    ours = {op: count * LAUNCHES[op] for op, count in last.items() if op in LAUNCHES}
     return {"part": "launches", "solver": solver, "triton": ours,
             "torch": {name: count for name, count in last.items() if name not in LAUNCHES}}  # fmt: skip
 

@@ -3,11 +3,11 @@
 Sides: `reference` (the op's plain-torch definition, a Python loop), `eager` (the paper's formulation in torch, see
 _paper.py), `eager-loop` (the same with a loop over time in place of torch's cumsum, which is slow on a CPU), `compile`
 (torch.compile of `eager`), `cpp` and `triton` (this library, where available), `copy`; `bench gpu` adds `graph`, the
-`triton` side replayed from a CUDA graph, always with the same column of the history. The quasi-Newton scan, a draft's
-pass and the scan over nodes are not in the paper, so they have no such side; rings hold M + 1 rounds. All run in one
-process on the same number of threads and take turns; before every call, outside of the clock, the predictions are
-rewritten, as the model would. `copy` is `Tensor.copy_` of half the op's bytes: what it reads and writes together is
-what the op reads and writes together, each tensor counted once.
+`triton` side replayed from a CUDA graph, always with the same column of the history. The quasi-Newton scan
+and the scan over nodes are not in the paper, so they have no such side; rings hold M + 1 rounds. All run in one process
+on the same number of threads and take turns; before every call, outside of the clock, the predictions are rewritten, as
+the model would. `copy` is `Tensor.copy_` of half the op's bytes: what it reads and writes together is what the op reads
+and writes together, each tensor counted once.
 """
 
 from __future__ import annotations

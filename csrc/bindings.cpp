@@ -4,7 +4,6 @@
 #include <string>
 
 #include "arena.h"
-#include "draft_rows.h"
 #include "mark_converged.h"
 #include "newton_rows.h"
 #include "ops.h"
@@ -34,7 +33,6 @@ py::dict build_info() {
   info["max_history"] = kMaxHistory;
   info["max_lags"] = kMaxLags;
   info["worker_threads"] = worker_count();
-  info["max_output"] = kMaxOutput;
   info["tiny"] = kTiny;
   info["min_rate"] = kMinRate;
   info["max_rate"] = kMaxRate;

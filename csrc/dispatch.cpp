@@ -1,7 +1,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "draft_rows.h"
 #include "inverse_rows.h"
 #include "newton_rows.h"
 #include "node_rows.h"
@@ -13,7 +12,6 @@ namespace baseline {
 extern const IsaTable table;
 extern const NewtonTable newton_table;
 extern const InverseTable inverse_table;
-extern const DraftTable draft_table;
 extern const NodeTable node_table;
 }  // namespace baseline
 #ifdef DEQDIFF_X86
@@ -21,14 +19,12 @@ namespace avx2 {
 extern const IsaTable table;
 extern const NewtonTable newton_table;
 extern const InverseTable inverse_table;
-extern const DraftTable draft_table;
 extern const NodeTable node_table;
 }  // namespace avx2
 namespace avx512 {
 extern const IsaTable table;
 extern const NewtonTable newton_table;
 extern const InverseTable inverse_table;
-extern const DraftTable draft_table;
 extern const NodeTable node_table;
 }  // namespace avx512
 #endif
@@ -39,7 +35,6 @@ struct Chosen {
   const IsaTable& rows;
   const NewtonTable& newton;
   const InverseTable& inverse;
-  const DraftTable& draft;
   const NodeTable& node;
 };
 
@@ -52,12 +47,11 @@ Chosen choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx512 && allowed("avx512"))
-    return {avx512::table, avx512::newton_table, avx512::inverse_table, avx512::draft_table, avx512::node_table};
+    return {avx512::table, avx512::newton_table, avx512::inverse_table, avx512::node_table};
   if (has_avx2 && (allowed("avx2") || allowed("avx512")))
-    return {avx2::table, avx2::newton_table, avx2::inverse_table, avx2::draft_table, avx2::node_table};
+    return {avx2::table, avx2::newton_table, avx2::inverse_table, avx2::node_table};
 #endif
-  return {baseline::table, baseline::newton_table, baseline::inverse_table, baseline::draft_table,
-          baseline::node_table};
+  return {baseline::table, baseline::newton_table, baseline::inverse_table, baseline::node_table};
 }
 
 const Chosen& chosen() {
@@ -70,7 +64,6 @@ const Chosen& chosen() {
 const IsaTable& isa_table() { return chosen().rows; }
 const NewtonTable& newton_table() { return chosen().newton; }
 const InverseTable& inverse_table() { return chosen().inverse; }
-const DraftTable& draft_table() { return chosen().draft; }
 const NodeTable& node_table() { return chosen().node; }
 
 }  // namespace deqdiff

@@ -64,14 +64,13 @@ void newton_span(NewtonRow& row, int64_t begin, int64_t size) {
   V step_sum = {}, residual_sum = {}, norm_sum = {};
   const auto step = [&](const auto& fetch, const auto& fetch_wide, const auto& put,
                         const auto& put_wide) __attribute__((always_inline)) {
-    const V prediction = row.prediction != nullptr ? fetch(row.prediction) : V{}, now = fetch(row.now[0]);
+    const V prediction = fetch(row.prediction), now = fetch(row.now[0]);
     const V c = row.slope_per_element ? fetch_wide(row.slope) : V{} + *static_cast<const typename W::Item*>(row.slope);
     const V x = row.x != nullptr ? fetch(row.x) : V{};
     V e_hat = prediction + c * (now - x);
     for (int j = 0; j < row.count; ++j) {
       e_hat += broadcast<S>(row.gamma[j]) * ((fetch(row.e[j]) - prediction) - c * (fetch(row.z[j]) - x));
     }
-    for (int k = 0; k < row.corrections; ++k) e_hat += broadcast<S>(row.share[k]) * fetch(row.correction[k]);
     V next = broadcast<S>(row.state_coef[0]) * now + broadcast<S>(row.model_coef[0]) * e_hat;
     V plain = broadcast<S>(row.state_coef[0]) * fetch_wide(row.plain[0]) + broadcast<S>(row.model_coef[0]) * prediction;
     for (int lag = 1; lag < row.lags; ++lag) {

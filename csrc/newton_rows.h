@@ -22,20 +22,17 @@ struct SecantRow {
   double gram[kMaxSecants][kMaxSecants];
 };
 
-// e_hat = E + c dx + sum_j gamma[j] ((e[j] - E) - c (z[j] - x)) + sum_k share[k] correction[k]
+// e_hat = E + c dx + sum_j gamma[j] ((e[j] - E) - c (z[j] - x))
 // now[next] = sum a now + b e_hat + drift, plain[next] likewise from E; both in the wide type, later stored.
 struct NewtonRow {
   const void* x;           // null: zero
-  const void* prediction;  // E, null: zero
+  const void* prediction;  // E
   const void* slope;       // wide type, one value or `size` of them
   bool slope_per_element;
   const void* z[kMaxSecants];
   const void* e[kMaxSecants];
   double gamma[kMaxSecants];
   int count;
-  const void* correction[2];
-  double share[2];
-  int corrections = 0;
   const void* drift;  // or null
   int lags;
   double state_coef[kMaxLags];

@@ -65,7 +65,7 @@ void walk(const NodeProblem& p, std::int64_t begin, std::int64_t size, std::int6
 }  // namespace
 
 void node_scan(const NodeProblem& p) {
-  require_values("start: expected 0 <= start <= n - S = ", p.start, p.steps, p.steps - p.stencil, "step");
+  require_values("start: expected 0 <= start <= m - S = ", p.start, p.steps, p.nodes - p.stencil, "step");
   if (p.classes != nullptr) {
     require_values("classes: expected 0 <= classes <= K - 1 = ", p.classes, p.size, p.kinds - 1, "element");
   }
@@ -90,14 +90,16 @@ void node_scan_call(Arguments& a) {
   NodeProblem p;
   p.dtype = static_cast<Dtype>(a.integer("dtype", 0, 2));  // float32, float64, bfloat16
   p.steps = a.integer("T", 0, std::int64_t{1} << 30);
+  p.nodes = a.integer("M", p.steps > 0, std::int64_t{1} << 30);
   p.batch = a.integer("B", 0, std::int64_t{1} << 30);
   p.size = a.integer("D", 0, std::int64_t{1} << 40);
   p.threads = static_cast<int>(a.integer("threads", 1, 1 << 20));
   p.lags = static_cast<int>(a.integer("L", 1, kMaxLags));
   p.stencil = static_cast<int>(a.integer("S", 1, kMaxStencil));
-  require(p.steps == 0 || p.stencil <= p.steps, "S", "at most T = " + std::to_string(p.steps));
+  require(p.steps == 0 || p.stencil <= p.nodes, "S", "at most M = " + std::to_string(p.nodes));
   p.kinds = a.integer("K", 1, std::int64_t{1} << 31);
   require_addressable("T, L, B, D", {p.steps + 1, p.lags, p.batch, p.size});
+  require_addressable("M, B, D", {p.nodes, p.batch, p.size});
   require_addressable("T, L, S, K", {p.steps, p.lags, std::max(p.lags, p.stencil), p.kinds});
   const bool data = p.steps > 0 && p.batch > 0 && p.size > 0;
   const auto item = static_cast<std::size_t>(item_size(p.dtype)), wide = wide_size(p.dtype);

@@ -10,17 +10,17 @@
 
 namespace deqdiff {
 
-// Addresses are borrowed for the call. Contiguous: states (T+1, B, D), remainder (T, B, D), drift (T, L, B, D).
+// Addresses are borrowed for the call. Contiguous: states (T+1, B, D), remainder (M, B, D), drift (T, L, B, D).
 struct NodeProblem {
   Dtype dtype;
   void* states;
   const void* remainder;
-  const void* state_coef;       // (T, L, L, K), wide type
-  const void* remainder_coef;   // (T, L, S, K), wide type
-  const std::int32_t* start;    // (T,) within [0, T - S]
-  const std::int32_t* classes;  // (D,) within [0, K), or null
-  const void* drift;            // or null
-  std::int64_t steps, batch, size, kinds;
+  const void* state_coef;                         // (T, L, L, K), wide type
+  const void* remainder_coef;                     // (T, L, S, K), wide type
+  const std::int32_t* start;                      // (T,) within [0, M - S]
+  const std::int32_t* classes;                    // (D,) within [0, K), or null
+  const void* drift;                              // or null
+  std::int64_t steps, nodes, batch, size, kinds;  // T, M, B, D, K
   int lags, stencil;
   int threads;
 };

@@ -8,8 +8,6 @@
   X(anderson_step)     \
   X(newton_scan)       \
   X(inverse_scan)      \
-  X(draft_secants)     \
-  X(draft_scan)        \
   X(node_scan)         \
   X(mark_converged)
 

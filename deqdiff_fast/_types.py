@@ -82,10 +82,6 @@ class DraftRows(Protocol):
     evals: int
     """Rows that it was called on so far."""
 
-    def row(self, step: int, states: Tensor) -> Tensor:
-        """(B, D) states of timestep `step` -> (B, D) predictions."""
-        ...
-
     def rows(self, states: Tensor, steps: Tensor) -> Tensor:
         """(n, B, D) states of timesteps steps: (n,) -> (n, B, D) predictions."""
         ...

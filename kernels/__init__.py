@@ -2,10 +2,9 @@
 
 `ddim_update` advances every timestep of the chain at once (an affine scan) and measures the residuals; `anderson_step`
 does the same and extrapolates from the last rounds; `newton_scan` linearises the model instead, `inverse_scan` the
-steps from the sample back to the noise; `draft_secants` and `draft_scan` put a draft in the model's place; `node_scan`
-goes in composite steps between the timesteps that were evaluated. `mark_converged` and `advance_window` are the
-stopping rule, `copy_rows` moves rows as it says. All work in place and none waits for the device. Importing this
-package needs neither Triton, nor a GPU, nor the compiled extension.
+steps from the sample back to the noise; `node_scan` goes in composite steps between the timesteps that were evaluated.
+`mark_converged` and `advance_window` are the stopping rule, `copy_rows` moves rows as it says. All work in place and
+none waits for the device. Importing this package needs neither Triton, nor a GPU, nor the compiled extension.
 """
 
 # In the root of a checkout this folder answers to `import kernels`, which transformers tries for a library it knows:
@@ -16,8 +15,6 @@ if __name__ != "kernels":
     from .anderson_step import anderson_step, anderson_step_bytes
     from .copy_rows import copy_rows
     from .ddim_update import ddim_update, ddim_update_bytes
-    from .draft_scan import draft_scan, draft_scan_bytes
-    from .draft_secants import draft_secants, draft_secants_bytes
     from .inverse_scan import inverse_scan
     from .mark_converged import mark_converged
     from .newton_scan import newton_scan, newton_scan_bytes
@@ -25,6 +22,6 @@ if __name__ != "kernels":
 
 __all__ = [
     "BACKENDS", "advance_window", "anderson_step", "anderson_step_bytes", "available_backends", "copy_rows",
-    "ddim_update", "ddim_update_bytes", "draft_scan", "draft_scan_bytes", "draft_secants", "draft_secants_bytes",
-    "inverse_scan", "mark_converged", "newton_scan", "newton_scan_bytes", "node_scan",
+    "ddim_update", "ddim_update_bytes", "inverse_scan", "mark_converged", "newton_scan", "newton_scan_bytes",
+    "node_scan",
 ]  # fmt: skip

@@ -104,22 +104,6 @@ def check_ridge(given: Arguments) -> None:
         raise ValueError(f"ridge, floor: expected finite numbers, ridge > 0 and floor >= 0, got {ridge}, {floor}")
 
 
-def check_anchors(given: Arguments) -> None:
-    """What a draft's rounds remember."""
-    states, draft_cache, z = given["states"], given["draft_cache"], given["z"]
-    (rows, batch, size), device, kinds = states.shape, states.device, (states.dtype,)
-    if draft_cache.dim() != 3 or not 1 <= draft_cache.shape[0] < rows:
-        raise ValueError(f"draft_cache: expected shape (A, B, D), 1 <= A <= {rows - 1}, got {tuple(draft_cache.shape)}")
-    if z.dim() != 4 or not 1 <= z.shape[0] <= MAX_HISTORY:
-        raise ValueError(f"z: expected shape (H + 1, A, B, D) with H < {MAX_HISTORY}, got {tuple(z.shape)}")
-    count, secants = draft_cache.shape[0], z.shape[0] - 1
-    expect("draft_cache", draft_cache, (count, batch, size), kinds, device)
-    expect("z", z, (secants + 1, count, batch, size), kinds, device)
-    expect("remainder", given["remainder"], (secants + 1, count, batch, size), kinds, device)
-    expect("secant_weights", given["secant_weights"], (count, batch, secants, secants), (torch.float64,), device)
-    check_column(given["column"], secants + 1, "H + 1")
-
-
 def check_windows(given: Arguments) -> None:
     """Values of the windows lo, hi, where reading them costs nothing (on the CPU); the CUDA kernels clamp instead."""
     steps, limit = given["predictions"].shape[0], given["predictions"].shape[0]

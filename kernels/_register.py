@@ -21,7 +21,7 @@ from ._checks import Arguments, check_windows
 
 _ARGUMENT = re.compile(r"(Tensor|int|float|bool|str)(\(\w+!\))?\?? (\w+)")
 # What the C++ form takes in float64, and in float32 unless the states are float64; other tensors as they are stored.
-_FLOAT64 = frozenset({"state_coef", "model_coef", "weights", "sq_diff", "sq_norm", "sq_miss", "gram"})
+_FLOAT64 = frozenset({"state_coef", "model_coef", "sq_diff", "sq_norm", "sq_miss", "gram"})
 _WIDE = frozenset({"slope", "weight"})
 
 
@@ -164,7 +164,7 @@ def chain_sizes(given: Arguments) -> Arguments:
         found["L"] = given["state_coef"].shape[1]
     for name in _WIDE & given.keys():
         found[f"{name}_per_element"] = given[name].shape[1] > 1
-    if "z" in given:  # rings (H + 1, W or A, B, D), or none
+    if "z" in given:  # rings (H + 1, W, B, D), or none
         rings = (0, 0) if given["z"] is None else given["z"].shape
-        found["ring"], found["A" if "draft_cache" in given else "W"] = rings[:2]
+        found["ring"], found["W"] = rings[:2]
     return found

@@ -36,8 +36,7 @@ BUDGET = {
     "ddim_norms_kernel": 128, "newton_linear_kernel": 128, "newton_prepare_kernel": 168, "newton_weights_kernel": 128,
     "newton_norms_kernel": 128, "newton_advance_kernel": 255, "window_bounds_kernel": 128, "active_rows_kernel": 64,
     "mark_converged_kernel": 64, "copy_rows_kernel": 64, "gains_kernel": 64, "products_kernel": 255,
-    "recursion_kernel": 128, "corrected_scan_kernel": 128, "draft_scan_kernel": 168, "draft_gram_kernel": 128,
-    "draft_weights_kernel": 128, "node_scan_kernel": 136,
+    "recursion_kernel": 128, "corrected_scan_kernel": 128, "node_scan_kernel": 136,
 }  # fmt: skip
 
 

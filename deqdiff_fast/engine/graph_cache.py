@@ -114,7 +114,6 @@ class GraphCache:
         work = open_workspace(system)
         state = DeviceState.make(work.chain, system.pad_round(work.chain.window * system.batch))
         counters: list[tuple[Any, str]] = [(system, "model_calls"), (system, "model_evals")]
-        counters += [(system.draft, "evals")] if system.draft is not None else []
         return CachedSolve(work, Graphs(recorder, work.lease["predictions"], counters), state, kwargs)
 
     def _renew(self, entry: CachedSolve, system: System) -> CachedSolve:
@@ -124,7 +123,5 @@ class GraphCache:
                 target.copy_(value)
         old = entry.work.system
         old.model_evals = old.model_calls = 0
-        if old.draft is not None:
-            old.draft.evals = 0
         entry.work.restart()
         return entry

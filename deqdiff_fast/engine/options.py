@@ -123,10 +123,7 @@ class Options:
     def stopping_rule(self, dtype: torch.dtype) -> StoppingRule:
         """When rows and samples are done, for states of that dtype."""
         solver, finish = self.solver, self.tolerance(dtype)
-        allowed = finish / solver.safety  # the relative error allowed in a sample
-        return StoppingRule(
-            solver.freeze * allowed, finish, self.floor(dtype), solver.reach * allowed, allowed, solver.by_step
-        )
+        return StoppingRule(solver.freeze * finish / solver.safety, finish, self.floor(dtype), solver.by_step)
 
     @staticmethod
     def floor(dtype: torch.dtype) -> float:

@@ -106,11 +106,10 @@ def solve_rounds(
     def open_workspace(system: System) -> Workspace:
         return Workspace.open(system, solver, stats.window, options.memory, options.backend)
 
-    settings = (solver, stats.window, rule, warm, id(options.draft))
-    recorded = lookahead is not None and not getattr(system.draft, "conditional", False)
+    settings = (solver, stats.window, rule, warm)
     with (
         torch.no_grad(),
-        options.graph_cache.acquire(system, settings, open_workspace, recorded) as (work, replay, state),
+        options.graph_cache.acquire(system, settings, open_workspace, lookahead is not None) as (work, replay, state),
         Reporter(work, rule.finish, limit, request.callback, request.progress) as report,
     ):
         if nodes is not None and watched:
@@ -137,6 +136,7 @@ def solve_rounds(
     if work.system is not system:  # a cached one made the solve
         stats.model_evals += system.model_evals
         stats.model_calls += system.model_calls
+        stats.draft_evals = 0 if system.draft is None else system.draft.evals
     return solution
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._types import DraftRows, Model
-from ..kernels import ddim_update_bytes, newton_scan_bytes
+from ..kernels import newton_scan_bytes
 from ..model.batched import BatchedModel
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
@@ -87,11 +87,10 @@ class System(BatchedModel):
         return clean.view(self.batch, *self.shape).to(self.model_dtype)
 
     def scratch_bytes(self, backend: str) -> int:
-        """Bytes of `chain.scratch` for the guesses and for serial steps."""
+        """Bytes of `chain.scratch` for the guesses."""
         size = (self.num_steps, self.batch, self.numel)
-        linear: int = newton_scan_bytes(*size, 0, 1, self.dtype, self.dtype, self.device, backend)
-        serial: int = ddim_update_bytes(*size, self.dtype, self.device, backend)
-        return max(linear, serial)
+        found: int = newton_scan_bytes(*size, 0, 1, self.dtype, self.dtype, self.device, backend)
+        return found
 
     def bounds(self, value: int) -> Tensor:
         """(B,) int32, the same bound for every sample."""

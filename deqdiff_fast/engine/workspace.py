@@ -72,7 +72,7 @@ class Workspace:
             plan.add("window_scratch", (3, batch, numel), system.dtype)
         size = ProblemSize(
             steps, window, batch, numel, system.dtype, system.accumulator, system.state_coef.shape[1], system.device,
-            backend, system.schedule.stochastic,
+            backend,
         )  # fmt: skip
         solver.plan_memory(plan, size)
         # one for all ops: they run one after the other, on one stream

@@ -39,8 +39,6 @@ class ProblemSize(NamedTuple):
     lags: int = 1
     device: torch.device = torch.device("cpu")
     backend: str = "auto"
-    noisy: bool = False
-    """Whether the chain adds noise."""
 
 
 @dataclass
@@ -95,9 +93,6 @@ class Solver:
     """Largest relative residual at which a solve may end, per unit of relative error allowed in the sample."""
     freeze: float = 0.003
     """What an early timestep may have left to go when it is taken for final, in the same unit."""
-    reach: float = 0.0
-    """A sample may also end at residuals up to `reach` times the tolerance where they fall so fast that less than the
-    tolerance is left to go. 0: never."""
     strict: float | None = None
     """What part of `freeze` the rows of a stalled sample are held to. None: stalls are not looked for."""
     slope: Any = "scalar"

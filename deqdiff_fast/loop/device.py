@@ -20,7 +20,7 @@ class DeviceLoop:
 
     def __init__(self, task: Task) -> None:
         chain = task.chain
-        self.task, self.chain, self.rule = task, chain, task.rule.for_window(chain)
+        self.task, self.chain, self.rule = task, chain, task.rule
         self.window = task.first_window()
         self.progress = Progress(self.window, task.rounds_before)
         self.sliding = chain.window < chain.num_steps
@@ -98,7 +98,6 @@ class DeviceLoop:
         """Nothing is queued. The samples that have stalled start again from their first row, held tighter."""
         for b in self.stalled:
             self.state.strict[b : b + 1].fill_(self.stalls.strict)
-            self.state.decision[3, b : b + 1].fill_(0)
             self.task.restart_sample(self.window, b)
         self.stalled.clear()
         self.active = self.window.count

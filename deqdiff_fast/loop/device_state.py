@@ -35,7 +35,6 @@ class DeviceState(NamedTuple):
 
     def start(self, chain: Chain, window: Window) -> None:
         """The bounds and rows of the first window."""
-        self.decision.zero_()
         self.previous.fill_(float("nan"))
         self.strict.fill_(1)
         lo, hi = window.lo[0], window.hi[0]  # the same for all samples: nothing is copied to the device

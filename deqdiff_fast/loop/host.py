@@ -26,13 +26,12 @@ def iterate(task: Task) -> Progress:
 
 def iterate_on_host(task: Task) -> Progress:
     """`iterate` where the host looks at every round before it makes the next one."""
-    chain, solver, rule = task.chain, task.solver, task.rule.for_window(task.chain)
+    chain, solver, rule = task.chain, task.solver, task.rule
     window = task.first_window()
     progress = Progress(window, task.rounds_before)
     previous, strict = torch.empty_like(chain.sq_diff), torch.ones_like(chain.sq_diff[0])
     reset_steps(previous)
     stalls = StallDetector(chain.batch, solver, rule.finish)
-    longest = torch.zeros(chain.batch, dtype=torch.float64)
     while not window.done and progress.rounds < task.max_rounds and not progress.stopped:
         progress.rounds += 1
         lo, hi = list(window.lo), list(window.hi)
@@ -43,15 +42,13 @@ def iterate_on_host(task: Task) -> Progress:
         rule.mark_converged(chain, previous, strict)
         residual = relative_steps(chain).cpu()
         broken = _check_finite(task, residual, lo, hi, progress.rounds)
-        worst = rule.advance(window, residual.t().tolist(), longest)
-        longest = torch.tensor(worst, dtype=torch.float64)
+        worst = rule.advance(window, residual.t().tolist())
         solver.settle(chain, task.memory, progress.rounds, lo, list(window.lo))
         _let_in(task, window, hi, broken)
         progress.repairs += bool(broken)
         for b in stalls.update(worst):
             strict[b : b + 1].fill_(stalls.strict)
             task.restart_sample(window, b)
-            longest[b] = 0
         progress.trace.append(torch.tensor(worst, dtype=residual.dtype))
         progress.stopped = task.report(progress.rounds, window, progress.trace[-1]) is True
     return progress

@@ -12,12 +12,12 @@ On a device `kernels.mark_converged` and `kernels.advance_window` decide the sam
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..kernels import advance_window, mark_converged
-from ..kernels.stopping import MAX_RATE, TINY_OF, finish_threshold
+from ..kernels.stopping import MAX_RATE, TINY_OF
 from .base import Chain, Solver
 from .device_state import DeviceState
 from .window import Window
@@ -31,21 +31,13 @@ class StoppingRule:
         freeze: what a row may have left to go to be final while later ones are not.
         finish: the step below which all rows must be for a sample to end.
         floor: a step that is rounding, and final as it is.
-        reach, allowed: a sample may also end at steps up to `reach` where they shrink so fast from round to round that
-            less than `allowed` is left to go; 0 for never.
         by_step: rows are judged by their last step alone.
     """
 
     freeze: float
     finish: float
     floor: float = 0.0
-    reach: float = 0.0
-    allowed: float = 0.0
     by_step: bool = False
-
-    def for_window(self, chain: Chain) -> StoppingRule:
-        """The rule for a chain; rows that enter a sliding window say nothing about how fast the others settle."""
-        return self if chain.window >= chain.num_steps else replace(self, reach=0.0, allowed=0.0)
 
     def mark_converged(self, chain: Chain, previous: Tensor, strict: Tensor) -> None:
         """Bring sq_diff / sq_norm to at most freeze^2 where a row is final, and above it where it is not, in place.
@@ -60,24 +52,19 @@ class StoppingRule:
             chain.sq_diff, chain.sq_norm, previous, strict, self.freeze, self.floor, backend=chain.backend
         )  # fmt: skip
 
-    def advance(self, window: Window, residual: list[list[float]], longest: Tensor) -> list[float]:
+    def advance(self, window: Window, residual: list[list[float]]) -> list[float]:
         """Slide a window past what has converged; residual[b][i], Inf from a broken row on.
 
         Row lo[b] was evaluated at a final state, so it is final now whatever its residual. Where it moved by more than
         `freeze`, the rows after it were evaluated at a state that is out of date, and their residuals say nothing: none
         of them is final. Else a row is final when its residual is at most `freeze` and all rows before it are final: an
         error that is frozen early is carried along and may grow, so `freeze` is strict. All rows up to the sample are
-        final when none, the first included, is above what a sample may end at: what is left in them shrinks in the last
-        step once more.
-
-        Args:
-            longest: (B,), the longest steps of the round before, 0 where there was none.
+        final when none, the first included, is above `finish`: what is left in them shrinks in the last step once more.
 
         Returns:
             The longest step of each sample in this round.
         """
         worst = [0.0] * len(window.lo)
-        ends = finish_threshold(longest, self.finish, self.reach, self.allowed).tolist()
         for b, (lo, hi) in enumerate(zip(window.lo, window.hi)):
             if lo == window.num_steps:
                 continue
@@ -85,7 +72,7 @@ class StoppingRule:
             while front < hi and found[front] <= self.freeze:
                 front += 1
             front, worst[b] = max(front, lo + 1), max(found[lo:hi])
-            if hi == window.num_steps and worst[b] <= ends[b]:
+            if hi == window.num_steps and worst[b] <= self.finish:
                 front = window.num_steps
             window.lo[b], window.hi[b] = front, min(window.num_steps, front + window.width)
         return worst
@@ -94,7 +81,7 @@ class StoppingRule:
         """The same without a look at the device: `chain.lo`, `chain.hi` and `state` <- the next window."""
         advance_window(
             chain.sq_diff, chain.sq_norm, chain.lo, chain.hi, state.previous_bounds, state.decision, state.rows,
-            self.freeze, self.finish, chain.window, self.reach, self.allowed, backend=chain.backend,
+            self.freeze, self.finish, chain.window, backend=chain.backend,
         )  # fmt: skip
 
 

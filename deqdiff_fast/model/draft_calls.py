@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,28 +18,18 @@ class DraftCalls:
 
     def __init__(self, model: BatchedModel) -> None:
         self.model, self.evals = model, 0
-        self._step = torch.arange(model.num_steps, device=model.device)
         self._sample = torch.arange(model.batch, device=model.device)
-
-    @property
-    def conditional(self) -> bool:
-        """Whether it is called with conditions, which a recording would keep."""
-        return bool(self.model.model_kwargs)
-
-    def row(self, step: int, states: Tensor) -> Tensor:
-        """(B, D) states at that timestep -> (B, D) predictions."""
-        return self._predict(states, self._step[step : step + 1].expand(len(states)), self._sample, "row")
 
     def rows(self, states: Tensor, steps: Tensor) -> Tensor:
         """(n, B, D) states at timesteps steps: (n,) -> (n, B, D) predictions."""
         step, sample = steps.repeat_interleave(self.model.batch), self._sample.repeat(len(steps))
         flat = states.flatten(0, 1)
-        chunks = [self._predict(flat[a:b], step[a:b], sample[a:b], None) for a, b in self.model.chunks(len(flat))]
+        chunks = [self._predict(flat[a:b], step[a:b], sample[a:b]) for a, b in self.model.chunks(len(flat))]
         return torch.cat(chunks).view_as(states)
 
-    def _predict(self, states: Tensor, step: Tensor, sample: Tensor, key: Any) -> Tensor:
+    def _predict(self, states: Tensor, step: Tensor, sample: Tensor) -> Tensor:
         self.evals += len(states)
         try:
-            return self.model.predict(states, step, self.model.expand_kwargs(sample, key))
+            return self.model.predict(states, step, self.model.expand_kwargs(sample))
         except ModelOutputError as error:
             raise ModelOutputError(str(error).replace("the model", "the draft", 1)) from None

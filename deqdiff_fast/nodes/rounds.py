@@ -162,9 +162,8 @@ class NodeRounds:
         transfer: Transfer = problem.cache(("transfer", old.nodes, nodes), make)
         remainder, before, slope = self.remainder, self.states, self.slope
         self._use(self._grid(list(nodes)))
-        sources = torch.cat([remainder, remainder.new_zeros(len(nodes) - len(old.nodes), *like.shape)])
         node_scan(
-            self.states, sources, *transfer.steps, classes=problem.classes, drift=self.drift, backend=problem.backend
+            self.states, remainder, *transfer.steps, classes=problem.classes, drift=self.drift, backend=problem.backend
         )
         self.remainder = torch.mm(transfer.scaled, remainder.flatten(1)).view(len(nodes), *like.shape)
         self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1], (slope, self.slope))

@@ -122,13 +122,14 @@ def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf
 
 
 def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter) -> float:
-    """Seconds of one step of the draft's chain, the second one of two."""
+    """Seconds of a call of the draft at one timestep, the second one of two."""
     states = noise.detach().flatten(1).to(torch.float64 if noise.dtype == torch.float64 else torch.float32)
+    step = torch.zeros(1, dtype=torch.int64, device=noise.device)
     with torch.no_grad():
-        draft.row(0, states)
+        draft.rows(states[None], step)
         _synchronize(noise.device)
         start = clock()
-        draft.row(0, states)
+        draft.rows(states[None], step)
         _synchronize(noise.device)
     return clock() - start
 

@@ -28,8 +28,7 @@ def _validate(given: Arguments) -> None:
 _op = register(
     __name__,
     "advance_window(Tensor sq_diff, Tensor sq_norm, Tensor(a!) lo, Tensor(b!) hi, Tensor(c!) previous_bounds, "
-    "Tensor(d!) decision, Tensor(e!) rows, float freeze, float finish, int width, float reach, "
-    "float allowed) -> ()",
+    "Tensor(d!) decision, Tensor(e!) rows, float freeze, float finish, int width) -> ()",
     _reference,
     validate=_validate,
     storage=("sq_diff",),
@@ -38,16 +37,14 @@ _op = register(
 
 def advance_window(
     sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, previous_bounds: Tensor, decision: Tensor, rows: Tensor,
-    freeze: float, finish: float, width: int, reach: float = 0.0, allowed: float = 0.0, *, backend: str = "auto",
+    freeze: float, finish: float, width: int, *, backend: str = "auto",
 ) -> None:  # fmt: skip
     """Slide every sample's window past its final rows, and list what is active then; the host reads nothing.
 
     Row lo[b] was evaluated at a final state, so it is final now. Where its relative residual r[i] = sqrt(sq_diff[i] /
     sq_norm[i]) is above `freeze`, no other row is: they were evaluated at a state that is out of date. Else a row is
     final when r[i] is at most `freeze` and all rows before it are. All rows up to T are final when hi[b] = T and none
-    is above `finish`, or none above `reach` and, at the rate at which the sample's largest residual fell since the
-    round before, at most `allowed` is left to go (`stopping.finish_threshold`). From the first row on whose residual
-    is not finite, residuals count as Inf.
+    is above `finish`. From the first row on whose residual is not finite, residuals count as Inf.
 
     Args:
         sq_diff, sq_norm: (T, B) float32 or float64, as `mark_converged` leaves them.
@@ -55,19 +52,15 @@ def advance_window(
         previous_bounds: (2, B) int32, receives the old lo, and max(old hi, new lo): rows [previous_bounds[0], lo) have
             become final, rows [previous_bounds[1], hi) enter the window.
         decision: (4, B) float32 or float64, receives lo, hi, the first row that is not finite (T: none), and the
-            largest residual of the old window (0 where it was empty); its last row is that of the round before, 0 if
-            unknown.
+            largest residual of the old window (0 where it was empty).
         rows: (N,) int64, receives the active rows i * B + b in ascending order (the first N of them), then T * B.
         freeze: largest relative residual of a final row.
         finish: largest relative residual at which a sample may end.
         width: rows of a window.
-        reach, allowed: 0 for samples that end by `finish` alone.
         backend: as for `ddim_update`; there is no C++ form, "cpp" means the reference.
 
     Raises:
         ValueError: an argument has the wrong shape or dtype.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    _op(
-        backend, sq_diff, sq_norm, lo, hi, previous_bounds, decision, rows, freeze, finish, width, reach, allowed,
-    )  # fmt: skip
+    _op(backend, sq_diff, sq_norm, lo, hi, previous_bounds, decision, rows, freeze, finish, width)

@@ -25,17 +25,13 @@ def residuals(sq_diff, sq_norm, i, b, B, inside, TINY: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "width"])
 def window_bounds_kernel(
     sq_diff, sq_norm, lo, hi, previous_bounds, decision, T, B, width, freeze: tl.float64, finish: tl.float64,
-    reach: tl.float64, allowed: tl.float64, TINY: tl.constexpr, SPAN: tl.constexpr,
+    TINY: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """One sample. previous_bounds (2, B), decision (4, B): see reference.py."""
     b = tl.program_id(0)
     first, last = tl.maximum(tl.load(lo + b), 0), tl.minimum(tl.load(hi + b), T)
     span = tl.arange(0, SPAN)
     least, limit = tl.full((), freeze, sq_diff.dtype.element_ty), tl.full((), finish, sq_diff.dtype.element_ty)
-    most, left = tl.full((), reach, sq_diff.dtype.element_ty), tl.full((), allowed, sq_diff.dtype.element_ty)
-    previous = tl.load(decision + 3 * B + b).to(sq_diff.dtype.element_ty)
-    previous = tl.where((previous > 0) & (previous < float("inf")), previous, 0.0)  # not so for NaN either
-    limit = tl.maximum(limit, tl.minimum(most, (tl.sqrt(left * left + 4.0 * left * previous) - left) / 2.0))
     broken, front, above, worst = T, last, 0, tl.zeros((), sq_diff.dtype.element_ty)
     for start in tl.range(first, last, SPAN):
         i = start + span
@@ -82,12 +78,12 @@ def active_rows_kernel(lo, hi, rows, T, B, N, SPAN: tl.constexpr):
 
 def launch(
     sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, previous_bounds: Tensor, decision: Tensor, rows: Tensor,
-    freeze: float, finish: float, width: int, reach: float, allowed: float,
+    freeze: float, finish: float, width: int,
 ) -> None:  # fmt: skip
     """The op on contiguous tensors: two launches."""
     steps, batch = sq_diff.shape
     window_bounds_kernel[(batch,)](
-        sq_diff, sq_norm, lo, hi, previous_bounds, decision, steps, batch, width, freeze, finish, reach, allowed,
+        sq_diff, sq_norm, lo, hi, previous_bounds, decision, steps, batch, width, freeze, finish,
         TINY=TINY_OF[sq_norm.dtype], SPAN=128, num_warps=1,
     )  # fmt: skip
     active_rows_kernel[(1,)](lo, hi, rows, steps, batch, len(rows), SPAN=1024, num_warps=4)

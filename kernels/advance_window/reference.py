@@ -7,15 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..stopping import TINY_OF, finish_threshold
+from ..stopping import TINY_OF
 
 
 def advance_window(
     sq_diff: Tensor, sq_norm: Tensor, lo: Tensor, hi: Tensor, previous_bounds: Tensor, decision: Tensor, rows: Tensor,
-    freeze: float, finish: float, width: int, reach: float = 0.0,
-    allowed: float = 0.0,
+    freeze: float, finish: float, width: int,
 ) -> None:  # fmt: skip
-    """Row lo is final, and the rows up to the first of residual > freeze; all where none is > `finish_threshold`.
+    """Row lo is final, and the rows up to the first of residual > freeze; all where none is > finish.
 
     lo, hi <- the next window. previous_bounds (2, B): the old lo; the first row that enters. decision (4, B): lo, hi,
     the first row whose residual is not finite (T: none), the largest residual. rows (N,): the active rows i * B + b,
@@ -30,8 +29,7 @@ def advance_window(
     # the first row where `flags` holds, or T
     first = lambda flags: torch.where(flags, step, steps).amin(0)  # noqa: E731
     front = torch.minimum(torch.maximum(first(active & ~(residual <= freeze)), lo + 1), hi)
-    end = finish_threshold(decision[3].to(residual.dtype), finish, reach, allowed)
-    coarse = first(active & ~(residual <= end))
+    coarse = first(active & ~(residual <= finish))
     front = torch.where((hi == steps) & (coarse == steps), steps, front).to(lo.dtype)
     previous_bounds[0].copy_(lo)
     torch.maximum(hi, front, out=previous_bounds[1])

@@ -32,11 +32,11 @@ def coefficient(table, k, K, kind, CLASSES: tl.constexpr):
 
 @triton.jit
 def interpolated(
-    j, b, T, B, D, K, lanes, mask, kind, remainder, remainder_coef, start, drift, L: tl.constexpr, S: tl.constexpr,
+    j, b, M, B, D, K, lanes, mask, kind, remainder, remainder_coef, start, drift, L: tl.constexpr, S: tl.constexpr,
     CLASSES: tl.constexpr, DRIFT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What step j adds to each of the carried values: remainders and drift."""
-    first = tl.minimum(tl.maximum(tl.load(start + j), 0), T - S)
+    first = tl.minimum(tl.maximum(tl.load(start + j), 0), M - S)
     at, row = j * L, j * L * S
     r0 = drift_row(drift, at, b, B, D, lanes, mask, DRIFT, WIDE)
     r1, r2, r3 = r0, r0, r0
@@ -85,10 +85,10 @@ def advanced(j, K, kind, y0, y1, y2, y3, r0, r1, r2, r3, state_coef, L: tl.const
     return n0, n1, n2, n3
 
 
-@triton.jit(do_not_specialize=["T", "K"])
+@triton.jit(do_not_specialize=["T", "M", "K"])
 def node_scan_kernel(
-    states, remainder, state_coef, remainder_coef, start, classes, drift, T, B, D, K, L: tl.constexpr, S: tl.constexpr,
-    CLASSES: tl.constexpr, DRIFT: tl.constexpr, BLOCK: tl.constexpr,
+    states, remainder, state_coef, remainder_coef, start, classes, drift, T, M, B, D, K, L: tl.constexpr,
+    S: tl.constexpr, CLASSES: tl.constexpr, DRIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of D, one sample."""
     WIDE: tl.constexpr = state_coef.dtype.element_ty
@@ -105,10 +105,10 @@ def node_scan_kernel(
     for j in tl.range(0, T, 2):
         other = tl.minimum(j + 1, T - 1)  # where T is odd the last step is made twice, and stored once
         r0, r1, r2, r3 = interpolated(
-            j, b, T, B, D, K, lanes, mask, kind, remainder, remainder_coef, start, drift, L, S, CLASSES, DRIFT, WIDE
+            j, b, M, B, D, K, lanes, mask, kind, remainder, remainder_coef, start, drift, L, S, CLASSES, DRIFT, WIDE
         )
         q0, q1, q2, q3 = interpolated(
-            other, b, T, B, D, K, lanes, mask, kind, remainder, remainder_coef, start, drift, L, S, CLASSES, DRIFT, WIDE
+            other, b, M, B, D, K, lanes, mask, kind, remainder, remainder_coef, start, drift, L, S, CLASSES, DRIFT, WIDE
         )
         n0, n1, n2, n3 = advanced(j, K, kind, y0, y1, y2, y3, r0, r1, r2, r3, state_coef, L, CLASSES)
         y0, y1, y2, y3 = advanced(other, K, kind, n0, n1, n2, n3, q0, q1, q2, q3, state_coef, L, CLASSES)
@@ -123,12 +123,12 @@ def launch(
     classes: Tensor | None, drift: Tensor | None,
 ) -> None:  # fmt: skip
     """The op on contiguous tensors: one launch."""
-    (steps, batch, size), lags, stencil = remainder.shape, state_coef.shape[1], remainder_coef.shape[2]
+    (nodes, batch, size), lags, stencil = remainder.shape, state_coef.shape[1], remainder_coef.shape[2]
     config = _config.config("node_scan", states.device)
     block = config.block(states.element_size())
     if batch:
         node_scan_kernel[(triton.cdiv(size, block) * batch,)](
-            states, remainder, state_coef, remainder_coef, start, classes, drift, steps, batch, size,
-            state_coef.shape[3], L=lags, S=stencil, CLASSES=classes is not None, DRIFT=drift is not None, BLOCK=block,
-            num_warps=config.num_warps, enable_fp_fusion=True,
+            states, remainder, state_coef, remainder_coef, start, classes, drift, len(start), nodes, batch,
+            size, state_coef.shape[3], L=lags, S=stencil, CLASSES=classes is not None, DRIFT=drift is not None,
+            BLOCK=block, num_warps=config.num_warps, enable_fp_fusion=True,
         )  # fmt: skip

@@ -21,13 +21,14 @@ std::mt19937_64 generator(11);
 std::vector<double> normal(std::size_t count, double scale) { return chains::normal(&generator, count, scale); }
 
 struct Nodes {
-  Nodes(Dtype type, std::int64_t t, std::int64_t b, std::int64_t d, int l, int s, std::int64_t k, bool drifting)
-      : dtype(type), steps(t), batch(b), size(d), kinds(k), lags(l), stencil(s) {
+  Nodes(Dtype type, std::int64_t t, std::int64_t b, std::int64_t d, int l, int s, std::int64_t k, bool drifting,
+        std::int64_t sources = 0)
+      : dtype(type), steps(t), nodes(sources > 0 ? sources : t), batch(b), size(d), kinds(k), lags(l), stencil(s) {
     for (const double value : normal(t * l * l * k, 0.6 / l)) state_coef.push_back(round_to_wide(value));
     for (const double value : normal(t * l * s * k, 0.5)) remainder_coef.push_back(round_to_wide(value));
-    for (std::int64_t j = 0; j < t; ++j) start.push_back(static_cast<std::int32_t>(generator() % (t - s + 1)));
+    for (std::int64_t j = 0; j < t; ++j) start.push_back(static_cast<std::int32_t>(generator() % (nodes - s + 1)));
     for (std::int64_t e = 0; e < d; ++e) classes.push_back(static_cast<std::int32_t>(generator() % k));
-    remainder = normal(t * b * d, 1.0);
+    remainder = normal(nodes * b * d, 1.0);
     if (drifting) drift = normal(t * l * b * d, 0.3);
     states = normal(b * d, 1.0);
     states.resize((t + 1) * b * d, NAN);
@@ -67,13 +68,13 @@ struct Nodes {
     Storage x(dtype, states), r(dtype, remainder), noise(dtype, drift), a(wide(), state_coef),
         c(wide(), remainder_coef);
     node_scan({dtype, x.data(), r.data(), a.data(), c.data(), start.data(), kinds > 1 ? classes.data() : nullptr,
-               drift.empty() ? nullptr : noise.data(), steps, batch, size, kinds, lags, stencil, threads});
+               drift.empty() ? nullptr : noise.data(), steps, nodes, batch, size, kinds, lags, stencil, threads});
     CHECK(x.intact() && r.intact() && noise.intact() && a.intact() && c.intact());
     return x;
   }
 
   Dtype dtype;
-  std::int64_t steps, batch, size, kinds;
+  std::int64_t steps, nodes, batch, size, kinds;
   int lags, stencil;
   std::vector<double> states, remainder, drift, state_coef, remainder_coef;
   std::vector<std::int32_t> start, classes;
@@ -99,6 +100,17 @@ TEST(every_dtype_lag_stencil_and_class_is_the_recursion) {
 TEST(one_node_is_one_step) {
   const Nodes nodes(Dtype::kFloat64, 1, 3, 70, 2, 1, 4, true);
   CHECK_NEAR(error(nodes.run(1).values(), nodes.expected()), 0.0, 1e-14);
+}
+
+TEST(remainders_of_other_nodes) {
+  for (const std::int64_t sources : {3, 4, 20}) {
+    Nodes nodes(Dtype::kFloat64, 9, 2, 70, 2, 3, 4, true, sources);
+    nodes.start[0] = 0;
+    nodes.start[8] = static_cast<std::int32_t>(sources) - 3;
+    CHECK_NEAR(error(nodes.run(1).values(), nodes.expected()), 0.0, 1e-13);
+    nodes.start[8] += 1;
+    CHECK_THROWS(nodes.run(1), std::invalid_argument);
+  }
 }
 
 TEST(results_do_not_depend_on_the_number_of_threads) {

@@ -16,7 +16,6 @@ from deqdiff_fast.engine import solve
 from deqdiff_fast.engine.cuda_graphs import Graphs
 from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.model.padding import padded_sizes
-from deqdiff_fast.solver import draft as drafted
 
 
 class Tape(TorchDispatchMode):
@@ -119,11 +118,10 @@ def test_replayed_rounds_are_the_rounds(recorded, ddim, net, relative_error, sol
 
 
 @pytest.mark.parametrize("window", ["auto", 20])
-def test_replayed_rounds_with_a_draft(recorded, monkeypatch, ddim, net, relative_error, window):
-    """The first guess, the rounds on coarse grids and the full ones, all of them recorded with the draft's calls."""
-    monkeypatch.setattr(drafted, "on_host", lambda chain: False)
+def test_replayed_rounds_with_a_draft(recorded, ddim, net, relative_error, window):
+    """Rounds on nodes, where the draft is called, are not recorded, and counted as they are; those that follow are."""
     draft = Net().eval().requires_grad_(False)
-    options = {"solver": "draft", "draft": draft, "window": window, "tol": 1e-5}
+    options = {"solver": "draft", "draft": draft, "window": window, "tol": 1e-5, "certify": "full"}
     sampler = dq.DEQSampler(net, ddim(60), cuda_graph=True, **options)
     plain = dq.DEQSampler(net, ddim(60), cuda_graph=False, **options)
     with torch.no_grad():
@@ -134,15 +132,17 @@ def test_replayed_rounds_with_a_draft(recorded, monkeypatch, ddim, net, relative
         net.python_calls = draft.python_calls = 0
         out = sampler.sample(start)
         assert out.stats.rounds == expected.stats.rounds
-        assert out.stats.coarse_rounds == expected.stats.coarse_rounds == (2 if window == "auto" else 0)
+        assert out.stats.node_rounds == expected.stats.node_rounds
+        assert (out.stats.node_rounds > 0) == (out.stats.draft_evals > 0) == (window == "auto")
         assert relative_error(out.sample, expected.sample).max() < 1e-6
         assert out.stats.model_evals == expected.stats.model_evals
-        assert out.stats.draft_evals == expected.stats.draft_evals > 0
-    assert net.python_calls == draft.python_calls == 0
+        assert out.stats.draft_evals == expected.stats.draft_evals
+        assert out.stats.rounds > out.stats.node_rounds
+    assert net.python_calls == out.stats.node_rounds
     (kept,) = sampler.options.graph_cache._cached.values()
     assert not kept.graphs.refused
     kinds = {kind for kind, _ in kept.graphs.replays}
-    assert kinds == {"guess", "model", "step"} | ({"coarse"} if window == "auto" else set())
+    assert kinds == {"model", "step"} | ({"guess"} if window == 20 else set())
 
 
 def test_a_model_with_a_state_of_its_own_is_refused(recorded, ddim, net, caplog, relative_error):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-STEPS, BATCH, SIZE, COLUMNS, ANCHORS = 4, 2, 6, 3, 2
+STEPS, BATCH, SIZE, COLUMNS, NODES = 4, 2, 6, 3, 5
 
 
 def _scan(normal: Any) -> dict[str, Any]:
@@ -31,17 +31,6 @@ def _rings(normal: Any, a: str, b: str) -> dict[str, Any]:
     return {a: normal(*ring), b: normal(*ring), "filled": torch.full(ring[1:3], 2, dtype=torch.int32), "column": 1}
 
 
-def _anchors(normal: Any) -> dict[str, Any]:
-    ring = (COLUMNS, ANCHORS, BATCH, SIZE)
-    return {
-        "draft_cache": normal(*ring[1:]),
-        "z": normal(*ring),
-        "remainder": normal(*ring),
-        "secant_weights": torch.eye(COLUMNS - 1, dtype=torch.float64).repeat(ANCHORS, BATCH, 1, 1),
-        "column": 1,
-    }
-
-
 def _stopping(scan: dict[str, Any]) -> dict[str, dict[str, Any]]:
     sums = {name: scan[name] for name in ("sq_diff", "sq_norm")}
     marks = {"previous": sums["sq_norm"].clone(), "strict": torch.ones(BATCH, dtype=torch.float64)}
@@ -54,22 +43,20 @@ def _stopping(scan: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
     return {
         "mark_converged": {**sums, **marks, "freeze": 1e-3, "floor": 1e-6},
-        "advance_window": {
-            **sums, **bounds, "freeze": 1e-3, "finish": 1e-3, "width": 3, "reach": 0.0, "allowed": 0.0,
-        },
+        "advance_window": {**sums, **bounds, "freeze": 1e-3, "finish": 1e-3, "width": 3},
         "copy_rows": {"target": scan["states"], "source": scan["predictions"], "first": scan["lo"], "last": scan["hi"]},
-    }  # fmt: skip
+    }
 
 
 def _nodes(normal: Any) -> dict[str, Any]:
-    """Two lags, three nodes nearby, five classes of elements."""
-    rows, lags, stencil, kinds = (STEPS, BATCH, SIZE), 2, 3, 5
+    """Two lags, three nodes nearby out of others than those of the states, five classes of elements."""
+    lags, stencil, kinds = 2, 3, 5
     return {
         "states": normal(STEPS + 1, BATCH, SIZE),
-        "remainder": normal(*rows),
+        "remainder": normal(NODES, BATCH, SIZE),
         "state_coef": torch.full((STEPS, lags, lags, kinds), 0.5),
         "remainder_coef": torch.full((STEPS, lags, stencil, kinds), 0.25),
-        "start": torch.tensor([0, 1, 1, 0], dtype=torch.int32),
+        "start": torch.tensor([0, 2, 1, 0], dtype=torch.int32),
         "classes": torch.tensor([4, 0, 3, 3, 1, 2], dtype=torch.int32),
         "drift": normal(STEPS, lags, BATCH, SIZE),
     }
@@ -87,7 +74,6 @@ def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     mix = {"scope": "timestep", "ridge": 1e-3, "relative_ridge": True, "damping": 1.0, "stale": 8.0}
     gram = torch.zeros(STEPS, BATCH, COLUMNS, COLUMNS, dtype=torch.float64)
     inverse = {"damping": 1.0, "ridge": 1e-6, "stale": 8.0, "floor": 1e-6, "reach": 1.0}
-    segment = {"anchor": 1, "previous_start": 0, "start": 2, "stop": 4, "rollout": False, "last": True}
     found: dict[str, dict[str, Any]] = {
         "ddim_update": scan,
         "anderson_step": {**scan, **_rings(normal, "f", "g"), "gram": gram, **mix},
@@ -95,15 +81,6 @@ def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "inverse_scan": {
             **{name: scan[name] for name in ("states", "predictions", *coefs, "drift")}, "slope": slope,
             "weight": slope.clone(), "sq_miss": scan["sq_diff"], **_rings(normal, "z", "e"), **inverse,
-        },
-        "draft_secants": {
-            **{name: scan[name] for name in ("states", "predictions", "lo", "hi", "workspace")}, **_anchors(normal),
-            "anchor_rows": torch.tensor([0, 2]), "filled": torch.full((ANCHORS, BATCH), 2, dtype=torch.int32), **fit,
-        },
-        "draft_scan": {
-            **scan, "draft_output": normal(BATCH, SIZE), **_anchors(normal), "correction": normal(2, BATCH, SIZE),
-            "weights": torch.full((STEPS, 2), 0.5, dtype=torch.float64), "slope": slope,
-            "carry": normal(2, 1, BATCH, SIZE), **segment,
         },
         "node_scan": _nodes(normal),
         **_stopping(scan),
@@ -113,6 +90,6 @@ def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 OPS = (
-    "ddim_update", "anderson_step", "newton_scan", "inverse_scan", "draft_secants", "draft_scan", "node_scan",
-    "mark_converged", "advance_window", "copy_rows",
+    "ddim_update", "anderson_step", "newton_scan", "inverse_scan", "node_scan", "mark_converged", "advance_window",
+    "copy_rows",
 )  # fmt: skip

@@ -14,7 +14,7 @@ from deqdiff_fast.kernels import _backends
 _C = pytest.importorskip("deqdiff_fast._C")
 CPP = [op for op in OPS if op in _backends.CPP_OPS]
 WINDOWED = [op for op in CPP if op not in ("mark_converged", "node_scan")]
-SIZES = ("T", "B", "D", "L", "A", "M", "W", "S", "K", "ring", "threads", "dtype")
+SIZES = ("T", "B", "D", "L", "M", "W", "S", "K", "ring", "threads", "dtype")
 NEVER_ZERO = ("L", "M", "S", "K", "threads")  # an empty chain is nothing to do; these are no sizes of it
 
 
@@ -95,37 +95,16 @@ def test_columns_outside_of_the_ring(op, call):
         call(op).refuse("column", column=column)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"anchor": 2}, {"anchor": -1}, {"start": -1}, {"start": STEPS}, {"stop": 2}, {"stop": STEPS + 1},
-        {"previous_start": 2}, {"previous_start": -2}, {"A": STEPS + 1}, {"ring": 0}, {"ring": 9},
-    ],
-)  # fmt: skip
-def test_segments_of_a_draft(changes, call):
-    call("draft_scan").refuse(next(iter(changes)), **changes)
-
-
-def test_a_draft_has_steps(call):
-    call("draft_scan").refuse("stop", T=0, A=1, anchor=0, previous_start=-1, start=0, stop=0, correction=0)
-
-
-def test_anchors_outside_of_the_chain(call):
-    for row in (-1, STEPS, 2**62):
-        one = call("draft_secants")
-        one.tensors["anchor_rows"][1] = row
-        one.refuse("anchor_rows")
-
-
-@pytest.mark.parametrize(("name", "bad"), [("start", -1), ("start", 2), ("classes", -1), ("classes", 5)])
+@pytest.mark.parametrize(("name", "bad"), [("start", -1), ("start", 3), ("classes", -1), ("classes", 5)])
 def test_nodes_and_classes_out_of_range(name, bad, call):
     one = call("node_scan")
     one.tensors[name][3] = bad
     one.refuse(rf"{name}: expected .*, got {bad} for \w+ 3")
 
 
-def test_a_stencil_is_no_longer_than_the_chain(call):
-    call("node_scan").refuse(r"\bS\b", T=2)
+def test_a_stencil_is_no_longer_than_there_are_nodes(call):
+    call("node_scan").refuse(r"\bS: expected at most M = 2", M=2)
+    call("node_scan").refuse("a size within the address space", M=1 << 30, B=1 << 30)
     call("node_scan").refuse("a size within the address space", K=1 << 31, T=1 << 30, B=1, D=1)
 
 

@@ -14,8 +14,6 @@ from deqdiff_fast.kernels import (
     available_backends,
     copy_rows,
     ddim_update,
-    draft_scan,
-    draft_secants,
     mark_converged,
     newton_scan,
     node_scan,
@@ -82,27 +80,6 @@ def test_triton_newton_by_products_is_seven(launches, problem, monkeypatch):
     prepared = ["newton_prepare_kernel", "newton_weights_kernel"]
     scanned = ["gains_kernel", "products_kernel", "recursion_kernel", "corrected_scan_kernel", "newton_norms_kernel"]
     assert launches == prepared + scanned
-
-
-def test_triton_draft_is_one_for_every_call_of_it(launches, problem):
-    """Two before a sweep, one after each call of the draft, one for the norms when all are made."""
-    run = problem(5, 2, 17).serve("triton")
-    device, scan = run.states.device, run.scan()
-    z, remainder = (torch.zeros(3, 2, 2, 17, device=device) for _ in range(2))
-    cache, correction, carry = (torch.zeros(2, *shape, device=device) for shape in ((2, 17), (2, 17), (1, 2, 17)))
-    fit = torch.zeros(2, 2, 2, 2, dtype=torch.float64, device=device)
-    rows, filled = torch.tensor([0, 3], device=device), torch.zeros(2, 2, dtype=torch.int32, device=device)
-    draft_secants(*scan[:2], cache, rows, *scan[4:6], z, remainder, filled, fit, 0, backend="triton")
-    workspace = torch.zeros(1 << 12, dtype=torch.uint8, device=device)
-    weights, slope = torch.ones(5, 2, device=device), torch.zeros(5, 1, device=device)
-    for anchor, (previous_start, start, stop) in enumerate([(-1, 0, 3), (0, 3, 5)]):
-        draft_scan(
-            *scan[:2], cache[0], cache, correction, weights, *scan[2:4], slope, *scan[4:], carry, z, remainder, fit, 0,
-            anchor, previous_start, start, stop, last=anchor == 1, drift=run.drift, workspace=workspace, **ON,
-        )  # fmt: skip
-    assert launches == [
-        "draft_gram_kernel", "draft_weights_kernel", "draft_scan_kernel", "draft_scan_kernel", "newton_norms_kernel"
-    ]  # fmt: skip
 
 
 def test_triton_others_are_one_or_two(launches, problem):

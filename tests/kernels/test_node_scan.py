@@ -56,10 +56,14 @@ class Nodes:
         return self.map(torch.Tensor.cuda) if backend == "triton" and not INTERPRETED else self
 
 
-def nodes(steps, batch, size, lags=1, stencil=4, kinds=5, *, dtype=torch.float32, drift=True, seed=0) -> Nodes:
-    """A random chain whose carried values stay of order one; all states but the first are NaN."""
+def nodes(
+    steps, batch, size, lags=1, stencil=4, kinds=5, *, sources=None, dtype=torch.float32, drift=True, seed=0
+) -> Nodes:
+    """A random chain whose carried values stay of order one; all states but the first are NaN. sources: as many
+    remainders in the place of `steps`."""
     draw = torch.Generator().manual_seed(seed)
-    stencil, wide = min(stencil, steps), torch.float64 if dtype == torch.float64 else torch.float32
+    sources = sources or steps
+    stencil, wide = min(stencil, sources), torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
@@ -67,10 +71,10 @@ def nodes(steps, batch, size, lags=1, stencil=4, kinds=5, *, dtype=torch.float32
     states = normal(steps + 1, batch, size)
     states[1:] = NAN
     state_coef = (2 * torch.rand(steps, lags, lags, kinds, generator=draw, dtype=torch.float64) - 1) * 0.9 / lags
-    start = torch.randint(0, steps - stencil + 1, (steps,), generator=draw, dtype=torch.int32)
+    start = torch.randint(0, sources - stencil + 1, (steps,), generator=draw, dtype=torch.int32)
     return Nodes(
         states.to(dtype),
-        normal(steps, batch, size).to(dtype),
+        normal(sources, batch, size).to(dtype),
         state_coef.to(wide),
         (normal(steps, lags, stencil, kinds) / stencil).to(wide),
         start,
@@ -204,8 +208,8 @@ def test_nothing_in_a_batch(backend):
 @pytest.mark.parametrize(
     ("name", "at", "bad", "message"),
     [
-        ("start", 3, -1, r"start: expected 0 <= start <= n - S = 2, got -1 for step 3"),
-        ("start", 0, 3, r"start: expected 0 <= start <= n - S = 2, got 3 for step 0"),
+        ("start", 3, -1, r"start: expected 0 <= start <= m - S = 2, got -1 for step 3"),
+        ("start", 0, 3, r"start: expected 0 <= start <= m - S = 2, got 3 for step 0"),
         ("classes", 16, 5, r"classes: expected 0 <= classes <= K - 1 = 4, got 5 for element 16"),
         ("classes", 0, -(2**31), r"classes: expected 0 <= classes <= K - 1 = 4, got -2147483648 for element 0"),
     ],
@@ -225,6 +229,24 @@ def test_values_out_of_range(backend, name, at, bad, message):
         truth = given.exact()
         reference(*truth.list())
         torch.testing.assert_close(served.states.cpu().double(), truth.states, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("steps", "sources"), [(11, 3), (3, 11), (1, 9), (9, 1), (2, 8)])
+def test_remainders_of_other_nodes(backend, steps, sources, dtype, small, close):
+    """Fewer of them than steps, or more; the first and the last stencil are both taken."""
+    given = nodes(steps, 2, small(20, 301)[1], 2, sources=sources, dtype=dtype, seed=steps)
+    last = sources - given.remainder_coef.shape[2]
+    given.start[0], given.start[-1] = (0, last) if steps > 1 else (last, last)
+    truth, actual = given.exact(), given.clone().serve(backend)
+    reference(*truth.list())
+    node_scan(*actual.list(), backend=backend)
+    assert not truth.states.isnan().any()
+    close(actual.states, truth.states, tolerance(dtype), tolerance(dtype), "states")
+    beyond = replace(given.clone(), start=given.start + 1).serve(backend)
+    if beyond.states.device.type == "cpu":
+        with pytest.raises(ValueError, match=f"start: expected 0 <= start <= m - S = {last}, got {last + 1}"):
+            node_scan(*beyond.list(), backend=backend)
 
 
 WRONG = {
@@ -248,6 +270,16 @@ def test_what_is_refused(name):
 def test_coefficients_of_other_sizes(shape, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected shape"):
         node_scan(*replace(nodes(6, 2, 17, 2), **{name: torch.zeros(shape)}).list())
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((0, 2, 17), "remainder: expected shape .* m >= 1"), ((6, 17), "remainder: expected shape .* m >= 1"),
+     ((6, 2, 16), "remainder: expected shape"), ((3, 2, 17), "remainder_coef: expected shape .* 1 <= S <= 3")],
+)  # fmt: skip
+def test_remainders_of_other_sizes(shape, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        node_scan(*replace(nodes(6, 2, 17, 2), remainder=torch.zeros(shape)).list())
 
 
 def test_coefficients_of_half_types_are_of_float32():

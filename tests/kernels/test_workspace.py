@@ -166,12 +166,13 @@ def test_other_backends_ask_for_nothing(backend):
     assert newton_scan_bytes(5, 2, 17, 3, 1, FLOAT, FLOAT, here, backend) == 0
 
 
-SOLVERS = ["picard", "triangular", "deq-ddim", "paradigms", "quasi-newton", dq.QuasiNewton(history=0)]
+NEWTON = {"quasi-newton": dq.QuasiNewton(nodes=False), "linear": dq.QuasiNewton(history=0, nodes=False)}
+SOLVERS = ["picard", "triangular", "deq-ddim", "paradigms", *(pytest.param(s, id=name) for name, s in NEWTON.items())]
 WIDTH = 64
 
 
 @pytest.mark.parametrize("window", ["auto", 3])
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s if isinstance(s, str) else "linear")
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_triton_rounds_allocate_nothing(counter, monkeypatch, ddim, solver, window):
     """The loop that runs on a GPU, from the second round on: nothing at all, or where a window slides no rows; bounds
     and the numbers of what enters, a few for each sample, are new tensors then."""
@@ -196,7 +197,7 @@ def test_triton_rounds_allocate_nothing(counter, monkeypatch, ddim, solver, wind
     assert not any(rounds[1:]), rounds
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s if isinstance(s, str) else "linear")
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_triton_solver_steps_allocate_nothing_at_all(counter, monkeypatch, ddim, solver):
     """On a device by the counts of torch's allocator."""
     monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: Lookahead(near=0.0))

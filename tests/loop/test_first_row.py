@@ -79,7 +79,7 @@ def test_host_and_device_decide_alike_about_the_first_row(residual, low, front):
     known = torch.tensor(residual, dtype=torch.float64)
     bad = (~known.isfinite()).cumsum(0) > 0
     rule, seen = StoppingRule(0.01, 0.03), torch.where(bad, torch.inf, known)
-    worst = rule.advance(window, [seen.tolist()], torch.zeros(1, dtype=torch.float64))
+    worst = rule.advance(window, [seen.tolist()])
     lo, hi = torch.tensor([low], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
     previous_bounds, decision, rows = (
         torch.zeros(2, 1, dtype=torch.int32),

@@ -10,7 +10,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
-from deqdiff_fast.kernels.stopping import MAX_RATE, MIN_RATE, finish_threshold
+from deqdiff_fast.kernels.stopping import MAX_RATE, MIN_RATE
 from deqdiff_fast.loop.stopping import StallDetector, StoppingRule, reset_steps
 from deqdiff_fast.loop.task import Lookahead
 
@@ -26,24 +26,6 @@ def judged(*steps):
         diff, norm = torch.tensor([[step**2 * 4.0]], dtype=torch.float64), torch.full((1, 1), 4.0, dtype=torch.float64)
         rule.mark_converged(SimpleNamespace(sq_diff=diff, sq_norm=norm, backend="auto"), previous, one)
     return float((diff / norm).sqrt())
-
-
-def ends(before, reach=3.0, left=1.0):
-    """The longest step at which a sample may end that moved by `before` in the round before."""
-    return float(finish_threshold(torch.tensor([before], dtype=torch.float64), 0.7, reach, left))
-
-
-def test_a_sample_ends_where_what_its_steps_leave_is_allowed():
-    for before in (2.0, 5.0, 10.0, 11.9):
-        longest = ends(before)
-        rho = longest / before
-        assert longest * rho / (1 - rho) == pytest.approx(1.0)
-        assert longest < 3.0
-    assert ends(1e6) == 3.0  # however fast the steps get shorter
-    assert ends(0.5) == 0.7  # a short step does as it is
-    for unknown in (0.0, math.inf, math.nan):
-        assert ends(unknown) == 0.7
-    assert ends(1e6, reach=0.0, left=0.0) == 0.7
 
 
 def test_a_first_step_counts_as_it_is():
