@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..loop.base import Chain
+from ..loop.base import Chain, Solver
 from ..loop.task import Replay
 from ..loop.window import Window
 from ..nodes.composite import interpolation
@@ -31,9 +31,13 @@ if TYPE_CHECKING:
 MOST_LAGS = 2  # of a chain: what is further back would be extrapolated between nodes
 
 
-def worth_nodes(system: System, limit: int) -> bool:
-    """Whether rounds on nodes can do anything for that chain in that many rounds."""
-    return system.num_steps >= FEWEST_STEPS and system.schedule.lags <= MOST_LAGS and limit > UNTOLD
+def worth_nodes(system: System, solver: Solver, limit: int) -> bool:
+    """Whether rounds on nodes can do anything for that chain in that many rounds.
+
+    Without a slope the linear model carries errors as no denoiser does, and the estimate of them would be false.
+    """
+    suitable = system.num_steps >= FEWEST_STEPS and system.schedule.lags <= MOST_LAGS and solver.slope is not None
+    return solver.nodes and suitable and limit > UNTOLD
 
 
 class NodeSolve:

@@ -93,7 +93,7 @@ def solve_rounds(
     warm, watched = request.init_trajectory is not None, request.callback is not None or request.progress
     lookahead = None if solver.makes_rounds else lookahead_policy(system, request)
     nodes = None
-    if solver.nodes and not warm and stats.window >= system.num_steps and worth_nodes(system, limit):
+    if not warm and stats.window >= system.num_steps and worth_nodes(system, solver, limit):
         nodes = NodeSolve(system, options, request, None if head is None else head.work.chain)
         if head is not None:
             head.work.lease.release()  # what was made of the chain already is of no use to rounds on nodes
