@@ -24,7 +24,7 @@ GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 UNSETTLED = 0.02  # what the last sweep may move where they have not settled
 GROWING, LARGEST = 2.0, 3.0  # times the last move of a draft's sweeps, or times the sample: they do not settle
-PATIENT, STALLED = 7, 0.7  # rounds before which none is hopeless; part of the estimate two rounds before
+PATIENT, STALLED = 8, 0.7  # rounds before which none is hopeless; part of the estimate three rounds before
 SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move
 
 Report = Callable[[int, Tensor, "NodeRounds"], object]
@@ -139,10 +139,11 @@ class NodeRounds:
 
     def _hopeless(self, found: Estimate, trace: list[Tensor]) -> bool:
         """Whether some sample is no longer getting better, or no number of nodes that is allowed will do for it."""
-        worst = self.shortfall * found.interpolation * self.safety
-        rough = (worst > self.problem.tol).tolist() if len(self.grid.nodes) >= self._most() else [False] * self.batch
+        scale, tol = self.shortfall * self.safety, self.problem.tol
+        settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
+        rough = settled.tolist() if len(self.grid.nodes) >= self._most() else [False] * self.batch
         for b, done in enumerate(self.done):
-            stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-3][b])
+            stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
             if not done and (rough[b] or stalled):
                 return True
         return False
