@@ -20,20 +20,22 @@ from ..solution import Solution, Stats
 from .initial_guess import linear_scan
 from .node_problem import lease_for, node_problem
 from .options import Options
-from .progress import Reporter
 from .system import System
 from .workspace import Workspace
 
 if TYPE_CHECKING:
     from .solve import Request
 
+RoundReport = Callable[[int, Window, Tensor], object]
 
 MOST_LAGS = 2  # of a chain: what is further back would be extrapolated between nodes
 
 
-def worth_nodes(system: System, limit: int) -> bool:
-    """Whether rounds on nodes can do anything for that chain in that many rounds."""
-    return system.num_steps >= FEWEST_STEPS and system.schedule.lags <= MOST_LAGS and limit > UNTOLD
+def begins_on_nodes(options: Options, window: int, warm: bool) -> bool:
+    """Whether a solve with that window begins with rounds on nodes; warm: it is given a trajectory."""
+    schedule = options.schedule
+    worth = schedule.num_steps >= FEWEST_STEPS and schedule.lags <= MOST_LAGS and options.round_limit() > UNTOLD
+    return bool(options.solver.nodes) and not warm and window >= schedule.num_steps and worth
 
 
 class NodeSolve:
@@ -54,17 +56,23 @@ class NodeSolve:
             )
         self.outcome: NodeOutcome | None = None
 
-    def run(self, limit: int, work: Workspace | None = None, report: Reporter | None = None) -> None:
-        """Make the rounds; with a workspace the chain is filled in after each of them, for `report` to look at."""
+    def run(self, limit: int, report: RoundReport | None = None, work: Workspace | None = None) -> None:
+        """Make the rounds.
+
+        Args:
+            report: called after every round with its number, a window and the estimate of the error.
+            work: where the chain is filled in after every round, for `report` to look at.
+        """
         watch = None
-        if work is not None and report is not None:
-            seen, told = work, report
+        if report is not None:
+            told, steps, batch = report, self.system.num_steps, self.system.batch
 
             def watch(round: int, error: Tensor, rounds: NodeRounds) -> object:
-                self._fill(seen, rounds.grid.nodes, rounds.remainder)
-                window = Window(seen.chain.num_steps, seen.chain.batch, seen.chain.window)
+                if work is not None:
+                    self._fill(work, rounds.grid.nodes, rounds.remainder)
+                window = Window(steps, batch, steps)
                 if all(rounds.done):  # before that a sample may turn out to be none
-                    window.lo = [window.num_steps] * seen.chain.batch
+                    window.lo = [steps] * batch
                 return told(round, window, error)
 
         with torch.no_grad():
@@ -87,7 +95,7 @@ class NodeSolve:
 
     @property
     def stopped(self) -> bool:
-        """Whether a callback asked for the end."""
+        """Whether `report` asked for the end."""
         return self.outcome is not None and self.outcome.stopped
 
     @property
