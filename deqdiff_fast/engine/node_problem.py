@@ -50,15 +50,16 @@ def leased(system: System) -> MemoryPlan:
     return plan
 
 
-def node_bytes(system: System, history: int) -> int:
+def node_bytes(system: System, settings: Any) -> int:
     """Memory of the rounds on nodes, in bytes: the lease, then columns, secants and iterates at the nodes.
 
-    Columns are held twice while they are moved to other nodes.
+    Columns are held twice while they are moved to other nodes. settings: `node_problem`'s.
     """
-    columns = (2 if system.draft is None else 3) * (history + 1)
-    tensors = 2 * columns + 2 * history + ITERATES + system.schedule.stochastic
+    columns = (2 if system.draft is None else 3) * (settings.history + 1)
+    tensors: int = 2 * columns + 2 * settings.history + ITERATES + system.schedule.stochastic
     size: int = most_nodes(system.num_steps) * system.batch * system.numel * system.dtype.itemsize
-    return leased(system).layout()[1] + tensors * size
+    held: int = leased(system).layout()[1]
+    return held + tensors * size
 
 
 def node_problem(

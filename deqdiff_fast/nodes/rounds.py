@@ -145,7 +145,8 @@ class NodeRounds:
     def _hopeless(self, found: Estimate, trace: list[Tensor]) -> bool:
         """Whether some sample is no longer getting better, or no number of nodes that is allowed will do for it."""
         worst = self.shortfall * found.interpolation * self.safety
-        rough = (worst > self.problem.tol).tolist() if len(self.grid.nodes) >= most_nodes(self.steps) else [False] * self.batch
+        most = len(self.grid.nodes) >= most_nodes(self.steps)
+        rough = (worst > self.problem.tol).tolist() if most else [False] * self.batch
         for b, done in enumerate(self.done):
             stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-3][b])
             if not done and (rough[b] or stalled):

@@ -87,8 +87,9 @@ def most_rows(inputs: PlannerInputs, window: int) -> int:
 def _piece(inputs: PlannerInputs, calls: Curve, window: int) -> int:
     """Rows in one call with which a solve is fastest: what its largest rounds want, and no less where these are on
     nodes and rounds on all timesteps may follow."""
-    piece, all_rows = calls.best_piece(most_rows(inputs, window), inputs.limit), min(window, inputs.steps) * inputs.batch
-    if piece < most_rows(inputs, window):
+    widest, all_rows = most_rows(inputs, window), min(window, inputs.steps) * inputs.batch
+    piece = calls.best_piece(widest, inputs.limit)
+    if piece < widest:
         return piece
     trusted = min(max(int(REACH * calls.largest), piece), inputs.limit or all_rows)
     return max(piece, calls.best_piece(all_rows, trusted))

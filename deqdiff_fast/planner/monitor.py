@@ -82,9 +82,7 @@ class SlowSolveMonitor:
         return self.gave_up or None
 
 
-def work_left(
-    done: int, effort: RoundEstimate, front: int, steps: int, window: int, nodes: bool = False
-) -> float:
+def work_left(done: int, effort: RoundEstimate, front: int, steps: int, window: int, nodes: bool = False) -> float:
     """What a running solve may still need, in units of its last round.
 
     One that is overdue is expected to go on as long as it is overdue. front: how many timesteps are final.

@@ -84,8 +84,8 @@ class Planner:
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
         kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)
-        self._kind = (*kind, None if options.draft is None else id(options.draft))
         self._tol, self._nodes = tol, begins_on_nodes(options, schedule.num_steps, warm=False)
+        self._kind = (*kind, self._nodes, None if options.draft is None else id(options.draft))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options, self.clock)  # a copy is of another model, which it learns about anew
@@ -170,7 +170,7 @@ class Planner:
                 system = self.options.system(workload.noise, workload.model_kwargs)
                 layout = Workspace.layout(system, self.options.solver, size, self.options.backend).layout()
                 nodes = self.on_nodes(workload, size)  # whose memory stays until the rounds that may follow have begun
-                known[size] = layout[1] + (node_bytes(system, self.options.solver.history) if nodes else 0)
+                known[size] = layout[1] + (node_bytes(system, self.options.solver) if nodes else 0)
             if known[size] <= usable:
                 return True
         return False

@@ -17,7 +17,7 @@ WHOLE = RoundEstimate(6.4, 2.7)  # all timesteps in every round
 PER_DECADE = 1.3  # evaluations beyond the first, for one more digit of the sample
 PER_DOUBLING = 1.05  # rounds for twice the samples: the slowest of a batch decides
 TRUSTED_TOL = 1e-2
-# Of rounds on nodes, the bundled model, T = 20 to 1000: evaluations within 7 % of the measured ones (12 % with a draft).
+# Of rounds on nodes, the bundled model, T = 20 to 1000: within 7 % of the measured evaluations, 13 % with a draft.
 # Stricter tolerances: a Gaussian mixture, down to 1e-5.
 NODE_ROUNDS, PER_TENFOLD = 5.0, 0.9  # for 20 timesteps, and for ten times as many
 DRAFTED_ROUNDS = 4.0  # with a draft of the model, whatever T
