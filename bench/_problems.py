@@ -69,6 +69,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="bundled", help="'bundled' (default), 'mixture', or a diffusers folder or hub name"
     )
+    parser.add_argument(
+        "--alone", action="store_true", help="without the draft and the spectrum that the model brings, as a stranger's"
+    )
     parser.add_argument("--size", type=positive_int, default=32, help="image size of the mixture (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first noise (default 0)")
     parser.add_argument(
@@ -96,8 +99,8 @@ def load(args: argparse.Namespace) -> Problem:
         return ddim_schedule(loaded.scheduler, steps, eta=eta)
 
     return Problem(
-        Path(args.model).name, loaded.model, schedule, loaded.info.sample_shape, args.device, loaded.spectrum,
-        loaded.draft,
+        Path(args.model).name, loaded.model, schedule, loaded.info.sample_shape, args.device,
+        None if args.alone else loaded.spectrum, None if args.alone else loaded.draft,
     )  # fmt: skip
 
 

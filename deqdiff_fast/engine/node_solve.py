@@ -32,10 +32,13 @@ MOST_LAGS = 2  # of a chain: what is further back would be extrapolated between 
 
 
 def begins_on_nodes(options: Options, window: int, warm: bool) -> bool:
-    """Whether a solve with that window begins with rounds on nodes; warm: it is given a trajectory."""
-    schedule = options.schedule
-    worth = schedule.num_steps >= FEWEST_STEPS and schedule.lags <= MOST_LAGS and options.round_limit() > UNTOLD
-    return bool(options.solver.nodes) and not warm and window >= schedule.num_steps and worth
+    """Whether a solve with that window begins with rounds on nodes; warm: it is given a trajectory.
+
+    Without a slope the linear model carries errors as no denoiser does, and the estimate of them would be false.
+    """
+    schedule, solver = options.schedule, options.solver
+    suitable = schedule.num_steps >= FEWEST_STEPS and schedule.lags <= MOST_LAGS and solver.slope is not None
+    return solver.nodes and suitable and not warm and window >= schedule.num_steps and options.round_limit() > UNTOLD
 
 
 class NodeSolve:

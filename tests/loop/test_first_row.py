@@ -120,15 +120,15 @@ def by_batch(model):
     return draft
 
 
-@pytest.mark.parametrize("stride", [None, 3])
+@pytest.mark.parametrize("history", [0, 3])
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
 @pytest.mark.parametrize("kind", [noisy, by_batch])
-def test_a_draft_that_contradicts_itself_does_not_decide_the_sample(kind, tol, stride):
+def test_a_draft_that_contradicts_itself_does_not_decide_the_sample(kind, tol, history):
     model = Deep().eval().requires_grad_(False)
     schedule = dq.Schedule.ddim(abar(), torch.linspace(0, 999, 20).round().long().flip(0))
     noise = torch.randn(2, 64, generator=torch.Generator().manual_seed(4))
     expected = plain_chain(copy.deepcopy(model).double(), schedule, noise.double())
-    solver = dq.Drafted(stride=stride)
+    solver = dq.Drafted(history=history)
     found = dq.DEQSampler(model, schedule, solver=solver, draft=kind(model), tol=tol).sample(noise)
     off = (found.sample.double() - expected).norm(dim=1) / expected.norm(dim=1)
     assert found.converged.all()
