@@ -36,14 +36,17 @@ def conclude(
         NotConvergedError: rows are left and `on_failure` is "raise".
     """
     system, chain = work.system, work.chain
+    left = torch.tensor([final < system.num_steps for final in front])
     rounds_ran_out = min(front) < system.num_steps and not stopped
     if rounds_ran_out:
         stats.stop_reason = "replanned" if gave_up else "max_rounds"
         if gave_up or on_failure == "serial":
             stats.finished_serially, stopped = finish_serially(work, front, stats.rounds, report)
         if stats.finished_serially and not stopped:
-            stats.error_estimate = torch.zeros(system.batch, dtype=torch.float64)
-            stats.timesteps_evaluated = 1.0
+            known = stats.error_estimate
+            known = known if len(known) == system.batch else torch.zeros(system.batch, dtype=torch.float64)
+            stats.error_estimate = known.masked_fill(left, 0.0)
+            stats.timesteps_evaluated = 1.0 if bool(left.all()) else stats.timesteps_evaluated
     if stopped:
         stats.stop_reason = "callback"
     done = torch.tensor([final == system.num_steps for final in front])

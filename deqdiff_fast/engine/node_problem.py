@@ -12,13 +12,15 @@ from .._types import Generators, Rows
 from ..loop.base import Chain
 from ..memory import Lease, MemoryPlan, SolverMemory
 from ..nodes.composite import LinearChain
-from ..nodes.grid import density, round_sizes
+from ..nodes.grid import density
 from ..nodes.problem import NodeProblem
-from ..nodes.rounds import DENSEST
+from ..nodes.rounds import most_nodes
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
 from ..schedule.noise import discard_draws, fill_drift
 from .system import System
+
+ITERATES = 8  # states, remainders, answers, surprises and what is made of them in a round, old and new
 
 
 def linear_chain(schedule: Schedule, slope: SpectralSlope | str | None) -> tuple[LinearChain, Tensor | None]:
@@ -35,12 +37,29 @@ def linear_chain(schedule: Schedule, slope: SpectralSlope | str | None) -> tuple
 
 def lease_for(system: System, memory: SolverMemory) -> Lease:
     """What model calls at nodes and the noise of the chain need."""
+    return memory.lease(leased(system), system.device)
+
+
+def leased(system: System) -> MemoryPlan:
+    """The tensors of that lease."""
     plan, steps = MemoryPlan(), system.num_steps
-    rows = min(DENSEST * round_sizes(steps)[-1], steps) * system.batch
+    rows = most_nodes(steps) * system.batch
     system.plan(plan, min(rows, system.max_batch or rows))
     if system.schedule.stochastic:
         plan.add("drift", (steps, system.batch, system.numel), system.dtype)
-    return memory.lease(plan, system.device)
+    return plan
+
+
+def node_bytes(system: System, settings: Any) -> int:
+    """Memory of the rounds on nodes, in bytes: the lease, then columns, secants and iterates at the nodes.
+
+    Columns are held twice while they are moved to other nodes. settings: `node_problem`'s.
+    """
+    columns = (2 if system.draft is None else 3) * (settings.history + 1)
+    tensors: int = 2 * columns + 2 * settings.history + ITERATES + system.schedule.stochastic
+    size: int = most_nodes(system.num_steps) * system.batch * system.numel * system.dtype.itemsize
+    held: int = leased(system).layout()[1]
+    return held + tensors * size
 
 
 def node_problem(

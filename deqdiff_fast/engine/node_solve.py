@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..loop.base import Chain, Solver
+from ..loop.base import Chain
 from ..loop.task import Replay
 from ..loop.window import Window
 from ..nodes.composite import interpolation
@@ -20,24 +20,25 @@ from ..solution import Solution, Stats
 from .initial_guess import linear_scan
 from .node_problem import lease_for, node_problem
 from .options import Options
-from .progress import Reporter
 from .system import System
 from .workspace import Workspace
 
 if TYPE_CHECKING:
     from .solve import Request
 
+RoundReport = Callable[[int, Window, Tensor], object]
 
 MOST_LAGS = 2  # of a chain: what is further back would be extrapolated between nodes
 
 
-def worth_nodes(system: System, solver: Solver, limit: int) -> bool:
-    """Whether rounds on nodes can do anything for that chain in that many rounds.
+def begins_on_nodes(options: Options, window: int, warm: bool) -> bool:
+    """Whether a solve with that window begins with rounds on nodes; warm: it is given a trajectory.
 
     Without a slope the linear model carries errors as no denoiser does, and the estimate of them would be false.
     """
-    suitable = system.num_steps >= FEWEST_STEPS and system.schedule.lags <= MOST_LAGS and solver.slope is not None
-    return solver.nodes and suitable and limit > UNTOLD
+    schedule, solver = options.schedule, options.solver
+    suitable = schedule.num_steps >= FEWEST_STEPS and schedule.lags <= MOST_LAGS and solver.slope is not None
+    return solver.nodes and suitable and not warm and window >= schedule.num_steps and options.round_limit() > UNTOLD
 
 
 class NodeSolve:
@@ -58,17 +59,23 @@ class NodeSolve:
             )
         self.outcome: NodeOutcome | None = None
 
-    def run(self, limit: int, work: Workspace | None = None, report: Reporter | None = None) -> None:
-        """Make the rounds; with a workspace the chain is filled in after each of them, for `report` to look at."""
+    def run(self, limit: int, report: RoundReport | None = None, work: Workspace | None = None) -> None:
+        """Make the rounds.
+
+        Args:
+            report: called after every round with its number, a window and the estimate of the error.
+            work: where the chain is filled in after every round, for `report` to look at.
+        """
         watch = None
-        if work is not None and report is not None:
-            seen, told = work, report
+        if report is not None:
+            told, steps, batch = report, self.system.num_steps, self.system.batch
 
             def watch(round: int, error: Tensor, rounds: NodeRounds) -> object:
-                self._fill(seen, rounds.grid.nodes, rounds.remainder)
-                window = Window(seen.chain.num_steps, seen.chain.batch, seen.chain.window)
+                if work is not None:
+                    self._fill(work, rounds.grid.nodes, rounds.remainder)
+                window = Window(steps, batch, steps)
                 if all(rounds.done):  # before that a sample may turn out to be none
-                    window.lo = [window.num_steps] * seen.chain.batch
+                    window.lo = [steps] * batch
                 return told(round, window, error)
 
         with torch.no_grad():
@@ -91,7 +98,7 @@ class NodeSolve:
 
     @property
     def stopped(self) -> bool:
-        """Whether a callback asked for the end."""
+        """Whether `report` asked for the end."""
         return self.outcome is not None and self.outcome.stopped
 
     @property

@@ -17,7 +17,7 @@ from ..schedule.noise import freeze
 from ..solution import Callback, Solution, Stats
 from ..solver.picard import Picard
 from .conclude import conclude
-from .node_solve import NodeSolve, worth_nodes
+from .node_solve import NodeSolve, begins_on_nodes
 from .options import Options
 from .plain_chain import plain_samples
 from .progress import Reporter
@@ -27,13 +27,17 @@ from .workspace import Workspace
 
 
 class Monitor(Protocol):
-    """Asked after every round, in the reporter's place, whether to go on."""
+    """Asked after every round, on nodes or not, in the reporter's place, whether to go on."""
 
     gave_up: bool
     """Whether it was the monitor that ended the rounds."""
 
-    def start(self, report: Reporter) -> Callable[[int, Any, Tensor], object]:
-        """What is called after every round, which calls `report` as well."""
+    def start(self, system: System, report: Reporter | None) -> Callable[[int, Any, Tensor], object]:
+        """What is called after every round of that system, which calls `report` as well."""
+        ...
+
+    def leaves_nodes(self) -> bool:
+        """Asked where rounds on nodes have ended and others are to follow; True gives up."""
         ...
 
 
@@ -92,14 +96,9 @@ def solve_rounds(
     solver, limit, rule = options.solver, options.round_limit(), options.stopping_rule(request.noise.dtype)
     warm, watched = request.init_trajectory is not None, request.callback is not None or request.progress
     lookahead = None if solver.makes_rounds else lookahead_policy(system, request)
-    nodes = None
-    if not warm and stats.window >= system.num_steps and worth_nodes(system, solver, limit):
-        nodes = NodeSolve(system, options, request, None if head is None else head.work.chain)
-        if head is not None:
-            head.work.lease.release()  # what was made of the chain already is of no use to rounds on nodes
-            head = None
+    nodes, head = _begin_on_nodes(system, options, request, stats.window, head)
     if nodes is not None and not watched:
-        nodes.run(limit)
+        nodes.run(limit, None if monitor is None else monitor.start(system, None))
         if nodes.finished:
             return nodes.solution(stats, started)
 
@@ -113,31 +112,47 @@ def solve_rounds(
         Reporter(work, rule.finish, limit, request.callback, request.progress) as report,
     ):
         if nodes is not None and watched:
-            nodes.run(limit, work, report)
+            nodes.run(limit, report if monitor is None else monitor.start(system, report), work)
         device = DeviceWork(lookahead, work.system.pad_round, replay, state)
         _set_up(work, request, head, nodes, device)
-        over = nodes is not None and (nodes.finished or nodes.stopped)
+        over = nodes is not None and _is_over(nodes, monitor)
         task = Task(
             chain=work.chain, solver=solver, memory=work.memory, evaluate=work.evaluate, rebuild=work.rebuild,
             diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
-            report=report if monitor is None else monitor.start(report), rule=rule, max_rounds=0 if over else limit,
-            start=0 if head is None else head.front, final=None if nodes is None or not over else nodes.final,
+            report=report if monitor is None else monitor.start(work.system, report), rule=rule,
+            max_rounds=0 if over else limit, start=0 if head is None else head.front,
+            final=nodes.final if nodes is not None and over and nodes.usable else None,
             rounds_before=0 if nodes is None else nodes.rounds, warm=warm, device=device,
         )  # fmt: skip
         outcome = iterate(task)
         work.system.model_evals -= outcome.padding
         _note_rounds(stats, outcome, nodes, task.start)
         gave_up = monitor is not None and monitor.gave_up
-        stopped = (nodes is not None and nodes.stopped) or (outcome.stopped and not gave_up)
-        solution = conclude(
-            work, outcome.window.lo, stopped, stats, started, request.return_trajectory, options.on_failure, report,
-            gave_up,
-        )  # fmt: skip
+        stopped = not gave_up and (outcome.stopped or (nodes is not None and nodes.stopped))
+        end = (stopped, stats, started, request.return_trajectory, options.on_failure, report, gave_up)
+        solution = conclude(work, outcome.window.lo, *end)
     if work.system is not system:  # a cached one made the solve
         stats.model_evals += system.model_evals
         stats.model_calls += system.model_calls
         stats.draft_evals = 0 if system.draft is None else system.draft.evals
     return solution
+
+
+def _begin_on_nodes(
+    system: System, options: Options, request: Request, window: int, head: Head | None
+) -> tuple[NodeSolve | None, Head | None]:
+    """The rounds on nodes that a solve begins with, if it does, and what is left of a head, which they do not need."""
+    if not begins_on_nodes(options, window, request.init_trajectory is not None):
+        return None, head
+    nodes = NodeSolve(system, options, request, None if head is None else head.work.chain)
+    if head is not None:
+        head.work.lease.release()
+    return nodes, None
+
+
+def _is_over(nodes: NodeSolve, monitor: Monitor | None) -> bool:
+    """Whether no rounds on all timesteps follow."""
+    return nodes.finished or nodes.stopped or (monitor is not None and monitor.leaves_nodes())
 
 
 def _set_up(

@@ -31,6 +31,11 @@ Report = Callable[[int, Tensor, "NodeRounds"], object]
 """report(round, error estimate (B,), the rounds): called after every round; returning True stops."""
 
 
+def most_nodes(steps: int) -> int:
+    """How many nodes a round may have."""
+    return min(DENSEST * round_sizes(steps)[-1], steps)
+
+
 class NodeRounds:
     """One solve."""
 
@@ -127,7 +132,7 @@ class NodeRounds:
                 else equidistribute(self.problem.density, self.sizes[round - 1])
             )
         elif self._too_rough(found):
-            room = self._most() - len(nodes)
+            room = most_nodes(self.steps) - len(nodes)
             score = found.node_roughness.amax(1).tolist()
             wanted = refine(list(nodes), score, min(max(GROWTH, len(nodes) // GROWTH), room))
         else:
@@ -141,16 +146,13 @@ class NodeRounds:
         """Whether some sample is no longer getting better, or no number of nodes that is allowed will do for it."""
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
-        rough = settled.tolist() if len(self.grid.nodes) >= self._most() else [False] * self.batch
+        most = len(self.grid.nodes) >= most_nodes(self.steps)
+        rough = settled.tolist() if most else [False] * self.batch
         for b, done in enumerate(self.done):
             stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
             if not done and (rough[b] or stalled):
                 return True
         return False
-
-    def _most(self) -> int:
-        """How many nodes there may be."""
-        return min(DENSEST * self.sizes[-1], self.steps)
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is not done wants more nodes."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..nodes.grid import round_sizes
+from ..nodes.rounds import most_nodes
 from ..plan import Candidate, Plan, RoundEstimate
 from .cost_curve import MARGIN, Curve
 
@@ -20,7 +22,8 @@ class PlannerInputs:
     step: seconds of one step of the serial chain. calls: seconds of a model call. overhead: seconds of a round outside
     of the model, given its rows. expect: what a solve with that window takes. correction: measured over predicted
     seconds of solves with that window. fits: whether the solver's memory for that window is there. limit: most rows in
-    one call. max_rounds: most rounds that are allowed. previous: the window chosen last.
+    one call. max_rounds: most rounds that are allowed. previous: the window chosen last. nodes: whether solves of all
+    timesteps are made by rounds on nodes.
     """
 
     steps: int
@@ -34,6 +37,11 @@ class PlannerInputs:
     limit: int | None = None
     max_rounds: int | None = None
     previous: int | None = None
+    nodes: bool = False
+
+    def on_nodes(self, window: int) -> bool:
+        """Whether a solve with that window is made by rounds on nodes."""
+        return self.nodes and window >= self.steps
 
 
 def windows(steps: int) -> list[int]:
@@ -42,12 +50,17 @@ def windows(steps: int) -> list[int]:
     return [w for power in powers for w in (power, power + power // 2) if 3 * w <= 2 * steps]
 
 
-def rows_of_rounds(effort: RoundEstimate, window: int, steps: int, batch: int) -> list[tuple[float, float]]:
+def rows_of_rounds(
+    effort: RoundEstimate, window: int, steps: int, batch: int, nodes: bool = False
+) -> list[tuple[float, float]]:
     """[(rounds, rows)]: how many rounds have how many rows, their sum what `effort` says.
 
     A narrow window is full nearly always. A wide one empties: its rows fall like a power of the rounds that are left.
+    Rounds on nodes begin with few of them; what is left is shared by the rounds that follow.
     """
     width = min(window, steps) * batch
+    if nodes:
+        return _rows_on_nodes(effort, steps, batch)
     mean = min(effort.evaluations * steps * batch / effort.rounds, width)
     if mean > 0.9 * width:
         return [(effort.rounds, mean)]
@@ -57,15 +70,40 @@ def rows_of_rounds(effort: RoundEstimate, window: int, steps: int, batch: int) -
     return [(share, max(part / total * mean * count, 1.0)) for part in falling]
 
 
+def _rows_on_nodes(effort: RoundEstimate, steps: int, batch: int) -> list[tuple[float, float]]:
+    """`rows_of_rounds` of rounds on nodes."""
+    total, first = effort.evaluations * steps * batch, [float(n * batch) for n in round_sizes(steps)[:-1]]
+    others, left = effort.rounds - len(first), total - sum(first)
+    if others < 1 or left < others * batch:
+        return [(effort.rounds, total / effort.rounds)]
+    return [(1.0, n) for n in first] + [(others, min(left / others, float(steps * batch)))]
+
+
+def most_rows(inputs: PlannerInputs, window: int) -> int:
+    """Rows of the largest round of a solve, unless rounds on nodes do not suffice."""
+    return inputs.batch * (most_nodes(inputs.steps) if inputs.on_nodes(window) else min(window, inputs.steps))
+
+
+def _piece(inputs: PlannerInputs, calls: Curve, window: int) -> int:
+    """Rows in one call with which a solve is fastest: what its largest rounds want, and no less where these are on
+    nodes and rounds on all timesteps may follow."""
+    widest, all_rows = most_rows(inputs, window), min(window, inputs.steps) * inputs.batch
+    piece = calls.best_piece(widest, inputs.limit)
+    if piece < widest:
+        return piece
+    trusted = min(max(int(REACH * calls.largest), piece), inputs.limit or all_rows)
+    return max(piece, calls.best_piece(all_rows, trusted))
+
+
 def predict(inputs: PlannerInputs, window: int, effort: RoundEstimate) -> tuple[float, int] | None:
     """(seconds, rows in one call) of a solve; None where nothing was measured, or too little."""
     calls, steps, batch = inputs.calls, inputs.steps, inputs.batch
     if calls is None:
         return None
-    piece = calls.best_piece(min(window, steps) * batch, inputs.limit)
-    if piece > REACH * calls.largest:
+    piece = _piece(inputs, calls, window)
+    if min(piece, most_rows(inputs, window)) > REACH * calls.largest:
         return None
-    rounds = rows_of_rounds(effort, window, steps, batch)
+    rounds = rows_of_rounds(effort, window, steps, batch, inputs.on_nodes(window))
     return sum(count * (calls.in_pieces(rows, piece) + inputs.overhead(rows)) for count, rows in rounds), piece
 
 
@@ -132,6 +170,6 @@ def promising(inputs: PlannerInputs, sizes: list[int]) -> list[int]:
     for rows in sizes:
         seconds = calls.seconds[-1] + each * (rows - calls.largest)
         then = decide(replace(inputs, calls=Curve(known | {rows: seconds}))).chosen
-        if then.window * inputs.batch > calls.largest and (then.seconds or 0.0) < MARGIN * now:
+        if most_rows(inputs, then.window) > calls.largest and (then.seconds or 0.0) < MARGIN * now:
             found.append(rows)
     return found

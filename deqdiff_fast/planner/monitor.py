@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..engine.progress import Reporter
+from ..engine.system import System
 from ..plan import Plan, RoundEstimate
 from .decide import rows_of_rounds
 
@@ -16,13 +17,16 @@ ABORT_RATIO = 1.15  # a solve is given up where it is predicted to take this man
 
 
 class SlowSolveMonitor:
-    """Called in the reporter's place after every round.
+    """Called in the reporter's place after every round, on nodes or not.
 
     Args:
         plan: what is being done.
         step: seconds of a serial step.
-        front: steps that were made before the first round.
+        front: steps that were made before the first round, and are taken over.
         clock: seconds.
+        nodes: whether the solve begins with rounds on nodes.
+        full_rounds: seconds of the rounds on all timesteps that follow those on nodes where these do not suffice; None
+            where that is not known.
 
     Attributes:
         gave_up: whether it was the monitor that stopped the solve.
@@ -31,27 +35,41 @@ class SlowSolveMonitor:
         spent, rows, rounds: seconds, model evaluations and number of the rounds so far.
     """
 
-    def __init__(self, plan: Plan, step: float, front: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, plan: Plan, step: float, front: int, clock: Callable[[], float], nodes: bool = False,
+        full_rounds: float | None = None,
+    ) -> None:  # fmt: skip
         self.plan, self.step, self.front, self.clock = plan, step, front, clock
-        self.gave_up = False
+        self.nodes, self.full_rounds, self.gave_up = nodes, full_rounds, False
         self.left, self.outside, self.spent = 0.0, 0.0, 0.0
         self.rows, self.rounds = 0, 0
         self._report: Reporter | None = None
-        self._since, self._last, self._before = 0.0, float("inf"), 0
+        self._system: System | None = None
+        self._since, self._last, self._before, self._rows = clock(), float("inf"), 0, 0
 
-    def start(self, report: Reporter) -> SlowSolveMonitor:
-        """Begin, with the reporter that is to be called as well."""
-        self._report, self._since, self._before = report, self.clock(), report.work.system.model_evals
+    def start(self, system: System, report: Reporter | None) -> SlowSolveMonitor:
+        """Begin, or go on, with rounds of that system, and the reporter, if any, that is to be called as well."""
+        if system is not self._system:
+            self._system, self._before, self._rows = system, system.model_evals, self.rows
+        self._report = report
         return self
 
+    def leaves_nodes(self) -> bool:
+        """Whether rounds on all timesteps, which would have to follow, take longer than the serial chain."""
+        steps, serial = self.plan.steps, self.plan.steps * self.step
+        if self.full_rounds is not None and not self.gave_up and self.rounds:
+            self.gave_up = self.full_rounds > ABORT_RATIO * serial
+            self.left = min(self.full_rounds * self.rounds / max(self.spent, 1e-12), float(steps))
+        return self.gave_up
+
     def __call__(self, round: int, where: Any, residual: Tensor) -> object:
-        assert self._report is not None
+        assert self._system is not None
         now = self.clock()
         taken = now - self._since
         self.rounds, self.spent = round, self.spent + taken
-        self.rows = self._report.work.system.model_evals - self._before
+        self.rows = self._rows + self._system.model_evals - self._before
         round_seconds, self._last = min(taken, self._last), taken  # of the last two: a machine hiccups
-        if self._report(round, where, residual) is True:
+        if self._report is not None and self._report(round, where, residual) is True:
             return True
         self._since = self.clock()
         self.outside += self._since - now
@@ -59,18 +77,20 @@ class SlowSolveMonitor:
         if round < PATIENT_ROUNDS or front >= steps:
             return None
         chosen = self.plan.chosen
-        self.left = work_left(round, chosen.effort, front - self.front, steps, chosen.window)
+        self.left = work_left(round, chosen.effort, front - self.front, steps, chosen.window, self.nodes)
         self.gave_up = give_up(self.left, round_seconds, steps - front, self.step)
         return self.gave_up or None
 
 
-def work_left(done: int, effort: RoundEstimate, front: int, steps: int, window: int) -> float:
+def work_left(done: int, effort: RoundEstimate, front: int, steps: int, window: int, nodes: bool = False) -> float:
     """What a running solve may still need, in units of its last round.
 
     One that is overdue is expected to go on as long as it is overdue. front: how many timesteps are final.
     """
-    planned = rows_of_rounds(effort, window, steps, 1)
-    if len(planned) > done:
+    planned = rows_of_rounds(effort, window, steps, 1, nodes)
+    if nodes:
+        left = max(effort.rounds - done, 1.0 + (done - effort.rounds))  # the next ones are much like the last one
+    elif len(planned) > done:
         left = sum(count * rows for count, rows in planned[done:]) / max(planned[done - 1][1], 1e-9)
     else:
         left = effort.rounds - done if done < effort.rounds else 1.0 + (done - effort.rounds)

@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from .._locks import Lock
+from ..engine.node_problem import node_bytes
+from ..engine.node_solve import begins_on_nodes
 from ..engine.options import DEFAULT_TOL, Options
 from ..engine.system import System
 from ..engine.workspace import Workspace
@@ -17,7 +19,7 @@ from ..plan import Plan, RoundEstimate
 from .decide import PlannerInputs, candidate, decide, predict
 from .free_memory import usable_bytes
 from .measure import Costs, shared_with_model, signature_of, time_call, time_draft
-from .round_model import Expectation, average
+from .round_model import FULL_ROUNDS, Expectation, average
 
 PROBING = 0.03  # of the time spent sampling may go into measuring and planning
 REINVESTED = 0.1  # of the time saved against the serial chain may go there too
@@ -82,25 +84,43 @@ class Planner:
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
         kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)
-        self._kind = (*kind, None if options.draft is None else id(options.draft))
-        with _LOCK:
-            self._expectation: Expectation = self._shared.setdefault(
-                ("rounds", *self._kind), Expectation(schedule.num_steps, tol, options.draft is not None)
-            )
+        self._tol, self._nodes = tol, begins_on_nodes(options, schedule.num_steps, warm=False)
+        self._kind = (*kind, self._nodes, None if options.draft is None else id(options.draft))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.options, self.clock)  # a copy is of another model, which it learns about anew
 
-    def workload(self, noise: Tensor, model_kwargs: dict[str, Any] | None, warm: bool = False) -> Workload:
-        """Such a request, with what all samplers of the model that work alike know about it."""
+    def workload(
+        self, noise: Tensor, model_kwargs: dict[str, Any] | None, warm: bool = False, trajectory: bool = False
+    ) -> Workload:
+        """Such a request, with what all samplers of the model that work alike know about it.
+
+        trajectory: all states are asked for, so all timesteps are to be evaluated in the end.
+        """
         signature = (type(self.options.model), *signature_of(noise, model_kwargs))
-        key = (signature, noise.shape[0], warm, *self._kind)
+        certify = self._nodes and not warm and (trajectory or self.options.certify == "full")
+        key = (signature, noise.shape[0], warm, certify, *self._kind)
         stats: WorkloadStats | None = self._shared.get(key)
         if stats is None:
+            steps, drafted = self.options.schedule.num_steps, self.options.draft is not None
             with _LOCK:
                 costs = self._shared.setdefault(("costs", signature), Costs())
-                stats = self._shared.setdefault(key, WorkloadStats(costs, self._expectation))
+                rounds = Expectation(steps, self._tol, drafted, self._nodes, certify)
+                rounds = self._shared.setdefault(("rounds", certify, *self._kind), rounds)
+                stats = self._shared.setdefault(key, WorkloadStats(costs, rounds))
         return Workload(noise, model_kwargs, warm, stats)
+
+    def on_nodes(self, workload: Workload, window: int) -> bool:
+        """Whether a solve with that window begins with rounds on nodes."""
+        return begins_on_nodes(self.options, window, workload.warm)
+
+    def full_rounds(self, workload: Workload, piece: int) -> float | None:
+        """Seconds of the rounds on all timesteps that follow those on nodes where these do not suffice."""
+        inputs = self.inputs(workload)
+        if inputs.calls is None:
+            return None
+        rows = inputs.steps * inputs.batch
+        return FULL_ROUNDS * (inputs.calls.in_pieces(rows, piece) + inputs.overhead(rows))
 
     def plan(self, workload: Workload) -> Plan:
         """The plan for such a request, made anew where what it rests on has changed."""
@@ -139,6 +159,7 @@ class Planner:
             limit=limit,
             max_rounds=self.options.round_limit(),
             previous=None if previous is None else previous.chosen.window,
+            nodes=self.on_nodes(workload, steps),
         )
 
     def _fits(self, workload: Workload, window: int) -> bool:
@@ -148,7 +169,8 @@ class Planner:
             if size not in known:
                 system = self.options.system(workload.noise, workload.model_kwargs)
                 layout = Workspace.layout(system, self.options.solver, size, self.options.backend).layout()
-                known[size] = layout[1]
+                nodes = self.on_nodes(workload, size)  # whose memory stays until the rounds that may follow have begun
+                known[size] = layout[1] + (node_bytes(system, self.options.solver) if nodes else 0)
             if known[size] <= usable:
                 return True
         return False

@@ -30,7 +30,8 @@ def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, An
     noise, options, start = request.noise, planner.options, time.perf_counter()
     if noise.shape[0] == 0:
         return no_samples(noise, Stats(solver="serial", window=1, stop_reason="serial"))
-    workload = planner.workload(noise, model_kwargs, request.init_trajectory is not None)
+    warm = request.init_trajectory is not None
+    workload = planner.workload(noise, model_kwargs, warm, request.return_trajectory)
     stats = workload.stats
     with torch.no_grad():
         first, by_rounds = stats.costs.step(workload.batch) is None, stats.plan is not None and not stats.plan.serial
@@ -71,18 +72,20 @@ def solve_in_rounds(
     options, began, evals = planner.options, planner.clock(), system.model_evals
     system.max_batch, window = plan.chosen.piece, plan.chosen.window
     stats = Stats(solver=options.solver.name, window=window, plan=plan)
-    monitor = SlowSolveMonitor(plan, workload.stats.costs.step(workload.batch) or 0.0, front, planner.clock)
+    step, nodes = workload.stats.costs.step(workload.batch) or 0.0, planner.on_nodes(workload, window)
+    taken_over = 0 if nodes else front  # rounds on nodes begin at the noise
+    full_rounds = planner.full_rounds(workload, system.max_batch or workload.batch) if nodes else None
+    monitor = SlowSolveMonitor(plan, step, taken_over, planner.clock, nodes, full_rounds)
     head = None if begun is None else Head(begun, front)
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
     if stats.stop_reason != "callback" and believed:
         seconds, rows, share = planner.clock() - began - monitor.outside, stats.model_evals - evals, 1.0
-        front = 0 if stats.node_rounds else front  # which begin at the noise
-        rounds = stats.rounds - front
-        if monitor.gave_up:  # it counts with what it would still have taken
+        rounds = stats.rounds - taken_over
+        if monitor.gave_up and monitor.rounds:  # it counts with what it would still have taken
             share += monitor.left / monitor.rounds
             seconds, rows, rounds = monitor.spent * share, monitor.rows, monitor.rounds
         taken = RoundEstimate(rounds * share, rows * share / (system.num_steps * system.batch))
-        planner.record_rounds(workload, window, taken, seconds, complete=front == 0, gave_up=monitor.gave_up)
+        planner.record_rounds(workload, window, taken, seconds, complete=taken_over == 0, gave_up=monitor.gave_up)
     return solution
 
 
