@@ -92,7 +92,8 @@ class BatchedModel:
     def plan(self, plan: MemoryPlan, rows: int) -> None:
         """Ask for what `evaluate` needs for that many rows in one call of the model."""
         if self.padded:
-            self.sizes = padded_sizes(max(rows, self.largest or rows), self.batch)
+            most = max(rows, self.largest or rows)
+            self.sizes = padded_sizes(min(most, self.max_batch or most), self.batch)
         rows = self.pad(rows)
         plan.add("rows", (rows, self.numel), self.dtype)
         plan.add("inputs", (rows, self.numel), self.model_dtype)
