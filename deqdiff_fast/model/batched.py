@@ -92,8 +92,7 @@ class BatchedModel:
     def plan(self, plan: MemoryPlan, rows: int) -> None:
         """Ask for what `evaluate` needs for that many rows in one call of the model."""
         if self.padded:
-            most = max(rows, self.largest or rows)
-            self.sizes = padded_sizes(min(most, self.max_batch or most), self.batch)
+            self.sizes = padded_sizes(max(rows, self.largest or rows), self.batch)
         rows = self.pad(rows)
         plan.add("rows", (rows, self.numel), self.dtype)
         plan.add("inputs", (rows, self.numel), self.model_dtype)
@@ -144,6 +143,7 @@ class BatchedModel:
         """At most half of `rows` in a call from now on."""
         self.max_batch = max(1, rows // 2)
         _log.warning("the model ran out of memory on %d rows; at most %d from now on", rows, self.max_batch)
+        self.largest = None  # those rows were too many
         if self.sizes:
             self.sizes = padded_sizes(self.max_batch, min(self.batch, self.max_batch))
         if self.device.type == "cuda":
