@@ -138,11 +138,13 @@ def test_one_step(mixture, ddim, noise, solver):
     assert out.stats.rounds == 1
 
 
-def test_non_contiguous_noise(mixture, ddim, noise):
+@pytest.mark.parametrize("solver", ["quasi-newton", *SOLVERS])
+def test_non_contiguous_noise(mixture, ddim, noise, solver):
     start = noise(2).permute(0, 1, 3, 2)
-    sampler = dq.DEQSampler(mixture(), ddim(10))
+    sampler = dq.DEQSampler(mixture(), ddim(10), solver=solver)  # "auto" may solve the second one otherwise
     assert not start.is_contiguous()
     assert torch.equal(sampler.sample(start).sample, sampler.sample(start.contiguous()).sample)
+    assert torch.equal(sampler.serial(start).sample, sampler.serial(start.contiguous()).sample)
 
 
 def test_noise_is_left_alone(mixture, ddim, noise):
