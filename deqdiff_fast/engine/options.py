@@ -171,7 +171,7 @@ class Options:
             arguments.check_draft_shape(self.draft, noise)
             rows = BatchedModel(stand_in(self.draft, self.model), self.schedule, noise, model_kwargs, system.max_batch)
             system.draft = DraftCalls(rows)
-        if self.planned and not serial:  # windows come and go: a compiled model is to see the same sizes in all of them
+        if not serial:  # windows, and rounds on nodes, come and go: a compiled model is to see the same sizes in all
             system.largest = self.most_rows(noise)
         return system
 

@@ -143,6 +143,7 @@ class BatchedModel:
         """At most half of `rows` in a call from now on."""
         self.max_batch = max(1, rows // 2)
         _log.warning("the model ran out of memory on %d rows; at most %d from now on", rows, self.max_batch)
+        self.largest = None  # those rows were too many
         if self.sizes:
             self.sizes = padded_sizes(self.max_batch, min(self.batch, self.max_batch))
         if self.device.type == "cuda":

@@ -1,4 +1,7 @@
-"""The solvers live in one slab: after the first round nothing of a sample's size is allocated outside the model."""
+"""The solvers live in one slab: after the first round nothing of a sample's size is allocated outside the model.
+
+Rounds on nodes are the exception: what they keep is torch's, of the nodes' size, and never of the chain's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import deqdiff_fast as dq
+
+FULL = dq.QuasiNewton(nodes=False)
+
+
+def name(solver):
+    return solver if isinstance(solver, str) else solver.name
 
 
 class Allocations(TorchDispatchMode):
@@ -31,9 +40,9 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def count(mixture, ddim, noise, **options):
+def count(mixture, ddim, noise, steps=20, batch=3, size=768, **options):
     model, per_round = mixture((3, 16, 16)), []
-    mode = Allocations(768)
+    mode = Allocations(size)
 
     def quiet(x, t):
         mode.paused = True
@@ -45,13 +54,15 @@ def count(mixture, ddim, noise, **options):
         per_round.append(list(mode.found))
         mode.found.clear()
 
-    sampler = dq.DEQSampler(quiet, ddim(20, eta=0.5), backend="cpp", tol=1e-5, **{"solver": "quasi-newton"} | options)
+    sampler = dq.DEQSampler(quiet, ddim(steps, eta=0.5), backend="cpp", tol=1e-5, **{"solver": FULL} | options)
     with mode:
-        sampler.sample(noise(3, (3, 16, 16)), callback=callback)
+        out = sampler.sample(noise(batch, (3, 16, 16)), callback=callback)
+    assert out.converged.all()
+    assert (out.stats.node_rounds > 0) == (options.get("solver") == "quasi-newton")
     return per_round
 
 
-@pytest.mark.parametrize("solver", ["picard", "anderson", "triangular", "deq-ddim", "paradigms", "quasi-newton"])
+@pytest.mark.parametrize("solver", ["picard", "anderson", "triangular", "deq-ddim", "paradigms", FULL], ids=name)
 def test_rounds_allocate_nothing(mixture, ddim, noise, solver):
     rounds = count(mixture, ddim, noise, solver=solver)
     assert len(rounds) > 3
@@ -63,6 +74,15 @@ def test_spectral_rounds_allocate_nothing(mixture, ddim, noise):
     spectrum = dq.SpectralSlope.from_model(mixture((3, 16, 16)), ddim(5), (3, 16, 16), count=4)
     rounds = count(mixture, ddim, noise, spectrum=spectrum, max_batch=16)
     assert len(rounds) > 3
+    assert not any(rounds[1:])
+
+
+def test_rounds_on_nodes_allocate_no_chain(mixture, ddim, noise):
+    """All that one of them asks for is less than the states of all timesteps."""
+    steps, batch = 1000, 2
+    rounds = count(mixture, ddim, noise, steps, batch, steps * batch * 768, solver="quasi-newton")
+    assert len(rounds) > 3
+    assert rounds[0], "the workspace and the noise"
     assert not any(rounds[1:])
 
 

@@ -96,7 +96,14 @@ def net():
     return Net().eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("solver", ["quasi-newton", "picard", "triangular", "anderson"])
+FULL = dq.QuasiNewton(nodes=False)
+
+
+def name(solver):
+    return solver if isinstance(solver, str) else solver.name
+
+
+@pytest.mark.parametrize("solver", [FULL, "picard", "triangular", "anderson"], ids=name)
 @pytest.mark.parametrize("window", ["auto", 9])
 def test_replayed_rounds_are_the_rounds(recorded, ddim, net, relative_error, solver, window):
     options = {"solver": solver, "window": window, "tol": 1e-5}
@@ -115,6 +122,26 @@ def test_replayed_rounds_are_the_rounds(recorded, ddim, net, relative_error, sol
         assert net.sizes <= set(padded_sizes(48 if window == "auto" else 18, 2))
     assert net.python_calls == 0, "by now all sizes are recorded"
     assert recorded.tapes >= 2
+
+
+def test_rounds_on_nodes_are_not_recorded(recorded, ddim, net):
+    """The full rounds that follow them are."""
+    start = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+    for certify, full in (("estimate", False), ("full", True)):
+        options = {"solver": "quasi-newton", "tol": 1e-5, "certify": certify}
+        sampler = dq.DEQSampler(net, ddim(24), cuda_graph=True, **options)
+        expected = dq.DEQSampler(net, ddim(24), cuda_graph=False, **options).sample(start)
+        before = recorded.tapes
+        for _ in range(4):
+            net.python_calls = 0
+            out = sampler.sample(start)
+            assert out.stats.rounds == expected.stats.rounds
+            assert out.stats.node_rounds == expected.stats.node_rounds > 0
+            assert out.stats.model_calls == expected.stats.model_calls
+            assert out.stats.model_evals == expected.stats.model_evals
+            torch.testing.assert_close(out.sample, expected.sample)
+        assert net.python_calls == out.stats.node_rounds
+        assert (out.stats.rounds > out.stats.node_rounds) == (recorded.tapes > before) == full
 
 
 @pytest.mark.parametrize("window", ["auto", 20])
@@ -277,7 +304,7 @@ def test_without_a_device(ddim, net):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("solver", ["quasi-newton", "triangular"])
+@pytest.mark.parametrize("solver", [FULL, "triangular"], ids=name)
 def test_on_cuda(ddim, net, relative_error, solver):
     net.cuda()
     sampler = dq.DEQSampler(net, ddim(24), solver=solver, cuda_graph=True, tol=1e-5)

@@ -19,9 +19,10 @@ from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.loop.window import Window
 
 ROOT = Path(__file__).resolve().parents[2]
+FULL = dq.QuasiNewton(nodes=False)
 SOLVERS = [
-    "quasi-newton", "picard", "triangular", "anderson", "paradigms", "parataa", dq.Anderson(scope="trajectory"),
-    dq.Anderson(history_dtype=torch.bfloat16, label="triangular-bf16"),
+    pytest.param(FULL, id="full-rounds"), "quasi-newton", "picard", "triangular", "anderson", "paradigms", "parataa",
+    dq.Anderson(scope="trajectory"), dq.Anderson(history_dtype=torch.bfloat16, label="triangular-bf16"),
 ]  # fmt: skip
 EAGER, ALWAYS = Lookahead(near=float("inf")), Lookahead(near=0.0)
 
@@ -163,7 +164,7 @@ def test_the_same_sample_at_most_one_round_late(late, mixture, ddim, noise, solv
 
 @pytest.mark.parametrize("policy", [Lookahead(), ALWAYS], ids=["near", "always"])
 @pytest.mark.parametrize("window", ["auto", 7])
-@pytest.mark.parametrize("solver", ["quasi-newton", "picard", "triangular"])
+@pytest.mark.parametrize("solver", [pytest.param(FULL, id="full-rounds"), "picard", "triangular"])
 def test_no_look_at_the_device_in_a_round(late, unseen, ddim, noise, solver, window, policy):
     late(policy)
     guard, private = unseen
@@ -173,17 +174,17 @@ def test_no_look_at_the_device_in_a_round(late, unseen, ddim, noise, solver, win
     assert guard.seen > 20 * out.stats.rounds
 
 
-@pytest.mark.parametrize("window", ["auto", 20])
-def test_no_look_at_the_device_with_a_draft(late, unseen, ddim, noise, window):
+def test_no_look_at_the_device_after_rounds_on_nodes_with_a_draft(late, unseen, ddim, noise):
     late(ALWAYS)
     guard, private = unseen
     sampler = dq.DEQSampler(
-        private, ddim(60), solver="draft", draft=lambda x, t: private(x, t) + 0.05 * x.sin(), window=window, tol=1e-4
+        private, ddim(60), solver="draft", draft=lambda x, t: private(x, t) + 0.05 * x.sin(), tol=1e-4, certify="full"
     )
     with guard:
         out = sampler.sample(noise(2))
     assert out.converged.all()
-    assert guard.seen > 20 * out.stats.rounds
+    assert out.stats.rounds > out.stats.node_rounds > 0
+    assert guard.seen > 20 * (out.stats.rounds - out.stats.node_rounds)
     assert (out.sample - sampler.serial(noise(2)).sample).norm() < 1e-4 * out.sample.norm()
 
 
@@ -202,7 +203,7 @@ def test_faults_are_found_late(late, mixture, ddim, noise, policy):
 
 
 @pytest.mark.parametrize("policy", [EAGER, ALWAYS], ids=["eager", "always"])
-@pytest.mark.parametrize("solver", ["picard", "triangular", "quasi-newton"])
+@pytest.mark.parametrize("solver", ["picard", "triangular", "quasi-newton", pytest.param(FULL, id="full-rounds")])
 def test_transient_overflow_is_repaired(late, ddim, noise, relative_error, solver, policy):
     late(policy)
     schedule = ddim(100)
@@ -293,7 +294,7 @@ def test_no_synchronisation_on_cuda(mixture, ddim, noise):
         torch.cuda.set_sync_debug_mode("error")
         return out
 
-    sampler = dq.DEQSampler(on_device, ddim(20), solver="quasi-newton")
+    sampler = dq.DEQSampler(on_device, ddim(20), solver=FULL)  # rounds on nodes look once each
     start = noise(2).cuda()
     try:
         out = sampler.sample(start)
