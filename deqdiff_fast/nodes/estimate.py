@@ -8,7 +8,9 @@ next step is shorter than the last, the next surprise will be too. That foretell
 sample; with the rounds after it, a geometric series, it is how far this one falls short.
 
 *Interpolation.* What the neighbours of a node say about it by interpolation misses it by as much as they miss the
-timesteps in between, or by more, for those are nearer to them: leave one out. The misses are taken as independent.
+timesteps in between, or by more, for those are nearer to them: leave one out. The misses are taken as independent. A
+miss counts at least as much as it moves the next state, relative to that: the linear model forgets early errors, which
+a network need not do, and once rounds have settled no shortfall shows it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Estimate(NamedTuple):
     interpolation: Tensor  # (B,)
     step: Tensor  # (B,) how far this round has moved it
     node_surprise: Tensor  # (n, B) parts of the first, or what they do to the next state where that is more
-    node_roughness: Tensor  # (n, B) parts of the second
+    node_roughness: Tensor  # (n, B) parts of the second, each by the same rule
 
     def shortfall(self, before: Estimate) -> Tensor:
         """(B,) >= 1: this round's step against the one that was foretold in the round before.
@@ -69,8 +71,8 @@ def estimate(
     weighted = expected * per_element(grid.influence, classes)
     here = expected.mul_(per_element(grid.local, classes)).norm(dim=2) / sizes[1:]
     missed = torch.mm(grid.leave_one_out, remainder.flatten(1)).view_as(remainder)
-    missed *= per_element(grid.excess, classes)
-    rough = missed.norm(dim=2) / size
+    rough_here = (missed * per_element(grid.local_excess, classes)).norm(dim=2) / sizes[1:]
+    rough = torch.maximum(missed.mul_(per_element(grid.excess, classes)).norm(dim=2) / size, rough_here)
     return Estimate(
         weighted.sum(0).norm(dim=1) / size,
         rough.norm(dim=0),

@@ -29,6 +29,7 @@ class NodeGrid:
     influence: Tensor  # (n, K) d sample / d remainder
     local: Tensor  # (n, K) d state of the next node / d remainder
     excess: Tensor  # (n, K) that part of the influence that stands for timesteps that are not asked
+    local_excess: Tensor  # (n, K) that part of `local` that does
     leave_one_out: Tensor  # (n, n)
 
     @classmethod
@@ -39,7 +40,9 @@ class NodeGrid:
         own = adjoint(chain.state_coef, chain.model_coef, chain.slope)[at]
         number = torch.arange(len(nodes))
         local = steps.remainder_coef[number, 0, number - steps.start]
-        tables = [chain.slope[at], influence, local, influence - own, leave_one_out(at, chain.unit)]
+        length = torch.cat([at[1:], torch.tensor([len(chain.unit)])]) - at
+        unasked = local * ((length - 1) / length)[:, None]
+        tables = [chain.slope[at], influence, local, influence - own, unasked, leave_one_out(at, chain.unit)]
         return cls(tuple(nodes), at.to(device), on(steps, dtype, device), *(t.to(device, dtype) for t in tables))
 
 
