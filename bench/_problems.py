@@ -21,6 +21,7 @@ ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 TRAIN_STEPS = len(ABAR)
 FULL_ROUNDS = "quasi-newton, full rounds"
 
+
 class Mixture:
     """E[eps | x] of data from a mixture of isotropic Gaussians: a model whose every value is known exactly."""
 

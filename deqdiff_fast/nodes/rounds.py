@@ -22,7 +22,7 @@ UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
 GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
-UNSETTLED = 0.02  # what the last sweep may move where they have not settled
+UNSETTLED = 0.1  # what the last sweep may move where they have not settled
 GROWING, LARGEST = 2.0, 3.0  # times the last move of a draft's sweeps, or times the sample: they do not settle
 PATIENT, STALLED = 8, 0.7  # rounds before which none is hopeless; part of the estimate three rounds before
 SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move
@@ -239,7 +239,7 @@ class NodeRounds:
                 moved = float("inf")
             elif moved <= SETTLED * problem.tol:
                 return
-        if not moved <= UNSETTLED:
+        if not moved <= (UNSETTLED if base is not None else LARGEST):
             self._give_up_draft(base, out)
 
     def _give_up_draft(self, base: Tensor | None, out: Tensor) -> None:
