@@ -44,21 +44,16 @@ class DEQSampler:
         tol: relative L2 error of the final sample against the serial chain that is aimed at (None: 1e-2; "deq-ddim":
             the paper's 1e-3 on the residual). Rounds on nodes end where the estimate of the error is below it, rounds
             on all timesteps where all relative residuals are below `solver.safety` times that.
-        max_rounds: batched model calls before giving up (None: the solver's own limit, else T). The serial chain, where
-            it is planned, does not count as giving up.
+        max_rounds: batched model calls before giving up (None: the solver's own limit, else T).
         window: number of timesteps solved at a time, or "auto": planned if the solver is "auto" too, else all of them.
         backend: "auto", "reference", "cpp" or "triton".
-        gradient: "implicit", the adjoint system solved like the chain itself; "phantom", "unrolled", "reversible", or
-            an object (`Implicit`, `Phantom`, `Unrolled`, `Reversible`).
+        gradient: "implicit", "phantom", "unrolled", "reversible", or an object (`Implicit`, ...), see "Gradients".
         on_failure: what to do when the rounds run out: finish the chain one step after the other ("serial"), raise
             NotConvergedError ("raise"), or warn and return the best iterate ("warn").
-        max_batch: most rows in one model call (None: all of them on a GPU; on a CPU 2^18 elements and at least 64 rows,
-            since more only push the activations out of the cache).
-        cuda_graph: True records the model and the solver's step as CUDA graphs and replays them, for a few padded batch
-            sizes, and keeps their memory with the sampler; "auto" does so from the second solve of a shape on, for an
-            nn.Module in evaluation mode that is not compiled, on CUDA only; what cannot be recorded is called plainly,
-            with a line in the log. A compiled model (torch.compile) is called with the padded sizes only, whatever is
-            given.
+        max_batch: most rows in one model call (None: all on a GPU; on a CPU 2^18 elements and at least 64 rows).
+        cuda_graph: True records the model and the solver's step in rounds on all timesteps as CUDA graphs, for a few
+            padded batch sizes; "auto" does so from the second solve of a shape on, for an nn.Module in evaluation mode
+            that is not compiled, on CUDA only; what cannot be recorded is called plainly, with a line in the log.
         deterministic: sums are added in a fixed order whatever is given.
         spectrum: the data's power spectrum, a better slope for "auto" and `QuasiNewton(slope="spectral")`.
         certify: "estimate" ends a solve where the estimate of its error is within `tol`. It takes the model for smooth

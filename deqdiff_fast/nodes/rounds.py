@@ -67,7 +67,10 @@ class NodeRounds:
                 asked = None
             self._ask(asked, round)
             before, found = found, self._advance()
-            total = self._estimate_error(found, before if round > UNTOLD else None)
+            latest = self._estimate_error(found, before if round > UNTOLD else None)
+            if asked is not None:  # nothing is new of samples that were not asked about
+                latest = torch.where(asked.any(0).cpu() | latest.isnan(), latest, total)
+            total = latest
             trace.append(total.nan_to_num(float("inf")))
             if bool(total.isnan().any()):
                 broken = True
@@ -76,7 +79,7 @@ class NodeRounds:
             stopped = report is not None and report(round, total, self) is True
             if stopped or all(self.done) or self._hopeless(found, trace):
                 break
-            asked = self._nodes_to_evaluate(found)
+            asked = self._nodes_to_evaluate(found, before)
         return NodeOutcome(
             self.grid, self.states, self.remainder, self.done, total, trace, len(self.evaluated), stopped, broken
         )
@@ -172,10 +175,16 @@ class NodeRounds:
         self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1], (slope, self.slope))
         self.surprise = torch.zeros_like(self.remainder)
 
-    def _nodes_to_evaluate(self, found: Estimate) -> Tensor | None:
-        """(n, B) bool: all nodes but those where the next surprise is foretold to count for next to nothing."""
+    def _nodes_to_evaluate(self, found: Estimate, before: Estimate | None) -> Tensor:
+        """(n, B) bool: all nodes but those where the next surprise is foretold to count for next to nothing.
+
+        What is foretold of a node that is not asked stays as it is. Where only that is left, all nodes are asked.
+        """
         counts, order = found.node_surprise.sort(0)
-        little = counts.cumsum(0) * self.shortfall * self.safety <= SKIPPED * self.problem.tol
+        scale, tol = self.shortfall * self.safety, self.problem.tol
+        little = counts.cumsum(0) * scale <= SKIPPED * tol
+        if before is not None:
+            little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
         asked &= ~torch.tensor(self.done, device=asked.device)
         return asked
@@ -216,9 +225,7 @@ class NodeRounds:
 
     def _sweep(self, base: Tensor | None, out: Tensor) -> None:
         """The chain of the draft, corrected by what the model said: base, None for nothing; by sweeps over all nodes.
-
-        out: remainders, those of the last sweep.
-        """
+        out <- the remainders of the last one."""
         problem, history = self.problem, self.history
         assert self.draft is not None
         begun, moved = self.states.clone(), float("inf")
