@@ -43,12 +43,13 @@ def conclude(
         if gave_up or on_failure == "serial":
             stats.finished_serially, stopped = finish_serially(work, front, stats.rounds, report)
         if stats.finished_serially and not stopped:
-            known = stats.error_estimate
-            known = known if len(known) == system.batch else torch.zeros(system.batch, dtype=torch.float64)
-            stats.error_estimate = known.masked_fill(left, 0.0)
+            if len(stats.error_estimate) == system.batch:
+                stats.error_estimate = stats.error_estimate.masked_fill(left, 0.0)
             stats.timesteps_evaluated = 1.0 if bool(left.all()) else stats.timesteps_evaluated
     if stopped:
         stats.stop_reason = "callback"
+    if len(stats.error_estimate) != system.batch:  # a plain chain, which is exact
+        stats.error_estimate = torch.zeros(system.batch, dtype=torch.float64)
     done = torch.tensor([final == system.num_steps for final in front])
     stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
     stats.draft_evals = 0 if system.draft is None else system.draft.evals

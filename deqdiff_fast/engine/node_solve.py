@@ -74,7 +74,7 @@ class NodeSolve:
                 if work is not None:
                     self._fill(work, rounds.grid.nodes, rounds.remainder)
                 window = Window(steps, batch, steps)
-                if all(rounds.done):  # before that a sample may turn out to be none
+                if all(rounds.done) and not self.certify_all:  # before that a sample may turn out to be none
                     window.lo = [steps] * batch
                 return told(round, window, error)
 

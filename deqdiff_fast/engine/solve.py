@@ -199,6 +199,7 @@ def solve_serially(system: System, options: Options, request: Request) -> Soluti
             sample = plain_samples(system, noise, generator)
             if sample is not None:
                 stats.rounds = stats.finished_serially = system.num_steps
+                stats.error_estimate = torch.zeros(system.batch, dtype=torch.float64)
                 stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
                 stats.wall_seconds = time.perf_counter() - started
                 return Solution(sample, torch.ones(system.batch, dtype=torch.bool), stats)

@@ -173,7 +173,7 @@ def test_a_false_promise_is_counted(zoo, member):
 
     def outcome(factor: float, converged: bool = True) -> dict:
         sample = case.reference * (1 + factor * weight)
-        stats = dq.Stats(solver="quasi-newton", window=5)
+        stats = dq.Stats(solver="quasi-newton", window=5, error_estimate=torch.zeros(1))
         return case.outcome(dq.Solution(sample, torch.tensor([converged]), stats))
 
     assert outcome(0.05)["error"] == pytest.approx(0.05, rel=1e-4)
@@ -203,7 +203,7 @@ def test_a_solve_that_ends_too_early_is_counted_in_a_tighter_one(zoo, member):
             early = measure.rounds(Early(args, found, net, zoo.Chain(20), 0))
     assert (early["rounds"], early["converged"], early["by_tight"]) == (1, False, [True, True])
     assert early["error"] > 5e-2
-    assert early["rounds_to"][0] > early["rounds_to"][1] > 1
+    assert early["rounds_to"][0] >= early["rounds_to"][1] > 1
     assert whole["by_tight"] == [False, False]
     assert whole["error"] <= 1e-2
 
