@@ -67,6 +67,8 @@ class NodeRounds:
                 asked = None
             self._ask(asked, round)
             before, found = found, self._advance()
+            if before is not None and round > UNTOLD + 2 and bool((found.step > GROWING * before.step).any()):
+                self.draft = self.history.draft = None  # what it makes of the secants grows
             latest = self._estimate_error(found, before if round > UNTOLD else None)
             if asked is not None:  # nothing is new of samples that were not asked about
                 latest = torch.where(asked.any(0).cpu() | latest.isnan(), latest, total)
@@ -186,8 +188,7 @@ class NodeRounds:
         if before is not None:
             little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
-        asked &= ~torch.tensor(self.done, device=asked.device)
-        return asked
+        return asked & ~torch.tensor(self.done, device=asked.device)
 
     def _ask(self, asked: Tensor | None, round: int) -> None:
         """The model at the nodes, and by how much it says something else than was foretold."""
@@ -218,8 +219,7 @@ class NodeRounds:
         return estimate(self.grid, self.problem.classes, self.surprise, shrinking, self.remainder, self.states, last)
 
     def _correct(self, base: Tensor, out: Tensor) -> None:
-        """The chain by the slopes, then once more with what the secants add along it; out: its remainders."""
-        self._scan(base, self.states)
+        self._scan(base, self.states)  # by the slopes, then once more with what the secants add along it
         self.history.correct(base, self.states[:-1], out)
         self._scan(out, self.states)
 
