@@ -71,8 +71,7 @@ def node_problem(
     settings: history, ridge and floor of the secants. made: a chain whose noise was drawn already.
     """
     schedule, device = system.schedule, system.device
-    key = id(slope) if isinstance(slope, SpectralSlope) else slope
-    chain, classes = cached(schedule, ("linear", key), lambda: linear_chain(schedule, slope))
+    chain, classes = cached(schedule, ("linear", slope), lambda: linear_chain(schedule, slope))  # a spectrum: itself
     drift = lease.get("drift")
     if made is None:
         start = system.to_basis(noise.detach().reshape(system.batch, -1).to(system.dtype))
@@ -91,7 +90,7 @@ def node_problem(
         cached(schedule, "density", lambda: density(schedule)), start, drift,
         partial(ask, system, lease), None if system.draft is None else partial(ask_draft, system),
         tol, settings.history, settings.ridge, settings.floor, backend,
-        lambda what, make: cached(schedule, (what, key, system.dtype, device), make),
+        lambda what, make: cached(schedule, (what, slope, system.dtype, device), make),
     )  # fmt: skip
 
 

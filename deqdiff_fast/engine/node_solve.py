@@ -49,7 +49,7 @@ class NodeSolve:
     """
 
     def __init__(self, system: System, options: Options, request: Request, made: Chain | None) -> None:
-        self.system, self.request = system, request
+        self.system = system
         self.certify_all = options.certify == "full" or request.return_trajectory
         self.lease = lease_for(system, options.memory)
         noise, solver, tol = request.noise, options.solver, options.allowed(request.noise.dtype)

@@ -35,7 +35,6 @@ class NodeProblem:
         draft: (n, B, D) states of those timesteps -> predictions of a cheap stand-in for the model, or None.
         tol: relative L2 error allowed in a sample.
         history, ridge, floor: of the secants, see `QuasiNewton`.
-        known: nodes that earlier solves ended with, or None.
     """
 
     chain: LinearChain
@@ -51,7 +50,6 @@ class NodeProblem:
     floor: float
     backend: str
     cache: Cache
-    known: tuple[int, ...] | None = None
 
 
 @dataclass

@@ -130,12 +130,7 @@ class NodeRounds:
         if round == 1 or found is None:
             return False
         if round <= len(self.sizes):
-            known = self.problem.known
-            wanted = (
-                list(known)
-                if known is not None and round == len(self.sizes)
-                else equidistribute(self.problem.density, self.sizes[round - 1])
-            )
+            wanted = equidistribute(self.problem.density, self.sizes[round - 1])
         elif self._too_rough(found):
             room = most_nodes(self.steps) - len(nodes)
             score = found.node_roughness.amax(1).tolist()
