@@ -142,6 +142,9 @@ class NodeSolve:
         """What was done, into the statistics; more: rounds on all timesteps followed. Returns the trace."""
         outcome = self._outcome
         stats.rounds, stats.node_rounds = max(stats.rounds, self.rounds), self.rounds
+        if more and self.usable:  # samples that were done took no part in those
+            final = torch.tensor(self.final)
+            stats.error_estimate = torch.where(final, outcome.error_estimate, stats.error_estimate)
         if not more:
             stats.error_estimate = outcome.error_estimate
             stats.timesteps_evaluated = outcome.evaluated / self.system.num_steps

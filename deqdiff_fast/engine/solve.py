@@ -121,7 +121,7 @@ def solve_rounds(
             diagnose=lambda step, sample, at: non_finite(work, step, sample, at),
             report=report if monitor is None else monitor.start(work.system, report), rule=rule,
             max_rounds=0 if over else limit, start=0 if head is None else head.front,
-            final=nodes.final if nodes is not None and over and nodes.usable else None,
+            final=nodes.final if nodes is not None and nodes.usable else None,
             rounds_before=0 if nodes is None else nodes.rounds, warm=warm, device=device,
         )  # fmt: skip
         outcome = iterate(task)

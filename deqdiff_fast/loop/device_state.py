@@ -37,6 +37,9 @@ class DeviceState(NamedTuple):
         """The bounds and rows of the first window."""
         self.previous.fill_(float("nan"))
         self.strict.fill_(1)
+        if len(set(window.lo)) > 1:
+            self.take(chain, window)
+            return
         lo, hi = window.lo[0], window.hi[0]  # the same for all samples: nothing is copied to the device
         chain.lo.fill_(lo), chain.hi.fill_(hi)
         torch.arange(lo * chain.batch, lo * chain.batch + len(self.rows), out=self.rows)

@@ -74,7 +74,7 @@ class Task:
     rounds_before: int = 0
     """Rounds before this loop, which count."""
     final: list[bool] | None = None
-    """Which samples are solved already, where nothing more is to be done; None: there is."""
+    """Which samples are solved already, where the window holds all timesteps; None for none."""
     warm: bool = False
     """Whether the states hold a trajectory that the caller gave."""
     device: DeviceWork = field(default_factory=DeviceWork)

@@ -93,7 +93,6 @@ def evaluations(model, schedule, x, nodes):
 COSTS_MORE = "no round on nodes ends these solves: all of them are made, and then those on all timesteps as well"
 
 
-@pytest.mark.xfail(strict=True, reason=COSTS_MORE)
 def test_bfloat16_costs_hardly_more_than_without_nodes(mixture, ddim, noise):
     plain, x = mixture(), noise(2).bfloat16()
     assert evaluations(plain, ddim(50), x, True) < 1.25 * evaluations(plain, ddim(50), x, False)
