@@ -34,6 +34,10 @@ class Estimate(NamedTuple):
     node_surprise: Tensor  # (n, B) parts of the first, or what they do to the next state where that is more
     node_roughness: Tensor  # (n, B) parts of the second, each by the same rule
 
+    def without_refinement(self, before: Estimate) -> Estimate:
+        """The same where there are more nodes than in the round before: less what interpolation had missed then."""
+        return self._replace(step=(self.step - before.interpolation).clamp_min(0))
+
     def shortfall(self, before: Estimate) -> Tensor:
         """(B,) >= 1: this round's step against the one that was foretold in the round before.
 

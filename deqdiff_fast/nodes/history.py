@@ -99,16 +99,14 @@ class NodeHistory:
             & (column < self.count.view(-1, 1))
             & norm.isfinite()
         )
-        self.scale = torch.where(keep, 1 / norm.clamp_min(1e-300), 0)
         ridges = self.ridges[1:].double().permute(1, 2, 0).reshape(n * batch, columns - 1)
+        if self.draft is not None:  # what a draft leaves over is soon less than what interpolation misses
+            keep &= ridges < GUESSED_RIDGE / 2
+        self.scale = torch.where(keep, 1 / norm.clamp_min(1e-300), 0)
         system = gram.nan_to_num(0.0, 0.0, 0.0) * self.scale[:, :, None] * self.scale[:, None]
         system.diagonal(dim1=1, dim2=2).add_(torch.where(keep, ridges, 1.0))
         factor, _ = torch.linalg.cholesky_ex(system)
         self.inverse = torch.cholesky_inverse(factor)
-
-    def forget_secants(self) -> None:
-        """Until the next `prepare` there are none."""
-        self.dz = None
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
         """out <- base + the secants' part for states that have moved on: (n, B, D) each."""

@@ -63,13 +63,14 @@ class NodeRounds:
         found: Estimate | None = None
         total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
         for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
-            if self._change_nodes(round, found):
-                asked = None
+            changed = self._change_nodes(round, found)
+            asked = None if changed else asked
             self._ask(asked, round)
             before, found = found, self._advance()
             if before is not None and round > UNTOLD + 2 and bool((found.step > GROWING * before.step).any()):
                 self.draft = self.history.draft = None  # what it makes of the secants grows
-            latest = self._estimate_error(found, before if round > UNTOLD else None)
+            judged = found.without_refinement(before) if changed and before is not None else found
+            latest = self._estimate_error(judged, before if round > UNTOLD else None)
             if asked is not None:  # nothing is new of samples that were not asked about
                 latest = torch.where(asked.any(0).cpu() | latest.isnan(), latest, total)
             total = latest
@@ -193,14 +194,10 @@ class NodeRounds:
         self.evaluated.update(self.grid.nodes)
         draft = None if self.draft is None else self.draft(states, self.grid.nodes)
         surprise = answers - self.slope * states - self.remainder
-        if asked is None:
-            self.surprise = surprise
-        else:
-            self.surprise = torch.where(asked[..., None], surprise, self.surprise)
+        self.surprise = surprise if asked is None else torch.where(asked[..., None], surprise, self.surprise)
         self.history.push(asked, states, answers, draft)
 
     def _advance(self) -> Estimate:
-        """The chain with what is known now, and how good it is."""
         history, last = self.history, self.states[-1].clone()
         history.prepare(self.slope)
         base = history.e[0] - self.slope * history.z[0]
@@ -219,30 +216,36 @@ class NodeRounds:
         self._scan(out, self.states)
 
     def _sweep(self, base: Tensor | None, out: Tensor) -> None:
-        """The chain of the draft, corrected by what the model said: base, None for nothing; by sweeps over all nodes.
-        out <- the remainders of the last one."""
-        problem, history = self.problem, self.history
+        """The chain of the draft, corrected by what the model said: base, None for nothing; out <- its remainders.
+
+        Then once more with what the secants add along it; in every sweep they would feed on themselves.
+        """
+        if not self._settle(base, None, out):
+            self._give_up_draft(base, out)
+        elif base is not None:
+            states, remainder, extra = self.states.clone(), out.clone(), torch.empty_like(out)
+            self.history.correct(torch.zeros_like(out), states[:-1], extra)
+            if not self._settle(base, extra, out):
+                self.states.copy_(states), out.copy_(remainder)
+
+    def _settle(self, base: Tensor | None, extra: Tensor | None, out: Tensor) -> bool:
+        """Sweeps of the draft over all nodes at once, until they move the sample no more; whether they have settled."""
         assert self.draft is not None
-        begun, moved = self.states.clone(), float("inf")
+        moved = float("inf")
         for _ in range(SWEEPS):
             states, last = self.states[:-1], self.states[-1].clone()
-            rest = self.draft(states, self.grid.nodes).sub_(self.slope * states)
-            if base is not None:
-                assert history.draft is not None
-                rest += history.e[0] - history.draft[0]
-                history.correct(rest, states, out)
-            else:
-                out.copy_(rest)
+            torch.sub(self.draft(states, self.grid.nodes), self.slope * states, out=out)
+            if base is not None and self.history.draft is not None:
+                out.add_(self.history.e[0]).sub_(self.history.draft[0])
+            if extra is not None:
+                out.add_(extra)
             self._scan(out, self.states)
             before, moved = moved, float(((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max())
-            if not moved <= min(GROWING * before, LARGEST):  # secants of short steps, stretched too far
-                history.forget_secants()
-                self.states.copy_(begun)
-                moved = float("inf")
-            elif moved <= SETTLED * problem.tol:
-                return
-        if not moved <= (UNSETTLED if base is not None else LARGEST):
-            self._give_up_draft(base, out)
+            if not moved <= min(GROWING * before, LARGEST):
+                return False
+            if moved <= SETTLED * self.problem.tol:
+                return True
+        return base is None or moved <= UNSETTLED
 
     def _give_up_draft(self, base: Tensor | None, out: Tensor) -> None:
         """Go on without a draft whose chain cannot be made by sweeps, with the slopes in its place."""
