@@ -25,12 +25,14 @@ class Stats:
     node_rounds: int = 0
     """Those of `rounds` that evaluated nodes only, a few of the timesteps."""
     timesteps_evaluated: float = 1.0
-    """What part of the timesteps the result rests on: nodes of the last round / T, 1 where all were evaluated."""
+    """At what part of the timesteps the model was asked, in any round, about any sample."""
     error_estimate: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     """(B,): the relative L2 error of each sample against the serial chain, as far as the nodes can tell; after rounds
     on all timesteps the longest relative step of the last round."""
     model_evals: int = 0
     """Model evaluations (NFE): samples x timesteps evaluated, summed over rounds, serial steps included."""
+    check_evals: int = 0
+    """Those of `model_evals` that only checked whether the model is as smooth in time as rounds on nodes need it."""
     model_calls: int = 0
     """Calls of the model; more than `rounds` where `max_batch` cuts a round into chunks."""
     draft_evals: int = 0

@@ -13,7 +13,7 @@ from ..loop.base import Chain
 from ..memory import Lease, MemoryPlan, SolverMemory
 from ..nodes.composite import LinearChain
 from ..nodes.grid import density
-from ..nodes.problem import NodeProblem
+from ..nodes.problem import NodeProblem, Spots
 from ..nodes.rounds import most_nodes
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
@@ -64,11 +64,12 @@ def node_bytes(system: System, settings: Any) -> int:
 
 def node_problem(
     system: System, lease: Lease, noise: Tensor, generator: Generators, tol: float, settings: Any, backend: str,
-    slope: SpectralSlope | str | None, made: Chain | None = None,
+    slope: SpectralSlope | str | None, made: Chain | None, spots: Spots,
 ) -> NodeProblem:  # fmt: skip
     """The problem of one solve.
 
-    settings: history, ridge and floor of the secants. made: a chain whose noise was drawn already.
+    settings: history, ridge and floor of the secants. made: a chain whose noise was drawn already. spots: asked
+    beside the nodes.
     """
     schedule, device = system.schedule, system.device
     chain, classes = cached(schedule, ("linear", slope), lambda: linear_chain(schedule, slope))  # a spectrum: itself
@@ -90,21 +91,17 @@ def node_problem(
         cached(schedule, "density", lambda: density(schedule)), start, drift,
         partial(ask, system, lease), None if system.draft is None else partial(ask_draft, system),
         tol, settings.history, settings.ridge, settings.floor, backend,
-        lambda what, make: cached(schedule, (what, slope, system.dtype, device), make),
+        lambda what, make: cached(schedule, (what, slope, system.dtype, device), make), spots,
     )  # fmt: skip
 
 
 def ask(
-    system: System, lease: Lease, states: Tensor, nodes: tuple[int, ...], asked: Tensor | None, out: Tensor, round: int
-) -> None:
-    """`NodeProblem.ask`."""
-    batch, device = system.batch, system.device
-    flat = (torch.tensor(nodes)[:, None] * batch + torch.arange(batch)).to(device)
-    slots = torch.arange(flat.numel(), device=device).view(flat.shape)
-    if asked is not None:
-        flat, slots = flat[asked], slots[asked]
-    rows = Rows(flat.flatten(), nodes[0], nodes[-1] + 1, flat.numel(), slots.flatten())
-    system.evaluate(states, out, rows, lease, round)
+    system: System, lease: Lease, states: Tensor, rows: Tensor, slots: Tensor, out: Tensor, round: int
+) -> None:  # fmt: skip
+    """`NodeProblem.ask`, in no larger calls than the lease has memory for."""
+    calls = -(-len(rows) // (most_nodes(system.num_steps) * system.batch))
+    for flat, slot in zip(rows.tensor_split(calls), slots.tensor_split(calls)) if calls else ():
+        system.evaluate(states[:, None], out, Rows(flat, 0, system.num_steps, len(flat), slot), lease, round)
 
 
 def ask_draft(system: System, states: Tensor, nodes: tuple[int, ...]) -> Tensor:

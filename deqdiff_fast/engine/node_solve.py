@@ -14,9 +14,10 @@ from ..loop.task import Replay
 from ..loop.window import Window
 from ..nodes.composite import interpolation
 from ..nodes.grid import FEWEST_STEPS
-from ..nodes.problem import NodeOutcome
+from ..nodes.problem import NodeOutcome, Spots
 from ..nodes.rounds import UNTOLD, NodeRounds
 from ..solution import Solution, Stats
+from .checked_timesteps import CheckedTimesteps
 from .initial_guess import linear_scan
 from .node_problem import lease_for, node_problem
 from .options import Options
@@ -46,16 +47,30 @@ class NodeSolve:
 
     Args:
         made: a chain that was begun already, whose noise is taken over.
+        checked: what is known of the model in time.
     """
 
-    def __init__(self, system: System, options: Options, request: Request, made: Chain | None) -> None:
+    def __init__(
+        self, system: System, options: Options, request: Request, made: Chain | None, checked: CheckedTimesteps
+    ) -> None:
         self.system = system
         self.certify_all = options.certify == "full" or request.return_trajectory
         self.lease = lease_for(system, options.memory)
         noise, solver, tol = request.noise, options.solver, options.allowed(request.noise.dtype)
+        self.checked = checked
+        spots = Spots() if self.certify_all else checked.spots(tol, system.batch)
         with torch.no_grad():
             self.problem = node_problem(
-                system, self.lease, noise, request.generator, tol, solver, options.backend, options.slope(noise), made
+                system,
+                self.lease,
+                noise,
+                request.generator,
+                tol,
+                solver,
+                options.backend,
+                options.slope(noise),
+                made,
+                spots,
             )
         self.outcome: NodeOutcome | None = None
 
@@ -72,7 +87,7 @@ class NodeSolve:
 
             def watch(round: int, error: Tensor, rounds: NodeRounds) -> object:
                 if work is not None:
-                    self._fill(work, rounds.grid.nodes, rounds.remainder)
+                    self._fill(work, rounds.chain.grid.nodes, rounds.chain.remainder)
                 window = Window(steps, batch, steps)
                 if all(rounds.done) and not self.certify_all:  # before that a sample may turn out to be none
                     window.lo = [steps] * batch
@@ -80,6 +95,7 @@ class NodeSolve:
 
         with torch.no_grad():
             self.outcome = NodeRounds(self.problem).run(limit, watch)
+        self.checked.learn(self.problem.spots, self.outcome, self.problem.tol)
 
     @property
     def usable(self) -> bool:
@@ -142,6 +158,7 @@ class NodeSolve:
         """What was done, into the statistics; more: rounds on all timesteps followed. Returns the trace."""
         outcome = self._outcome
         stats.rounds, stats.node_rounds = max(stats.rounds, self.rounds), self.rounds
+        stats.check_evals = outcome.check_evals
         if more and self.usable:  # samples that were done took no part in those
             final = torch.tensor(self.final)
             stats.error_estimate = torch.where(final, outcome.error_estimate, stats.error_estimate)

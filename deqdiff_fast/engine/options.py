@@ -15,6 +15,7 @@ from ..loop.stopping import StoppingRule
 from ..memory import SolverMemory, default_memory
 from ..model.batched import BatchedModel
 from ..model.draft_calls import DraftCalls
+from ..model.knowledge import shared_with_model
 from ..model.recording import RecordedModel, Recording
 from ..model.sample_kwargs import warn_of_guesses
 from ..model.stand_in import stand_in
@@ -56,6 +57,8 @@ class Options:
     certify: str = "estimate"
     learned: dict[str, int] = field(default_factory=dict)
     """What solves have told of the model, see `BatchedModel.learned`."""
+    unshared: dict[Any, Any] = field(default_factory=dict)
+    """`knowledge` of a model that nothing can be kept with."""
 
     @classmethod
     def check(
@@ -101,7 +104,13 @@ class Options:
     def __copy__(self) -> Options:
         """The same settings and model; nothing that a solve writes to is shared."""
         memory, graphs = copy(self.memory), copy(self.graph_cache)
-        return replace(self, memory=memory, graph_cache=graphs, learned=dict(self.learned))
+        return replace(self, memory=memory, graph_cache=graphs, learned=dict(self.learned), unshared={})
+
+    @property
+    def knowledge(self) -> dict[Any, Any]:
+        """What all samplers of the model have learned of it."""
+        shared = shared_with_model(self.model)
+        return self.unshared if shared is None else shared
 
     def recorded(self, recording: Recording) -> Options:
         """The same, the model's predictions kept; nothing is recorded as a CUDA graph. Raises TypeError."""

@@ -16,6 +16,7 @@ from ..loop.task import DeviceWork, Lookahead, Progress, Task
 from ..schedule.noise import freeze
 from ..solution import Callback, Solution, Stats
 from ..solver.picard import Picard
+from .checked_timesteps import checked_timesteps
 from .conclude import conclude
 from .node_solve import NodeSolve, begins_on_nodes
 from .options import Options
@@ -144,7 +145,10 @@ def _begin_on_nodes(
     """The rounds on nodes that a solve begins with, if it does, and what is left of a head, which they do not need."""
     if not begins_on_nodes(options, window, request.init_trajectory is not None):
         return None, head
-    nodes = NodeSolve(system, options, request, None if head is None else head.work.chain)
+    checked = checked_timesteps(options, request.noise, system.model_kwargs)
+    if checked.skip_nodes():
+        return None, head
+    nodes = NodeSolve(system, options, request, None if head is None else head.work.chain, checked)
     if head is not None:
         head.work.lease.release()
     return nodes, None

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .._types import Model, without_marks
 from ..engine import arguments
+from ..model.knowledge import signature_of
 from ..model.sample_kwargs import select_rows
-from ..planner.measure import signature_of
 from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution

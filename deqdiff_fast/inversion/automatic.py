@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from .._locks import Lock
+from ..model.knowledge import shared_with_model, signature_of
 from ..planner import measure as cost
 from ..planner.cost_curve import Curve
 from .base import InversionProblem, MethodResult
@@ -115,7 +116,7 @@ class Automatic:
 
     def _predict(self, problem: InversionProblem) -> tuple[dict[str, float], InversionHistory, Curve, int]:
         """Seconds of each method, what they were predicted from, what calls cost, and evaluations to measure that."""
-        cache, signature = cost.shared_with_model(problem.model), cost.signature_of(problem.image, problem.model_kwargs)
+        cache, signature = shared_with_model(problem.model) or {}, signature_of(problem.image, problem.model_kwargs)
         schedule = problem.schedule
         kind = (problem.batch, schedule.num_steps, schedule.name, schedule.stochastic, problem.tol)
         with _LOCK:

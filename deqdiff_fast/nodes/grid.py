@@ -57,6 +57,22 @@ def influence(schedule: Schedule) -> Tensor:
     return adjoint(schedule.state_coef, schedule.model_coef, slope)[:, 0] / torch.where(q == 0, 1, q)
 
 
+def error_weight(schedule: Schedule) -> Tensor:
+    """(T,): relative error of the sample if a prediction, or the clean sample by it, is wrong by its own size.
+
+    At least as much as it moves the next state: a linear model forgets early errors, which a network need not do.
+    """
+    variance, signal, sigma = TYPICAL_VARIANCE, schedule.signal, schedule.sigma
+    p, q = schedule.denoised_coef().unbind(1)
+    q = torch.where(q == 0, 1, q).abs()
+    size = (variance * (1 - p * signal[:-1]).square() + (p * sigma[:-1]).square()).sqrt() / q
+    size = torch.maximum(size, variance**0.5 / q)
+    next_state = (variance * signal[1:].square() + sigma[1:].square()).sqrt().clamp_min(1e-300)
+    slope = schedule.slope(variance)[:, None]
+    to_sample = adjoint(schedule.state_coef, schedule.model_coef, slope)[:, 0]
+    return size * torch.maximum(to_sample.abs() / variance**0.5, schedule.model_coef[:, 0].abs() / next_state)
+
+
 def adjoint(state_coef: Tensor, model_coef: Tensor, slope: Tensor) -> Tensor:
     """(T, K): d sample / d remainder of each timestep, for predictions slope[i] x_i + remainder[i]; slope: (T, K)."""
     steps, lags = state_coef.shape

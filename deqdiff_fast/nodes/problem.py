@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from .composite import LinearChain
 from .node_grid import NodeGrid
 
-Ask = Callable[[Tensor, tuple[int, ...], "Tensor | None", Tensor, int], None]
-"""ask(states, nodes, asked, predictions, round): fills predictions: (n, B, D) at states: (n, B, D) of those timesteps,
-where asked: (n, B) bool, None for everywhere."""
+Ask = Callable[[Tensor, Tensor, Tensor, Tensor, int], None]
+"""ask(states, rows, slots, predictions, round): fills predictions[slots]: (R, D) at states[slots]: (R, D), which are of
+timestep i and sample b where rows: (r,) is i B + b."""
+
+
+class Spots(NamedTuple):
+    """Timesteps at which one sample's predictions are to be compared with what is interpolated; none is fine."""
+
+    timesteps: tuple[int, ...] = ()
+    sample: int = 0
 
 
 class Cache(Protocol):
@@ -35,6 +42,7 @@ class NodeProblem:
         draft: (n, B, D) states of those timesteps -> predictions of a cheap stand-in for the model, or None.
         tol: relative L2 error allowed in a sample.
         history, ridge, floor: of the secants, see `QuasiNewton`.
+        spots: to be asked beside the nodes.
     """
 
     chain: LinearChain
@@ -50,6 +58,7 @@ class NodeProblem:
     floor: float
     backend: str
     cache: Cache
+    spots: Spots
 
 
 @dataclass
@@ -64,8 +73,12 @@ class NodeOutcome:
     error_estimate: Tensor  # (B,)
     trace: list[Tensor]  # (B,) of every round
     evaluated: int
-    """How many timesteps were nodes in some round."""
+    """How many timesteps were asked in some round."""
     stopped: bool = False
     """Whether `report` asked for the end."""
     broken: bool = False
     """Whether states are not finite: nothing of this is of use."""
+    rough: bool | None = None
+    """Whether the model is less smooth in time than interpolation takes it to be; None where no spots were asked."""
+    check_evals: int = 0
+    """Of the model, at spots."""

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-from .._locks import Lock
-from .._types import DraftRows, Model
+from .._types import DraftRows
 from ..engine.system import System
 from ..model.padding import out_of_memory
-from ..model.sample_kwargs import is_list_of_strings, is_per_sample
 from .cost_curve import Curve
 from .round_model import average
 
@@ -59,40 +54,6 @@ class Costs:
         self.set_step(batch, new)
         if old > 0:
             self._calls = {n: s * new / old for n, s in self._calls.items()}
-
-
-_SHARED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
-_lock = Lock()
-
-
-def shared_with_model(model: Model) -> dict[Any, Any]:
-    """A dict that lives as long as the model: what samplers of the same model learn, they share.
-
-    A wrapper that is made anew for every use can name the model that it wraps in an attribute `base_model`.
-    """
-    try:
-        with _lock:
-            return _SHARED.setdefault(getattr(model, "base_model", model), {})
-    except TypeError:  # neither hashed nor weakly referenced: known to this sampler only
-        return {}
-
-
-def signature_of(noise: Tensor, model_kwargs: dict[str, Any] | None) -> Any:
-    """What decides the cost of a row: the sample's shape, dtype and device, the threads, the kwargs' kinds."""
-    kinds: tuple[Any, ...] = ()
-    if model_kwargs:
-        batch = noise.shape[0]
-        leaves, structure = tree_flatten(model_kwargs, is_leaf=lambda value: is_list_of_strings(value, batch))
-        kinds = (str(structure), tuple(_kind(leaf, batch) for leaf in leaves))
-    threads = torch.get_num_threads() if noise.device.type == "cpu" else 0
-    return tuple(noise.shape[1:]), noise.dtype, str(noise.device), threads, kinds
-
-
-def _kind(leaf: Any, batch: int) -> Any:
-    if isinstance(leaf, Tensor):
-        shape = tuple(leaf.shape)
-        return ("row", shape[1:], leaf.dtype) if is_per_sample(leaf, batch) else (shape, leaf.dtype)
-    return leaf if isinstance(leaf, (bool, int, str, type(None))) else type(leaf).__name__
 
 
 def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf_counter) -> float:

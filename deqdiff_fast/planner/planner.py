@@ -15,10 +15,11 @@ from ..engine.node_solve import begins_on_nodes
 from ..engine.options import DEFAULT_TOL, Options
 from ..engine.system import System
 from ..engine.workspace import Workspace
+from ..model.knowledge import signature_of
 from ..plan import Plan, RoundEstimate
 from .decide import PlannerInputs, candidate, decide, predict
 from .free_memory import usable_bytes
-from .measure import Costs, shared_with_model, signature_of, time_call, time_draft
+from .measure import Costs, time_call, time_draft
 from .round_model import FULL_ROUNDS, Expectation, average
 
 PROBING = 0.03  # of the time spent sampling may go into measuring and planning
@@ -80,7 +81,7 @@ class Planner:
 
     def __init__(self, options: Options, clock: Callable[[], float] = time.perf_counter) -> None:
         self.options, self.clock = options, clock
-        self._shared = shared_with_model(options.model)
+        self._shared = options.knowledge
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
         kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)

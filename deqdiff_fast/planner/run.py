@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.checked_timesteps import AFTERWARDS
 from ..engine.conclude import conclude
 from ..engine.progress import Reporter
 from ..engine.serial import Report, finish_serially
@@ -78,7 +79,7 @@ def solve_in_rounds(
     monitor = SlowSolveMonitor(plan, step, taken_over, planner.clock, nodes, full_rounds)
     head = None if begun is None else Head(begun, front)
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
-    if stats.stop_reason != "callback" and believed:
+    if stats.stop_reason != "callback" and believed and stats.check_evals <= AFTERWARDS:
         seconds, rows, share = planner.clock() - began - monitor.outside, stats.model_evals - evals, 1.0
         rounds = stats.rounds - taken_over
         if monitor.gave_up and monitor.rounds:  # it counts with what it would still have taken

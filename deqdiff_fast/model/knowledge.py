@@ -1,0 +1,49 @@
+"""What is learned of a model is kept with it, for all samplers of the same model."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from .._locks import Lock
+from .._types import Model
+from .sample_kwargs import is_list_of_strings, is_per_sample
+
+_SHARED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_lock = Lock()
+
+
+def shared_with_model(model: Model) -> dict[Any, Any] | None:
+    """A dict that lives as long as the model: what samplers of the same model learn, they share.
+
+    None for a model that is neither hashed nor weakly referenced.
+
+    A wrapper that is made anew for every use can name the model that it wraps in an attribute `base_model`.
+    """
+    try:
+        with _lock:
+            return _SHARED.setdefault(getattr(model, "base_model", model), {})
+    except TypeError:
+        return None
+
+
+def signature_of(noise: Tensor, model_kwargs: dict[str, Any] | None) -> Any:
+    """What decides the cost of a row: the sample's shape, dtype and device, the threads, the kwargs' kinds."""
+    kinds: tuple[Any, ...] = ()
+    if model_kwargs:
+        batch = noise.shape[0]
+        leaves, structure = tree_flatten(model_kwargs, is_leaf=lambda value: is_list_of_strings(value, batch))
+        kinds = (str(structure), tuple(_kind(leaf, batch) for leaf in leaves))
+    threads = torch.get_num_threads() if noise.device.type == "cpu" else 0
+    return tuple(noise.shape[1:]), noise.dtype, str(noise.device), threads, kinds
+
+
+def _kind(leaf: Any, batch: int) -> Any:
+    if isinstance(leaf, Tensor):
+        shape = tuple(leaf.shape)
+        return ("row", shape[1:], leaf.dtype) if is_per_sample(leaf, batch) else (shape, leaf.dtype)
+    return leaf if isinstance(leaf, (bool, int, str, type(None))) else type(leaf).__name__

@@ -1,0 +1,149 @@
+"""The chain at some nodes: what the model said there, and the states that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels import node_scan
+from .drift import composite_drift
+from .history import NodeHistory
+from .node_grid import NodeGrid, Transfer, per_element
+from .problem import NodeProblem
+
+UNSETTLED = 0.1  # what the last sweep of a draft may move where they have not settled
+GROWING, LARGEST = 2.0, 3.0  # times the last move of a draft's sweeps, or times the sample: they do not settle
+SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move
+
+
+class NodeChain:
+    """The nodes of a round, with states (n + 1, B, D), the last one the sample, and remainders (n, B, D).
+
+    Args:
+        nodes: those of the first round. Nothing is known of the model: the chain is the draft's, or made of slopes.
+    """
+
+    def __init__(self, problem: NodeProblem, nodes: list[int]) -> None:
+        self.problem, self.draft = problem, problem.draft
+        self._use(self._grid(nodes))
+        self.remainder = self.states.new_zeros(self.states[1:].shape)
+        self._scan(self.remainder, self.states)
+        self.history = NodeHistory(
+            problem.history + 1, self.states[1:], problem.ridge, problem.floor, problem.draft is not None
+        )
+        self.surprise = torch.zeros_like(self.remainder)
+        if self.draft is not None:
+            self._sweep(None, self.remainder)
+
+    def _grid(self, nodes: list[int]) -> NodeGrid:
+        like, chain = self.problem.start, self.problem.chain
+        make: Callable[[], NodeGrid] = lambda: NodeGrid.of(chain, nodes, like.dtype, like.device)  # noqa: E731
+        found: NodeGrid = self.problem.cache(("nodes", tuple(nodes)), make)
+        return found
+
+    def _use(self, grid: NodeGrid) -> None:
+        problem = self.problem
+        self.grid = grid
+        self.slope = per_element(grid.slope, problem.classes)
+        self.states = problem.start.new_empty(len(grid.nodes) + 1, *problem.start.shape)
+        self.states[0] = problem.start
+        self.drift = None
+        if problem.drift is not None:
+            self.drift = composite_drift(problem.chain, problem.classes, grid.nodes, problem.drift)
+
+    def _scan(self, remainder: Tensor, out: Tensor) -> None:
+        """States that follow from the remainders at the nodes."""
+        node_scan(
+            out, remainder, *self.grid.steps, classes=self.problem.classes, drift=self.drift,
+            backend=self.problem.backend,
+        )  # fmt: skip
+
+    def move(self, nodes: tuple[int, ...]) -> None:
+        """Go on with other nodes, and take along what is known."""
+        problem, like, old = self.problem, self.problem.start, self.grid
+        make: Callable[[], Transfer] = lambda: Transfer.of(problem.chain, old.nodes, nodes, like.dtype, like.device)  # noqa: E731
+        transfer: Transfer = problem.cache(("transfer", old.nodes, nodes), make)
+        remainder, before, slope = self.remainder, self.states, self.slope
+        self._use(self._grid(list(nodes)))
+        node_scan(
+            self.states, remainder, *transfer.steps, classes=problem.classes, drift=self.drift, backend=problem.backend
+        )
+        self.remainder = torch.mm(transfer.scaled, remainder.flatten(1)).view(len(nodes), *like.shape)
+        self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1], (slope, self.slope))
+        self.surprise = torch.zeros_like(self.remainder)
+
+    def learn(self, asked: Tensor | None, answers: Tensor) -> None:
+        """What the model said at the nodes, (n, B, D); asked: (n, B) bool, where it was asked, None for everywhere."""
+        states = self.states[:-1]
+        draft = None if self.draft is None else self.draft(states, self.grid.nodes)
+        surprise = answers - self.slope * states - self.remainder
+        self.surprise = surprise if asked is None else torch.where(asked[..., None], surprise, self.surprise)
+        self.history.push(asked, states, answers, draft)
+
+    def base(self) -> Tensor:
+        """(n, B, D): the remainders as the model last gave them."""
+        return self.history.e[0] - self.slope * self.history.z[0]
+
+    def advance(self) -> Tensor:
+        """The chain with what is known now. Returns (n, B): the step at each node against the last one, at most 1."""
+        history = self.history
+        history.prepare(self.slope)
+        if self.draft is None:
+            self._correct(self.base(), self.remainder)
+        else:
+            self._sweep(self.base(), self.remainder)
+        made, before = (self.states[:-1] - history.z[0]).norm(dim=2), history.moved()
+        return torch.where(before > 0, made / before, (made > 0).to(made)).nan_to_num_(1.0).clamp_max_(1.0)
+
+    def _correct(self, base: Tensor, out: Tensor) -> None:
+        self._scan(base, self.states)  # by the slopes, then once more with what the secants add along it
+        self.history.correct(base, self.states[:-1], out)
+        self._scan(out, self.states)
+
+    def _sweep(self, base: Tensor | None, out: Tensor) -> None:
+        """The chain of the draft, corrected by what the model said: base, None for nothing; out <- its remainders.
+
+        Then once more with what the secants add along it; in every sweep they would feed on themselves.
+        """
+        if not self._settle(base, None, out):
+            self._give_up_draft(base, out)
+        elif base is not None:
+            states, remainder, extra = self.states.clone(), out.clone(), torch.empty_like(out)
+            self.history.correct(torch.zeros_like(out), states[:-1], extra)
+            if not self._settle(base, extra, out):
+                self.states.copy_(states), out.copy_(remainder)
+
+    def _settle(self, base: Tensor | None, extra: Tensor | None, out: Tensor) -> bool:
+        """Sweeps of the draft over all nodes at once, until they move the sample no more; whether they have settled."""
+        assert self.draft is not None
+        moved = float("inf")
+        for _ in range(SWEEPS):
+            states, last = self.states[:-1], self.states[-1].clone()
+            torch.sub(self.draft(states, self.grid.nodes), self.slope * states, out=out)
+            if base is not None and self.history.draft is not None:
+                out.add_(self.history.e[0]).sub_(self.history.draft[0])
+            if extra is not None:
+                out.add_(extra)
+            self._scan(out, self.states)
+            before, moved = moved, float(((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max())
+            if not moved <= min(GROWING * before, LARGEST):
+                return False
+            if moved <= SETTLED * self.problem.tol:
+                return True
+        return base is None or moved <= UNSETTLED
+
+    def _give_up_draft(self, base: Tensor | None, out: Tensor) -> None:
+        """Go on without a draft whose chain cannot be made by sweeps, with the slopes in its place."""
+        self.forget_draft()
+        if base is None:
+            out.zero_()
+            self._scan(out, self.states)
+        else:
+            self.history.prepare(self.slope)
+            self._correct(base, out)
+
+    def forget_draft(self) -> None:
+        """Go on without a draft."""
+        self.draft = self.history.draft = None
