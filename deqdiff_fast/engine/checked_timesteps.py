@@ -1,8 +1,8 @@
 """What solves have seen of a model at the timesteps that rounds on nodes leave out.
 
-Rounds on nodes take a model to be smooth in time. The first solve of a model along a schedule looks whether that is
-so: it asks one sample about so many timesteps that what lies between two of them could not move the sample by more than
-the tolerance, even if the predictions there were wrong by their own size. Solves after it ask two timesteps each, all of
+Rounds on nodes take a model to be smooth in time. The first solve of a model along a schedule looks whether that is so:
+it asks one sample about so many timesteps that what lies between two of them could not move the sample by more than the
+tolerance, even if the predictions there were wrong by their own size. Solves after it ask two timesteps each, all of
 them in turn. Where one was not as expected, this and the next solves are made on all timesteps, and then the model is
 looked at anew.
 """

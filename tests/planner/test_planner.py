@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
+from deqdiff_fast.model.knowledge import signature_of
 from deqdiff_fast.plan import RoundEstimate
 from deqdiff_fast.planner import planner as planning
 from deqdiff_fast.planner.cost_curve import Curve
 from deqdiff_fast.planner.decide import PlannerInputs, decide, predict, promising, rows_of_rounds, windows
 from deqdiff_fast.planner.free_memory import free_bytes
-from deqdiff_fast.model.knowledge import signature_of
 from deqdiff_fast.planner.monitor import give_up, work_left
 from deqdiff_fast.planner.round_model import Expectation
 
