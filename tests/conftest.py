@@ -35,6 +35,7 @@ def load_module(file: Path, name: str) -> ModuleType:
 
 load_module(Path(__file__).with_name("solvers.py"), "solvers")  # for `from solvers import SOLVERS`
 load_module(Path(__file__).parent / "kernels" / "kernel_operands.py", "kernel_operands")
+load_module(Path(__file__).parent / "pretended_cuda" / "graph_api.py", "graph_api")
 
 
 class PeakBytes(TorchDispatchMode):
