@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from ..loop.task import Replay, run_eager
 from ..model.padding import is_compiled
 from .cuda_graphs import Graphs
 from .cuda_recorder import CudaRecorder, Recorder
-from .graph_key import solve_key, weights_key
+from .graph_key import SolveKey, Weights, solve_key
 from .system import System
 from .workspace import Workspace
 
 CACHED = 2  # workspaces a sampler holds on to; each is a slab of device memory and a pool of graphs
 REMEMBERED = 64  # shapes that "auto" has met once
+NO_ADDRESS = "the model is not recorded (it has weights without an address); it is called plainly"
+
+_log = logging.getLogger("deqdiff_fast")
 
 
 @dataclass
@@ -55,6 +59,7 @@ class GraphCache:
         self.mode = mode
         self._cached: dict[Any, CachedSolve] = {}
         self._seen: set[Any] = set()
+        self._told = False
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,12 +80,13 @@ class GraphCache:
         if self.mode is True and recorder is None and system.device.type != "cuda":
             raise ValueError(f"cuda_graph: expected noise on a CUDA device for True, got {system.device}; use 'auto'")
         key = None if recorder is None else self._key(system, settings)
-        entry, met = self._take(key)
-        if recorder is None or not (self.mode is True or met or entry is not None):
+        entry, met = (None, False) if key is None else self._take(key.now())
+        if recorder is None or key is None or not (self.mode is True or met or entry is not None):
             work = open_workspace(system)
             with work.lease:
                 yield work, run_eager, None
-            self._remember(self._key_afterwards(key, system))
+            if key is not None:
+                self._remember(key.now())
             return
         entry = self._renew(entry, system) if entry is not None else self._make(system, open_workspace, recorder)
         try:
@@ -89,7 +95,7 @@ class GraphCache:
             entry.work.lease.release()
             raise
         entry.graphs.recorder.leave()
-        self._keep(self._key_afterwards(key, system), entry)
+        self._keep(entry, key.now())
 
     def on_shortage(self, graphs: Graphs | None = None) -> Callable[[], bool]:
         """What to do where a call of the model finds no memory: free that of cached solves that are not in use, and
@@ -114,22 +120,17 @@ class GraphCache:
     def _take(self, key: Any) -> tuple[CachedSolve | None, bool]:
         """The cached solve of that key, if there is one that is not in use, and whether the key was met before."""
         with self._lock:
-            met = key is not None and key in self._seen
-            entry = self._cached.pop(key, None) if key is not None else None
+            met, entry = key in self._seen, self._cached.pop(key, None)
         self._remember(key)
         return entry, met
 
     def _remember(self, key: Any) -> None:
-        if key is not None:
-            with self._lock:
-                self._seen = self._seen if len(self._seen) < REMEMBERED else set()
-                self._seen.add(key)
+        with self._lock:
+            self._seen = self._seen if len(self._seen) < REMEMBERED else set()
+            self._seen.add(key)
 
-    def _keep(self, key: Any, entry: CachedSolve) -> None:
-        """Cache a solve that has ended, or free it where nothing can say what it depends on."""
-        if key is None:
-            entry.work.lease.release()
-            return
+    def _keep(self, entry: CachedSolve, key: Any) -> None:
+        """Cache a solve that has ended; the oldest goes."""
         self._remember(key)
         with self._lock:
             left = self._cached.pop(key, None)
@@ -140,23 +141,17 @@ class GraphCache:
         for other in dropped:
             other.work.lease.release()
 
-    def _key(self, system: System, settings: tuple[Any, ...]) -> Any:
-        """All that a recording depends on, or None for a model that "auto" leaves alone."""
+    def _key(self, system: System, settings: tuple[Any, ...]) -> SolveKey | None:
+        """All that a recording depends on, or None for a model that is left alone."""
         model = system.model
         if self.mode == "auto" and (not isinstance(model, nn.Module) or model.training or is_compiled(model)):
             return None
-        weights = weights_key(model)
-        if weights is None and self.mode == "auto":
+        weights = Weights.of(model)
+        if weights is None:
+            (_log.debug if self._told else _log.warning)("cuda_graph: %s", NO_ADDRESS)
+            self._told = True
             return None
-        return solve_key(system, settings), weights
-
-    def _key_afterwards(self, key: Any, system: System) -> Any:
-        """The key of the next solve like this one, whose model may have written to its own buffers; None where its
-        weights were changed meanwhile."""
-        if key is None or key[1] is None:
-            return key
-        weights = weights_key(system.model)
-        return (key[0], weights) if weights is not None and weights[0] == key[1][0] else None
+        return SolveKey(solve_key(system, settings), weights)
 
     def _make(self, system: System, open_workspace: Callable[[System], Workspace], recorder: Recorder) -> CachedSolve:
         leaves, structure = tree_flatten(system.model_kwargs)

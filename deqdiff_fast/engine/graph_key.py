@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import CellType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +32,47 @@ def solve_key(system: System, settings: tuple[Any, ...]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def weights_key(model: Any) -> tuple[int, int] | None:
-    """Where a model's weights lie and how often each was written to; the second number is the buffers' part of it,
-    which a model may write to itself. None where they have no address.
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights, where they lie and how often each was written to.
 
-    Versions count although a graph reads the weights as they are: a model may have computed something from them.
+    Versions count although a graph reads the weights as they are: a model may have computed something from them. Those
+    of buffers are apart: a model may write to them itself.
     """
-    modules = _modules(model)
-    weights = [weight for module in modules for weight in module.parameters()]
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    training = tuple(part.training for module in modules for part in module.modules())
-    try:
-        places = tuple((x.data_ptr(), x.dtype, x.device, tuple(x.shape), x.stride()) for x in (*weights, *buffers))
-    except (RuntimeError, NotImplementedError):
-        return None
-    if any(place[0] == 0 and x.numel() for place, x in zip(places, (*weights, *buffers))):
-        return None
-    return hash((places, training, _versions(weights))), hash(_versions(buffers))
+
+    places: int
+    """A hash of it all but the versions of buffers."""
+    buffers: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: Any) -> Weights | None:
+        """None where they have no address."""
+        parts = {id(part): part for module in _modules(model) for part in module.modules()}.values()
+        weights = {id(x): x for part in parts for x in part._parameters.values() if x is not None}
+        buffers = {id(x): x for part in parts for x in part._buffers.values() if x is not None}
+        training = tuple(part.training for part in parts)
+        try:
+            places = [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in (*weights.values(), *buffers.values())]
+        except (RuntimeError, NotImplementedError):
+            return None
+        if not all(place[0] or 0 in place[2] for place in places):
+            return None
+        return cls(hash((*places, training, _versions(weights.values()))), tuple(buffers.values()))
+
+    def key(self) -> tuple[int, int]:
+        """As they are now, where nobody but the model itself has written to them."""
+        return self.places, hash(_versions(self.buffers))
+
+
+class SolveKey(NamedTuple):
+    """What a solve's recordings depend on."""
+
+    settings: tuple[Any, ...]
+    weights: Weights
+
+    def now(self) -> tuple[Any, ...]:
+        """To be found again under: before the solve, and after it."""
+        return self.settings, self.weights.key()
 
 
 def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:

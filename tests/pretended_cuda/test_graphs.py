@@ -254,6 +254,18 @@ def test_a_model_that_counts_in_a_buffer_is_recorded(api, ddim, net):
         assert api.calls == 0
 
 
+@pytest.mark.parametrize("graph", ["auto", True])
+def test_weights_without_an_address(api, ddim, net, graph, caplog):
+    """Nothing could tell where they are by the next solve: they are wrapped, or stored in another way."""
+    weight = net.layer.weight
+    net.layer.register_parameter("index", torch.nn.Parameter(weight.detach().to_sparse(), requires_grad=False))
+    sampler = sampler_of(net, ddim(8), cuda_graph=graph)
+    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"):
+        assert same(sampler, api) > 0
+    assert "it has weights without an address" in caplog.text
+    assert not kept(sampler)
+
+
 def test_no_room_for_a_recording(api, ddim, net, caplog):
     """The model's calls stay as large as they are; smaller ones, of which there is room, are recorded."""
 
