@@ -10,12 +10,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from .._locks import Lock
 from .host_waits import watch_host_waits
 
 Work = Callable[[], None]
 LATER = ""
 """What `Recorder.run` returns where it cannot say, this time."""
 
+_capturing = Lock()  # torch allows one capture at a time in a process
 _unused: dict[torch.device, list[Any]] = {}  # capture streams of recorders that are gone; torch has 32 for a device
 
 
@@ -69,6 +71,7 @@ class CudaRecorder:
             self._stream = _take_stream(self, self.device)
         graph: Any = torch.cuda.CUDAGraph()
         with (
+            _capturing,
             torch.cuda.device(self.device),
             torch.cuda.graph(graph, self.pool, self._stream, capture_error_mode="thread_local"),
         ):

@@ -43,6 +43,11 @@ class Stream:
     def wait_event(self, event):
         self.follow(event.clock)
 
+    def record_event(self):
+        event = Event(self.api)
+        event.record(self)
+        return event
+
 
 class Event:
     def __init__(self, api):
@@ -77,6 +82,7 @@ class Graph:
         self.mode = self.stream = None
 
     def capture_begin(self, pool=None, capture_error_mode="global", **_):
+        assert self.api.capturing is None, "torch allows one capture at a time"
         self.shared, self.mode = pool or object(), capture_error_mode
         self.stream, self.api.capturing = self.api.streams[self.api.current], self
         self.api.captures += 1

@@ -10,10 +10,13 @@ import warnings
 import pytest
 import torch
 from graph_api import GraphApi
+from torch import Tensor
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import graph_cache, solve
+from deqdiff_fast.engine.host_waits import watch_host_waits
 from deqdiff_fast.loop.task import Lookahead
+from deqdiff_fast.schedule.cache import cached
 
 FULL = dq.QuasiNewton(nodes=False)
 
@@ -51,6 +54,16 @@ class Net(torch.nn.Module):
 @pytest.fixture
 def net(api):
     return Net(api).eval().requires_grad_(False)
+
+
+class There(Tensor):
+    """A tensor that is on a device, as far as it says."""
+
+    device = property(lambda self: torch.device("cuda:0"))
+
+    @staticmethod
+    def __new__(cls, held):
+        return held.as_subclass(cls)
 
 
 def start(seed=0, batch=2):
@@ -121,6 +134,24 @@ def test_threads_do_not_share_capture_streams(api, ddim, net):
         same(sampler, api)
     streams = [graph.stream for sampler in samplers for graph in {*api.graphs} if graph.pool() in pools(sampler)]
     assert len(set(streams)) == len(samplers)
+
+
+def test_one_capture_at_a_time(api):
+    """Torch's rule for a process; a second thread's waits until the first is over."""
+    done = []
+
+    def second():
+        recorder(torch.device("cuda", 0)).record(lambda: done.append("second"))
+
+    def first():
+        thread.start()
+        thread.join(0.2)
+        done.append("first")
+
+    recorder, thread = graph_cache.CudaRecorder, threading.Thread(target=second)
+    recorder(torch.device("cuda", 0)).record(first)
+    thread.join()
+    assert done == ["first", "second"]
 
 
 def pools(sampler):
@@ -338,6 +369,50 @@ def test_solves_on_two_streams(api, ddim, net):
     same(sampler, api, times=1)
     assert not api.races, "\n".join(dict.fromkeys(api.races))
     assert (slab, other) in api.recorded
+
+
+def test_what_is_seen_of_waits(api, recwarn):
+    """One watch inside another; nothing where another thread is watching, or where warnings went elsewhere."""
+    elsewhere = []
+
+    def watch():
+        with watch_host_waits() as waits:
+            pass
+        elsewhere.append(waits.known)
+
+    with watch_host_waits() as outer:
+        api.wait()
+        with watch_host_waits() as inner:
+            api.wait()
+        thread = threading.Thread(target=watch)
+        thread.start()
+        thread.join()
+        warnings.warn("another one", stacklevel=1)
+    assert (outer.found, inner.found, outer.known, elsewhere) == (2, 1, True, [False])
+    assert [str(warning.message) for warning in recwarn] == ["another one"]
+    assert api.sync_mode == 0
+    show = warnings.showwarning
+    with watch_host_waits() as waits:
+        warnings.showwarning = show
+    assert not waits.known
+    assert warnings.showwarning is show
+    with watch_host_waits() as waits:
+        pass
+    assert waits.known
+
+
+def test_tables_on_two_streams(api, ddim):
+    """Those that a schedule keeps: a stream that did not make them waits until they are there."""
+    schedule, tensor, first, other = ddim(4), There(torch.zeros(3)), torch.cuda.current_stream(), torch.cuda.Stream(0)
+    first.clock[first] = 7  # so much was asked of it before
+    for make in (lambda: (tensor, 1), None, None):
+        assert cached(schedule, "table", make)[0] is tensor
+    assert not api.recorded
+    assert first not in other.clock
+    with torch.cuda.stream(other):
+        assert cached(schedule, "table", None)[0] is tensor
+    assert other.clock[first] == 7
+    assert [on for _, on in api.recorded] == [other]
 
 
 def test_inference_mode_is_another_recording(api, ddim, net):
