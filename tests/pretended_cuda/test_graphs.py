@@ -1,4 +1,4 @@
-"""Recordings under a pretended API of CUDA graphs, which frees what a real one would and captures what one would."""
+"""Captures under a pretended API of CUDA graphs, which captures what a real one would: streams, devices, threads."""
 
 from __future__ import annotations
 
@@ -9,83 +9,10 @@ import warnings
 
 import pytest
 import torch
-from graph_api import GraphApi
-from torch import Tensor
+from graph_solves import FULL, kept, name, same, sampler_of
 
-import deqdiff_fast as dq
-from deqdiff_fast.engine import graph_cache, solve
+from deqdiff_fast.engine import graph_cache
 from deqdiff_fast.engine.host_waits import watch_host_waits
-from deqdiff_fast.loop.task import Lookahead
-from deqdiff_fast.schedule.cache import cached
-
-FULL = dq.QuasiNewton(nodes=False)
-
-
-def name(solver):
-    return solver if isinstance(solver, str) else solver.name
-
-
-@pytest.fixture
-def api(monkeypatch):
-    """The device; every solve may be recorded."""
-    api = GraphApi()
-    api.install(monkeypatch)
-    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: Lookahead())
-    recorder = graph_cache.CudaRecorder
-    monkeypatch.setattr(graph_cache, "recorder_for", lambda device: recorder(torch.device("cuda", api.place)))
-    return api
-
-
-class Net(torch.nn.Module):
-    """Notes how often Python calls it, which replays do not; `before` is called first."""
-
-    def __init__(self, api):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = torch.nn.Linear(12, 12)
-        self.api, self.before = api, lambda x: None
-
-    def forward(self, x, t):
-        self.api.calls += 1
-        self.before(x)
-        return 0.8 * x + 0.1 * torch.tanh(self.layer(x).to(x.dtype) + 1e-3 * t[:, None])
-
-
-@pytest.fixture
-def net(api):
-    return Net(api).eval().requires_grad_(False)
-
-
-class There(Tensor):
-    """A tensor that is on a device, as far as it says."""
-
-    device = property(lambda self: torch.device("cuda:0"))
-
-    @staticmethod
-    def __new__(cls, held):
-        return held.as_subclass(cls)
-
-
-def start(seed=0, batch=2):
-    return torch.randn(batch, 12, generator=torch.Generator().manual_seed(seed))
-
-
-def sampler_of(model, schedule, **options):
-    return dq.DEQSampler(model, schedule, **({"solver": "picard", "tol": 1e-5, "cuda_graph": True} | options))
-
-
-def same(sampler, api, times=4):
-    """Solves on the device, each of which has to be the plain one; returns the calls of the model in the last."""
-    for seed in (max(0, min(k, times - 3)) for k in range(times)):  # all sizes of the last were met twice before
-        expected, before = sampler.serial(start(seed)).sample, api.calls
-        with api:
-            found = sampler.sample(start(seed)).sample
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    return api.calls - before
-
-
-def kept(sampler):
-    return list(sampler.options.graph_cache._cached.values())
 
 
 @pytest.mark.parametrize("solver", [FULL, "picard", "triangular", "anderson"], ids=name)
@@ -96,23 +23,6 @@ def test_a_recorded_solve(api, ddim, net, solver):
     assert {kind for kind, _ in entry.graphs.replays} == {"model", "step", "guess"}
     assert not entry.graphs.refused
     assert api.freed == 0
-
-
-def test_autocast_leaves_no_casts_behind(api, ddim):
-    """What autocast remembers of the weights is freed at the end of its context; the dtype makes another recording."""
-    net = Net(api).eval()  # only weights that require gradients are remembered
-    sampler = sampler_of(net, ddim(24), tol=1e-3)
-    for dtype in (torch.bfloat16, torch.float16):
-        for seed in (0, 1, 2, 2):
-            with torch.autocast("cpu", dtype, cache_enabled=False):
-                expected = sampler.serial(start(seed)).sample
-            with torch.autocast("cpu", dtype), api:
-                found = sampler.sample(start(seed)).sample
-            assert api.freed == 0, "a replay has read memory that was freed"
-            apart = (found - expected).norm() / expected.norm()
-            assert apart < (5e-3 if dtype is torch.bfloat16 else 1e-3)
-    assert len(kept(sampler)) == 2
-    assert torch.is_autocast_cache_enabled()
 
 
 def test_a_second_device(api, ddim, net):
@@ -136,6 +46,10 @@ def test_threads_do_not_share_capture_streams(api, ddim, net):
     assert len(set(streams)) == len(samplers)
 
 
+def pools(sampler):
+    return [entry.graphs.recorder.pool for entry in kept(sampler)]
+
+
 def test_one_capture_at_a_time(api):
     """Torch's rule for a process; a second thread's waits until the first is over."""
     done = []
@@ -152,10 +66,6 @@ def test_one_capture_at_a_time(api):
     recorder(torch.device("cuda", 0)).record(first)
     thread.join()
     assert done == ["first", "second"]
-
-
-def pools(sampler):
-    return [entry.graphs.recorder.pool for entry in kept(sampler)]
 
 
 @pytest.mark.parametrize("solver", [FULL, "anderson"], ids=name)
@@ -216,161 +126,6 @@ def test_other_threads_may_wait_and_allocate_meanwhile(api, ddim, net):
     assert not kept(sampler)[0].graphs.refused
 
 
-@pytest.mark.parametrize("graph", ["auto", True])
-def test_weights_written_in_place_are_another_recording(api, ddim, net, graph):
-    """A model may have computed something from them."""
-
-    class Folded(Net):
-        def forward(self, x, t):
-            weight = self.layer.weight
-            if getattr(self, "made", None) is None or self.made[0] != weight._version:
-                self.made = weight._version, weight + weight.roll(1, 0)
-            self.api.calls += 1
-            return 0.8 * x + 0.1 * torch.tanh(x @ self.made[1] + 1e-3 * t[:, None])
-
-    model = Folded(api).eval().requires_grad_(False)
-    sampler = sampler_of(model, ddim(12), cuda_graph=graph)
-    assert same(sampler, api, times=6) == 0
-    with torch.no_grad():
-        model.layer.weight.mul_(-1.5)
-    assert same(sampler, api, times=1) > 0
-    assert same(sampler, api, times=6) == 0
-    assert api.freed == 0
-
-
-def test_the_same_place_in_another_layout(api, ddim, net):
-    memory = torch.randn(144, generator=torch.Generator().manual_seed(5)) / 4
-    net.layer.weight = torch.nn.Parameter(memory.view(12, 12), requires_grad=False)
-    sampler = sampler_of(net, ddim(12))
-    same(sampler, api)
-    net.layer.weight.data = memory.view(12, 12).T
-    same(sampler, api)
-
-
-@pytest.mark.parametrize("wrap", ["function", "method", "partial", "object", "guided"])
-def test_weights_behind_a_function(api, ddim, net, wrap):
-    """With cuda_graph=True they are looked for there."""
-
-    class Wrapper:
-        def __init__(self, net):
-            self.net = net
-
-        def __call__(self, x, t):
-            return self.net(x, t)
-
-    class Guided(Wrapper):
-        base_model = property(lambda self: self.net)
-
-    model = {
-        "function": lambda x, t: net(x, t), "method": net.forward, "object": Wrapper(net), "guided": Guided(net),
-        "partial": torch.nn.Module.__call__.__get__(net),
-    }[wrap]  # fmt: skip
-    sampler = sampler_of(model, ddim(12))
-    same(sampler, api)
-    with torch.no_grad():
-        net.layer.weight = torch.nn.Parameter(net.layer.weight * 1.5, requires_grad=False)
-    same(sampler, api)
-    assert api.freed == 0
-
-
-def test_a_model_that_counts_in_a_buffer_is_recorded(api, ddim, net):
-    net.register_buffer("count", torch.zeros(()))
-    net.before = lambda x: net.count.add_(1)
-    for graph in ("auto", True):
-        sampler = sampler_of(net, ddim(12), cuda_graph=graph)
-        for _ in range(4):
-            api.calls = 0
-            with api:
-                sampler.sample(start())
-        assert api.calls == 0
-
-
-@pytest.mark.parametrize("graph", ["auto", True])
-def test_weights_without_an_address(api, ddim, net, graph, caplog):
-    """Nothing could tell where they are by the next solve: they are wrapped, or stored in another way."""
-    weight = net.layer.weight
-    net.layer.register_parameter("index", torch.nn.Parameter(weight.detach().to_sparse(), requires_grad=False))
-    sampler = sampler_of(net, ddim(8), cuda_graph=graph)
-    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"):
-        assert same(sampler, api) > 0
-    assert "it has weights without an address" in caplog.text
-    assert not kept(sampler)
-
-
-def test_no_room_for_a_recording(api, ddim, net, caplog):
-    """The model's calls stay as large as they are; smaller ones, of which there is room, are recorded."""
-
-    def before(x):
-        if api.capturing is not None and len(x) > 12:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    net.before = before
-    sampler = sampler_of(net, ddim(12))
-    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"):
-        same(sampler, api, times=4)
-    assert "max_batch" not in sampler.options.learned
-    assert "at most" not in caplog.text
-    (entry,) = kept(sampler)
-    sizes = {size for kind, size in entry.graphs.replays if kind == "model"}
-    assert sizes
-    assert max(sizes) <= 12
-    assert entry.work.system.max_batch == sampler.options.row_limit(start())
-    assert not api.poisoned
-
-
-def test_no_room_beside_recordings(api, ddim, net, caplog):
-    """They are given up before the model's calls become smaller."""
-    room = 48
-
-    def before(x):
-        if api.capturing is not None:
-            api.capturing.rows = len(x)
-        if api.capturing is None and len(x) + max((graph.rows for graph in api.graphs), default=0) > room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    net.before = before
-    sampler = sampler_of(net, ddim(12))
-    same(sampler, api, times=4)
-    assert any(graph.rows == 24 for graph in api.graphs)
-    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"), api:
-        sampler.sample(start(batch=3))  # 36 rows
-    assert not any(graph.rows == 24 for graph in api.graphs)
-    assert "max_batch" not in sampler.options.learned
-    room = 20
-    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"), api:
-        assert sampler.sample(start(7, batch=4)).converged.all()
-    assert sampler.options.learned["max_batch"] <= 20
-
-
-def test_no_room_beside_what_is_being_recorded(api, ddim, net, caplog):
-    def before(x):
-        if api.capturing is not None:
-            api.capturing.rows = len(x)
-        elif len(x) + max((graph.rows for graph in api.graphs), default=0) > 30:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    net.before = before
-    sampler = sampler_of(net, ddim(12))
-    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"):
-        assert same(sampler, api, times=4) > 0
-    assert "the model is not recorded (there is no memory for that beside plain calls)" in caplog.text
-    assert "max_batch" not in sampler.options.learned
-    assert {kind for kind, _ in kept(sampler)[0].graphs.replays} == {"step", "guess"}
-
-
-def test_solves_on_two_streams(api, ddim, net):
-    """The second waits for the first, whose memory it takes over, and that memory knows of both."""
-    sampler = sampler_of(net, ddim(12), solver=FULL)
-    same(sampler, api)
-    (entry,) = kept(sampler)
-    slab, other = entry.work.chain.states.untyped_storage()._cdata, torch.cuda.Stream(0)
-    with torch.cuda.stream(other):
-        assert same(sampler, api, times=1) == 0
-    same(sampler, api, times=1)
-    assert not api.races, "\n".join(dict.fromkeys(api.races))
-    assert (slab, other) in api.recorded
-
-
 def test_what_is_seen_of_waits(api, recwarn):
     """One watch inside another; nothing where another thread is watching, or where warnings went elsewhere."""
     elsewhere = []
@@ -399,44 +154,6 @@ def test_what_is_seen_of_waits(api, recwarn):
     with watch_host_waits() as waits:
         pass
     assert waits.known
-
-
-def test_tables_on_two_streams(api, ddim):
-    """Those that a schedule keeps: a stream that did not make them waits until they are there."""
-    schedule, tensor, first, other = ddim(4), There(torch.zeros(3)), torch.cuda.current_stream(), torch.cuda.Stream(0)
-    first.clock[first] = 7  # so much was asked of it before
-    for make in (lambda: (tensor, 1), None, None):
-        assert cached(schedule, "table", make)[0] is tensor
-    assert not api.recorded
-    assert first not in other.clock
-    with torch.cuda.stream(other):
-        assert cached(schedule, "table", None)[0] is tensor
-    assert other.clock[first] == 7
-    assert [on for _, on in api.recorded] == [other]
-
-
-def test_inference_mode_is_another_recording(api, ddim, net):
-    """Tensors made under it may not be written to elsewhere."""
-    sampler = sampler_of(net, ddim(12))
-    with torch.inference_mode():
-        same(sampler, api)
-    same(sampler, api)
-
-
-def test_recordings_go_with_the_sampler(api, ddim, net):
-    """At once, not when the garbage collector comes: they hold the device's memory."""
-    sampler = sampler_of(net, ddim(12))
-    same(sampler, api)
-    assert api.graphs
-    import gc
-
-    gc.collect()
-    gc.disable()
-    try:
-        del sampler
-        assert not api.graphs
-    finally:
-        gc.enable()
 
 
 def test_the_pretended_api(api):
