@@ -71,7 +71,7 @@ class Graphs:
         self.replays.clear()
         self.recorder.reset()
         if had:
-            self._refuse("model", "there is no memory for that beside plain calls")
+            self.refuse("model", "there is no memory for that beside plain calls")
         return had
 
     def _first(self, key: Key, work: Work) -> None:
@@ -86,7 +86,7 @@ class Graphs:
                 raise
         finally:
             self.model.shrinks = shrinks
-        self._refuse(key, "out of memory")  # not before the error, and the memory that it holds on to, is gone
+        self.refuse(key, "out of memory")  # not before the error, and the memory that it holds on to, is gone
         self._count(before)
         work()
 
@@ -100,7 +100,7 @@ class Graphs:
             if reason is not None:
                 check.finish(False)
                 if reason != LATER:
-                    self._refuse(key[0], reason)
+                    self.refuse(key[0], reason)
                 return
             check.work_done()
             replay = self._capture(key, work)
@@ -117,7 +117,7 @@ class Graphs:
         if agrees:
             self.replays[key] = replay, [now - then for now, then in zip(after, before)]
         elif agrees is not None:
-            self._refuse(key[0], "a replay does not reproduce the call: it depends on more than its inputs")
+            self.refuse(key[0], "a replay does not reproduce the call: it depends on more than its inputs")
 
     def _capture(self, key: Key, work: Work) -> Work | None:
         """What repeats the work, None where it cannot be recorded; raises only where there is no memory for that."""
@@ -126,7 +126,7 @@ class Graphs:
         except Exception as error:
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise
-            self._refuse(key[0], f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            self.refuse(key[0], f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
         return None
 
     def _counts(self) -> list[int]:
@@ -136,7 +136,8 @@ class Graphs:
         for name, value in zip(COUNTERS, values):
             setattr(self.model, name, value)
 
-    def _refuse(self, what: str | Key, reason: str) -> None:
+    def refuse(self, what: str | Key, reason: str) -> None:
+        """Record no such kind of work, or not that piece, from now on, and forget what was recorded of it."""
         self.refused[what] = reason
         for key in [key for key in self.replays if what in (key, key[0])]:
             del self.replays[key]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .._locks import Lock
 from ..loop.device_state import DeviceState
@@ -175,5 +175,14 @@ class GraphCache:
                 target.copy_(value)
         old = entry.work.system
         old.model_evals = old.model_calls = 0
+        before = _places(entry.work.memory)
         entry.work.restart()
+        if "step" not in entry.graphs.refused and _places(entry.work.memory) != before:
+            entry.graphs.refuse("step", "the solver has memory of its own, elsewhere in each solve")
         return entry
+
+
+def _places(memory: Any) -> list[int]:
+    """Where the tensors of a solver's memory are."""
+    leaves = tree_leaves(list(vars(memory).values()) if is_dataclass(memory) else memory)
+    return [leaf.data_ptr() for leaf in leaves if isinstance(leaf, Tensor)]

@@ -10,6 +10,7 @@ from graph_solves import FULL, kept, same, sampler_of, start
 from torch import Tensor
 
 from deqdiff_fast.schedule.cache import cached
+from deqdiff_fast.solver import Picard
 
 
 def test_no_room_for_a_recording(api, ddim, net, caplog):
@@ -84,6 +85,27 @@ def test_solves_on_two_streams(api, ddim, net):
     same(sampler, api, times=1)
     assert not api.races, "\n".join(dict.fromkeys(api.races))
     assert (slab, other) in api.recorded
+
+
+class Allocating(Picard):
+    """A solver whose memory is not the workspace's."""
+
+    def start(self, tensors):
+        return {"gain": torch.ones(1)}
+
+    def step(self, chain, memory, round):
+        chain.predictions.mul_(memory["gain"])
+        super().step(chain, memory, round)
+
+
+def test_a_solver_with_memory_of_its_own(api, ddim, net, caplog):
+    """Its steps would go on with that of an earlier solve, which is gone."""
+    sampler = sampler_of(net, ddim(12), solver=Allocating())
+    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"):
+        assert same(sampler, api, times=5) == 0
+    assert "the step is not recorded (the solver has memory of its own" in caplog.text
+    assert len(caplog.records) == 1
+    assert api.freed == 0
 
 
 class There(Tensor):
