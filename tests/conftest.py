@@ -35,6 +35,8 @@ def load_module(file: Path, name: str) -> ModuleType:
 
 load_module(Path(__file__).with_name("solvers.py"), "solvers")  # for `from solvers import SOLVERS`
 load_module(Path(__file__).parent / "kernels" / "kernel_operands.py", "kernel_operands")
+for helper in ("graph_api", "graph_solves"):
+    load_module(Path(__file__).parent / "pretended_cuda" / f"{helper}.py", helper)
 
 
 class PeakBytes(TorchDispatchMode):

@@ -175,7 +175,7 @@ class Options:
         """The chain that starts at `noise`; the arguments have passed `check_request`."""
         slope = "scalar" if serial else self.slope(noise)
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
-        system.learned = self.learned
+        system.learned, system.give_way = self.learned, self.graph_cache.on_shortage()
         if self.solver.needs_draft and self.draft is not None and not serial:
             arguments.check_draft_shape(self.draft, noise)
             rows = BatchedModel(stand_in(self.draft, self.model), self.schedule, noise, model_kwargs, system.max_batch)

@@ -17,6 +17,8 @@ from ..schedule.noise import discard_draws, fill_drift
 from .initial_guess import extrapolate, gaussian_guess
 from .system import System
 
+SCRATCH = ("rows", "inputs", "spare", "scratch", "window_scratch")  # of one piece of work: nothing is left there
+
 
 @dataclass
 class Workspace:
@@ -55,6 +57,11 @@ class Workspace:
     def restart(self) -> None:
         """Forget a solve; the memory stays where it is."""
         self.memory = self.solver.start(self.lease)
+
+    def tensors(self, scratch: bool = True) -> list[Tensor]:
+        """Its memory, with that which holds nothing from one piece of work to the next, or without."""
+        names = [name for name in self.lease.names() if scratch or name not in SCRATCH]
+        return [*(self.lease[name] for name in names), self.chain.lo, self.chain.hi]
 
     @staticmethod
     def layout(system: System, solver: Solver, window: int, backend: str) -> MemoryPlan:

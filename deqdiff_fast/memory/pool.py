@@ -78,6 +78,10 @@ class Lease:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return slab[start : start + size].view(dtype).view(shape)
 
+    def names(self) -> tuple[str, ...]:
+        """Those of the plan, in its order."""
+        return tuple(self._entries)
+
     def get(self, name: str) -> Tensor | None:
         """The tensor `name`, or None where the plan has none of that name. Raises StaleLeaseError after release."""
         return self[name] if name in self._entries else None

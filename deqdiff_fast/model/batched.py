@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +75,9 @@ class BatchedModel:
         self.largest: int | None = None  # rows that the padded sizes are made for; None: those of the workspace
         self.learned: dict[str, int] = {}
         """What calls have told of the model: max_batch, where it ran out of memory on more; keeps_inputs."""
+        self.shrinks = True  # False: a lack of memory is an error
+        self.give_way: Callable[[], bool] = bool
+        """Frees memory that is held for speed only; returns whether there was any."""
         self.model_evals = self.model_calls = 0
         self._expanded: tuple[Any, dict[str, Any]] | None = None
 
@@ -116,7 +119,8 @@ class BatchedModel:
     def evaluate(self, states: Tensor, predictions: Tensor, rows: Rows, lease: Lease, round: int) -> None:
         """predictions[i, b] = model(states[i, b], timestep i) for the given rows, in chunks of at most `max_batch`.
 
-        A model that runs out of memory gets half as many rows from then on.
+        Where a model runs out of memory, what is held for speed is given up first; then it gets half as many rows
+        from then on.
 
         Args:
             states: (T + 1, B, D).
@@ -135,9 +139,12 @@ class BatchedModel:
                 start = stop
                 continue
             except RuntimeError as error:
-                if stop - start == 1 or not out_of_memory(error):
+                if not out_of_memory(error) or not self.shrinks or (stop - start == 1 and not self.give_way()):
                     raise
-            self._shrink(stop - start)  # not before the error, and the memory that it holds on to, is gone
+            if stop - start > 1 and not self.give_way():  # the error, and the memory that it holds on to, is gone
+                self._shrink(stop - start)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _shrink(self, rows: int) -> None:
         """At most half of `rows` in a call from now on."""
@@ -146,8 +153,6 @@ class BatchedModel:
         self.largest = None  # those rows were too many
         if self.sizes:
             self.sizes = padded_sizes(self.max_batch, min(self.batch, self.max_batch))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         self.learned["max_batch"] = self.max_batch
 
     def _evaluate(

@@ -4,18 +4,45 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .._locks import Lock
 from .schedule import Schedule
 
 MOST = 16  # of one schedule: batch sizes, dtypes, devices
-_cached: WeakKeyDictionary[Schedule, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
+_cached: WeakKeyDictionary[Schedule, OrderedDict[Hashable, Made]] = WeakKeyDictionary()
 _lock = Lock()
 Value = TypeVar("Value")
+
+
+class Made:
+    """A value, and when those of its tensors that lie on CUDA devices are ready: another stream has to wait for that,
+    and they must not be freed before it is done with them."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        leaves = tree_leaves(value if not is_dataclass(value) else list(vars(value).values()))
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"]
+        self.ready: dict[torch.device, tuple[Any, Any]] = {}
+        for device in {tensor.device for tensor in self.tensors}:
+            stream: Any = torch.cuda.current_stream(device)
+            self.ready[device] = stream, stream.record_event()
+
+    def take(self) -> Any:
+        """The value, on the current streams."""
+        for tensor in self.tensors:
+            stream: Any = torch.cuda.current_stream(tensor.device)
+            made_on, event = self.ready[tensor.device]
+            if stream != made_on:
+                stream.wait_event(event)
+                tensor.record_stream(stream)
+        return self.value
 
 
 def cached(schedule: Schedule, key: Hashable, make: Callable[[], Value]) -> Value:
@@ -32,12 +59,13 @@ def cached(schedule: Schedule, key: Hashable, make: Callable[[], Value]) -> Valu
         entries = _cached.setdefault(schedule, OrderedDict())
         if key in entries:
             entries.move_to_end(key)
-            found: Value = entries[key]
+            found: Value = entries[key].take()
             return found
     with torch.inference_mode(False), torch.no_grad():
         value = make()
+        made = Made(value)
     with _lock:
-        entries[key] = value
+        entries[key] = made
         while len(entries) > MOST:
             entries.popitem(last=False)
     return value

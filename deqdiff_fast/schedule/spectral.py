@@ -165,10 +165,14 @@ class Basis:
 
     def forward(self, rows: Tensor, spare: Tensor | None = None) -> Tensor:
         """Samples -> coefficients, in place; spare: scratch of the same shape and dtype. Returns rows."""
+        if in_tf32(rows):
+            return rows.copy_(self.forward(rows.double()))
         return self._apply(rows, spare, [m.T for m in self._on(rows)])
 
     def inverse(self, rows: Tensor, spare: Tensor | None = None) -> Tensor:
         """Coefficients -> samples, in place."""
+        if in_tf32(rows):
+            return rows.copy_(self.inverse(rows.double()))
         return self._apply(rows, spare, self._on(rows))
 
     def _on(self, rows: Tensor) -> list[Tensor]:
@@ -187,6 +191,16 @@ class Basis:
                 spare.view(-1, math.prod(axes[1:]), axes[0]).transpose(1, 2)
             )
         return rows
+
+
+def in_tf32(rows: Tensor) -> bool:
+    """Whether a product of these would be taken in TF32, to three digits, which a change of basis must not be: what is
+    lost in it is lost in every state. The setting is the whole process', so it is not for us to change for a while."""
+    if rows.dtype != torch.float32 or rows.device.type != "cuda":
+        return False
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # torch's since 2.9; the other may then not be read
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def _average_rings(power: Tensor) -> Tensor:

@@ -7,14 +7,19 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from deqdiff_fast import kernels
 from deqdiff_fast.errors import BackendUnavailableError
 from deqdiff_fast.kernels import _backends, anderson_step, available_backends, ddim_update, mark_converged, newton_scan
 
 KEYWORDS = {"scope": "triangular", "ridge": 1e-3, "relative_ridge": True, "damping": 0.9, "stale": math.inf}
+FOLDERS = [file.parent.name for file in Path(kernels.__file__).parent.glob("*/__init__.py")]
+OPS = [getattr(torch.ops.deqdiff_fast, folder).default for folder in sorted(FOLDERS)]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -43,6 +48,19 @@ def test_opcheck_with_a_workspace(scan, round_):
     a = round_.scan()
     arguments = (*a[:4], torch.zeros(9, 1), *a[4:], None, None, None, 0, 1e-6, 1e-5, round_.drift, workspace)
     torch.library.opcheck(torch.ops.deqdiff_fast.newton_scan.default, arguments)
+
+
+def test_no_argument_has_a_default():
+    """Torch 2.6 to 2.12 fail on defaults of mutable arguments under dispatch modes, FlopCounterMode for one."""
+    for operation in OPS:
+        assert not [a.name for a in operation._schema.arguments if a.has_default_value()], operation
+
+
+def test_a_round_under_a_dispatch_mode(scan, round_):
+    with FlopCounterMode(display=False):
+        ddim_update(*scan.scan(), scan.drift)
+        anderson_step(*round_.scan(), *round_.history, 1, **KEYWORDS, drift=round_.drift)
+        newton_scan(*round_.scan()[:4], torch.zeros(9, 1), *round_.scan()[4:], drift=round_.drift)
 
 
 def test_opcheck_anderson_step(round_):

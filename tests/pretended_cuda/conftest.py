@@ -13,9 +13,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from graph_api import GraphApi
+from graph_solves import Net
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from deqdiff_fast.engine import graph_cache, solve
+from deqdiff_fast.loop.task import Lookahead
 
 LOOKS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal.default")
 INDEXING = ("aten.index.", "aten.index_put")  # they take indices on the CPU as well, and wait while those are copied
@@ -167,3 +172,19 @@ def device(monkeypatch):
     ):
         monkeypatch.setattr(owner, name, value)
     return mode
+
+
+@pytest.fixture
+def api(monkeypatch):
+    """Torch's API of CUDA graphs, pretended; every solve may be recorded."""
+    api = GraphApi()
+    api.install(monkeypatch)
+    monkeypatch.setattr(solve, "lookahead_policy", lambda system, request: Lookahead())
+    recorder = graph_cache.CudaRecorder
+    monkeypatch.setattr(graph_cache, "recorder_for", lambda device: recorder(torch.device("cuda", api.place)))
+    return api
+
+
+@pytest.fixture
+def net(api):
+    return Net(api).eval().requires_grad_(False)
