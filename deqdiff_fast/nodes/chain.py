@@ -80,6 +80,8 @@ class NodeChain:
         draft = None if self.draft is None else self.draft(states, self.grid.nodes)
         surprise = answers - self.slope * states - self.remainder
         self.surprise = surprise if asked is None else torch.where(asked[..., None], surprise, self.surprise)
+        if self.history.guess_error is None:
+            self.history.guess_error = surprise.norm(dim=2)
         self.history.push(asked, states, answers, draft)
 
     def base(self) -> Tensor:

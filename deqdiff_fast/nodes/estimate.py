@@ -34,10 +34,6 @@ class Estimate(NamedTuple):
     node_surprise: Tensor  # (n, B) parts of the first, or what they do to the next state where that is more
     node_roughness: Tensor  # (n, B) parts of the second, each by the same rule
 
-    def without_refinement(self, before: Estimate) -> Estimate:
-        """The same where there are more nodes than in the round before: less what interpolation had missed then."""
-        return self._replace(step=(self.step - before.interpolation).clamp_min(0))
-
     def shortfall(self, before: Estimate) -> Tensor:
         """(B,) >= 1: this round's step against the one that was foretold in the round before.
 
@@ -45,11 +41,13 @@ class Estimate(NamedTuple):
         """
         return (self.step / before.next_step).nan_to_num(1.0).clamp_min(1)
 
-    def total(self, before: Estimate, shortfall: Tensor) -> Tensor:
-        """(B,): the estimate of the error, by the estimate of the last round and the largest shortfall so far."""
-        rate = torch.maximum(self.next_step / before.next_step, self.step / before.step)
-        left = self.next_step / (1 - rate.nan_to_num(0.0).clamp(0, SLOWEST))
-        return shortfall * torch.hypot(left, self.interpolation)
+    def rate(self, before: Estimate) -> Tensor:
+        """(B,): by how much a round makes steps shorter, the next one or this one."""
+        return torch.maximum(self.next_step / before.next_step, self.step / before.step).nan_to_num(0.0)
+
+    def total(self, rate: Tensor, shortfall: Tensor) -> Tensor:
+        """(B,): the estimate of the error, by the rate of the rounds and the largest shortfall so far."""
+        return shortfall * torch.hypot(self.next_step / (1 - rate.clamp(0, SLOWEST)), self.interpolation)
 
 
 def estimate(

@@ -8,7 +8,8 @@ from torch import Tensor
 from .node_grid import Transfer
 
 SHORTEST = 0.02  # step worth keeping, relative to the longest: stretched that much, it says little
-GUESSED_RIDGE = 1e-2  # of a secant with an end that was interpolated and not asked
+GUESSED_RIDGE = 1e-2  # of a secant with an end that was interpolated and not asked, at least
+NONLINEAR = 0.3  # by how much a prediction may change with the state beside the slope
 
 
 class NodeHistory:
@@ -33,6 +34,7 @@ class NodeHistory:
         self.ridges = torch.full((columns, n, batch), ridge, dtype=like.dtype, device=like.device)
         self.count = torch.zeros(n, batch, dtype=torch.int64, device=like.device)
         self.dz: Tensor | None = None
+        self.guess_error: Tensor | None = None  # (n, B), of the ends that were interpolated
 
     def push(self, asked: Tensor | None, states: Tensor, predictions: Tensor, draft: Tensor | None) -> None:
         """New answers at the nodes asked: (n, B) bool, None for all; (n, B, D) each."""
@@ -100,8 +102,10 @@ class NodeHistory:
             & norm.isfinite()
         )
         ridges = self.ridges[1:].double().permute(1, 2, 0).reshape(n * batch, columns - 1)
-        if self.draft is not None:  # what a draft leaves over is soon less than what interpolation misses
-            keep &= ridges < GUESSED_RIDGE / 2
+        if self.guess_error is not None:  # against what the step may have changed beside the slope
+            error = self.guess_error.double().view(-1, 1) / (NONLINEAR * norm).clamp_min(1e-300)
+            guessed = ridges > GUESSED_RIDGE / 2
+            ridges = torch.where(guessed, torch.maximum(ridges, error.square()), ridges)
         self.scale = torch.where(keep, 1 / norm.clamp_min(1e-300), 0)
         system = gram.nan_to_num(0.0, 0.0, 0.0) * self.scale[:, :, None] * self.scale[:, None]
         system.diagonal(dim1=1, dim2=2).add_(torch.where(keep, ridges, 1.0))

@@ -47,6 +47,7 @@ class NodeRounds:
         self.evaluated, self.check_evals = set[int](), 0
         self.safety = 1 + SCATTER / problem.start.shape[1] ** 0.5
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype, device=problem.start.device)
+        self.rate: Tensor | None = None
         self.missed: Tensor | None = None  # by interpolation, as spots have just shown
         self.chain = NodeChain(problem, equidistribute(problem.density, self.sizes[0]))
 
@@ -64,8 +65,7 @@ class NodeRounds:
             before, found = found, self._advance()
             if before is not None and round > UNTOLD + 2 and bool((found.step > GROWING * before.step).any()):
                 chain.forget_draft()  # what it makes of the secants grows
-            judged = found.without_refinement(before) if changed and before is not None else found
-            latest = self._estimate_error(judged, before if round > UNTOLD else None)
+            latest = self._estimate_error(found, before if round > UNTOLD else None, changed)
             if asked is not None:  # nothing is new of samples that were not asked about
                 latest = torch.where(asked.any(0).cpu() | latest.isnan(), latest, total)
             total = latest
@@ -133,12 +133,18 @@ class NodeRounds:
             chain.grid, self.problem.classes, chain.surprise, shrinking, chain.remainder, chain.states, last
         )
 
-    def _estimate_error(self, found: Estimate, before: Estimate | None) -> Tensor:
-        """(B,) float64 on the host: the estimate of the error. The one wait for a device in a round."""
+    def _estimate_error(self, found: Estimate, before: Estimate | None, changed: bool) -> Tensor:
+        """(B,) float64 on the host: the estimate of the error. The one wait for a device in a round.
+
+        changed: whether there are other nodes than in the round before: what interpolation had missed there makes this
+        step, and the next one, no measure of how fast rounds converge.
+        """
         total = torch.full_like(found.step, float("inf"))
         if before is not None:
-            self.shortfall = torch.maximum(self.shortfall, found.shortfall(before))
-            total = found.total(before, self.shortfall) * self.safety
+            if not changed or self.rate is None:
+                self.shortfall = torch.maximum(self.shortfall, found.shortfall(before))
+                self.rate = found.rate(before)
+            total = found.total(self.rate, self.shortfall) * self.safety
         broken = ~(found.step + found.interpolation).isfinite()
         total = total.masked_fill(broken, float("nan"))
         if self.missed is None:

@@ -78,22 +78,22 @@ def numbers(next_step, step, interpolation=0.0):
 def test_steps_that_shrink_are_a_geometric_series(rate):
     before, now = numbers(rate, 1.0), numbers(rate * rate, rate)
     left = sum(rate ** (2 + k) for k in range(400))
-    total = now.total(before, torch.ones(1, dtype=torch.float64))
+    total = now.total(now.rate(before), torch.ones(1, dtype=torch.float64))
     torch.testing.assert_close(total, torch.tensor([left], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("rate", [1.0, 3.0, 1e6])
 def test_steps_that_do_not_shrink_are_finite(rate):
     before, now = numbers(1.0, 1.0), numbers(rate, rate)
-    total = now.total(before, torch.ones(1, dtype=torch.float64))
+    total = now.total(now.rate(before), torch.ones(1, dtype=torch.float64))
     torch.testing.assert_close(total, torch.tensor([rate / (1 - SLOWEST)], dtype=torch.float64))
 
 
 def test_the_slower_of_the_two_rates_counts():
     one = torch.ones(1, dtype=torch.float64)
-    slow = numbers(0.1, 0.5).total(numbers(1.0, 1.0), one)
-    torch.testing.assert_close(slow, one * 0.1 / 0.5)
-    torch.testing.assert_close(numbers(0.5, 0.1).total(numbers(1.0, 1.0), one), one)
+    torch.testing.assert_close(numbers(0.1, 0.5).rate(numbers(1.0, 1.0)), one * 0.5)
+    torch.testing.assert_close(numbers(0.5, 0.1).rate(numbers(1.0, 1.0)), one * 0.5)
+    assert numbers(0.0, 0.0).rate(numbers(0.0, 0.0)).item() == 0  # 0 / 0
 
 
 def test_a_round_that_moved_more_than_foretold_scales_what_follows():
@@ -101,4 +101,4 @@ def test_a_round_that_moved_more_than_foretold_scales_what_follows():
     assert numbers(0.1, 0.6).shortfall(numbers(0.2, 1.0)).item() == pytest.approx(3)
     assert numbers(0.1, 0.1).shortfall(numbers(0.2, 1.0)).item() == 1
     assert numbers(0.0, 0.0).shortfall(numbers(0.0, 0.0)).item() == 1  # 0 / 0
-    torch.testing.assert_close(numbers(0.0, 0.1, 0.02).total(numbers(1.0, 1.0), 3 * one), one * 0.06)
+    torch.testing.assert_close(numbers(0.0, 0.1, 0.02).total(0.1 * one, 3 * one), one * 0.06)
