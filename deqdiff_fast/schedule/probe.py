@@ -140,7 +140,7 @@ def run(
             what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise NotAffineError(f"step {i} does not return a state like its input but {what}")
         if not bool(x.isfinite().all()):
-            raise NotAffineError(f"step {i} (timestep {t.item():g}) returns non-finite values")
+            raise NotAffineError(f"step {i} (timestep {t.item():g}) returns non-finite values{_hint(scheduler)}")
         if probing.draws > 1:
             raise NotAffineError(f"step {i} draws noise {probing.draws} times; a chain here has one noise a step")
         states.append(x)
@@ -158,6 +158,14 @@ def run(
         draws=torch.tensor(draws),
         denoised=torch.stack(denoised).flatten(1).to(torch.float64) if whole else None,
     )
+
+
+def _hint(scheduler: Any) -> str:
+    config = scheduler.config
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
+        return ("; config.rescale_betas_zero_snr=True with prediction_type='epsilon' divides by a zero signal: set "
+                "prediction_type='v_prediction' (if the model was trained so) or rescale_betas_zero_snr=False")  # fmt: skip
+    return ""
 
 
 def next_state(result: Any) -> Any:
