@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ._devices import tables_on_cpu
 from ._types import Backend, Generators, Model, OnFailure
 from .engine import arguments
 from .engine.options import Options
@@ -66,6 +67,7 @@ class DEQSampler:
         TypeError: unknown arguments. ValueError: bad values.
     """
 
+    @tables_on_cpu
     def __init__(
         self,
         model: Model,
@@ -110,6 +112,7 @@ class DEQSampler:
         """The relative residual below which the solve ends, for states of that dtype."""
         return self.options.tolerance(dtype)
 
+    @tables_on_cpu
     def sample(
         self,
         noise: Tensor,
@@ -193,6 +196,7 @@ class DEQSampler:
         assert trajectory is not None
         return trajectory
 
+    @tables_on_cpu
     def serial(
         self,
         noise: Tensor,
@@ -209,6 +213,7 @@ class DEQSampler:
         request = Request(noise, generator, callback, progress, return_trajectory=return_trajectory)
         return solve_serially(system, self.options, request)
 
+    @tables_on_cpu
     def plan(
         self,
         shape: tuple[int, ...],
@@ -232,6 +237,7 @@ class DEQSampler:
         noise = example_noise(self.options, shape, batch, dtype, device)
         return self.planner.plan(self.planner.workload(noise, model_kwargs))
 
+    @tables_on_cpu
     def warmup(
         self,
         shape: tuple[int, ...],

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .._devices import float64, tables_on_cpu, users_default
 from .._types import Model, without_marks
 from ..engine import arguments
 from ..model.sample_kwargs import select_rows
@@ -30,6 +31,7 @@ _log = logging.getLogger("deqdiff_fast")
 
 
 @torch.no_grad()
+@tables_on_cpu
 def sample_deq(
     model: Model,
     x: Tensor,
@@ -145,7 +147,7 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
     apart = [_call(model, state, time, without_marks(kwargs)) for state, time in zip(states, times)]
     rows = torch.cat([torch.arange(batch).roll(shift + 1).flip(0) + shift * batch for shift in range(len(levels))])
     rows = rows.to(x.device)
-    state, time, single = torch.cat(states)[rows], torch.cat(times)[rows], torch.cat(apart)[rows].flatten(1).double()
+    state, time, single = torch.cat(states)[rows], torch.cat(times)[rows], float64(torch.cat(apart)[rows].flatten(1))
     try:
         together = _call(model, state, time, select_rows(kwargs, batch, rows % batch))
     except Exception as error:
@@ -153,8 +155,8 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
             f"model: it works on one noise level, but not on a batch of {len(levels)} levels x {batch} samples "
             f"({type(error).__name__}: {error}); it cannot be sampled in parallel"
         ) from error
-    difference = (together.flatten(1).double() - single).norm(dim=1)
-    size = torch.maximum(single.norm(dim=1), 1e-4 * state.flatten(1).double().norm(dim=1))
+    difference = (float64(together.flatten(1)) - single).norm(dim=1)
+    size = torch.maximum(single.norm(dim=1), 1e-4 * float64(state.flatten(1)).norm(dim=1))
     worst = float((difference / size).max())
     if not worst <= _ROW_TOLERANCE:
         raise ValueError(
@@ -166,7 +168,8 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
 
 
 def _call(model: Model, x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    out = model(x, sigma, **kwargs)
+    with users_default():
+        out = model(x, sigma, **kwargs)
     if not isinstance(out, Tensor) or out.shape != x.shape:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"model: expected the denoised sample, a tensor of shape {tuple(x.shape)}, got {got}")

@@ -94,7 +94,7 @@ class NodeRounds:
             self.shortfall = torch.maximum(self.shortfall, found.shortfall(before))
             total = found.total(before, self.shortfall) * self.safety
         broken = ~(found.step + found.interpolation).isfinite()
-        return total.masked_fill(broken, float("nan")).double().cpu()
+        return total.masked_fill(broken, float("nan")).cpu().double()
 
     def _grid(self, nodes: list[int]) -> NodeGrid:
         like, chain = self.problem.start, self.problem.chain

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._devices import tables_on_cpu
 from ..errors import NotAffineError
 from . import noise_levels as levels
 from .affine_fit import Recursion, fit
@@ -48,6 +49,7 @@ REFUSED = {
 }
 
 
+@tables_on_cpu
 def scheduler_fields(
     scheduler: Any, num_inference_steps: int | None = None, *, step_range: StepRange = ALL_STEPS, **kwargs: Any
 ) -> dict[str, Any]:

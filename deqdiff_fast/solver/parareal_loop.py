@@ -22,8 +22,8 @@ class PararealMemory(NamedTuple):
 
 def step_factors(chain: Chain) -> tuple[Tensor, Tensor]:
     """(T,), (T,) float64 k, c: the steps as x' = k x + c x0 + drift, x0 = p x + q E the predicted clean sample."""
-    a, b = chain.state_coef[:, 0].double().cpu(), chain.model_coef[:, 0].double().cpu()
-    p, q = chain.denoised_coef.double().cpu().unbind(1)
+    a, b = chain.state_coef[:, 0].cpu().double(), chain.model_coef[:, 0].cpu().double()
+    p, q = chain.denoised_coef.cpu().double().unbind(1)
     used = b != 0
     clean_factor, state_factor = torch.where(used, b / q, 0), torch.where(used, a - b * p / q, a)
     bad = (~(clean_factor.isfinite() & state_factor.isfinite())).nonzero().flatten().tolist()

@@ -131,8 +131,9 @@ class InterceptedLoop:
         doubled = self.family.doubled and guidance.scale > 1
         sample = self.states[: len(self.states) // 2] if doubled else self.states
         if self.solution is None:
-            stats = Stats(solver="serial", window=1, stop_reason="serial", error_estimate=torch.zeros(len(sample)))
-            self.solution = Solution(sample, torch.ones(len(sample), dtype=torch.bool), stats)
+            stats = Stats(solver="serial", window=1, stop_reason="serial")
+            stats.error_estimate = torch.zeros(len(sample), dtype=torch.float64, device="cpu")
+            self.solution = Solution(sample, torch.ones(len(sample), dtype=torch.bool, device="cpu"), stats)
             self.pipe.last_solution = self.solution
         stats, steps = self.solution.stats, self.index - self.taken_over_at
         stats.finished_serially += steps

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._devices import tables_on_cpu
 from ..._types import FrozenNoise
 from ...errors import NotAffineError
 from ...sampler import DEQSampler
@@ -125,6 +126,7 @@ def _step_range(scheduler: Any, timestep: Any, count: int | None) -> StepRange:
     return StepRange(begin, len(every) if count is None else min(begin + count, len(every)))
 
 
+@tables_on_cpu
 def _schedule(
     scheduler: Any, step_range: StepRange, options: dict[str, Any], input_scaled: bool, step_scaled: bool
 ) -> Schedule:
