@@ -84,13 +84,17 @@ def tables():
     def run():
         chain = dq.Schedule.from_sigmas(SIGMAS)
         slope = dq.SpectralSlope.fit(images)
-        return torch.cat([chain.slope(0.5), chain.path_error(), schedule().denoised_coef()[:, 0], slope.variance.flatten()])
+        return torch.cat(
+            [chain.slope(0.5), chain.path_error(), schedule().denoised_coef()[:, 0], slope.variance.flatten()]
+        )
 
     return run, None
 
 
 RUNS = {f"solver {name}": lambda name=name: sample(name) for name in SOLVERS}
-RUNS |= {f"gradient {name}": lambda name=name: backward(name) for name in ("implicit", "phantom", "unrolled", "reversible")}
+RUNS |= {
+    f"gradient {name}": lambda name=name: backward(name) for name in ("implicit", "phantom", "unrolled", "reversible")
+}
 RUNS |= {f"invert {name}": lambda name=name: invert(name) for name in METHODS}
 RUNS |= {"guided": guided, "sample_deq": k_diffusion, "tables": tables}
 

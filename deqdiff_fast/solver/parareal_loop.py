@@ -40,7 +40,7 @@ class PararealLoop:
         self.task, self.chain, self.edges = task, task.chain, edges
         self.memory: PararealMemory = task.memory
         self.state_factor, self.clean_factor = (table.tolist() for table in step_factors(self.chain))
-        self.denoised_coef = self.chain.denoised_coef.double().tolist()
+        self.denoised_coef = self.chain.denoised_coef.cpu().double().tolist()
         self.window = Window(self.chain.num_steps, self.chain.batch, self.chain.num_steps)
         self.progress = Progress(self.window)
         self.front, self.active = 0, list(range(self.chain.batch))
@@ -181,7 +181,7 @@ class PararealLoop:
         moved = (new - chain.states[state, self.active]).square().sum(1, dtype=chain.sq_norm.dtype)
         chain.states[state, self.active] = new
         chain.sq_norm[state - 1, self.active] = size
-        return (moved / size.clamp_min(TINY_OF[size.dtype])).sqrt().double().nan_to_num(math.inf, math.inf).cpu()
+        return (moved / size.clamp_min(TINY_OF[size.dtype])).sqrt().cpu().double().nan_to_num(math.inf, math.inf)
 
     def _long_step(self, j: int, samples: Tensor) -> Tensor:
         """G: block j from its beginning, the clean sample predicted there held to its end; (n, D)."""

@@ -34,7 +34,9 @@ class Call:
         x = args[0] if args else extra.pop(family.inputs)
         timestep = args[1] if len(args) > 1 else extra.pop("timestep")
         call = cls(x, timestep, extra, family, len(args), further)
-        call._values = [value.clone() if isinstance(value, Tensor) else value for value in tree_leaves((further, extra))]
+        call._values = [
+            value.clone() if isinstance(value, Tensor) else value for value in tree_leaves((further, extra))
+        ]
         return call
 
     def arrange(

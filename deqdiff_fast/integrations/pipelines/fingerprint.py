@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type)
-_SPREAD = 16  # elements of a tensor that are compared one by one, beside its norm
+_SIMPLE = {type(None), bool, int, str}
+_VALUES = _SIMPLE | {float, complex, bytes, torch.dtype, torch.device, torch.Size, type}
+_SPREAD = 64  # elements of a tensor that are compared one by one, beside its norm
 # large, none of a denoiser's business, and changed by nobody between two steps
 _OPAQUE = ("transformers", "tokenizers", "PIL", "tqdm", "logging", "weakref", "_thread", "threading", "deqdiff_fast")
 
@@ -24,18 +25,22 @@ _OPAQUE = ("transformers", "tokenizers", "PIL", "tqdm", "logging", "weakref", "_
 class Fingerprint:
     """Of some roots. Equal fingerprints: nothing was changed in between, as far as it can be seen.
 
-    only: the module that is looked into; others that are reached (a pipeline's decoder, say) count by identity.
+    Args:
+        only: the module that is looked into; others that are reached (a pipeline's decoder, say) count by identity.
+        before: an earlier one of the same roots, whose views of the tensors are used again.
     """
 
-    def __init__(self, *roots: Any, only: Any = None) -> None:
+    def __init__(self, *roots: Any, only: Any = None, before: Fingerprint | None = None) -> None:
         self.items: list[Any] = []
         self._tensors: list[Tensor] = []
         self._seen: set[int] = set()
         self._keep: list[Any] = []  # identities mean something while their objects live
         self._inside = set(map(id, only.modules())) if only is not None else None
-        for root in roots:
-            self._walk(root)
-        self._numbers = values(self._tensors)
+        self._waiting: list[Any] = list(roots)
+        while self._waiting:
+            self._visit(self._waiting.pop())
+        self._views: dict[Any, Tensor] = before._views if before is not None else {}
+        self._numbers = self._values()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fingerprint) or self.items != other.items:
@@ -45,29 +50,71 @@ class Fingerprint:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _walk(self, root: Any) -> None:
-        waiting = [root]
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, _VALUES):
-                self.items.append(repr(value) if isinstance(value, (float, complex)) else value)
-                continue
-            kind = type(value)  # a proxy says another __class__
-            if id(value) in self._seen:
-                self.items.append(id(value))
-                continue
-            self._seen.add(id(value))
-            self._keep.append(value)
-            if isinstance(value, Tensor):
-                self.items.append((id(value), value.data_ptr() if _has_memory(value) else 0, _version(value)))
-                self._tensors.append(value)
-                continue
-            self.items.append((kind, id(value)) if not issubclass(kind, (list, tuple, dict, set)) else kind)
-            if kind.__module__.split(".")[0] not in _OPAQUE and not self._outside(value, kind):
-                waiting.extend(_parts(value, kind))
+    def _visit(self, value: Any) -> None:
+        kind = type(value)  # a proxy says another __class__
+        if kind in _VALUES:
+            self.items.append(repr(value) if kind in (float, complex) else value)
+            return
+        mark = id(value)
+        if mark in self._seen:
+            self.items.append(mark)
+            return
+        self._seen.add(mark)
+        self._keep.append(value)
+        if isinstance(value, Tensor):
+            self.items.append((mark, value.data_ptr() if _has_memory(value) else 0, _version(value)))
+            self._tensors.append(value)
+        elif issubclass(kind, torch.nn.Module):
+            self.items.append(mark)
+            if self._inside is None or mark in self._inside:
+                self._visit_attributes(vars(value))
+        else:
+            self.items.append(kind if issubclass(kind, (list, tuple, dict, set)) else (kind, mark))
+            if kind.__module__.split(".")[0] not in _OPAQUE:
+                self._waiting.extend(_parts(value, kind))
 
-    def _outside(self, value: Any, kind: type) -> bool:
-        return issubclass(kind, torch.nn.Module) and self._inside is not None and id(value) not in self._inside
+    def _visit_attributes(self, attributes: dict[str, Any]) -> None:
+        """Those of a module, of which there are thousands: what is simple at once, what is empty not at all."""
+        for name, item in attributes.items():
+            kind = type(item)
+            if kind in _SIMPLE:
+                if item is not None and item is not False:
+                    self.items.append((name, item))
+            elif kind in (dict, set) and not item:
+                continue
+            elif name in ("_parameters", "_buffers", "_modules"):
+                self._waiting.extend(item.values())
+                self.items.append((name, tuple(item)))
+            else:
+                self.items.append(name)
+                self._waiting.append(item)
+
+    def _values(self) -> list[Tensor]:
+        """Numbers that say whether tensors changed: of those of a device and dtype all norms and some elements."""
+        groups: dict[Any, list[Tensor]] = {}
+        for tensor in self._tensors:
+            if _has_memory(tensor) and tensor.numel() and tensor.layout == torch.strided:
+                groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
+        found = []
+        with torch.no_grad():
+            for (_, dtype), group in groups.items():
+                found.append(torch.cat([self._spread(tensor) for tensor in group]).cpu())
+                if dtype.is_floating_point and dtype.itemsize > 1:
+                    whole = torch.float32 if dtype.itemsize < 4 else dtype
+                    found.append(torch.stack(torch._foreach_norm(group, 2, whole)).cpu())
+                elif not dtype.is_complex:
+                    found.append(torch.stack([t.to(torch.int64).sum() for t in group]).cpu())
+        return [torch.nan_to_num(value) if value.is_floating_point() else value for value in found]
+
+    def _spread(self, tensor: Tensor) -> Tensor:
+        """Some of its elements, from all over it, (n,): a view where it is dense, to be read again."""
+        place = tensor.data_ptr(), tensor.numel(), tensor.dtype
+        if place not in self._views:
+            view = tensor.reshape(-1)[:: max(1, tensor.numel() // _SPREAD)]
+            if not tensor.is_contiguous():
+                return view
+            self._views[place] = view
+        return self._views[place]
 
 
 def _parts(value: Any, kind: type) -> Iterator[Any]:
@@ -112,31 +159,6 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
             item = function.__globals__.get(name)
             if not isinstance(item, (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType)):
                 yield item
-
-
-def values(tensors: list[Tensor]) -> list[Tensor]:
-    """Numbers that say whether tensors changed: of those of one device and dtype all norms and some elements."""
-    groups: dict[Any, list[Tensor]] = {}
-    for tensor in tensors:
-        if _has_memory(tensor) and tensor.numel() and tensor.layout == torch.strided:
-            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
-    found = []
-    with torch.no_grad():
-        for (_, dtype), group in groups.items():
-            spread = [_spread(tensor) for tensor in group]
-            found.append(torch.cat(spread).cpu())
-            if dtype.is_floating_point and dtype.itemsize > 1:
-                whole = torch.float32 if dtype.itemsize < 4 else dtype
-                found.append(torch.stack(torch._foreach_norm(group, 2, whole)).cpu())
-            elif not dtype.is_complex:
-                found.append(torch.stack([t.to(torch.int64).sum() for t in group]).cpu())
-    return [torch.nan_to_num(value) if value.is_floating_point() else value for value in found]
-
-
-def _spread(tensor: Tensor) -> Tensor:
-    """Some of its elements, from all over it: (at most _SPREAD,), all of a small one."""
-    flat = tensor.reshape(-1)
-    return flat[:: max(1, len(flat) // _SPREAD)][:_SPREAD] if len(flat) > 64 * _SPREAD else flat
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -167,7 +167,15 @@ class InterceptedLoop:
             source = scaled if seen else start
             call.x = torch.cat([source] * (len(call.x) // len(source)))
         first = FirstStep(
-            self.calls, start, timestep, real, output, kwargs, any(fed), step_scaled, vars(self.pipe).get("_num_timesteps")
+            self.calls,
+            start,
+            timestep,
+            real,
+            output,
+            kwargs,
+            any(fed),
+            step_scaled,
+            vars(self.pipe).get("_num_timesteps"),
         )
         self.problem = DenoisingProblem.build(self.denoiser, self.fresh, self.family, guidance, first)
         if not all(self._on_time(call) for call in self.calls):
@@ -267,7 +275,7 @@ class InterceptedLoop:
         self.seen = self.seen[0] if self.seen else self._of_model(), Fingerprint(self.scheduler), random
 
     def _of_model(self) -> Fingerprint:
-        return Fingerprint(self.denoiser, only=self.denoiser)
+        return Fingerprint(self.denoiser, only=self.denoiser, before=self.seen[0] if self.seen else None)
 
     def _on_time(self, call: Call) -> bool:
         assert self.problem is not None
