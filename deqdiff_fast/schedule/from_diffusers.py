@@ -69,6 +69,10 @@ def scheduler_fields(
     for needed in ("step", "set_timesteps", "config"):
         if not hasattr(scheduler, needed):
             raise TypeError(f"scheduler: expected a diffusers scheduler, got {name}, which has no {needed}")
+    replaced = next((name for name in ("step", "scale_model_input") if name in vars(scheduler)), None)
+    if replaced:
+        raise ValueError(f"scheduler: its {replaced} was replaced on the object, so a copy of it would still run the "
+                         "original; take that off again, or override it in a subclass")  # fmt: skip
     if num_inference_steps is not None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
         raise ValueError(f"num_inference_steps: expected an int >= 1 or None, got {num_inference_steps!r}")
     step_kwargs, set_kwargs = _split(scheduler, kwargs)
