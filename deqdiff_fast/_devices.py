@@ -33,6 +33,17 @@ def tables_on_cpu(function: Function) -> Function:
     return wrapped  # type: ignore[return-value]
 
 
+Class = TypeVar("Class", bound=type)
+
+
+def methods_with_tables_on_cpu(kind: Class) -> Class:
+    """A class whose constructor and public methods are such functions."""
+    for name, value in list(vars(kind).items()):
+        if callable(value) and (name == "__init__" or not name.startswith("_")):
+            setattr(kind, name, tables_on_cpu(value))
+    return kind
+
+
 @contextmanager
 def users_default() -> Iterator[None]:
     """For calls of a user's code from within: it finds its own default device."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ._devices import tables_on_cpu
+from ._devices import methods_with_tables_on_cpu
 from ._types import Backend, Generators, Model, OnFailure
 from .engine import arguments
 from .engine.options import Options
@@ -30,6 +30,7 @@ from .solver import resolve
 ADJOINT_TOL = 1e-4
 
 
+@methods_with_tables_on_cpu
 class DEQSampler:
     """The sample of a diffusion chain, all timesteps solved at once (Pokle, Geng, Kolter 2022, arXiv 2210.12867).
 
@@ -67,7 +68,6 @@ class DEQSampler:
         TypeError: unknown arguments. ValueError: bad values.
     """
 
-    @tables_on_cpu
     def __init__(
         self,
         model: Model,
@@ -112,7 +112,6 @@ class DEQSampler:
         """The relative residual below which the solve ends, for states of that dtype."""
         return self.options.tolerance(dtype)
 
-    @tables_on_cpu
     def sample(
         self,
         noise: Tensor,
@@ -134,10 +133,8 @@ class DEQSampler:
             model_kwargs: passed to every model call. Tensors whose first dimension is B, and lists or tuples of B
                 strings, belong to the samples and are repeated for the timesteps of a batch, in nested containers too;
                 all else is passed on as it is, and so is what `shared` marks. A guess is logged, once.
-            generator: for the frozen noise of stochastic schedules, one or one for each sample; the draws are those of
-                a serial sampler.
-            callback: called after every round, and every step that is finished serially, with a `RoundInfo`; returning
-                True stops.
+            generator: for the frozen noise of stochastic schedules, one or one a sample, drawn as by a serial chain.
+            callback: called after every round and every serial step, with a `RoundInfo`; returning True stops.
             progress: whether to show a bar.
             init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
             return_trajectory: whether the solution holds all states.
@@ -196,7 +193,6 @@ class DEQSampler:
         assert trajectory is not None
         return trajectory
 
-    @tables_on_cpu
     def serial(
         self,
         noise: Tensor,
@@ -213,7 +209,6 @@ class DEQSampler:
         request = Request(noise, generator, callback, progress, return_trajectory=return_trajectory)
         return solve_serially(system, self.options, request)
 
-    @tables_on_cpu
     def plan(
         self,
         shape: tuple[int, ...],
@@ -237,7 +232,6 @@ class DEQSampler:
         noise = example_noise(self.options, shape, batch, dtype, device)
         return self.planner.plan(self.planner.workload(noise, model_kwargs))
 
-    @tables_on_cpu
     def warmup(
         self,
         shape: tuple[int, ...],

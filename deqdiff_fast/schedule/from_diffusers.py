@@ -140,7 +140,9 @@ def _build(
     return fields | {"clip": Clip(bound, gain)}
 
 
-def _prepared(scheduler: Any, count: int | None, set_kwargs: dict[str, Any], config: dict[str, Any], given: bool) -> Any:
+def _prepared(
+    scheduler: Any, count: int | None, set_kwargs: dict[str, Any], config: dict[str, Any], given: bool
+) -> Any:
     """A private copy on the CPU with its timesteps set; the user's scheduler is never touched.
 
     given: it stands before the first step that is asked for, whatever its counters say.
@@ -171,14 +173,18 @@ def _has_timesteps(scheduler: Any) -> bool:
     """Whether `set_timesteps` was called: not all schedulers count the steps, DDPM does not count custom ones."""
     if getattr(scheduler, "num_inference_steps", None) is not None:
         return True
-    own, fresh = (torch.as_tensor(s.timesteps).cpu() for s in (scheduler, type(scheduler).from_config(scheduler.config)))
+    own, fresh = (
+        torch.as_tensor(s.timesteps).cpu() for s in (scheduler, type(scheduler).from_config(scheduler.config))
+    )
     return own.shape != fresh.shape or not torch.equal(own, fresh)
 
 
 def _is_kept(value: Any) -> bool:
     """Whether a scheduler keeps something there from a step that it has made."""
-    return any(map(_is_kept, value)) if isinstance(value, list) else value is not None and value is not False and (
-        isinstance(value, Tensor) or value != 0
+    return (
+        any(map(_is_kept, value))
+        if isinstance(value, list)
+        else value is not None and value is not False and (isinstance(value, Tensor) or value != 0)
     )
 
 

@@ -1,4 +1,4 @@
-"""Denoisers and schedulers with parts of a user's own: in parallel where their rows are independent, else as they are."""
+"""Denoisers and schedulers with parts of a user's own: parallel where their rows are independent, else as they are."""
 
 from __future__ import annotations
 
@@ -215,8 +215,9 @@ def test_caches_of_diffusers(make, tiny, relative_error, name, later):
         pipe = make("flux")
         torch.manual_seed(1)
         pipe.transformer = diffusers.FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(2, 4, 2),
+            patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True,
+            axes_dims_rope=(2, 4, 2),
         ).eval()  # fmt: skip
         return pipe
 

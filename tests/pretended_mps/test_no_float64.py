@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 T = 12
 SCHEDULES = {
     "one step": dq.Schedule.ddim(torch.linspace(0.9999, 0.98, 1000).cumprod(0), torch.arange(0, 1000, 83)[:T].flip(0)),
-    "two lags": dq.Schedule.from_sigmas(torch.logspace(1, -1, T).tolist() + [0.0], "dpmpp_2m"),
+    "two lags": dq.Schedule.from_sigmas([*torch.logspace(1, -1, T).tolist(), 0.0], "dpmpp_2m"),
     "noise": dq.Schedule.ddpm(torch.linspace(0.9999, 0.98, 1000).cumprod(0), torch.arange(0, 1000, 83)[:T].flip(0)),
 }
 SOLVERS = ("auto", "quasi-newton", "picard", "anderson", "triangular", "deq-ddim", "paradigms", "parataa", "parareal")

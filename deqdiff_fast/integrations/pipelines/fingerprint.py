@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 _SIMPLE = {type(None), bool, int, str}
 _VALUES = _SIMPLE | {float, complex, bytes, torch.dtype, torch.device, torch.Size, type}
-_SPREAD = 64  # elements of a tensor that are compared one by one, beside its norm
+_SOME = 64  # elements of a tensor that are compared one by one, beside its norm
 # large, none of a denoiser's business, and changed by nobody between two steps
 _OPAQUE = ("transformers", "tokenizers", "PIL", "tqdm", "logging", "weakref", "_thread", "threading", "deqdiff_fast")
 
@@ -98,7 +99,7 @@ class Fingerprint:
         found = []
         with torch.no_grad():
             for (_, dtype), group in groups.items():
-                found.append(torch.cat([self._spread(tensor) for tensor in group]).cpu())
+                found.append(torch.cat([self._some_elements(tensor) for tensor in group]).cpu())
                 if dtype.is_floating_point and dtype.itemsize > 1:
                     whole = torch.float32 if dtype.itemsize < 4 else dtype
                     found.append(torch.stack(torch._foreach_norm(group, 2, whole)).cpu())
@@ -106,11 +107,11 @@ class Fingerprint:
                     found.append(torch.stack([t.to(torch.int64).sum() for t in group]).cpu())
         return [torch.nan_to_num(value) if value.is_floating_point() else value for value in found]
 
-    def _spread(self, tensor: Tensor) -> Tensor:
+    def _some_elements(self, tensor: Tensor) -> Tensor:
         """Some of its elements, from all over it, (n,): a view where it is dense, to be read again."""
         place = tensor.data_ptr(), tensor.numel(), tensor.dtype
         if place not in self._views:
-            view = tensor.reshape(-1)[:: max(1, tensor.numel() // _SPREAD)]
+            view = tensor.reshape(-1)[:: max(1, tensor.numel() // _SOME)]
             if not tensor.is_contiguous():
                 return view
             self._views[place] = view
@@ -150,10 +151,8 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
     yield function.__defaults__
     yield function.__dict__
     for cell in function.__closure__ or ():
-        try:
+        with suppress(ValueError):  # not bound yet
             yield cell.cell_contents
-        except ValueError:  # not bound yet
-            yield None
     if "site-packages" not in function.__code__.co_filename:
         for name in function.__code__.co_names:
             item = function.__globals__.get(name)

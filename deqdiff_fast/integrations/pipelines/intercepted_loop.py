@@ -20,11 +20,12 @@ from ...errors import DeqDiffError
 from ...schedule.probe import next_state
 from ...solution import RoundInfo, Solution, Stats
 from .calls import Call
+from .change_monitor import ChangeMonitor, has_callbacks
 from .families import Family
-from .fingerprint import Fingerprint
+from .first_step import is_tiled, read_first_step
 from .lockstep import Lockstep
-from .problem import DenoisingProblem, FirstStep
-from .proxies import DenoiserProxy, scheduler_proxy
+from .problem import DenoisingProblem
+from .proxies import DenoiserProxy, Output, scheduler_proxy
 from .random_state import RandomState
 from .row_check import row_fault
 from .strangers import needs_serial, strangers
@@ -43,34 +44,31 @@ class InterceptedLoop:
         self.problem: DenoisingProblem | None = None
         self.solution: Solution | None = None
         self.states = torch.empty(0)  # (T + 1, B, *shape); the scheduler's last one where it steps serially
-        self.index = 0
         self.calls: list[Call] = []  # those of the current step
         self.scaled: tuple[Tensor, Tensor] | None = None  # of the current step: before and after scaling
         self.probes: dict[int, Tensor] = {}
-        self.serial, self.taken_over_at = False, 0
+        self.index, self.serial, self.taken_over_at = 0, False, 0
         self.fresh: Any = None  # the scheduler before the first step
         self.lockstep: Lockstep | None = None
-        self.watched = any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
-        self.seen: tuple[Fingerprint, Fingerprint, RandomState | None] | None = None  # model, scheduler, generators
-        self.parts: dict[str, Any] = {}
+        parts = {
+            family.denoiser: DenoiserProxy(self.denoiser, _denoise=self.denoise),
+            "scheduler": scheduler_proxy(self.scheduler, self.step, self.scale),
+        }
+        self.monitor = ChangeMonitor(pipe, parts, self.denoiser, self.scheduler, has_callbacks(arguments))
         if reason := needs_serial(self.denoiser, self.scheduler):
             self._refuse(reason)
 
     def proxies(self) -> dict[str, Any]:
         """What to put in the place of the pipeline's components."""
-        self.parts = {
-            self.family.denoiser: DenoiserProxy(self.denoiser, _denoise=self.denoise),
-            "scheduler": scheduler_proxy(self.scheduler, self.step, self.scale),
-        }
-        return self.parts
+        return self.monitor.parts
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """In place of the scheduler's `scale_model_input`: random numbers in the first step, to see where they go."""
         if not self.serial and self.problem is not None:
             state = self.states[min(self.index, len(self.states) - 1)]
-            if not _is_tiled(sample, state):
+            if not is_tiled(sample, state):
                 self._take_over("other latents")
-            elif change := self._changed():
+            elif change := self.monitor.changed():
                 self._take_over(change)
         self._before_steps()
         scaled: Tensor = self.scheduler.scale_model_input(sample, timestep)
@@ -94,7 +92,7 @@ class InterceptedLoop:
         self.calls.append(call)
         shape = (call.x.shape[0], self.family.channels(self.denoiser, call.x), *call.x.shape[2:])
         probe = self._probe(shape, call.x, number)
-        return _Output(sample=probe) if call.extra.get("return_dict", True) else (probe,)
+        return Output(sample=probe) if call.extra.get("return_dict", True) else (probe,)
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the scheduler's `step`."""
@@ -119,9 +117,9 @@ class InterceptedLoop:
         self.lockstep.advance(timestep, sample, kwargs)
         self.index += 1
         self.calls, self.scaled = [], None
-        self._remember()
+        self.monitor.remember(self.problem, self.index)
         state = torch.cat([self.states[self.index]] * self.problem.halves)
-        return _Output(prev_sample=state) if as_dict else (state,)
+        return Output(prev_sample=state) if as_dict else (state,)
 
     def finish(self) -> None:
         """After the pipeline's call: what the scheduler did itself belongs to the solution, too."""
@@ -148,39 +146,17 @@ class InterceptedLoop:
 
     def _begin(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """From what was recorded in the first step to the problem; returns the sample that is really stepped."""
-        self._before_steps()
-        raw, scaled, marker = sample, sample, None
-        if self.scaled is not None:
-            (raw, scaled), marker = self.scaled, self.probes[_SCALED]
-        step_scaled = marker is not None and _is_tiled(marker, sample)
         guidance = self.family.guidance(self.pipe, self.arguments)
         halves = 2 if self.family.doubled and guidance.scale > 1 else 1
-        rows = len(sample) // halves
-        real = scaled[: len(sample)] if step_scaled else sample
-        start = raw[:rows] if step_scaled else sample[:rows]
-        if not _is_tiled(raw, start) or len(sample) % halves:
+        first = read_first_step(self.calls, self.scaled, self.probes.get(_SCALED), sample, halves)
+        if first is None:
             raise self._unknown("prepares its model's input")
-        fed = [marker is not None and _is_tiled(call.x, marker) for call in self.calls]
-        if any(fed) != all(fed) or not all(seen or _is_tiled(call.x, start) for seen, call in zip(fed, self.calls)):
-            raise self._unknown("prepares its model's input")
-        for call, seen in zip(self.calls, fed):
-            source = scaled if seen else start
-            call.x = torch.cat([source] * (len(call.x) // len(source)))
-        first = FirstStep(
-            self.calls,
-            start,
-            timestep,
-            real,
-            output,
-            kwargs,
-            any(fed),
-            step_scaled,
-            vars(self.pipe).get("_num_timesteps"),
-        )
+        first.timestep, first.output, first.step_kwargs = timestep, output, kwargs
+        first.count = vars(self.pipe).get("_num_timesteps")
         self.problem = DenoisingProblem.build(self.denoiser, self.fresh, self.family, guidance, first)
         if not all(self._on_time(call) for call in self.calls):
             raise self._unknown("passes timesteps to its model")
-        return real
+        return first.sample
 
     def _solve(self) -> Solution:
         problem = self.problem
@@ -195,7 +171,7 @@ class InterceptedLoop:
             return bool(getattr(self.pipe, "_interrupt", False))
 
         # on a GPU a callback costs a wait every round: it is worth that only where someone may interrupt
-        monitored = problem.start.device.type == "cpu" or self.watched
+        monitored = problem.start.device.type == "cpu" or self.monitor.active
         solution = problem.sampler(self.options).sample(
             problem.start, problem.rows(), problem.frozen(noises), on_round if monitored else None,
             return_trajectory=True,
@@ -241,41 +217,13 @@ class InterceptedLoop:
         solved = problem.model.calls[number]
         if call.x.shape != solved.x.shape or self.family.guidance(self.pipe, self.arguments) != problem.model.guidance:
             return "other guidance"
-        if not _is_tiled(call.x, self.states[self.index] if self.scaled is None else self.scaled[1]):
+        if not is_tiled(call.x, self.states[self.index] if self.scaled is None else self.scaled[1]):
             return "other latents"
         if not solved.same_extra(call):
             return "other conditions"
         if not self._on_time(call):
             return "another timestep"
-        return self._changed() if number == 0 and self.scaled is None else ""
-
-    def _changed(self) -> str:
-        """What else a callback has changed since the last step."""
-        if vars(self.pipe).get("scheduler") is not self.parts["scheduler"]:
-            return "another scheduler"
-        if vars(self.pipe).get(self.family.denoiser) is not self.parts[self.family.denoiser]:
-            return "another model"
-        if self.seen is None:
-            return ""
-        model, scheduler, random = self.seen
-        if Fingerprint(self.scheduler) != scheduler:
-            return "another state of the scheduler"
-        if random is not None and random.changed():
-            return "another state of the generator"
-        return "other weights or settings of the model" if self._of_model() != model else ""
-
-    def _remember(self) -> None:
-        """What `_changed` compares with: after a step, before the callbacks."""
-        problem = self.problem
-        if not self.watched or problem is None or self.index >= len(problem.timesteps):
-            return
-        assert problem.schedule.draws is not None
-        left = bool(problem.schedule.draws[self.index :].any())
-        random = RandomState(problem.generator, problem.start.device) if left else None
-        self.seen = self.seen[0] if self.seen else self._of_model(), Fingerprint(self.scheduler), random
-
-    def _of_model(self) -> Fingerprint:
-        return Fingerprint(self.denoiser, only=self.denoiser, before=self.seen[0] if self.seen else None)
+        return self.monitor.changed() if number == 0 and self.scaled is None else ""
 
     def _on_time(self, call: Call) -> bool:
         assert self.problem is not None
@@ -310,20 +258,3 @@ class InterceptedLoop:
             f"{type(self.pipe).__name__} of diffusers {diffusers.__version__} {what} in a way that deqdiff_fast does "
             "not know, so its chain cannot be solved in parallel; restore(pipe) gives back the plain pipeline"
         )
-
-
-def _is_tiled(whole: Tensor, part: Tensor) -> bool:
-    """Whether `whole` is `part`, or a few copies of it, one after the other."""
-    if part.shape[1:] != whole.shape[1:] or not len(part) or len(whole) % len(part):
-        return False
-    return bool((whole.reshape(-1, *part.shape) == part).all())
-
-
-class _Output(dict[str, Tensor]):
-    """What models and schedulers return: attributes, keys or positions."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self[name]
-
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]

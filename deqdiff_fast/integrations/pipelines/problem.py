@@ -16,27 +16,13 @@ from ...sampler import DEQSampler
 from ...schedule import Schedule
 from ...schedule.from_diffusers import scheduler_fields
 from ...schedule.probe import StepRange, chain_timesteps, step_accepts
-from .calls import Call, GuidedModel
+from .calls import GuidedModel
 from .draws import record_draws
 from .families import Family, Guidance
+from .first_step import FirstStep
 
 _CACHE_SIZE = 16
 _CACHE: OrderedDict[Any, Schedule] = OrderedDict()
-
-
-@dataclass
-class FirstStep:
-    """What a loop does in its first step, as recorded."""
-
-    calls: list[Call]
-    start: Tensor  # (B, *shape), before any scaling
-    timestep: Any  # this and the following: as passed to the scheduler's `step`
-    sample: Tensor  # with as many rows as the pipeline steps, and real values
-    output: Tensor  # of which shape and dtype count
-    step_kwargs: dict[str, Any]  # except `return_dict`
-    input_scaled: bool  # whether the model is given what `scale_model_input` returned
-    step_scaled: bool  # whether the scheduler steps it
-    count: int | None  # number of steps of the loop, None for all that are left
 
 
 @dataclass
@@ -57,7 +43,8 @@ class DenoisingProblem:
         can be solved in parallel."""
         step_range = _step_range(scheduler, first.timestep, first.count)
         options = {k: v for k, v in first.step_kwargs.items() if k in step_accepts(scheduler)}
-        schedule = _schedule(scheduler, step_range, options, first.input_scaled, first.step_scaled)
+        step_range = step_range._replace(scaled=first.step_scaled)
+        schedule = _schedule(scheduler, step_range, options, first.input_scaled)
         model = GuidedModel(denoiser, family, first.calls, guidance, len(first.start))
         return cls(model, schedule, scheduler, first, scheduler.timesteps[step_range.start : step_range.stop])
 
@@ -127,37 +114,26 @@ def _step_range(scheduler: Any, timestep: Any, count: int | None) -> StepRange:
 
 
 @tables_on_cpu
-def _schedule(
-    scheduler: Any, step_range: StepRange, options: dict[str, Any], input_scaled: bool, step_scaled: bool
-) -> Schedule:
+def _schedule(scheduler: Any, step_range: StepRange, options: dict[str, Any], input_scaled: bool) -> Schedule:
     """The probed schedule; the last few are cached, since a pipeline is usually called with the same settings again."""
     state = [(name, _frozen(value)) for name, value in sorted(vars(scheduler).items()) if name != "_internal_dict"]
-    around = (step_range, input_scaled, step_scaled)
-    key = (type(scheduler), tuple(state), repr(scheduler.config), around, repr(sorted(options.items())))
+    key = (
+        type(scheduler),
+        tuple(state),
+        repr(scheduler.config),
+        step_range,
+        input_scaled,
+        repr(sorted(options.items())),
+    )
     if key not in _CACHE:
         schedule = Schedule(**scheduler_fields(scheduler, None, step_range=step_range, **options))
-        _CACHE[key] = as_stepped(schedule, input_scaled, step_scaled)
+        if not input_scaled:
+            schedule = replace(schedule, input_scale=torch.ones_like(schedule.input_scale))
+        _CACHE[key] = schedule
         while len(_CACHE) > _CACHE_SIZE:
             _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)
     return _CACHE[key]
-
-
-def as_stepped(schedule: Schedule, input_scaled: bool, step_scaled: bool) -> Schedule:
-    """The chain of a loop that leaves its model's input unscaled, or that steps the scaled sample (DiT)."""
-    scale = schedule.input_scale
-    if bool((scale == 1).all()):
-        return schedule
-    if step_scaled:
-        back = torch.arange(schedule.num_steps)[:, None] - torch.arange(schedule.lags)
-        p, q = schedule.denoised_coef().unbind(1)
-        return replace(
-            schedule,
-            input_scale=scale if input_scaled else torch.ones_like(scale),
-            state_coef=schedule.state_coef * scale[back.clamp_min(0)],
-            x0_coef=torch.stack([p * scale, q], dim=1),
-        )
-    return schedule if input_scaled else replace(schedule, input_scale=torch.ones_like(scale))
 
 
 def _frozen(value: Any) -> Any:

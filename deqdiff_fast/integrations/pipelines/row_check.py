@@ -67,4 +67,5 @@ def _difference(problem: DenoisingProblem, output: Tensor) -> float:
 
 def _other(start: Tensor, number: int) -> Tensor:
     """Samples of about the same statistics: shifted along the last dimension, turned, more or less of them."""
-    return torch.roll(start, number, -1).flip(1 if start.dim() > 2 else -1) * (-1) ** number * (1 - 0.1 * number)
+    turned = torch.roll(start, number, -1).flip(1 if start.dim() > 2 else -1)
+    return turned * (-1.0) ** number * (1 - 0.1 * number)

@@ -1,7 +1,7 @@
 """Parts of a pipeline that are not diffusers' own: hooks, wrapped functions, processors, classes of a user.
 
-A parallel loop calls the denoiser on many timesteps at once, in another order and more often than the pipeline does, and
-does not make the scheduler's steps. What counts calls, keeps something from one call to the next, or reads one timestep
+A parallel loop calls the denoiser on many timesteps at once, in another order and more often than the pipeline does,
+and does not make the scheduler's steps. What counts calls, keeps something from one call to the next, or reads one timestep
 for a whole batch would give another picture.
 """
 
