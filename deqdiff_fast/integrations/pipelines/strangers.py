@@ -1,8 +1,8 @@
 """Parts of a pipeline that are not diffusers' own: hooks, wrapped functions, processors, classes of a user.
 
 A parallel loop calls the denoiser on many timesteps at once, in another order and more often than the pipeline does,
-and does not make the scheduler's steps. What counts calls, keeps something from one call to the next, or reads one timestep
-for a whole batch would give another picture.
+and does not make the scheduler's steps. What counts calls, keeps something from one call to the next, or reads one
+timestep for a whole batch would give another picture.
 """
 
 from __future__ import annotations
