@@ -23,10 +23,11 @@ from ..planner.measure import signature_of
 from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
+from .pipelines.fingerprint import Fingerprint
 
 _ROW_TOLERANCE = 1e-2  # relative: far above what another batch size does to rounding, far below a wrong condition
 _OPTIONS = tuple(list(inspect.signature(DEQSampler).parameters)[2:])
-_VERIFIED: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
+_VERIFIED: WeakKeyDictionary[Any, dict[Any, Fingerprint]] = WeakKeyDictionary()
 _log = logging.getLogger("deqdiff_fast")
 
 
@@ -59,7 +60,7 @@ def sample_deq(
         disable: True hides the progress bar, None where stderr is no terminal.
         method: "euler" or "dpmpp_2m", for models with x0 + sigma noise and for flow matching alike.
         verify: compare one call on several noise levels with separate ones first (at the first, middle and last sigma:
-            4 calls, 6 B rows) and refuse what differs; once for a model and a kind of arguments.
+            4 calls, 6 B rows) and refuse what differs; once for a model as it is and a kind of arguments.
         report: is given the `Solution` with its stats.
         **options: those of `DEQSampler`, by keyword.
 
@@ -83,10 +84,11 @@ def sample_deq(
     levels = torch.as_tensor(sigmas)
     denoiser, extra = _DenoiserModel(model), _extra(extra_args)
     sampler = DEQSampler(denoiser, Schedule.from_sigmas(levels, method), **options)
-    if verify and len(x):
-        _check_once(denoiser, x, levels, extra)
+    verified = _check_once(denoiser, x, levels, extra) if verify and len(x) else None
     steps = None if callback is None else _StepCallback(callback, levels)
     solution = sampler.sample(x, extra, callback=steps, progress=_shown(disable))
+    if verified is not None:  # what its own calls have changed is not held against it
+        verified[0][verified[1]] = Fingerprint(model).released()
     stats = solution.stats
     _log.info("sample_deq: %d steps in %d rounds, %d evaluations", len(levels) - 1, stats.rounds, stats.model_evals)
     if report is not None:
@@ -121,17 +123,22 @@ class _StepCallback:
             )
 
 
-def _check_once(denoiser: _DenoiserModel, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
-    """`check_rows`, but for a model object that has passed it with such arguments."""
+def _check_once(
+    denoiser: _DenoiserModel, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]
+) -> tuple[dict[Any, Fingerprint], Any]:
+    """`check_rows`, but for a model object that has passed it with such arguments, and that nobody has changed since.
+
+    Returns where to note that it has passed, and under which key.
+    """
     ends = (float(sigmas[0]), float(sigmas[-2]), len(sigmas))
     asked = (signature_of(x, extra_args), len(x), ends)
     try:
-        passed = _VERIFIED.setdefault(denoiser.model, set())
+        passed = _VERIFIED.setdefault(denoiser.model, {})
     except TypeError:  # neither hashed nor weakly referenced
-        passed = set()
-    if asked not in passed:
+        passed = {}
+    if passed.get(asked) != Fingerprint(denoiser.model):
         check_rows(denoiser, x, sigmas, extra_args)
-        passed.add(asked)
+    return passed, asked
 
 
 def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 _SIMPLE = {type(None), bool, int, str}
 _VALUES = _SIMPLE | {float, complex, bytes, torch.dtype, torch.device, torch.Size, type}
+_MOST = 500_000  # things looked at; beyond them nothing is seen
 _SOME = 64  # elements of a tensor that are compared one by one, beside its norm
 # large, none of a denoiser's business, and changed by nobody between two steps
 _OPAQUE = ("transformers", "tokenizers", "PIL", "tqdm", "logging", "weakref", "_thread", "threading", "deqdiff_fast")
@@ -38,7 +39,7 @@ class Fingerprint:
         self._keep: list[Any] = []  # identities mean something while their objects live
         self._inside = set(map(id, only.modules())) if only is not None else None
         self._waiting: list[Any] = list(roots)
-        while self._waiting:
+        while self._waiting and len(self.items) < _MOST:
             self._visit(self._waiting.pop())
         self._views: dict[Any, Tensor] = before._views if before is not None else {}
         self._numbers = self._values()
@@ -48,6 +49,11 @@ class Fingerprint:
             return False
         pairs = zip(self._numbers, other._numbers)
         return len(self._numbers) == len(other._numbers) and all(torch.equal(a, b) for a, b in pairs)
+
+    def released(self) -> Fingerprint:
+        """The same without the objects it was taken of, to be kept for longer than they live."""
+        self._keep, self._tensors, self._views = [], [], {}
+        return self
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -27,8 +27,9 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
     order, after the solve, with that timestep's latents, the scheduler stepped along. Where a callback changes the
     latents, the prompt, the guidance, the model, the scheduler or its generators, the remaining steps are made
     serially; what cannot be solved in parallel at all (caches, hooks that count calls) is left to the pipeline's own
-    loop, with a warning in the log, or with on_failure="raise" refused. Setting `pipe._interrupt` ends a running solve after its
-    round. `pipe.last_solution` is the `Solution` of the last call (without its trajectory), None before the first.
+    loop, with a warning in the log, or with on_failure="raise" refused. Setting `pipe._interrupt` ends a running
+    solve after its round. `pipe.last_solution` is the `Solution` of the last call (without its trajectory), None
+    before the first.
     Calling it again replaces the options; `restore(pipe)` undoes it.
 
     Args:
