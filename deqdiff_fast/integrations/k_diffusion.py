@@ -77,8 +77,7 @@ def sample_deq(
         raise TypeError(f"sample_deq: unknown option {', '.join(unknown)}; there are {known}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor (B, *shape), got {type(x).__name__}")
-    arguments.check_model(model)
-    arguments.check_callback(callback)
+    arguments.check_model(model), arguments.check_callback(callback)
     if len(sigmas) <= 1:
         return x  # nothing to do, as in k-diffusion
     levels = torch.as_tensor(sigmas)
@@ -87,10 +86,10 @@ def sample_deq(
     verified = _check_once(denoiser, x, levels, extra) if verify and len(x) else None
     steps = None if callback is None else _StepCallback(callback, levels)
     solution = sampler.sample(x, extra, callback=steps, progress=_shown(disable))
-    if verified is not None:  # what its own calls have changed is not held against it
-        verified[0][verified[1]] = Fingerprint(model).released()
-    stats = solution.stats
-    _log.info("sample_deq: %d steps in %d rounds, %d evaluations", len(levels) - 1, stats.rounds, stats.model_evals)
+    if verified is not None:
+        _note(model, *verified)
+    rounds, evaluations = solution.stats.rounds, solution.stats.model_evals
+    _log.info("sample_deq: %d steps in %d rounds, %d evaluations", len(levels) - 1, rounds, evaluations)
     if report is not None:
         report(solution)
     return solution.sample
@@ -139,6 +138,11 @@ def _check_once(
     if passed.get(asked) != Fingerprint(denoiser.model):
         check_rows(denoiser, x, sigmas, extra_args)
     return passed, asked
+
+
+def _note(model: Model, passed: dict[Any, Fingerprint], asked: Any) -> None:
+    """That a model has passed; after the solve, for what its own calls have changed is not held against it."""
+    passed[asked] = Fingerprint(model).released()
 
 
 def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
