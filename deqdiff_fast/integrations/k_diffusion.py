@@ -77,7 +77,8 @@ def sample_deq(
         raise TypeError(f"sample_deq: unknown option {', '.join(unknown)}; there are {known}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor (B, *shape), got {type(x).__name__}")
-    arguments.check_model(model), arguments.check_callback(callback)
+    arguments.check_model(model)
+    arguments.check_callback(callback)
     if len(sigmas) <= 1:
         return x  # nothing to do, as in k-diffusion
     levels = torch.as_tensor(sigmas)
@@ -88,8 +89,7 @@ def sample_deq(
     solution = sampler.sample(x, extra, callback=steps, progress=_shown(disable))
     if verified is not None:
         _note(model, *verified)
-    rounds, evaluations = solution.stats.rounds, solution.stats.model_evals
-    _log.info("sample_deq: %d steps in %d rounds, %d evaluations", len(levels) - 1, rounds, evaluations)
+    _log.info("sample_deq: %d rounds, %d evaluations", solution.stats.rounds, solution.stats.model_evals)
     if report is not None:
         report(solution)
     return solution.sample
