@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._devices import tables_on_cpu
 from ._types import Backend, Generators, Model, OnFailure
 from .engine import arguments
 from .engine.reporting import ProgressBar, report_not_converged
@@ -69,6 +70,7 @@ class DEQInverter:
         ValueError: a bad value.
     """
 
+    @tables_on_cpu
     def __init__(
         self,
         model: Model,
@@ -105,6 +107,7 @@ class DEQInverter:
         vars(new).update(vars(self), memory=copy(self.memory))
         return new
 
+    @tables_on_cpu
     def invert(
         self,
         image: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ._devices import methods_with_tables_on_cpu
 from ._types import Backend, Generators, Model, OnFailure
 from .engine import arguments
 from .engine.options import Options
@@ -29,6 +30,7 @@ from .solver import resolve
 ADJOINT_TOL = 1e-4
 
 
+@methods_with_tables_on_cpu
 class DEQSampler:
     """The sample of a diffusion chain, all timesteps solved at once (Pokle, Geng, Kolter 2022, arXiv 2210.12867).
 
@@ -131,10 +133,8 @@ class DEQSampler:
             model_kwargs: passed to every model call. Tensors whose first dimension is B, and lists or tuples of B
                 strings, belong to the samples and are repeated for the timesteps of a batch, in nested containers too;
                 all else is passed on as it is, and so is what `shared` marks. A guess is logged, once.
-            generator: for the frozen noise of stochastic schedules, one or one for each sample; the draws are those of
-                a serial sampler.
-            callback: called after every round, and every step that is finished serially, with a `RoundInfo`; returning
-                True stops.
+            generator: for the frozen noise of stochastic schedules, one or one a sample, drawn as by a serial chain.
+            callback: called after every round and every serial step, with a `RoundInfo`; returning True stops.
             progress: whether to show a bar.
             init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
             return_trajectory: whether the solution holds all states.

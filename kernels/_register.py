@@ -23,6 +23,7 @@ _ARGUMENT = re.compile(r"(Tensor|int|float|bool|str)(\(\w+!\))?\?? (\w+)")
 # What the C++ form takes in float64, and in float32 unless the states are float64; other tensors as they are stored.
 _FLOAT64 = frozenset({"state_coef", "model_coef", "sq_diff", "sq_norm", "sq_miss", "gram"})
 _WIDE = frozenset({"slope", "weight"})
+_NEEDS_FLOAT64 = frozenset({"newton_scan", "inverse_scan"})  # their fits: on the CPU where the device has none
 
 
 def _kind(name: str, kind: str) -> str:
@@ -95,7 +96,13 @@ class register:
                 return
         if self.check_values is not None and name != "cpp" and args[0].device.type == "cpu":
             self.check_values(given)
-        if name == "cpp":
+        if self.name in _NEEDS_FLOAT64 and args[0].device.type == "mps":
+            here = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
+            self.run("auto", *here)
+            for own, arg, copy in zip(self.names, args, here):
+                if own in self.written:
+                    arg.copy_(copy)
+        elif name == "cpp":
             self._run_cpp(given)
         elif name == "triton":
             self._run_triton(given)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A unit is a module or package right below deqdiff_fast. It may import units of earlier layers and of its own, inside
 # functions too.
 LAYERS = (
-    {"errors", "_types", "_locks", "_C", "plan"},
+    {"errors", "_types", "_devices", "_locks", "_C", "plan"},
     {"solution", "kernels"},
     {"schedule", "memory", "loop"},
     {"solver", "model", "nodes"},
@@ -36,8 +36,8 @@ ONLY = {
     "kernels": {"errors", "_C"},
     "loop": {"errors", "_types", "kernels"},
     "solver": {"errors", "_types", "kernels", "loop"},
-    "nodes": {"errors", "_types", "kernels", "schedule"},
-    "schedule": {"errors", "_types", "_locks"},
+    "nodes": {"errors", "_types", "_devices", "kernels", "schedule"},
+    "schedule": {"errors", "_types", "_devices", "_locks"},
     "memory": {"errors", "_locks", "_C"},
 }
 # Who may import a library that is not a plain dependency of the package.

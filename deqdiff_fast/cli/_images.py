@@ -30,7 +30,7 @@ def largest_difference(a: Tensor, b: Tensor) -> int:
 
 def relative_error(sample: Tensor, reference: Tensor) -> Tensor:
     """(B,) float64: |sample - reference| / |reference|, L2 over each sample."""
-    a, b = sample.detach().double().cpu().flatten(1), reference.detach().double().cpu().flatten(1)
+    a, b = sample.detach().cpu().double().flatten(1), reference.detach().cpu().double().flatten(1)
     error: Tensor = (a - b).norm(dim=1) / b.norm(dim=1)
     return error
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._devices import tables_on_cpu
 from .._types import Model
 from ..engine import arguments
 from ..model.draft import Draft
@@ -33,6 +34,7 @@ DRAFT, SPECTRUM = "draft.safetensors", "spectrum.safetensors"
 _log = logging.getLogger("deqdiff_fast")
 
 
+@tables_on_cpu
 def distill(
     model: Model,
     schedule: Schedule,

@@ -25,7 +25,7 @@ def linear_part(samples: Tensor) -> LinearPart:
     """Spectrum about the mean, mean (None where it is nothing but chance) and root mean square of samples (n, C, ...).
 
     The mean is shrunk by what the mean of so few samples would be by chance (James and Stein 1961)."""
-    x = samples.detach().double().cpu()
+    x = samples.detach().cpu().double()
     mean, variance = x.mean(0), float(x.var(0).mean())
     size = float(mean.square().mean())
     factor = max(1 - variance / len(x) / size, 0.0) if size > 0 else 0.0

@@ -43,7 +43,7 @@ class PairStore:
         """Rows, (n, *shape), (n,), (n, *shape) and (n,); returns the number of the first."""
         first = self.rows
         x, y = inputs.detach().float().cpu(), predictions.detach().float().cpu().view(inputs.shape)
-        self._parts.append((x, times.detach().double().cpu(), y, condition.cpu()))
+        self._parts.append((x, times.detach().cpu().double(), y, condition.cpu()))
         self.rows += len(inputs)
         return first
 

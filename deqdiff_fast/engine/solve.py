@@ -180,12 +180,12 @@ def _note_rounds(stats: Stats, outcome: Progress, nodes: NodeSolve | None, front
     stats.rounds, stats.repairs = front + outcome.rounds, outcome.repairs
     trace = outcome.trace
     if trace:
-        steps = torch.stack(trace).double().cpu()
+        steps = torch.stack(trace).cpu().double()
         last = (steps > 0).long().cumsum(0).argmax(0)  # a sample that is done counts as 0 from there on
         stats.error_estimate = steps.gather(0, last[None])[0]
     if nodes is not None:
         trace = nodes.note(stats, bool(outcome.trace)) + trace
-    stats.residual_trace = torch.stack([step.double().cpu() for step in trace]) if trace else stats.residual_trace
+    stats.residual_trace = torch.stack([step.cpu().double() for step in trace]) if trace else stats.residual_trace
 
 
 def solve_serially(system: System, options: Options, request: Request) -> Solution:

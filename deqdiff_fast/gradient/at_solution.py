@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from .._devices import hidden_default, hidden_in_backward
 from ..solution import Solution
 from .base import Problem
 from .batched_vjp import BatchedVJP
@@ -37,6 +38,7 @@ class _AtSolution(Function):
     ) -> Tensor:
         solution = problem.solve()
         solutions.append(solution)
+        ctx.default_device = hidden_default()
         ctx.system, ctx.cotangents, ctx.kwargs, ctx.noise = problem.system, cotangents, kwargs, noise
         ctx.save_for_backward(solution.trajectory, *leaves)
         sample: Tensor = solution.sample.clone()
@@ -44,6 +46,7 @@ class _AtSolution(Function):
 
     @staticmethod
     @first_order
+    @hidden_in_backward
     def backward(ctx: Any, grad: Tensor) -> Any:
         trajectory, *leaves = ctx.saved_tensors
         system, (kwargs, count) = ctx.system, ctx.kwargs

@@ -41,7 +41,7 @@ class IterationMonitor:
         """Note a round that went from `states` to `new`, both (T + 1, B, D); whether the iteration must end."""
         states, new, stats = states.detach(), new.detach(), self.stats
         size = new[1:].norm(dim=2).clamp_min(TINY_OF[new.dtype])
-        residual = ((new - states)[1:].norm(dim=2) / size).double().cpu()
+        residual = ((new - states)[1:].norm(dim=2) / size).cpu().double()
         self.broken = not bool(residual.isfinite().all())
         stats.rounds += 1
         self.done = (residual <= self.problem.tolerance).all(dim=0) | (stats.rounds >= self.exact and not self.broken)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .._devices import hidden_default, hidden_in_backward
 from ..errors import ConvergenceWarning
 from ..solution import Solution
 from .base import Problem
@@ -97,6 +98,8 @@ class _Run:
         return BatchedVJP(system, system.model_kwargs, leaves[: self.count])
 
     def noise(self, noise: Tensor) -> Tensor:
+        if noise.device.type == "mps":
+            raise ValueError("gradient: 'reversible' needs float64, which MPS does not have; use 'implicit'")
         return noise.detach().flatten(1).double()
 
 
@@ -120,13 +123,14 @@ class _Iteration(Function):
             z = (1 - b) * z + b * f.scan(first, y, vjp.predictions(y[:-1]))
             if ended:
                 break
-        ctx.run, ctx.rounds, ctx.noise = run, rounds, noise
+        ctx.run, ctx.rounds, ctx.noise, ctx.default_device = run, rounds, noise, hidden_default()
         ctx.save_for_backward(y, z, noise, *leaves, *anchors)
         states.append(z)
         return z[-1].view(noise.shape).to(noise.dtype)
 
     @staticmethod
     @first_order
+    @hidden_in_backward
     def backward(ctx: Any, grad: Tensor) -> Any:
         y, z, noise, *rest = ctx.saved_tensors
         run, b = ctx.run, ctx.run.relaxation

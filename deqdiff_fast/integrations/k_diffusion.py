@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from .._devices import float64, tables_on_cpu, users_default
 from .._types import Model, without_marks
 from ..engine import arguments
 from ..model.knowledge import signature_of
@@ -22,14 +23,16 @@ from ..model.sample_kwargs import select_rows
 from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
+from .pipelines.fingerprint import Fingerprint
 
 _ROW_TOLERANCE = 1e-2  # relative: far above what another batch size does to rounding, far below a wrong condition
 _OPTIONS = tuple(list(inspect.signature(DEQSampler).parameters)[2:])
-_VERIFIED: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
+_VERIFIED: WeakKeyDictionary[Any, dict[Any, Fingerprint]] = WeakKeyDictionary()
 _log = logging.getLogger("deqdiff_fast")
 
 
 @torch.no_grad()
+@tables_on_cpu
 def sample_deq(
     model: Model,
     x: Tensor,
@@ -57,7 +60,7 @@ def sample_deq(
         disable: True hides the progress bar, None where stderr is no terminal.
         method: "euler" or "dpmpp_2m", for models with x0 + sigma noise and for flow matching alike.
         verify: compare one call on several noise levels with separate ones first (at the first, middle and last sigma:
-            4 calls, 6 B rows) and refuse what differs; once for a model and a kind of arguments.
+            4 calls, 6 B rows) and refuse what differs; once for a model as it is and a kind of arguments.
         report: is given the `Solution` with its stats.
         **options: those of `DEQSampler`, by keyword.
 
@@ -81,12 +84,12 @@ def sample_deq(
     levels = torch.as_tensor(sigmas)
     denoiser, extra = _DenoiserModel(model), _extra(extra_args)
     sampler = DEQSampler(denoiser, Schedule.from_sigmas(levels, method), **options)
-    if verify and len(x):
-        _check_once(denoiser, x, levels, extra)
+    verified = _check_once(denoiser, x, levels, extra) if verify and len(x) else None
     steps = None if callback is None else _StepCallback(callback, levels)
     solution = sampler.sample(x, extra, callback=steps, progress=_shown(disable))
-    stats = solution.stats
-    _log.info("sample_deq: %d steps in %d rounds, %d evaluations", len(levels) - 1, stats.rounds, stats.model_evals)
+    if verified is not None:
+        _note(model, *verified)
+    _log.info("sample_deq: %d rounds, %d evaluations", solution.stats.rounds, solution.stats.model_evals)
     if report is not None:
         report(solution)
     return solution.sample
@@ -119,17 +122,27 @@ class _StepCallback:
             )
 
 
-def _check_once(denoiser: _DenoiserModel, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
-    """`check_rows`, but for a model object that has passed it with such arguments."""
+def _check_once(
+    denoiser: _DenoiserModel, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]
+) -> tuple[dict[Any, Fingerprint], Any]:
+    """`check_rows`, but for a model object that has passed it with such arguments, and that nobody has changed since.
+
+    Returns where to note that it has passed, and under which key.
+    """
     ends = (float(sigmas[0]), float(sigmas[-2]), len(sigmas))
     asked = (signature_of(x, extra_args), len(x), ends)
     try:
-        passed = _VERIFIED.setdefault(denoiser.model, set())
+        passed = _VERIFIED.setdefault(denoiser.model, {})
     except TypeError:  # neither hashed nor weakly referenced
-        passed = set()
-    if asked not in passed:
+        passed = {}
+    if passed.get(asked) != Fingerprint(denoiser.model):
         check_rows(denoiser, x, sigmas, extra_args)
-        passed.add(asked)
+    return passed, asked
+
+
+def _note(model: Model, passed: dict[Any, Fingerprint], asked: Any) -> None:
+    """That a model has passed; after the solve, for what its own calls have changed is not held against it."""
+    passed[asked] = Fingerprint(model).released()
 
 
 def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any]) -> None:
@@ -145,7 +158,7 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
     apart = [_call(model, state, time, without_marks(kwargs)) for state, time in zip(states, times)]
     rows = torch.cat([torch.arange(batch).roll(shift + 1).flip(0) + shift * batch for shift in range(len(levels))])
     rows = rows.to(x.device)
-    state, time, single = torch.cat(states)[rows], torch.cat(times)[rows], torch.cat(apart)[rows].flatten(1).double()
+    state, time, single = torch.cat(states)[rows], torch.cat(times)[rows], float64(torch.cat(apart)[rows].flatten(1))
     try:
         together = _call(model, state, time, select_rows(kwargs, batch, rows % batch))
     except Exception as error:
@@ -153,8 +166,8 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
             f"model: it works on one noise level, but not on a batch of {len(levels)} levels x {batch} samples "
             f"({type(error).__name__}: {error}); it cannot be sampled in parallel"
         ) from error
-    difference = (together.flatten(1).double() - single).norm(dim=1)
-    size = torch.maximum(single.norm(dim=1), 1e-4 * state.flatten(1).double().norm(dim=1))
+    difference = (float64(together.flatten(1)) - single).norm(dim=1)
+    size = torch.maximum(single.norm(dim=1), 1e-4 * float64(state.flatten(1)).norm(dim=1))
     worst = float((difference / size).max())
     if not worst <= _ROW_TOLERANCE:
         raise ValueError(
@@ -166,7 +179,8 @@ def check_rows(model: Model, x: Tensor, sigmas: Tensor, extra_args: dict[str, An
 
 
 def _call(model: Model, x: Tensor, sigma: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    out = model(x, sigma, **kwargs)
+    with users_default():
+        out = model(x, sigma, **kwargs)
     if not isinstance(out, Tensor) or out.shape != x.shape:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"model: expected the denoised sample, a tensor of shape {tuple(x.shape)}, got {got}")

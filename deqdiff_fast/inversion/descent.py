@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._devices import float64
 from ..errors import NonFiniteError
 from .base import InversionProblem
 from .forward_pass import ForwardPass
@@ -37,7 +38,7 @@ class GradientDescent:
         self.noises = [row.clone().requires_grad_(True) for row in noise.detach()]
         self.best, self.trajectory = noise.detach().clone(), trajectory
         self.best_trajectory = None if trajectory is None else trajectory.clone()
-        sq_size = problem.image.flatten(1).double().square().sum(1).cpu()
+        sq_size = float64(problem.image.flatten(1)).square().sum(1).cpu()
         self.stop = sq_size * problem.tol**2 if method.stop is None else torch.full_like(sq_size, method.stop)
         self.sq_size = sq_size.clamp_min(torch.finfo(torch.float64).tiny)
         self.least = torch.full_like(sq_size, math.inf)
@@ -81,7 +82,7 @@ class GradientDescent:
         wide = torch.promote_types(sample.dtype, torch.float32)
         loss = (sample.to(wide) - self.problem.image[at].to(wide)).flatten(1).square().sum(1)
         torch.autograd.backward(loss.sum(), inputs=moved)  # nothing of the caller's gets one
-        self._record(samples, noise.detach(), trajectory, loss.detach().double().cpu(), rounds)
+        self._record(samples, noise.detach(), trajectory, loss.detach().cpu().double(), rounds)
         return float(loss.detach().sum())
 
     def _record(self, samples: Tensor, noise: Tensor, trajectory: Tensor, loss: Tensor, rounds: int) -> None:

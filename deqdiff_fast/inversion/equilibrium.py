@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .._devices import float64
 from ..kernels.inverse_scan import MAX_COLUMNS
 from ..schedule import SpectralSlope
 from . import multistep
@@ -89,5 +90,5 @@ class Equilibrium:
             return self.slope if isinstance(self.slope, SpectralSlope) else None
         if problem.spectrum is not None or problem.image.dim() < 4:
             return problem.spectrum
-        images = problem.image.detach().double()
+        images = float64(problem.image.detach())
         return SpectralSlope.fit(torch.cat([images, -images]))  # a single image has no spread about its mean

@@ -108,4 +108,4 @@ class _SerialInversion:
                 break
             x = torch.where(((residual <= bound) | ~residual.isfinite())[:, None], x, new)
         chain.states[i].copy_(best)
-        return least.double().cpu()
+        return least.cpu().double()

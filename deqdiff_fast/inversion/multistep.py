@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._devices import float64
 from .._types import FrozenNoise
 from ..gradient.fixed_point_map import draw_drift
 from ..kernels.stopping import MAX_RATE, TINY_OF
@@ -158,11 +159,11 @@ class _MultistepSolve:
         self.secants = [*self.secants[-SECANTS:], (correction, miss)]
         out = correction + miss
         for b in range(self.problem.batch):
-            last = (self.weight * miss)[:, b].flatten().double()
+            last = float64((self.weight * miss)[:, b].flatten())
             pairs = [(c[:, b], m[:, b]) for c, m in self.secants[:-1]]
             if not pairs:
                 break
-            slopes = torch.stack([(self.weight[:, 0] * (m - miss[:, b])).flatten().double() for _, m in pairs], 1)
+            slopes = torch.stack([float64((self.weight[:, 0] * (m - miss[:, b])).flatten()) for _, m in pairs], 1)
             norm = slopes.norm(dim=0).clamp_min(1e-300)
             unit = slopes / norm
             gram = unit.mT @ unit + RIDGE * torch.eye(len(pairs), dtype=unit.dtype, device=unit.device)

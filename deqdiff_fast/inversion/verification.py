@@ -70,6 +70,6 @@ def verify_and_refine(problem: InversionProblem, method: Method, result: MethodR
 
 def relative_error(sample: Tensor, reference: Tensor) -> Tensor:
     """(B,) float64 on the CPU: |sample - reference| / |reference|, L2 over each image."""
-    a, b = sample.detach().double().cpu().flatten(1), reference.detach().double().cpu().flatten(1)
+    a, b = sample.detach().cpu().double().flatten(1), reference.detach().cpu().double().flatten(1)
     error: Tensor = (a - b).norm(dim=1) / b.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     return error

@@ -42,7 +42,7 @@ class ConvDraft(Draft):
         inside = (alphas_cumprod > 0) & (alphas_cumprod < 1)
         if alphas_cumprod.dim() != 1 or not inside.numel() or not bool(inside.all()):
             raise ValueError("alphas_cumprod: expected values between 0 and 1 of shape (N,)")
-        alphas = alphas_cumprod.detach().double().cpu()
+        alphas = alphas_cumprod.detach().cpu().double()
         levels = DraftLevels.of_alphas(alphas, prediction_type)
         super().__init__(levels, spectrum, prediction_type, width=width, depth=depth, block=BLOCK)
         self.register_buffer("alphas_cumprod", alphas.float())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._devices import float64
 from .node_grid import Transfer
 
 SHORTEST = 0.02  # step worth keeping, relative to the longest: stretched that much, it says little
@@ -91,19 +92,19 @@ class NodeHistory:
         rest = self.e[1:] - self.e[0]
         rest -= slope * (self.z[1:] - self.z[0]) if self.draft is None else self.draft[1:] - self.draft[0]
         self.dr = rest.permute(1, 2, 0, 3).reshape(n * batch, columns - 1, numel)
-        gram = torch.bmm(self.dz, self.dz.transpose(1, 2)).double()
-        norm, size = gram.diagonal(dim1=1, dim2=2).sqrt(), self.z[0].norm(dim=2).double().view(-1, 1)
+        gram = float64(torch.bmm(self.dz, self.dz.transpose(1, 2)))
+        norm, size = gram.diagonal(dim1=1, dim2=2).sqrt(), float64(self.z[0].norm(dim=2)).view(-1, 1)
         column = torch.arange(1, columns, device=norm.device)
         longest = norm.amax(1, keepdim=True)
         keep = (
             (norm > self.floor * size)
             & (norm > SHORTEST * longest)
-            & (column < self.count.view(-1, 1))
+            & (column < self.count.view(-1, 1).to(norm.device))
             & norm.isfinite()
         )
-        ridges = self.ridges[1:].double().permute(1, 2, 0).reshape(n * batch, columns - 1)
+        ridges = float64(self.ridges[1:]).permute(1, 2, 0).reshape(n * batch, columns - 1)
         if self.guess_error is not None:  # against what the step may have changed beside the slope
-            error = self.guess_error.double().view(-1, 1) / (NONLINEAR * norm).clamp_min(1e-300)
+            error = float64(self.guess_error).view(-1, 1) / (NONLINEAR * norm).clamp_min(1e-300)
             guessed = ridges > GUESSED_RIDGE / 2
             ridges = torch.where(guessed, torch.maximum(ridges, error.square()), ridges)
         self.scale = torch.where(keep, 1 / norm.clamp_min(1e-300), 0)
@@ -119,8 +120,8 @@ class NodeHistory:
             return
         dz = self.dz
         moved = (states - self.z[0]).view(len(dz), -1, 1)
-        along = torch.bmm(dz, moved).double() * self.scale[..., None]
-        weights = (torch.bmm(self.inverse, along) * self.scale[..., None]).nan_to_num_(0.0, 0.0, 0.0).to(dz.dtype)
+        along = float64(torch.bmm(dz, moved)) * self.scale[..., None]
+        weights = (torch.bmm(self.inverse, along) * self.scale[..., None]).nan_to_num_(0.0, 0.0, 0.0).to(dz)
         numel = dz.shape[2]
         torch.baddbmm(base.reshape(-1, 1, numel), weights.transpose(1, 2), self.dr, out=out.view(-1, 1, numel))
 

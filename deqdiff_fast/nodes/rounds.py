@@ -148,10 +148,10 @@ class NodeRounds:
         broken = ~(found.step + found.interpolation).isfinite()
         total = total.masked_fill(broken, float("nan"))
         if self.missed is None:
-            return total.double().cpu()
+            return total.cpu().double()
         unseen = self.missed - HONEST * found.interpolation[self.problem.spots.sample]
         self.missed = None
-        *told, beyond = torch.cat([total, unseen[None]]).double().tolist()
+        *told, beyond = torch.cat([total, unseen[None]]).cpu().double().tolist()
         self.rough = not beyond <= UNSEEN * self.problem.tol
         return torch.tensor(told, dtype=torch.float64)
 

@@ -109,5 +109,5 @@ def measure(
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
+    if device.type != "cpu" and torch.accelerator.is_available():
         torch.accelerator.synchronize(device)

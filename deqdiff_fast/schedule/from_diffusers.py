@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._devices import tables_on_cpu
 from ..errors import NotAffineError
 from . import noise_levels as levels
 from .affine_fit import Recursion, fit
@@ -27,6 +28,7 @@ _VERIFY_TOLERANCE = 1e-8
 _PROBE_SCALE = 30.0
 _BROWNIAN = ("its noise is a Brownian tree seeded from one number, so its steps are correlated and a generator cannot "
              "replay them; use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'")  # fmt: skip
+_HISTORY = ("counter", "cur_sample", "ets", "last_sample", "model_outputs", "prev_derivative", "sample")
 _TOKENS = "it samples discrete tokens, not Gaussian latents"
 REFUSED = {
     "AmusedScheduler": _TOKENS,
@@ -47,6 +49,7 @@ REFUSED = {
 }
 
 
+@tables_on_cpu
 def scheduler_fields(
     scheduler: Any, num_inference_steps: int | None = None, *, step_range: StepRange = ALL_STEPS, **kwargs: Any
 ) -> dict[str, Any]:
@@ -66,6 +69,10 @@ def scheduler_fields(
     for needed in ("step", "set_timesteps", "config"):
         if not hasattr(scheduler, needed):
             raise TypeError(f"scheduler: expected a diffusers scheduler, got {name}, which has no {needed}")
+    replaced = next((name for name in ("step", "scale_model_input") if name in vars(scheduler)), None)
+    if replaced:
+        raise ValueError(f"scheduler: its {replaced} was replaced on the object, so a copy of it would still run the "
+                         "original; take that off again, or override it in a subclass")  # fmt: skip
     if num_inference_steps is not None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
         raise ValueError(f"num_inference_steps: expected an int >= 1 or None, got {num_inference_steps!r}")
     step_kwargs, set_kwargs = _split(scheduler, kwargs)
@@ -96,17 +103,14 @@ def _check_config(name: str, config: Any) -> None:
         raise NotAffineError(f"{name}: config.variance_type={config['variance_type']!r} lets the model predict the "
                              "variance that multiplies the noise; set variance_type to 'fixed_small' (DDPM, UnCLIP) or "
                              "None (DPMSolver) and let the model return the first half of its channels")  # fmt: skip
-    if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
-        raise NotAffineError(f"{name}: config.rescale_betas_zero_snr=True with prediction_type='epsilon' divides by a "
-                             "zero signal at the first step; set prediction_type='v_prediction' (if the model was "
-                             "trained so) or rescale_betas_zero_snr=False")  # fmt: skip
 
 
 def _build(
     scheduler: Any, count: int | None, step_range: StepRange, set_kwargs: dict[str, Any], step_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     clip_key = next((key for key in ("clip_sample", "clip_denoised") if scheduler.config.get(key)), None)
-    plain = _prepared(scheduler, count, set_kwargs, {clip_key: False} if clip_key else {})
+    given = step_range is not ALL_STEPS  # by a pipeline, at the first step of its loop
+    plain = _prepared(scheduler, count, set_kwargs, {clip_key: False} if clip_key else {}, given)
     probe = _probe(plain, step_kwargs, step_range, seed=0)
     # alternate columns between fit and hold-out, so that both see the small and the large sample
     order = torch.cat([torch.arange(k, probe.states.shape[1], 2) for k in (0, 1)])
@@ -128,7 +132,7 @@ def _build(
     }
     if clip_key is None:
         return fields
-    clipped = _probe(_prepared(scheduler, count, set_kwargs, {}), step_kwargs, step_range, seed=2)
+    clipped = _probe(_prepared(scheduler, count, set_kwargs, {}, given), step_kwargs, step_range, seed=2)
     bound = float(scheduler.config.get("clip_sample_range", 1.0))
     gain = _clip_gain(recursion, clipped, levels.x0_coef(fields), bound, clip_key)
     if not bool((gain.abs() > _VERIFY_TOLERANCE).any()):  # the key exists but step() does not look at it (CogVideoX)
@@ -136,8 +140,13 @@ def _build(
     return fields | {"clip": Clip(bound, gain)}
 
 
-def _prepared(scheduler: Any, count: int | None, set_kwargs: dict[str, Any], config: dict[str, Any]) -> Any:
-    """A private copy on the CPU with its timesteps set; the user's scheduler is never touched."""
+def _prepared(
+    scheduler: Any, count: int | None, set_kwargs: dict[str, Any], config: dict[str, Any], given: bool
+) -> Any:
+    """A private copy on the CPU with its timesteps set; the user's scheduler is never touched.
+
+    given: it stands before the first step that is asked for, whatever its counters say.
+    """
     own = copy.deepcopy(scheduler)
     for key, value in vars(own).items():
         if isinstance(value, Tensor):
@@ -149,12 +158,34 @@ def _prepared(scheduler: Any, count: int | None, set_kwargs: dict[str, Any], con
             set_kwargs = {"num_inference_steps": count} | set_kwargs
         own.set_timesteps(**set_kwargs)
         return own
-    if getattr(own, "num_inference_steps", None) is None:
+    if given:
+        return own
+    if not _has_timesteps(own):
         raise ValueError("num_inference_steps: expected an int, or timesteps= or sigmas=, or a scheduler on which "
                          "set_timesteps was called; got None and a fresh scheduler")  # fmt: skip
-    if getattr(own, "_step_index", None) is not None or getattr(own, "counter", None):
+    first = (None, 0, getattr(own, "_begin_index", None))
+    if getattr(own, "_step_index", None) not in first or any(_is_kept(getattr(own, name, None)) for name in _HISTORY):
         raise ValueError("scheduler: it is in the middle of a chain; call set_timesteps or pass num_inference_steps")
     return own
+
+
+def _has_timesteps(scheduler: Any) -> bool:
+    """Whether `set_timesteps` was called: not all schedulers count the steps, DDPM does not count custom ones."""
+    if getattr(scheduler, "num_inference_steps", None) is not None:
+        return True
+    own, fresh = (
+        torch.as_tensor(s.timesteps).cpu() for s in (scheduler, type(scheduler).from_config(scheduler.config))
+    )
+    return own.shape != fresh.shape or not torch.equal(own, fresh)
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether a scheduler keeps something there from a step that it has made."""
+    return (
+        any(map(_is_kept, value))
+        if isinstance(value, list)
+        else value is not None and value is not False and (isinstance(value, Tensor) or value != 0)
+    )
 
 
 def _probe(prepared: Any, step_kwargs: dict[str, Any], step_range: StepRange, seed: int) -> ProbeRun:

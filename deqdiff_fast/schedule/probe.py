@@ -20,10 +20,12 @@ _CASTS = (torch.Tensor.to, torch.Tensor.float, torch.Tensor.type)
 
 
 class StepRange(NamedTuple):
-    """Steps start <= i < stop of a chain; stop = None: to its end."""
+    """Steps start <= i < stop of a chain; stop = None: to its end. scaled: the loop steps what `scale_model_input`
+    returns, as DiT's does."""
 
     start: int = 0
     stop: int | None = None
+    scaled: bool = False
 
 
 ALL_STEPS = StepRange()
@@ -134,13 +136,14 @@ def run(
         with probing:
             scales.append(_input_scale(scheduler, x, t))
             when = t.expand(SHAPE[0]) if adapter.batched else t
-            result = scheduler.step(output.clone(), when, x.clone(), **step_kwargs, **extra)
+            sample = x * scales[-1] if steps.scaled else x.clone()
+            result = scheduler.step(output.clone(), when, sample, **step_kwargs, **extra)
         x = next_state(result)
         if not isinstance(x, Tensor) or x.shape != SHAPE or x.dtype != torch.float64:
             what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise NotAffineError(f"step {i} does not return a state like its input but {what}")
         if not bool(x.isfinite().all()):
-            raise NotAffineError(f"step {i} (timestep {t.item():g}) returns non-finite values")
+            raise NotAffineError(f"step {i} (timestep {t.item():g}) returns non-finite values{_hint(scheduler)}")
         if probing.draws > 1:
             raise NotAffineError(f"step {i} draws noise {probing.draws} times; a chain here has one noise a step")
         states.append(x)
@@ -158,6 +161,16 @@ def run(
         draws=torch.tensor(draws),
         denoised=torch.stack(denoised).flatten(1).to(torch.float64) if whole else None,
     )
+
+
+def _hint(scheduler: Any) -> str:
+    config = scheduler.config
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type") == "epsilon":
+        return (
+            "; config.rescale_betas_zero_snr=True with prediction_type='epsilon' divides by a zero signal: set "
+            "prediction_type='v_prediction' (if the model was trained so) or rescale_betas_zero_snr=False"
+        )
+    return ""
 
 
 def next_state(result: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._devices import tables_on_cpu
 from . import tables
 from .clip import Clip
 from .from_diffusers import scheduler_fields
@@ -65,6 +66,7 @@ class Schedule:
     x0_coef: Tensor | None = None
     draws: Tensor | None = None
 
+    @tables_on_cpu
     def __post_init__(self) -> None:
         tables.choice("prediction_type", self.prediction_type, tables.PREDICTION_TYPES)
         steps = torch.as_tensor(self.timesteps).detach().cpu()
@@ -106,12 +108,14 @@ class Schedule:
         """Whether the chain adds noise on its way."""
         return bool((self.noise_coef != 0).any())
 
+    @tables_on_cpu
     def denoised_coef(self) -> Tensor:
         """(T, 2) float64 [p, q]: the denoised estimate of step i is x0 = p x_i + q o_i."""
         if self.x0_coef is not None:
             return self.x0_coef
         return tables.denoised_coef(self.signal[:-1], self.sigma[:-1], self.prediction_type)
 
+    @tables_on_cpu
     def slope(self, variance: float | Tensor = 1.0) -> Tensor:
         """The c_i with E[o_i | x_i] = c_i x_i for zero-mean Gaussian data.
 
@@ -137,6 +141,7 @@ class Schedule:
         slope = (mean - p) / q
         return torch.where(slope.isfinite(), slope, 0)
 
+    @tables_on_cpu
     def path_error(self) -> Tensor:
         """(T,) float64: how far each step leaves the path of one data point; see `path_error.path_error`."""
         return path_error(
@@ -155,6 +160,7 @@ class Schedule:
         return schedule
 
     @classmethod
+    @tables_on_cpu
     def ddim(
         cls,
         alphas_cumprod: Tensor | Sequence[float],
@@ -179,6 +185,7 @@ class Schedule:
         return cls._checked(tables.ddim_tables(alphas_cumprod, timesteps, eta, final_alpha_cumprod, prediction_type))
 
     @classmethod
+    @tables_on_cpu
     def ddpm(
         cls,
         alphas_cumprod: Tensor | Sequence[float],
@@ -200,6 +207,7 @@ class Schedule:
         return cls._checked(fields) if variance == "fixed_small" else cls(**fields)  # fixed_large widens the marginals
 
     @classmethod
+    @tables_on_cpu
     def from_sigmas(
         cls,
         sigmas: Tensor | Sequence[float],

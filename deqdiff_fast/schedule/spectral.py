@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._devices import tables_on_cpu
 from .._types import Model
 from .chain import draw_samples
 from .schedule import Schedule
@@ -49,8 +50,9 @@ class SpectralSlope:
     variance: Tensor
     channels: Tensor
 
+    @tables_on_cpu
     def __post_init__(self) -> None:
-        variance, channels = self.variance.detach().double().cpu(), self.channels.detach().double().cpu()
+        variance, channels = self.variance.detach().cpu().double(), self.channels.detach().cpu().double()
         count = variance.shape[0] if variance.dim() else 0
         if count == 0 or not bool((variance.isfinite() & (variance > 0)).all()):
             raise ValueError(
@@ -69,6 +71,7 @@ class SpectralSlope:
         return tuple(self.variance.shape)
 
     @classmethod
+    @tables_on_cpu
     def fit(cls, samples: Tensor) -> SpectralSlope:
         """From samples: channel covariance, then variances averaged over rings of equal frequency.
 
@@ -84,7 +87,7 @@ class SpectralSlope:
             raise ValueError(
                 f"samples: expected at least 2 finite samples (N, C, ...), got shape {tuple(samples.shape)}"
             )
-        x = samples.detach().double().cpu()
+        x = samples.detach().cpu().double()
         x = x - x.mean(0)
         flat = x.flatten(2) if x.dim() > 2 else x[..., None]
         covariance = torch.einsum("ncp,ndp->cd", flat, flat)
@@ -95,6 +98,7 @@ class SpectralSlope:
         return cls(_average_rings(power).clamp_min(MIN_VARIANCE), channels)
 
     @classmethod
+    @tables_on_cpu
     def from_model(
         cls,
         model: Model,
@@ -130,6 +134,7 @@ class SpectralSlope:
         write_tensors({"variance": self.variance.float(), "channels": self.channels}, path)
 
     @classmethod
+    @tables_on_cpu
     def load(cls, path: str | Path) -> SpectralSlope:
         """Read a file that `save` wrote.
 
@@ -141,15 +146,18 @@ class SpectralSlope:
             stored, _ = read_tensors(path)
             return cls(stored["variance"], stored["channels"])
 
+    @tables_on_cpu
     def basis(self) -> Basis:
         """The change of basis between samples and coefficients."""
         return Basis(self.channels, self.shape)
 
+    @tables_on_cpu
     def classes(self) -> tuple[Tensor, Tensor]:
         """(K,) the distinct variances, and (D,) int64 which of them each coefficient has."""
         values, which = torch.unique(self.variance.flatten(), return_inverse=True)
         return values, which
 
+    @tables_on_cpu
     def slope(self, schedule: Schedule) -> Tensor:
         """(T, D) float64: c_i of every coefficient, see `Schedule.slope`."""
         return schedule.slope(self.variance.flatten())

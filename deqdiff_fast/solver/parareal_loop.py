@@ -22,8 +22,8 @@ class PararealMemory(NamedTuple):
 
 def step_factors(chain: Chain) -> tuple[Tensor, Tensor]:
     """(T,), (T,) float64 k, c: the steps as x' = k x + c x0 + drift, x0 = p x + q E the predicted clean sample."""
-    a, b = chain.state_coef[:, 0].double().cpu(), chain.model_coef[:, 0].double().cpu()
-    p, q = chain.denoised_coef.double().cpu().unbind(1)
+    a, b = chain.state_coef[:, 0].cpu().double(), chain.model_coef[:, 0].cpu().double()
+    p, q = chain.denoised_coef.cpu().double().unbind(1)
     used = b != 0
     clean_factor, state_factor = torch.where(used, b / q, 0), torch.where(used, a - b * p / q, a)
     bad = (~(clean_factor.isfinite() & state_factor.isfinite())).nonzero().flatten().tolist()
@@ -40,7 +40,7 @@ class PararealLoop:
         self.task, self.chain, self.edges = task, task.chain, edges
         self.memory: PararealMemory = task.memory
         self.state_factor, self.clean_factor = (table.tolist() for table in step_factors(self.chain))
-        self.denoised_coef = self.chain.denoised_coef.double().tolist()
+        self.denoised_coef = self.chain.denoised_coef.cpu().double().tolist()
         self.window = Window(self.chain.num_steps, self.chain.batch, self.chain.num_steps)
         self.progress = Progress(self.window)
         self.front, self.active = 0, list(range(self.chain.batch))
@@ -181,7 +181,7 @@ class PararealLoop:
         moved = (new - chain.states[state, self.active]).square().sum(1, dtype=chain.sq_norm.dtype)
         chain.states[state, self.active] = new
         chain.sq_norm[state - 1, self.active] = size
-        return (moved / size.clamp_min(TINY_OF[size.dtype])).sqrt().double().nan_to_num(math.inf, math.inf).cpu()
+        return (moved / size.clamp_min(TINY_OF[size.dtype])).sqrt().cpu().double().nan_to_num(math.inf, math.inf)
 
     def _long_step(self, j: int, samples: Tensor) -> Tensor:
         """G: block j from its beginning, the clean sample predicted there held to its end; (n, D)."""

@@ -54,9 +54,9 @@ def test_the_comparison_is_made_once(karras, noise):
 
     counts = []
     for extra in ({}, {}, {"cond": torch.zeros(2, 3)}):
-        calls.clear()
+        before = len(calls)
         sample_deq(model, noise(2), karras(6), extra, disable=True, window=6)
-        counts.append(len(calls))
+        counts.append(len(calls) - before)
     assert counts[0] == counts[1] + 4
     assert counts[2] == counts[0]
 
@@ -76,3 +76,27 @@ def test_bad_arguments(karras, noise):
     with pytest.raises(ValueError, match=r"model: expected the denoised sample, a tensor of shape \(2, 3, 8, 8\)"):
         sample_deq(lambda x, sigma: x[:, :1], x, sigmas)
     assert sample_deq(denoised, x, sigmas[:1]) is x
+
+
+def test_a_window_that_is_switched_on_later_is_refused():
+    """The comparison is made anew for a model that has changed since it passed."""
+
+    class Windowed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.windows, self.calls = torch.nn.Parameter(torch.ones(1)), [], []
+
+        def forward(self, x, sigma):
+            out = self.scale * x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+            return out * 0.5 if any(low < float(sigma[0]) <= high for low, high in self.windows) else out
+
+    model = Windowed().requires_grad_(False)
+    x = 10 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    sigmas = torch.tensor([10.0, 5.0, 2.0, 1.0, 0.5, 0.0])
+    for _ in range(2):
+        sample_deq(model, x, sigmas, disable=True)
+    model.windows.append((0.0, 3.0))
+    with pytest.raises(ValueError, match="not independent"):
+        sample_deq(model, x, sigmas, disable=True)
+    model.windows.clear()
+    sample_deq(model, x, sigmas, disable=True)

@@ -55,8 +55,7 @@ REFUSED_CONFIGS = [
     ("DDIMScheduler", {"thresholding": True}, "thresholding=False"),
     ("DPMSolverMultistepScheduler", {"thresholding": True}, "thresholding=False"),
     ("DDPMScheduler", {"variance_type": "learned_range"}, "variance_type"),
-    ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=False"),
-    ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=False"),
+    ("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "rescale_betas_zero_snr=False"),
     ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "non-finite"),  # its own bh1 divides by infinity at sigma 0
     ("KDPM2DiscreteScheduler", {"prediction_type": "sample"}, "NotImplementedError"),
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ..._types import unwrap_output
 from ...model.padding import is_compiled
@@ -17,38 +17,48 @@ from .families import Family, Guidance
 
 @dataclass
 class Call:
-    """One recorded call: its input x: (R, ...), the timestep, and what else was passed."""
+    """One recorded call: its input x: (R, ...), the timestep, and what else was passed, by position or by name."""
 
     x: Tensor
     timestep: Any
     extra: dict[str, Any]
-    _versions: list[int] = field(default_factory=list)
+    family: Family
+    positional: int  # how many of the arguments came by position
+    further: tuple[Any, ...] = ()  # those after the timestep
+    _values: list[Any] = field(default_factory=list)
 
     @classmethod
     def record(cls, family: Family, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The call that a pipeline makes with these arguments."""
-        extra = tree_map(lambda value: value, kwargs)  # containers of its own: some pipelines write into theirs
+        further, extra = tree_map(lambda value: value, (args[2:], kwargs))  # of its own: some pipelines write into them
         x = args[0] if args else extra.pop(family.inputs)
         timestep = args[1] if len(args) > 1 else extra.pop("timestep")
-        return cls(x, timestep, extra, [_version(leaf) for leaf in tree_flatten(extra)[0]])
+        call = cls(x, timestep, extra, family, len(args), further)
+        call._values = [
+            value.clone() if isinstance(value, Tensor) else value for value in tree_leaves((further, extra))
+        ]
+        return call
+
+    def arrange(
+        self, x: Tensor, timestep: Any, further: tuple[Any, ...], extra: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) for other values in the convention of this call, on which wrappers of a model may rely."""
+        named = {self.family.inputs: x, "timestep": timestep}
+        args = tuple(named.pop(name) for name in (self.family.inputs, "timestep")[: self.positional])
+        return (*args, *further), {**named, **extra}
 
     def same_extra(self, other: Call) -> bool:
-        """Whether another call passes the same conditions, none of them written to since this one."""
-        (mine, shape), (theirs, other_shape) = tree_flatten(self.extra), tree_flatten(other.extra)
-        return shape == other_shape and all(_same(a, b, version) for a, b, version in zip(mine, theirs, self._versions))
+        """Whether another call passes the same conditions as this one did, which may have been written to since."""
+        theirs, shape = tree_flatten((other.further, other.extra))
+        mine = tree_flatten((self.further, self.extra))[1]
+        return shape == mine and all(_same(a, b) for a, b in zip(self._values, theirs))
 
 
-def _version(value: Any) -> int:
-    return int(value._version) if isinstance(value, Tensor) and not value.is_inference() else 0
-
-
-def _same(recorded: Any, now: Any, version: int) -> bool:
-    if recorded is now:
-        return _version(now) == version
+def _same(recorded: Any, now: Any) -> bool:
     if isinstance(recorded, Tensor) or isinstance(now, Tensor):
         alike = isinstance(recorded, Tensor) and isinstance(now, Tensor) and recorded.shape == now.shape
-        return alike and _version(recorded) == version and torch.equal(recorded, now)
-    return bool(recorded == now)
+        return alike and torch.equal(recorded, now)
+    return recorded is now or bool(recorded == now)
 
 
 class GuidedModel:
@@ -69,9 +79,8 @@ class GuidedModel:
         for call in self.calls:
             copies = self.copies(call)
             times = self.family.model_timestep(t, x).repeat(copies)
-            inputs = {self.family.inputs: torch.cat([x] * copies), "timestep": times}
-            output = unwrap_output(self.denoiser(**inputs, **self._expand(call, rows)))
-            parts += self.parts(output, copies, x.shape[1])
+            args, kwargs = call.arrange(torch.cat([x] * copies), times, *self._expand(call, rows))
+            parts += self.parts(unwrap_output(self.denoiser(*args, **kwargs)), copies, x.shape[1])
         return self.guidance.combine(parts)
 
     def copies(self, call: Call) -> int:
@@ -84,10 +93,11 @@ class GuidedModel:
             output = output[:, :channels]
         return list(output.chunk(copies))
 
-    def _expand(self, call: Call, rows: Tensor) -> dict[str, Any]:
+    def _expand(self, call: Call, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         index = torch.cat([rows + k * self.batch for k in range(self.copies(call))])
         per_row = {name: value for name, value in call.extra.items() if name not in self.family.shared}
-        return {**call.extra, **select_rows(per_row, len(call.x), index)}
+        further: tuple[Any, ...] = select_rows(call.further, len(call.x), index)
+        return further, {**call.extra, **select_rows(per_row, len(call.x), index)}
 
     def _check(self, call: Call) -> None:
         total = call.x.shape[0]
@@ -95,7 +105,8 @@ class GuidedModel:
             raise ValueError(
                 f"the pipeline calls its model on {total} rows for {self.batch} samples; expected a multiple of that"
             )
-        for name, value in call.extra.items():
+        places = {f"argument {k}": value for k, value in enumerate(call.further, 3)}
+        for name, value in (places | call.extra).items():
             for leaf in () if name in self.family.shared else tree_flatten(value)[0]:
                 if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] not in (1, total):
                     raise ValueError(

@@ -16,6 +16,7 @@ from .intercepted_loop import InterceptedLoop
 from .parallel import check_arguments, plain_class
 from .problem import DenoisingProblem
 from .proxies import installed
+from .random_state import RandomState
 
 _OWN = set(inspect.signature(DEQInverter.__init__).parameters) - {"self", "model", "schedule", "options"}
 
@@ -69,7 +70,11 @@ def invert(
         if not torch.allclose(problem.start, scale * target, rtol=1e-3, atol=1e-5 * scale):
             raise ValueError(f"latents: {type(pipe).__name__} does more to them than a multiplication by a number")
         inverter = DEQInverter(problem.model, problem.schedule, **settings)
-        found = inverter.invert(target, problem.rows(), problem.generator)
+        noise, before = problem.generator, RandomState(problem.generator, target.device)
+        if noise is not None:  # as the pipeline's scheduler will draw it; the generator stays as it is
+            noise = problem.frozen(problem.noises())
+            before.restore()
+        found = inverter.invert(target, problem.rows(), noise)
     return replace(found, noise=found.noise / scale)
 
 
@@ -108,11 +113,11 @@ class _Recorder(InterceptedLoop):
 
 
 def record(pipe: Any, family: Family, arguments: dict[str, Any]) -> DenoisingProblem:
-    """What a call of the pipeline would compute; no call of its denoiser is made."""
+    """What a call of the pipeline would compute; its denoiser is called only where it has parts of a user's own."""
     plain = plain_class(pipe).__call__
     bound = inspect.signature(plain).bind(pipe, **arguments)
     check_arguments(pipe, family, bound)
-    loop = _Recorder(pipe, family, {}, bound.arguments)
+    loop = _Recorder(pipe, family, {"on_failure": "raise"}, bound.arguments)
     vars(pipe).pop("_num_timesteps", None)
     bar = vars(pipe).get("_progress_bar_config")
     pipe.set_progress_bar_config(disable=True)

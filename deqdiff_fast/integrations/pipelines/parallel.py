@@ -24,9 +24,12 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
     """Let a diffusers pipeline solve its denoising loop in parallel.
 
     Everything but the loop is the pipeline's own code; `callback_on_step_end` is called once for each timestep, in
-    order, after the solve, with that timestep's latents. Where a callback changes the latents, the prompt or the
-    guidance, the remaining steps are made serially. Setting `pipe._interrupt` ends a running solve after its
-    round. `pipe.last_solution` is the `Solution` of the last call (without its trajectory), None before the first.
+    order, after the solve, with that timestep's latents, the scheduler stepped along. Where a callback changes the
+    latents, the prompt, the guidance, the model, the scheduler or its generators, the remaining steps are made
+    serially; what cannot be solved in parallel at all (caches, hooks that count calls) is left to the pipeline's own
+    loop, with a warning in the log, or with on_failure="raise" refused. Setting `pipe._interrupt` ends a running
+    solve after its round. `pipe.last_solution` is the `Solution` of the last call (without its trajectory), None
+    before the first.
     Calling it again replaces the options; `restore(pipe)` undoes it.
 
     Args:
@@ -43,7 +46,7 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
     Raises:
         TypeError: another pipeline, or an unknown option.
         ValueError: a bad option. The pipeline's call raises it for arguments that are not supported, before any work,
-            and NotAffineError for schedulers that are not.
+            and NotAffineError for schedulers that are not. DeqDiffError: its loop does what cannot be solved.
     """
     family_of(pipe)
     DEQSampler(lambda x, t: x, Schedule.ddim([0.9, 0.5], [1, 0]), **options)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._devices import tables_on_cpu
 from ..._types import FrozenNoise
+from ...errors import NotAffineError
 from ...sampler import DEQSampler
 from ...schedule import Schedule
 from ...schedule.from_diffusers import scheduler_fields
-from ...schedule.noise import freeze
 from ...schedule.probe import StepRange, chain_timesteps, step_accepts
-from .calls import Call, GuidedModel
+from .calls import GuidedModel
+from .draws import record_draws
 from .families import Family, Guidance
+from .first_step import FirstStep
 
 _CACHE_SIZE = 16
 _CACHE: OrderedDict[Any, Schedule] = OrderedDict()
@@ -28,45 +31,59 @@ class DenoisingProblem:
 
     model: GuidedModel
     schedule: Schedule
-    start: Tensor  # (B, *shape)
-    halves: int  # how often the start occurs in the sample that the pipeline steps
+    scheduler: Any  # as it was before the first step
+    first: FirstStep
     timesteps: Tensor  # (T,), the scheduler's own
-    step_kwargs: dict[str, Any]  # what the pipeline passes to `step`, except `return_dict`
 
     @classmethod
     def build(
-        cls, denoiser: Any, scheduler: Any, family: Family, calls: list[Call], guidance: Guidance,
-        timestep: Any, sample: Tensor, step_kwargs: dict[str, Any], count: int | None,
-    ) -> DenoisingProblem:  # fmt: skip
-        """The problem of a loop that is at its first step, after the calls of its denoiser.
+        cls, denoiser: Any, scheduler: Any, family: Family, guidance: Guidance, first: FirstStep
+    ) -> DenoisingProblem:
+        """The problem of a loop that is at its first step. Raises ValueError or NotAffineError where it is none that
+        can be solved in parallel."""
+        step_range = _step_range(scheduler, first.timestep, first.count)
+        options = {k: v for k, v in first.step_kwargs.items() if k in step_accepts(scheduler)}
+        step_range = step_range._replace(scaled=first.step_scaled)
+        schedule = _schedule(scheduler, step_range, options, first.input_scaled)
+        model = GuidedModel(denoiser, family, first.calls, guidance, len(first.start))
+        return cls(model, schedule, scheduler, first, scheduler.timesteps[step_range.start : step_range.stop])
 
-        Args:
-            timestep, sample, step_kwargs: of the call of the scheduler's `step`.
-            count: number of steps of the loop, None for all that are left.
+    @property
+    def start(self) -> Tensor:
+        """(B, *shape)."""
+        return self.first.start
 
-        Raises:
-            ValueError, NotAffineError: it is none that can be solved in parallel.
-        """
-        halves = 2 if family.doubled and guidance.scale > 1 else 1
-        start = sample[: len(sample) // halves]
-        step_range = _step_range(scheduler, timestep, count)
-        options = {k: v for k, v in step_kwargs.items() if k in step_accepts(scheduler)}
-        schedule = _schedule(scheduler, step_range, options)
-        model = GuidedModel(denoiser, family, calls, guidance, len(start))
-        return cls(model, schedule, start, halves, scheduler.timesteps[step_range.start : step_range.stop], step_kwargs)
+    @property
+    def halves(self) -> int:
+        """How often the start occurs in the sample that the pipeline steps."""
+        return len(self.first.sample) // len(self.first.start)
 
     @property
     def generator(self) -> Any:
         """What the pipeline passes to `step`; a list of one draws for all samples, as in diffusers."""
-        given = self.step_kwargs.get("generator")
+        given = self.first.step_kwargs.get("generator")
         return given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
 
-    def noise(self) -> FrozenNoise | None:
-        """Drawn as the scheduler would: for all that it steps, of which only the first half counts."""
-        start = self.start
-        whole = (len(start) * self.halves, *start.shape[1:])
-        frozen = freeze(self.schedule, whole, self.generator, start.dtype, start.device)
-        return None if frozen is None else FrozenNoise(frozen.draws[:, : len(start)])
+    def noises(self) -> list[Tensor]:
+        """Drawn by the scheduler's own code, for all that it steps; advances the generators."""
+        first = self.first
+        assert self.schedule.draws is not None
+        if not bool(self.schedule.draws.any()):
+            return []
+        found = record_draws(
+            self.scheduler, self.timesteps, first.sample, first.output, first.step_kwargs, first.input_scaled
+        )
+        if len(found) != int(self.schedule.draws.sum()):
+            raise NotAffineError(
+                f"{type(self.scheduler).__name__} draws noise in {len(found)} steps for this pipeline, and in "
+                f"{int(self.schedule.draws.sum())} for random numbers"
+            )
+        return found
+
+    def frozen(self, noises: list[Tensor]) -> FrozenNoise | None:
+        """The part of `noises` that counts, for a sampler; None for a chain without noise."""
+        whole = [noise[: len(self.start)] for noise in noises]
+        return FrozenNoise(torch.stack(whole)) if self.schedule.stochastic else None
 
     def sampler(self, options: dict[str, Any]) -> DEQSampler:
         """That of the model along the schedule."""
@@ -76,17 +93,11 @@ class DenoisingProblem:
         """model_kwargs of the sampler."""
         return {"rows": torch.arange(len(self.start), device=self.start.device)}
 
-    def outputs(self, states: Tensor, rows: int) -> list[Tensor]:
-        """The guided prediction at each of the states (n, B, *shape), n <= T; at most `rows` rows in a call."""
-        steps, batch = states.shape[:2]
-        step, sample = (k.flatten() for k in torch.meshgrid(torch.arange(steps), torch.arange(batch), indexing="ij"))
-        scale = self.schedule.input_scale.to(states.device, states.dtype).view(-1, *[1] * (states.dim() - 2))
-        times, flat = self.timesteps.to(states.device), states.flatten(0, 1)
-        found = []
-        for k in range(0, len(flat), rows):
-            i, b = (index[k : k + rows].to(states.device) for index in (step, sample))
-            found.append(self.model(flat[k : k + rows] * scale[i], times[i], b))
-        return list(torch.cat(found).view_as(states)) if found else []
+    def output(self, states: Tensor, step: int) -> Tensor:
+        """The guided prediction at one step for states (B, *shape) before scaling."""
+        x = states * float(self.schedule.input_scale[step])
+        rows = torch.arange(len(states), device=states.device)
+        return self.model(x, self.timesteps[step].to(states.device).expand(len(states)), rows)
 
 
 def _step_range(scheduler: Any, timestep: Any, count: int | None) -> StepRange:
@@ -102,12 +113,23 @@ def _step_range(scheduler: Any, timestep: Any, count: int | None) -> StepRange:
     return StepRange(begin, len(every) if count is None else min(begin + count, len(every)))
 
 
-def _schedule(scheduler: Any, step_range: StepRange, options: dict[str, Any]) -> Schedule:
+@tables_on_cpu
+def _schedule(scheduler: Any, step_range: StepRange, options: dict[str, Any], input_scaled: bool) -> Schedule:
     """The probed schedule; the last few are cached, since a pipeline is usually called with the same settings again."""
     state = [(name, _frozen(value)) for name, value in sorted(vars(scheduler).items()) if name != "_internal_dict"]
-    key = (type(scheduler), tuple(state), repr(scheduler.config), step_range, repr(sorted(options.items())))
+    key = (
+        type(scheduler),
+        tuple(state),
+        repr(scheduler.config),
+        step_range,
+        input_scaled,
+        repr(sorted(options.items())),
+    )
     if key not in _CACHE:
-        _CACHE[key] = Schedule(**scheduler_fields(scheduler, None, step_range=step_range, **options))
+        schedule = Schedule(**scheduler_fields(scheduler, None, step_range=step_range, **options))
+        if not input_scaled:
+            schedule = replace(schedule, input_scale=torch.ones_like(schedule.input_scale))
+        _CACHE[key] = schedule
         while len(_CACHE) > _CACHE_SIZE:
             _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)

@@ -84,3 +84,13 @@ def installed(pipe: Any, parts: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+class Output(dict[str, Tensor]):
+    """What models and schedulers return: attributes, keys or positions."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]

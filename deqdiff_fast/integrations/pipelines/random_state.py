@@ -21,6 +21,11 @@ class RandomState:
         for generator, state in zip(self.generators or [self._own()], self.saved):
             generator.set_state(state)
 
+    def changed(self) -> bool:
+        """Whether somebody has drawn since."""
+        now = [g.get_state() for g in self.generators or [self._own()]]
+        return not all(torch.equal(a, b) for a, b in zip(self.saved, now))
+
     def _own(self) -> torch.Generator:
         if self.device.type == "cuda":
             index = torch.cuda.current_device() if self.device.index is None else self.device.index

@@ -1,0 +1,51 @@
+"""The scheduler itself, one step for each state that is handed out.
+
+Callbacks read its `step_index`, call its `add_noise`, and draw from the generators that it draws from: all of them are
+where the plain loop would have them. Where the loop goes on serially, the scheduler is ready for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import DenoisingProblem
+
+_NO_EFFECT = 1e-9  # of a model output's coefficient: the output cannot be read off the next state
+
+
+class Lockstep:
+    """Steps `scheduler` along solved states (T + 1, B, *shape) with the model outputs that these states contain."""
+
+    def __init__(self, scheduler: Any, problem: DenoisingProblem, states: Tensor, noises: list[Tensor]) -> None:
+        self.scheduler, self.problem, self.states = scheduler, problem, states
+        self.outputs: list[Tensor] = []
+        drawn = iter(noises)
+        assert problem.schedule.draws is not None
+        self.noises = [next(drawn) if draws else None for draws in problem.schedule.draws.tolist()]
+
+    def advance(self, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]) -> None:
+        """The next step; arguments as the loop passes them to the scheduler."""
+        output = self._output(len(self.outputs))
+        self.outputs.append(output)
+        whole = torch.cat([output.to(self.problem.first.output.dtype)] * self.problem.halves)
+        self.scheduler.step(whole, timestep, sample, **step_kwargs)
+
+    def _output(self, i: int) -> Tensor:
+        """o_i from the recursion, solved for it; from the model where it does not enter x_{i+1}."""
+        schedule = self.problem.schedule
+        own = float(schedule.model_coef[i, 0])
+        if abs(own) <= _NO_EFFECT * float(schedule.state_coef[i].abs().max()):
+            return self.problem.output(self.states[i], i)
+        dtype = torch.float64 if self.states.dtype == torch.float64 else torch.float32
+        rest = self.states[i + 1].to(dtype, copy=True)
+        for lag in range(min(schedule.lags, i + 1)):
+            rest -= float(schedule.state_coef[i, lag]) * self.states[i - lag].to(dtype)
+            if lag:
+                rest -= float(schedule.model_coef[i, lag]) * self.outputs[i - lag]
+        noise = self.noises[i]
+        if noise is not None:
+            rest -= float(schedule.noise_coef[i]) * noise[: len(rest)].to(dtype)
+        return rest / own

@@ -1,0 +1,113 @@
+"""What a pipeline's loop does around its model is done as it does it: scaling, draws, the convention of its calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import deqdiff_fast as dq  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+diffusers.utils.logging.set_verbosity_error()
+DPM, EULER, FLOW = "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
+ANCESTRAL, HEUN, DDPM = "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DDPMScheduler"
+
+
+def parallel(pipe, **options):
+    return dq.integrations.diffusers.parallelize(pipe, **({"solver": "quasi-newton", "tol": 1e-5} | options))
+
+
+LOOPS = [("ddpm", rule) for rule in (EULER, ANCESTRAL, DPM, "KDPM2AncestralDiscreteScheduler")]
+LOOPS += [("dit", rule) for rule in (EULER, DPM, HEUN, "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", ANCESTRAL)]
+
+
+@pytest.mark.parametrize(("name", "rule"), LOOPS)
+def test_loops_that_do_not_scale_the_models_input_or_step_the_scaled_sample(make, tiny, relative_error, name, rule):
+    given = tiny.arguments(name, num_inference_steps=9)
+    (reference, *_) = tiny.call(make(name, rule), **given, return_dict=False)
+    pipe = parallel(make(name, rule))
+    (ours, *_) = tiny.call(pipe, **given, return_dict=False)
+    assert relative_error(ours, reference).max() < 1e-3
+    assert pipe.last_solution.converged.all()
+
+
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+DRAWS = [
+    ("sd", DPM, SDE | {"use_karras_sigmas": True}, {}),
+    ("sd", DPM, SDE, {"generator": 2}),
+    ("sd-img2img", DPM, SDE, {}),
+    ("sd3", FLOW, {"stochastic_sampling": True}, {}),
+    ("sd", ANCESTRAL, {}, {}),
+    ("sd", DDPM, {}, {"generator": 2}),
+    ("sd", "DDIMScheduler", {}, {"eta": 0.7}),
+    ("sd", "LCMScheduler", {"clip_sample": False}, {}),
+    ("dit", DDPM, {}, {}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("name", "rule", "config", "changes"), DRAWS)
+def test_noise_is_drawn_as_the_scheduler_draws_it(make, tiny, relative_error, name, rule, config, changes, dtype):
+    given = tiny.arguments(name, **changes)
+    reference_pipe, pipe = (make(name, rule, **config).to(dtype) for _ in range(2))
+    (reference, *_) = tiny.call(reference_pipe, **given, return_dict=False)
+    (ours, *_) = tiny.call(parallel(pipe, tol=1e-3), **given, return_dict=False)
+    assert relative_error(ours, reference).max() < (1e-3 if dtype == torch.float64 else 6e-2)
+    assert pipe.last_solution.converged.all()
+
+
+def test_every_option_by_position_stays_there(make, tiny, relative_error):
+    """A pipeline of a user's own that passes its condition by position, to a model that looks for it there."""
+
+    class Own(diffusers.StableDiffusionPipeline):
+        pass
+
+    def own(pipe):
+        kind, plain = type(pipe.unet), type(pipe.unet).forward
+
+        class Positional(kind):
+            def forward(self, *args, **kwargs):
+                sample, timestep = args
+                return plain(self, sample, timestep, **kwargs)
+
+        pipe.unet.__class__ = Positional
+        return pipe
+
+    reference = tiny.call(own(make("sd")), **tiny.arguments("sd"))[0]
+    pipe = parallel(own(make("sd")))
+    assert relative_error(tiny.call(pipe, **tiny.arguments("sd"))[0], reference).max() < 1e-3
+    assert pipe.last_solution.stats.finished_serially == 0
+
+
+@pytest.mark.parametrize("rule", ["FlowMatchHeunDiscreteScheduler", FLOW])
+@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img", "sd3"])
+def test_schedulers_whose_counters_are_set_before_the_loop(make, tiny, relative_error, name, rule):
+    try:
+        reference = tiny.call(make(name, rule), **tiny.arguments(name))[0]
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"the plain pipeline does not take it: {error}")
+    pipe = parallel(make(name, rule))
+    ours = tiny.call(pipe, **tiny.arguments(name))[0]
+    assert relative_error(ours, reference).max() < 1e-3
+    assert pipe.last_solution.stats.finished_serially == 0
+
+
+def test_custom_timesteps_of_ddpm(make, tiny, relative_error):
+    steps = [999, 850, 736, 545, 343, 124, 24]
+    given = tiny.arguments("sd", num_inference_steps=None, timesteps=steps)
+    reference = tiny.call(make("sd", DDPM), **given)[0]
+    pipe = parallel(make("sd", DDPM))
+    assert relative_error(tiny.call(pipe, **given)[0], reference).max() < 1e-3
+    assert pipe.last_solution.stats.finished_serially == 0
+
+
+def test_a_terminal_signal_of_zero(make, tiny, relative_error):
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    reference = tiny.call(make("sd", EULER, **config), **tiny.arguments("sd"))[0]
+    ours = tiny.call(parallel(make("sd", EULER, **config)), **tiny.arguments("sd"))[0]
+    assert relative_error(ours, reference).max() < 1e-3
+    with pytest.raises(dq.NotAffineError, match="zero signal"):
+        tiny.call(parallel(make("sd", "DDIMScheduler", **config)), **tiny.arguments("sd"))
