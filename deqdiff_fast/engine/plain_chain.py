@@ -66,10 +66,8 @@ class PlainChain:
         self._kwargs = system.expand_kwargs(torch.arange(batch, device=system.device)) if system.model_kwargs else {}
         self._draws = iter(()) if frozen is None else iter(frozen.draws)
         self._shape, self._dtype = tuple(noise.shape), noise.dtype
-        self._kept = system.num_steps + 1 if keep else schedule.lags
-        # where neither a later step nor clipping looks at a state again, it is not copied for the model to write to
-        self._once = schedule.lags == 1 and system.clip_gain is None and not keep
         self.states, self.outputs = [noise.detach().to(system.dtype, copy=True)], list[Tensor]()
+        self._keep(system.num_steps + 1 if keep else schedule.lags)
 
     def advance(self, until: int) -> bool:
         """Make the steps up to state `until`. False where something went wrong that `finish_serially` can name or mend:
@@ -84,7 +82,7 @@ class PlainChain:
             try:
                 output = call(system.model, inputs, self._times[i], self._kwargs)
             except Exception as error:
-                if (system.batch > 1 and out_of_memory(error)) or not self._finite():  # what it says may be about NaN
+                if (system.batch > 1 and out_of_memory(error)) or not self.finite():  # what it says may be about NaN
                     return False
                 raise
             system.model_calls, system.model_evals = system.model_calls + 1, system.model_evals + system.batch
@@ -115,10 +113,19 @@ class PlainChain:
             chain.states[k + 1].copy_(self.system.to_basis(state.flatten(1)))
             chain.predictions[k].copy_(self.system.to_basis(output.flatten(1)))
 
-    def _finite(self) -> bool:
+    def forget(self) -> None:
+        """No solve will take over."""
+        self._keep(self.system.schedule.lags)
+
+    def _keep(self, newest: int) -> None:
+        self._kept, self.states, self.outputs = newest, self.states[:newest], self.outputs[: newest - 1]
+        # where neither a later step nor clipping looks at a state again, it is not copied for the model to write to
+        self._once = newest == 1 and self.system.clip_gain is None
+
+    def finite(self) -> bool:
         """Whether the last state is; not, where it is of such a size that its sum is not."""
         return math.isfinite(self.states[0].sum().item())
 
     def sample(self) -> Tensor | None:
         """The last state, (B, *shape) in the dtype of the noise; None where it is NaN or Inf."""
-        return self.states[0].to(self._dtype) if self._finite() else None
+        return self.states[0].to(self._dtype) if self.finite() else None

@@ -34,6 +34,8 @@ class Costs:
     def __init__(self) -> None:
         self._calls: dict[int, float] = {}
         self._steps: dict[int, float] = {}
+        self._few: frozenset[int] = frozenset()  # batches of which a step is known by a few
+        self._whole: frozenset[int] = frozenset()  # and those of which it is by whole chains
 
     def curve(self) -> Curve | None:
         """The cost of a model call; None where nothing was measured."""
@@ -48,16 +50,30 @@ class Costs:
         if math.isfinite(seconds):
             self._calls = self._calls | {rows: seconds}
 
-    def set_step(self, batch: int, seconds: float) -> None:
-        """Serial steps, a few of them just now, take so long each."""
+    def set_step(self, batch: int, seconds: float, few: bool = False) -> None:
+        """Serial steps take so long each; few: by so few of them that what solves take cannot be held against it."""
         self._steps = self._steps | {batch: seconds}
+        self._few = self._few | {batch} if few else self._few - {batch}
+        self._whole = self._whole - {batch}
 
-    def learn_step(self, batch: int, seconds: float) -> None:
-        """Serial steps took so long each. Where they have become slower or faster, so has everything else."""
+    def is_of_few(self, batch: int) -> bool:
+        """Whether what is known of a step is by a few of them only."""
+        return batch in self._few
+
+    def learn_step(self, batch: int, seconds: float, compared: bool = False) -> None:
+        """Steps of a whole chain took so long each. Where they have become slower or faster, so has everything else.
+
+        Where the figure so far was of part of a chain, this is a better one and no news of the machine. A few steps
+        that were faster than those of a chain are: a busy one disturbs them less. But not where solves were `compared`
+        with them, for these were disturbed as well.
+        """
         old = self._steps.get(batch, seconds)
-        new = average(old, min(max(seconds, old / LEAP), old * LEAP))
+        bounded = min(max(seconds, old / LEAP), old * LEAP)
+        news = batch in self._whole or (batch in self._few and bounded > old and not compared)
+        new = average(old, bounded) if batch in self._whole else bounded
         self.set_step(batch, new)
-        if old > 0:
+        self._whole = self._whole | {batch}
+        if old > 0 and news:
             self._calls = {n: s * new / old for n, s in self._calls.items()}
 
 
@@ -104,12 +120,12 @@ def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf
     sample, step = row % system.batch, (row // system.batch) % system.num_steps
     states = noise.detach().flatten(1)[sample].to(system.dtype)
     kwargs = system.expand_kwargs(sample)
-    _synchronize(noise.device)
+    synchronize(noise.device)
     start = clock()
     try:
         with torch.no_grad():
             system.predict(states, step, kwargs)
-        _synchronize(noise.device)
+        synchronize(noise.device)
     except RuntimeError as error:
         if rows == 1 or not out_of_memory(error):
             raise
@@ -127,10 +143,10 @@ def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter
     step = torch.zeros(1, dtype=torch.int64, device=noise.device)
     with torch.no_grad():
         draft.rows(states[None], step)
-        _synchronize(noise.device)
+        synchronize(noise.device)
         start = clock()
         draft.rows(states[None], step)
-        _synchronize(noise.device)
+        synchronize(noise.device)
     return clock() - start
 
 
@@ -147,6 +163,7 @@ def measure(
     return min(taken)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was asked of a device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -175,15 +175,15 @@ class Planner:
                 return True
         return False
 
-    def record_first_steps(self, workload: Workload, system: System, step: float) -> None:
-        """The first steps of an unmeasured chain took so long each; measures a call, and the draft, beside them."""
+    def record_first_steps(self, workload: Workload, system: System, step: float, few: bool = True) -> None:
+        """Steps of an unmeasured chain, a few of them or many, took so long each; measures a call, and the draft."""
         stats, noise = workload.stats, workload.noise
         rows = min(workload.batch, self.options.row_limit(noise) or workload.batch)
         call = time_call(system, noise, rows, self.clock)
         if system.draft is not None:
             stats.draft_seconds = TYPICAL_SWEEPS * time_draft(system.draft, noise, self.clock)
         with _LOCK:
-            stats.costs.set_step(workload.batch, step)
+            stats.costs.set_step(workload.batch, step, few)
             stats.costs.set_call(rows, min(call, step))
             stats.measure_budget += PROBING * step * system.num_steps
             stats.age = REFRESH
@@ -192,7 +192,7 @@ class Planner:
         """That many serial steps took so long."""
         stats = workload.stats
         with _LOCK:
-            stats.costs.learn_step(workload.batch, seconds / steps)
+            stats.costs.learn_step(workload.batch, seconds / steps, bool(stats.corrections))
             stats.measure_budget += PROBING * seconds
             stats.corrections = {whole: 1 + CORRECTION_DECAY * (c - 1) for whole, c in stats.corrections.items()}
             self._compare(stats, seconds)
@@ -226,14 +226,17 @@ class Planner:
             stats.suspect = False
             self._compare(stats, seconds)
 
-    def check_due(self, stats: WorkloadStats) -> bool:
+    def check_due(self, workload: Workload) -> bool:
         """Whether the serial chain, which solves by rounds never see, should be timed again."""
+        stats = workload.stats
         with _LOCK:
             stats.unchecked += 1
-            return stats.suspect or stats.unchecked > REFRESH
+            suspect = stats.suspect and stats.measure_budget >= 0
+            unlike = bool(stats.corrections) and stats.costs.is_of_few(workload.batch)
+            return suspect or unlike or stats.unchecked > REFRESH
 
     def record_check(self, workload: Workload, step: float) -> None:
-        """Some serial steps at the beginning of a solve took so long each."""
+        """A stretch of serial steps at the beginning of a solve took so long each."""
         stats = workload.stats
         with _LOCK:
             old = stats.costs.step(workload.batch) or step

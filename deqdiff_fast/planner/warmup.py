@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..engine.arguments import check_shape, count
 from ..engine.options import Options
-from ..engine.solve import Request
+from ..engine.solve import Request, plain_chain
 from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..model.padding import padded_sizes
@@ -21,7 +21,8 @@ from ..solver.picard import Picard
 from .measure import time_call
 from .planner import REFRESH, Planner, Workload
 from .probe import REPEATS, WARMUP_SECONDS, measure_sizes
-from .run import TIMED_STEPS, solve_in_rounds, time_steps
+from .run import solve_in_rounds
+from .timed_steps import TIMED_STEPS, time_plain_steps, time_seen_steps
 
 NEAR = 1.5  # solves are tried that are predicted to take at most this many times what the serial chain does
 
@@ -51,7 +52,7 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
     with torch.no_grad():
         system = options.system(noise, model_kwargs)
         compile_sizes(options, system, noise)
-        planner.record_first_steps(workload, system, _step_seconds(planner, system, noise, draw()))
+        planner.record_first_steps(workload, system, _step_seconds(planner, system, noise, draw()), few=False)
         measure_sizes(planner, workload, system, warmup=True)
         serial, *solves = planner.plan(workload).candidates
         for solve in solves:
@@ -63,17 +64,25 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
 
 
 def _step_seconds(planner: Planner, system: System, noise: Tensor, generator: torch.Generator) -> float:
-    """Seconds of a step of the serial chain: the median of some, then of some whole chains where these are quick."""
-    options, batch = planner.options, system.batch
+    """Seconds of a step of the serial chain: of a stretch of some, and, where that is quick, of some whole chains."""
+    chains, began, request = list[float](), planner.clock(), Request(noise, generator)
+    while not chains or (len(chains) < REPEATS and planner.clock() - began + chains[-1] < WARMUP_SECONDS):
+        step = _stretch(planner, system, request, system.num_steps if chains else 2 * TIMED_STEPS + 1)
+        chains.append(step * system.num_steps)
+    return median(chains[1:] or chains) / system.num_steps
+
+
+def _stretch(planner: Planner, system: System, request: Request, steps: int) -> float:
+    """Seconds of a step of that many at the beginning of a chain, made as the serial chain is."""
+    until, options = min(steps, system.num_steps), planner.options
+    chain = plain_chain(system, request)
+    step = None if chain is None else time_plain_steps(planner, chain, until, first=False)
+    if step is not None:
+        return step
     work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
     with work.lease:
-        work.begin(noise, generator)
-        taken, _ = time_steps(planner, work, [0] * batch, None, min(2 * TIMED_STEPS + 1, system.num_steps))
-        for _ in range(REPEATS):
-            if sum(taken) + median(taken) * system.num_steps > WARMUP_SECONDS:
-                break
-            taken += time_steps(planner, work, [0] * batch, None, system.num_steps)[0]
-    return median(taken)
+        work.begin(request.noise, request.generator)
+        return time_seen_steps(planner, work, [0] * system.batch, None, until, first=False)[0]
 
 
 def _try(planner: Planner, workload: Workload, request: Request, window: int) -> None:
