@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -23,15 +24,21 @@ from .round_model import average
 LEAP = 2.0  # one measurement moves a known figure at most by this factor: a machine hiccups
 
 Clock = Callable[[], float]
+IN_THREAD = 0.9  # of its time, spent in this thread, by a step that leaves nothing to others
 
 
 class Costs:
     """Seconds of a model call by its rows, and of a step of the serial chain by its batch.
 
     Thread safe: a dict is replaced, never changed.
+
+    Attributes:
+        clock: seconds. That of the thread, which other processes do not disturb, where the model does all its work in
+            it, see `choose_clock`.
     """
 
     def __init__(self) -> None:
+        self.clock: Clock = time.perf_counter
         self._calls: dict[int, float] = {}
         self._steps: dict[int, float] = {}
         self._few: frozenset[int] = frozenset()  # batches of which a step is known by a few
@@ -49,6 +56,16 @@ class Costs:
         """A call of that many rows takes so long; infinite, where it ran out of memory, tells nothing."""
         if math.isfinite(seconds):
             self._calls = self._calls | {rows: seconds}
+
+    def choose_clock(self, device: torch.device, wall: list[float], thread: list[float]) -> bool:
+        """Whether to go by the thread's processor time, given what both clocks said of the same steps.
+
+        It is the time of a machine that does nothing else, where nothing is left to other threads, devices or hosts.
+        """
+        alone = device.type == "cpu" and torch.get_num_threads() == 1 and sys.platform != "win32"  # too coarse there
+        if alone and any(own >= IN_THREAD * whole > 0 for own, whole in zip(thread, wall)):
+            self.clock = time.thread_time
+        return self.clock is time.thread_time
 
     def set_step(self, batch: int, seconds: float, few: bool = False) -> None:
         """Serial steps take so long each; few: by so few of them that what solves take cannot be held against it."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +16,7 @@ from ..engine.workspace import Workspace
 from ..plan import Plan, RoundEstimate
 from .decide import PlannerInputs, candidate, decide, predict
 from .free_memory import usable_bytes
-from .measure import Costs, shared_with_model, signature_of, time_call, time_draft
+from .measure import Clock, Costs, shared_with_model, signature_of, time_call, time_draft
 from .round_model import FULL_ROUNDS, Expectation, average
 
 PROBING = 0.03  # of the time spent sampling may go into measuring and planning
@@ -26,7 +24,7 @@ REINVESTED = 0.1  # of the time saved against the serial chain may go there too
 REFRESH = 16  # solves after which a plan is made anew, and, of those by rounds, the serial chain is timed again
 OUTLIER_RATIO = 1.25  # a time that far off what was expected makes a new plan; a correction must be measured twice
 CORRECTION_DECAY = 0.98  # left of corrections after a serial solve: what was slow once is tried again some time
-MOST_CORRECTION = 10.0  # beyond which a time was no solver's
+MOST_CORRECTION = 100.0  # beyond which a time was no solver's; of a model of microseconds it is the least part
 ROUND_OVERHEAD = 1.5  # of what a serial step spends outside of the model: a round also tests and shifts its window
 ELEMENT_SECONDS = 2.4e-9  # a solver's own work for an element of a state: 48 bytes at 20 GB a second
 
@@ -76,9 +74,9 @@ class Workload:
 
 
 class Planner:
-    """Chooses how each solve of a sampler is made. clock: seconds; for tests."""
+    """Chooses how each solve of a sampler is made. clock: seconds, in the place of those that suit; for tests."""
 
-    def __init__(self, options: Options, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, options: Options, clock: Clock | None = None) -> None:
         self.options, self.clock = options, clock
         self._shared = shared_with_model(options.model)
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
@@ -109,6 +107,10 @@ class Planner:
                 rounds = self._shared.setdefault(("rounds", certify, *self._kind), rounds)
                 stats = self._shared.setdefault(key, WorkloadStats(costs, rounds))
         return Workload(noise, model_kwargs, warm, stats)
+
+    def clock_of(self, workload: Workload) -> Clock:
+        """What such solves, and all that they are compared with, are timed by."""
+        return self.clock or workload.stats.costs.clock
 
     def on_nodes(self, workload: Workload, window: int) -> bool:
         """Whether a solve with that window begins with rounds on nodes."""
@@ -179,9 +181,10 @@ class Planner:
         """Steps of an unmeasured chain, a few of them or many, took so long each; measures a call, and the draft."""
         stats, noise = workload.stats, workload.noise
         rows = min(workload.batch, self.options.row_limit(noise) or workload.batch)
-        call = time_call(system, noise, rows, self.clock)
+        clock = self.clock_of(workload)
+        call = time_call(system, noise, rows, clock)
         if system.draft is not None:
-            stats.draft_seconds = TYPICAL_SWEEPS * time_draft(system.draft, noise, self.clock)
+            stats.draft_seconds = TYPICAL_SWEEPS * time_draft(system.draft, noise, clock)
         with _LOCK:
             stats.costs.set_step(workload.batch, step, few)
             stats.costs.set_call(rows, min(call, step))
@@ -231,9 +234,8 @@ class Planner:
         stats = workload.stats
         with _LOCK:
             stats.unchecked += 1
-            suspect = stats.suspect and stats.measure_budget >= 0
             unlike = bool(stats.corrections) and stats.costs.is_of_few(workload.batch)
-            return suspect or unlike or stats.unchecked > REFRESH
+            return (stats.suspect and stats.measure_budget >= 0) or unlike or stats.unchecked > REFRESH
 
     def record_check(self, workload: Workload, step: float) -> None:
         """A stretch of serial steps at the beginning of a solve took so long each."""

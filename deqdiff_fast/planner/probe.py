@@ -38,7 +38,8 @@ def measure_sizes(planner: Planner, workload: Workload, system: System, warmup: 
     costs as much as those of the largest size known, which is more than it will: one slow call of few rows then does
     not speak against many.
     """
-    stats, started, first = workload.stats, planner.clock(), warmup
+    stats, clock, first = workload.stats, planner.clock_of(workload), warmup
+    started = clock()
     todo = sizes(workload.batch, system.num_steps, planner.options.row_limit(workload.noise), system.padded)
     while todo:
         known = stats.costs.curve()
@@ -48,13 +49,13 @@ def measure_sizes(planner: Planner, workload: Workload, system: System, warmup: 
         if not (useful or first):
             break
         if not warmup:
-            each, left = known(known.largest) / known.largest, stats.measure_budget - (planner.clock() - started)
+            each, left = known(known.largest) / known.largest, stats.measure_budget - (clock() - started)
             affordable = [n for n in useful if n * each <= left]
             if not affordable:
                 stats.probe_cost = useful[0] * each
                 return
             rows, repeats, seconds = affordable[-1], 1, left / 3  # a second call is worth as much again
-        cost = measure(system, workload.noise, rows, repeats=repeats, budget=seconds, clock=planner.clock)
+        cost = measure(system, workload.noise, rows, repeats=repeats, budget=seconds, clock=clock)
         stats.age = REFRESH
         if cost == math.inf:
             break

@@ -20,7 +20,7 @@ from ..solver.picard import Picard
 from .monitor import SlowSolveMonitor
 from .planner import Planner, Workload
 from .probe import may_probe, measure_sizes
-from .timed_steps import count_steps, time_plain_steps, time_seen_steps
+from .timed_steps import ENOUGH, TIMED_STEPS, count_steps, time_plain_steps, time_seen_steps
 
 
 def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
@@ -35,21 +35,22 @@ def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, An
         first, by_rounds = stats.costs.step(workload.batch) is None, stats.plan is not None and not stats.plan.serial
         if first or (by_rounds and planner.check_due(workload)):
             return _timed_start(planner, workload, request, start, first)
-        began, probes = planner.clock(), None
+        clock, probes = planner.clock_of(workload), None
+        began = clock()
         if may_probe(workload):
             probes = options.system(noise, model_kwargs)
             measure_sizes(planner, workload, probes)
         plan = planner.plan(workload)
-        stats.measure_budget -= planner.clock() - began
+        stats.measure_budget -= clock() - began
         system = options.system(noise, model_kwargs, serial=plan.serial)
         if probes is not None:
             system.model_evals, system.model_calls = probes.model_evals, probes.model_calls
         if not plan.serial:
             return solve_in_rounds(planner, workload, request, plan, system, start)
-        began = planner.clock()
+        began = clock()
         solution = solve_serially(system, options, request)
         if request.callback is None:
-            planner.record_serial(workload, system.num_steps, planner.clock() - began)
+            planner.record_serial(workload, system.num_steps, clock() - began)
         solution.stats.plan, solution.stats.wall_seconds = plan, time.perf_counter() - start
         return solution
 
@@ -67,17 +68,18 @@ def solve_in_rounds(
 ) -> Solution:
     """By rounds. start: `time.perf_counter()` at the start. begun: a workspace in which the first `front` steps were
     made already. believed: learn from it; not where it had to prepare what later ones find prepared."""
-    options, began, evals = planner.options, planner.clock(), system.model_evals
+    options, clock, evals = planner.options, planner.clock_of(workload), system.model_evals
+    began = clock()
     system.max_batch, window = plan.chosen.piece, plan.chosen.window
     stats = Stats(solver=options.solver.name, window=window, plan=plan)
     step, nodes = workload.stats.costs.step(workload.batch) or 0.0, planner.on_nodes(workload, window)
     taken_over = 0 if nodes else front  # rounds on nodes begin at the noise
     full_rounds = planner.full_rounds(workload, system.max_batch or workload.batch) if nodes else None
-    monitor = SlowSolveMonitor(plan, step, taken_over, planner.clock, nodes, full_rounds)
+    monitor = SlowSolveMonitor(plan, step, taken_over, clock, nodes, full_rounds)
     head = None if begun is None else Head(begun, front)
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
     if stats.stop_reason != "callback" and believed:
-        seconds, rows, share = planner.clock() - began - monitor.outside, stats.model_evals - evals, 1.0
+        seconds, rows, share = clock() - began - monitor.outside, stats.model_evals - evals, 1.0
         rounds = stats.rounds - taken_over
         if monitor.gave_up and monitor.rounds:  # it counts with what it would still have taken
             share += monitor.left / monitor.rounds
@@ -95,43 +97,45 @@ def _timed_start(planner: Planner, workload: Workload, request: Request, start: 
     if chain is None:
         return _timed_where_seen(planner, workload, request, start, first)
     request, steps = replace(request, generator=chain.frozen), system.num_steps
-    began, until = planner.clock(), min(count_steps(workload, first), steps)
-    step = time_plain_steps(planner, chain, until, first)
+    until = min(count_steps(workload, first), steps)
+    step = time_plain_steps(planner, workload, chain, until, first)
     if step is None or not chain.finite():
         return _timed_where_seen(planner, workload, request, start, first)
-    spent = planner.clock() - began
     plan = _plan_by(planner, workload, system, step, first)
     if not plan.serial and until < steps:
         head = None
         if planner.on_nodes(workload, plan.chosen.window):
-            workload.stats.measure_budget -= spent  # they begin at the noise
+            workload.stats.measure_budget -= step * until  # they begin at the noise
         else:
             head = Workspace.open(system, Picard(), 1, options.memory, options.backend)
             head.begin(workload.noise, chain.frozen)
             chain.hand_over(head)
         return solve_in_rounds(planner, workload, request, plan, system, start, head, until, not first)
     chain.forget()
-    began, stats = planner.clock(), Stats(solver="serial", window=1, stop_reason="serial", plan=plan)
+    clock, stats = planner.clock_of(workload), Stats(solver="serial", window=1, stop_reason="serial", plan=plan)
+    began = clock()
     solution = plain_solution(chain, stats, start) if chain.advance(steps) else None
     if solution is None:
         system.model_evals = system.model_calls = 0
         solution = solve_serially(system, options, request)
         solution.stats.plan = plan
     elif steps >= 2 * until:
-        planner.record_serial(workload, steps - until, planner.clock() - began)
+        planner.record_serial(workload, steps - until, clock() - began)
     return solution
 
 
 def _plan_by(planner: Planner, workload: Workload, system: System, step: float, first: bool) -> Plan:
     """The plan once a step was timed."""
-    began = planner.clock()
+    clock = planner.clock_of(workload)
+    began = clock()
     if first:
-        planner.record_first_steps(workload, system, step)
+        few = step * TIMED_STEPS < ENOUGH
+        planner.record_first_steps(workload, system, step, few)
         measure_sizes(planner, workload, system)
     else:
         planner.record_check(workload, step)
     plan = planner.plan(workload)
-    workload.stats.measure_budget -= planner.clock() - began
+    workload.stats.measure_budget -= clock() - began
     return plan
 
 
@@ -145,7 +149,7 @@ def _timed_where_seen(planner: Planner, workload: Workload, request: Request, st
     with work.lease, Reporter(work, 0.0, steps, request.callback, request.progress) as report:
         work.begin(workload.noise, request.generator)
         front, until = [0] * workload.batch, min(count_steps(workload, first), steps)
-        step, stopped = time_seen_steps(planner, work, front, report, until, first)
+        step, stopped = time_seen_steps(planner, workload, work, front, report, until, first)
         if not stopped:
             stats.plan = _plan_by(planner, workload, system, step, first)
             if not stats.plan.serial and until < steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from statistics import median
@@ -22,7 +23,7 @@ from .measure import time_call
 from .planner import REFRESH, Planner, Workload
 from .probe import REPEATS, WARMUP_SECONDS, measure_sizes
 from .run import solve_in_rounds
-from .timed_steps import TIMED_STEPS, time_plain_steps, time_seen_steps
+from .timed_steps import ENOUGH, TIMED_STEPS, time_plain_steps, time_seen_steps
 
 NEAR = 1.5  # solves are tried that are predicted to take at most this many times what the serial chain does
 
@@ -52,7 +53,8 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
     with torch.no_grad():
         system = options.system(noise, model_kwargs)
         compile_sizes(options, system, noise)
-        planner.record_first_steps(workload, system, _step_seconds(planner, system, noise, draw()), few=False)
+        step = _step_seconds(planner, workload, system, draw())
+        planner.record_first_steps(workload, system, step, few=False)
         measure_sizes(planner, workload, system, warmup=True)
         serial, *solves = planner.plan(workload).candidates
         for solve in solves:
@@ -63,32 +65,39 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
         return planner.plan(workload)
 
 
-def _step_seconds(planner: Planner, system: System, noise: Tensor, generator: torch.Generator) -> float:
-    """Seconds of a step of the serial chain: of a stretch of some, and, where that is quick, of some whole chains."""
-    chains, began, request = list[float](), planner.clock(), Request(noise, generator)
-    while not chains or (len(chains) < REPEATS and planner.clock() - began + chains[-1] < WARMUP_SECONDS):
-        step = _stretch(planner, system, request, system.num_steps if chains else 2 * TIMED_STEPS + 1)
-        chains.append(step * system.num_steps)
-    return median(chains[1:] or chains) / system.num_steps
+def _step_seconds(
+    planner: Planner, workload: Workload, system: System, generator: torch.Generator
+) -> float:  # fmt: skip
+    """Seconds of a step of the serial chain: of whole ones where these are quick, else of a stretch."""
+    steps, request = system.num_steps, Request(workload.noise, generator)
+    few, chains = _stretch(planner, workload, system, request, 2 * TIMED_STEPS + 1, first=True), list[float]()
+    while len(chains) < REPEATS and (sum(chains) + max(few, *chains, 0.0)) * steps < WARMUP_SECONDS:
+        chains.append(_stretch(planner, workload, system, request, steps, first=False))
+    if chains or few * 2 * TIMED_STEPS >= ENOUGH:
+        return median(chains or [few])
+    return _stretch(planner, workload, system, request, 1 + math.ceil(ENOUGH / few), first=False)
 
 
-def _stretch(planner: Planner, system: System, request: Request, steps: int) -> float:
+def _stretch(
+    planner: Planner, workload: Workload, system: System, request: Request, steps: int, first: bool
+) -> float:  # fmt: skip
     """Seconds of a step of that many at the beginning of a chain, made as the serial chain is."""
     until, options = min(steps, system.num_steps), planner.options
     chain = plain_chain(system, request)
-    step = None if chain is None else time_plain_steps(planner, chain, until, first=False)
+    step = None if chain is None else time_plain_steps(planner, workload, chain, until, first)
     if step is not None:
         return step
     work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
     with work.lease:
         work.begin(request.noise, request.generator)
-        return time_seen_steps(planner, work, [0] * system.batch, None, until, first=False)[0]
+        return time_seen_steps(planner, workload, work, [0] * system.batch, None, until, first)[0]
 
 
 def _try(planner: Planner, workload: Workload, request: Request, window: int) -> None:
     """Solve with that window some times, and learn from all but the first."""
-    plan, began = planner.forced(workload, window), planner.clock()
+    plan, clock = planner.forced(workload, window), planner.clock_of(workload)
+    began = clock()
     for k in range(1 + REPEATS):
-        if k < 2 or planner.clock() - began < WARMUP_SECONDS:
+        if k < 2 or clock() - began < WARMUP_SECONDS:
             system = planner.options.system(workload.noise, workload.model_kwargs)
             solve_in_rounds(planner, workload, request, plan, system, time.perf_counter(), believed=k > 0)
