@@ -141,7 +141,7 @@ class Planner:
         """All that a decision rests on."""
         stats, batch, noise, steps = workload.stats, workload.batch, workload.noise, self.options.schedule.num_steps
         step, calls, limit = stats.costs.step(batch), stats.costs.curve(), self.options.row_limit(noise)
-        inside = 0.0 if calls is None else calls.in_pieces(batch, calls.best_piece(batch, limit))
+        inside = 0.0 if calls is None else calls.of_step(batch, limit)
         outside = 0.0 if step is None else max(step - inside, 0.0)
         row = noise[:1].numel() * ELEMENT_SECONDS + stats.draft_seconds / batch
 

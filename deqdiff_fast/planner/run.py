@@ -71,6 +71,8 @@ def solve_in_rounds(
     options, clock, evals = planner.options, planner.clock_of(workload), system.model_evals
     began = clock()
     system.max_batch, window = plan.chosen.piece, plan.chosen.window
+    calls = workload.stats.costs.curve()
+    system.cheaper = () if calls is None else calls.padding()
     stats = Stats(solver=options.solver.name, window=window, plan=plan)
     step, nodes = workload.stats.costs.step(workload.batch) or 0.0, planner.on_nodes(workload, window)
     taken_over = 0 if nodes else front  # rounds on nodes begin at the noise
