@@ -113,7 +113,7 @@ class PlainChain:
             chain.states[k + 1].copy_(self.system.to_basis(state.flatten(1)))
             chain.predictions[k].copy_(self.system.to_basis(output.flatten(1)))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """No solve will take over."""
         self._keep(self.system.schedule.lags)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..engine.progress import Reporter
 from ..engine.system import System
 from ..plan import Plan, RoundEstimate
+from ..schedule.cache import count_made
 from .decide import rows_of_rounds
 
 PATIENT_ROUNDS = 2  # before which nothing is given up: the first call of a size is slow
@@ -45,7 +46,7 @@ class SlowSolveMonitor:
         self.rows, self.rounds = 0, 0
         self._report: Reporter | None = None
         self._system: System | None = None
-        self._since, self._last, self._before, self._rows = clock(), float("inf"), 0, 0
+        self._since, self._last, self._before, self._rows, self._made = clock(), float("inf"), 0, 0, -1
 
     def start(self, system: System, report: Reporter | None) -> SlowSolveMonitor:
         """Begin, or go on, with rounds of that system, and the reporter, if any, that is to be called as well."""
@@ -74,6 +75,10 @@ class SlowSolveMonitor:
         self._since = self.clock()
         self.outside += self._since - now
         front, steps = min(where.lo), where.num_steps
+        before, self._made = self._made, count_made(self._system.schedule)
+        if self._made != before:  # it prepared something that later rounds, or solves, find prepared
+            self._last = float("inf")
+            return None
         if round < PATIENT_ROUNDS or front >= steps:
             return None
         chosen = self.plan.chosen
@@ -94,7 +99,8 @@ def work_left(done: int, effort: RoundEstimate, front: int, steps: int, window: 
         left = sum(count * rows for count, rows in planned[done:]) / max(planned[done - 1][1], 1e-9)
     else:
         left = effort.rounds - done if done < effort.rounds else 1.0 + (done - effort.rounds)
-    if window < steps and done >= 3:  # a window moves at a steady pace
+    if window < steps and done >= 3 and (front >= window or done > effort.rounds / 2):
+        # a window moves at a steady pace, once it does
         left = max(left, (steps - front) * done / front if front else float(steps))
     return min(max(left, 0.5), float(steps - front))
 

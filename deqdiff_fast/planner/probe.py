@@ -8,7 +8,8 @@ from ..engine.system import System
 from ..model.padding import padded_sizes
 from .decide import promising
 from .measure import measure
-from .planner import REFRESH, Planner, Workload
+from .planner import REFRESH, Planner
+from .workload import Workload
 
 REPEATS, WARMUP_SECONDS = 5, 0.25  # a warm-up times each thing so often, or less where that takes so long
 
@@ -44,17 +45,18 @@ def measure_sizes(planner: Planner, workload: Workload, system: System, warmup: 
     while todo:
         known = stats.costs.curve()
         assert known is not None  # a step was timed, and a call with it
-        rows, repeats, seconds = todo[0], REPEATS, WARMUP_SECONDS
-        useful = promising(planner.inputs(workload, stats.plan), todo)
-        if not (useful or first):
-            break
-        if not warmup:
+        rows, repeats, seconds, within = todo[0], REPEATS, WARMUP_SECONDS, todo
+        if not warmup:  # what cannot be paid is not thought about either: that takes its time too
             each, left = known(known.largest) / known.largest, stats.measure_budget - (clock() - started)
-            affordable = [n for n in useful if n * each <= left]
-            if not affordable:
-                stats.probe_cost = useful[0] * each
-                return
-            rows, repeats, seconds = affordable[-1], 1, left / 3  # a second call is worth as much again
+            within = [n for n in todo if n * each <= left]
+            stats.probe_cost = each * next((n for n in todo if n not in within), math.inf)
+        useful = promising(planner.inputs(workload, stats.plan), within)
+        if not (useful or first):
+            if warmup or len(within) == len(todo):
+                break
+            return
+        if not warmup:
+            rows, repeats, seconds = useful[-1], 1, left / 3  # a second call is worth as much again
         cost = measure(system, workload.noise, rows, repeats=repeats, budget=seconds, clock=clock)
         stats.age = REFRESH
         if cost == math.inf:

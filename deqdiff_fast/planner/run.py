@@ -15,12 +15,14 @@ from ..engine.solve import Head, Request, no_samples, plain_chain, plain_solutio
 from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..plan import Plan, RoundEstimate
+from ..schedule.cache import count_made
 from ..solution import Solution, Stats
 from ..solver.picard import Picard
 from .monitor import SlowSolveMonitor
-from .planner import Planner, Workload
+from .planner import Planner
 from .probe import may_probe, measure_sizes
 from .timed_steps import ENOUGH, TIMED_STEPS, count_steps, time_plain_steps, time_seen_steps
+from .workload import Workload
 
 
 def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
@@ -64,10 +66,9 @@ def solve_in_rounds(
     start: float,
     begun: Workspace | None = None,
     front: int = 0,
-    believed: bool = True,
 ) -> Solution:
     """By rounds. start: `time.perf_counter()` at the start. begun: a workspace in which the first `front` steps were
-    made already. believed: learn from it; not where it had to prepare what later ones find prepared."""
+    made already. Nothing is learned from the first solves that have to prepare what later ones find prepared."""
     options, clock, evals = planner.options, planner.clock_of(workload), system.model_evals
     began = clock()
     system.max_batch, window = plan.chosen.piece, plan.chosen.window
@@ -79,7 +80,9 @@ def solve_in_rounds(
     full_rounds = planner.full_rounds(workload, system.max_batch or workload.batch) if nodes else None
     monitor = SlowSolveMonitor(plan, step, taken_over, clock, nodes, full_rounds)
     head = None if begun is None else Head(begun, front)
+    made = count_made(options.schedule)
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
+    believed = planner.believes(workload, window, count_made(options.schedule) > made)
     if stats.stop_reason != "callback" and believed:
         seconds, rows, share = clock() - began - monitor.outside, stats.model_evals - evals, 1.0
         rounds = stats.rounds - taken_over
@@ -112,8 +115,8 @@ def _timed_start(planner: Planner, workload: Workload, request: Request, start: 
             head = Workspace.open(system, Picard(), 1, options.memory, options.backend)
             head.begin(workload.noise, chain.frozen)
             chain.hand_over(head)
-        return solve_in_rounds(planner, workload, request, plan, system, start, head, until, not first)
-    chain.forget()
+        return solve_in_rounds(planner, workload, request, plan, system, start, head, until)
+    chain.reset()
     clock, stats = planner.clock_of(workload), Stats(solver="serial", window=1, stop_reason="serial", plan=plan)
     began = clock()
     solution = plain_solution(chain, stats, start) if chain.advance(steps) else None
@@ -155,7 +158,7 @@ def _timed_where_seen(planner: Planner, workload: Workload, request: Request, st
         if not stopped:
             stats.plan = _plan_by(planner, workload, system, step, first)
             if not stats.plan.serial and until < steps:
-                return solve_in_rounds(planner, workload, request, stats.plan, system, start, work, until, not first)
+                return solve_in_rounds(planner, workload, request, stats.plan, system, start, work, until)
             _, stopped = finish_serially(work, front, until, report)
         stats.rounds = stats.finished_serially = max(front)
         return conclude(work, front, stopped, stats, start, request.return_trajectory, options.on_failure, report)

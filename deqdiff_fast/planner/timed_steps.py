@@ -17,7 +17,8 @@ from ..engine.plain_chain import PlainChain
 from ..engine.serial import Report, finish_serially
 from ..engine.workspace import Workspace
 from .measure import synchronize
-from .planner import Planner, Workload
+from .planner import Planner
+from .workload import Workload
 
 TIMED_STEPS = 4  # at least; the first one, which prepares, is not believed
 SHARE = 0.5  # of a solve's time, for a stretch

@@ -20,10 +20,11 @@ from ..model.padding import padded_sizes
 from ..plan import Plan
 from ..solver.picard import Picard
 from .measure import time_call
-from .planner import REFRESH, Planner, Workload
+from .planner import MOST_PREPARING, REFRESH, Planner
 from .probe import REPEATS, WARMUP_SECONDS, measure_sizes
 from .run import solve_in_rounds
 from .timed_steps import ENOUGH, TIMED_STEPS, time_plain_steps, time_seen_steps
+from .workload import Workload
 
 NEAR = 1.5  # solves are tried that are predicted to take at most this many times what the serial chain does
 
@@ -94,10 +95,11 @@ def _stretch(
 
 
 def _try(planner: Planner, workload: Workload, request: Request, window: int) -> None:
-    """Solve with that window some times, and learn from all but the first."""
+    """Solve with that window until it was learned from, and some times more where that is quick."""
     plan, clock = planner.forced(workload, window), planner.clock_of(workload)
     began = clock()
-    for k in range(1 + REPEATS):
-        if k < 2 or clock() - began < WARMUP_SECONDS:
+    whole = window >= planner.options.schedule.num_steps
+    for k in range(MOST_PREPARING + REPEATS):
+        if whole not in workload.stats.corrections or (k <= REPEATS and clock() - began < WARMUP_SECONDS):
             system = planner.options.system(workload.noise, workload.model_kwargs)
-            solve_in_rounds(planner, workload, request, plan, system, time.perf_counter(), believed=k > 0)
+            solve_in_rounds(planner, workload, request, plan, system, time.perf_counter())

@@ -14,6 +14,7 @@ from .schedule import Schedule
 
 MOST = 16  # of one schedule: batch sizes, dtypes, devices
 _cached: WeakKeyDictionary[Schedule, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Schedule, int] = WeakKeyDictionary()
 _lock = Lock()
 Value = TypeVar("Value")
 
@@ -38,6 +39,12 @@ def cached(schedule: Schedule, key: Hashable, make: Callable[[], Value]) -> Valu
         value = make()
     with _lock:
         entries[key] = value
+        _made[schedule] = _made.get(schedule, 0) + 1
         while len(entries) > MOST:
             entries.popitem(last=False)
     return value
+
+
+def count_made(schedule: Schedule) -> int:
+    """How many values were computed for it so far: solves between which that grows had to prepare something."""
+    return _made.get(schedule, 0)
