@@ -15,7 +15,7 @@ from ..engine.solve import Head, Request, no_samples, plain_chain, plain_solutio
 from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..plan import Plan, RoundEstimate
-from ..schedule.cache import count_made
+from ..schedule.cache import seconds_of_tables
 from ..solution import Solution, Stats
 from ..solver.picard import Picard
 from .monitor import SlowSolveMonitor
@@ -80,9 +80,9 @@ def solve_in_rounds(
     full_rounds = planner.full_rounds(workload, system.max_batch or workload.batch) if nodes else None
     monitor = SlowSolveMonitor(plan, step, taken_over, clock, nodes, full_rounds)
     head = None if begun is None else Head(begun, front)
-    made = count_made(options.schedule)
+    prepared = seconds_of_tables(options.schedule)
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
-    believed = planner.believes(workload, window, count_made(options.schedule) > made)
+    believed = planner.believes(workload, window, seconds_of_tables(options.schedule) > prepared)
     if stats.stop_reason != "callback" and believed:
         seconds, rows, share = clock() - began - monitor.outside, stats.model_evals - evals, 1.0
         rounds = stats.rounds - taken_over

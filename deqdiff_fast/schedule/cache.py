@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from .schedule import Schedule
 
 MOST = 16  # of one schedule: batch sizes, dtypes, devices
 _cached: WeakKeyDictionary[Schedule, OrderedDict[Hashable, Any]] = WeakKeyDictionary()
-_made: WeakKeyDictionary[Schedule, int] = WeakKeyDictionary()
+_spent: WeakKeyDictionary[Schedule, float] = WeakKeyDictionary()
 _lock = Lock()
 Value = TypeVar("Value")
 
@@ -35,16 +36,17 @@ def cached(schedule: Schedule, key: Hashable, make: Callable[[], Value]) -> Valu
             entries.move_to_end(key)
             found: Value = entries[key]
             return found
+    began = time.thread_time()
     with torch.inference_mode(False), torch.no_grad():
         value = make()
     with _lock:
         entries[key] = value
-        _made[schedule] = _made.get(schedule, 0) + 1
+        _spent[schedule] = _spent.get(schedule, 0.0) + time.thread_time() - began
         while len(entries) > MOST:
             entries.popitem(last=False)
     return value
 
 
-def count_made(schedule: Schedule) -> int:
-    """How many values were computed for it so far: solves between which that grows had to prepare something."""
-    return _made.get(schedule, 0)
+def seconds_of_tables(schedule: Schedule) -> float:
+    """What computing its values has taken so far: solves during which that grows prepare what later ones find."""
+    return _spent.get(schedule, 0.0)
