@@ -50,7 +50,7 @@ def measure_sizes(planner: Planner, workload: Workload, system: System, warmup: 
             each, left = known(known.largest) / known.largest, stats.measure_budget - (clock() - started)
             within = [n for n in todo if n * each <= left]
             stats.probe_cost = each * next((n for n in todo if n not in within), math.inf)
-        useful = promising(planner.inputs(workload, stats.plan), within)
+        useful = promising(planner.inputs(workload, stats.plan), within) if within else []
         if not (useful or first):
             if warmup or len(within) == len(todo):
                 break

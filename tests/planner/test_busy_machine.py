@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 class SharedMachine:
     """A model whose calls take `cost(n)` of a processor that goes to others for `pause` after every `turn`."""
 
-    def __init__(self, model, cost, turn=3.0, pause=0.0):
+    def __init__(self, model, cost, turn=3e-3, pause=0.0):
         self.model, self.cost, self.turn, self.pause, self.used = model, cost, turn, pause, 0.0
 
     def __call__(self, x, t):
@@ -31,12 +31,12 @@ class SharedMachine:
 
 
 @pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("pause", [0.0, 3.0, 6.0])
-@pytest.mark.parametrize(("call", "serial"), [(0.6, False), (2.0, True)])
-def test_other_processes_change_no_choice(mixture, ddim, noise, pause, call, serial, warm):
-    """Steps of 0.05 ms are rarely disturbed and solves always: rounds twice as fast, or half, are that under load too."""
-    machine = SharedMachine(mixture(), lambda n: 0.05 if n == 1 else call, pause=pause)
-    sampler = dq.DEQSampler(machine, ddim(200))
+@pytest.mark.parametrize("pause", [0.0, 3e-3, 6e-3])
+@pytest.mark.parametrize(("cost", "serial"), [(lambda n: 3e-5 + 2e-5 * n, False), (lambda n: 5e-5 * n, True)])
+def test_other_processes_change_no_choice(mixture, ddim, noise, pause, cost, serial, warm):
+    """Steps of 0.05 ms are rarely disturbed and solves always: what is twice as fast is that under load too."""
+    machine = SharedMachine(mixture(), cost, pause=pause)
+    sampler = dq.DEQSampler(machine, ddim(200), tol=1e-5 if serial else 1e-2)
     sampler.planner.clock = machine.clock
     if warm:
         sampler.warmup((3, 8, 8))
@@ -91,5 +91,6 @@ def test_nothing_is_thought_about_that_cannot_be_paid(mixture, ddim, noise, monk
     sampler.planner.clock = machine.clock
     for k in range(12):
         sampler.sample(noise(1, seed=k))
-    assert all(each for each in asked[:-1])
-    assert len(asked) <= 3, "once for what the first chains pay, and not in every solve"
+    assert asked
+    assert all(asked)
+    assert all(len(now) > len(before) for before, now in zip(asked, asked[1:])), "once for each size that can be paid"
