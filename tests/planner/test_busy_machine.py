@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -93,4 +94,4 @@ def test_nothing_is_thought_about_that_cannot_be_paid(mixture, ddim, noise, monk
         sampler.sample(noise(1, seed=k))
     assert asked
     assert all(asked)
-    assert all(len(now) > len(before) for before, now in zip(asked, asked[1:])), "once for each size that can be paid"
+    assert all(len(now) > len(before) for before, now in itertools.pairwise(asked)), "once for each size that can be paid"
