@@ -94,4 +94,6 @@ def test_nothing_is_thought_about_that_cannot_be_paid(mixture, ddim, noise, monk
         sampler.sample(noise(1, seed=k))
     assert asked
     assert all(asked)
-    assert all(len(now) > len(before) for before, now in itertools.pairwise(asked)), "once for each size that can be paid"
+    assert all(len(now) > len(before) for before, now in itertools.pairwise(asked)), (
+        "once for each size that can be paid"
+    )
