@@ -1,23 +1,27 @@
-"""Whether `sample()` is ever slower than the serial chain: paired timings of both, with what was planned."""
+"""Whether `sample()` is ever slower than a loop that the model's author would write: paired timings, with the plan."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import deqdiff_fast as dq
 
 from . import _policy
 from ._common import environment, markdown, note, positive_float, positive_int, spread, summary, write_json
 from ._problems import Problem, load
-from ._timing import Side, interleave, ratios
+from ._timing import CLOCKS, Side, interleave, ratios
+from .zoo import _loops
 
-FLOOR = 0.95  # serial / sample() must not be below this anywhere
+FLOOR = 0.95  # loop / sample() must not be below this anywhere
+SAME = 1e-3  # the loop's sample is the serial chain's but for rounding
 PROBLEMS = ("bundled", "mixture", "policy")
 
 
@@ -32,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", type=positive_float, default=10.0, help="seconds for a side, after which 3 pairs do (default 10)"
     )
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="default wall; cpu: of one busy thread")
     parser.add_argument("--cold", action="store_true", help="without sampler.warmup: sample() measures as it goes")
     parser.add_argument("--plans", action="store_true", help="print every plan in full")
     parser.add_argument("--check", action="store_true", help=f"exit 1 where a median ratio is below {FLOOR}")
@@ -40,7 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def problem_of(name: str, args: argparse.Namespace) -> Problem:
     if name == "policy":
         return _policy.problem(args.device, args.fit)
-    return load(argparse.Namespace(model=name, size=args.size, device=args.device))
+    return load(argparse.Namespace(model=name, size=args.size, device=args.device, alone=False))
+
+
+def author_loop(problem: Problem, schedule: dq.Schedule) -> Callable[[Tensor], Tensor]:
+    """The chain of a DDIM schedule as the model's author would write it, with the noise levels that the model knows."""
+    abar = torch.ones(int(schedule.timesteps.max()) + 1, dtype=torch.float64)
+    abar[schedule.timesteps] = schedule.signal[:-1].square()
+    velocity, model = schedule.prediction_type == "v_prediction", problem.model
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        out = model(x, t)
+        return out if isinstance(out, Tensor) else out.sample
+
+    return lambda noise: _loops.ddim(predict, noise, abar, schedule.timesteps, velocity=velocity)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,9 +74,11 @@ def run(args: argparse.Namespace) -> int:
         "problem",
         "T",
         "B",
+        "loop",
         "serial",
         "sample()",
-        "serial / sample()",
+        "loop / serial",
+        "loop / sample()",
         "plan",
         "rounds",
         "evaluations / T",
@@ -68,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     print(markdown(header, [_cells(row) for row in rows]))
     worst = min(rows, key=lambda row: median(row["ratios"]))
     verdict = "PASS" if median(worst["ratios"]) >= FLOOR else "FAIL"
+    print("\nloop: as the model's author would write it, plain torch. serial: `sampler.serial`.", end="")
     print(
         f"\nMedians of paired timings with (smallest..largest). Lowest ratio {median(worst['ratios']):.2f} "
         f"({worst['problem']}, T = {worst['steps']}, B = {worst['batch']}); at least {FLOOR}: {verdict}"
@@ -76,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(args: argparse.Namespace, name: str, problem: Problem, steps: int, batch: int) -> dict[str, Any]:
-    sampler = dq.DEQSampler(problem.model, problem.schedule(steps, 0.0), **problem.aids)
+    schedule = problem.schedule(steps, 0.0)
+    sampler, loop = dq.DEQSampler(problem.model, schedule, **problem.aids), author_loop(problem, schedule)
     with torch.no_grad():
         started = time.perf_counter()
         if not args.cold:
@@ -85,22 +107,29 @@ def _row(args: argparse.Namespace, name: str, problem: Problem, steps: int, batc
         if args.plans:
             print(f"{name}: {sampler.plan(problem.shape, batch=batch, device=args.device)}\n", flush=True)
         runs: list[dq.Stats] = []
-        serial, sample, paired = [], [], []
+        seconds: dict[str, list[float]] = {"loop": [], "serial": [], "sample": []}
+        paired, of_serial = list[float](), list[float]()
         for first in range(0, args.noises * batch, batch):
             noise = problem.noise(range(first, first + batch))
             sides = [
+                Side("loop", partial(loop, noise)),
                 Side("serial", partial(sampler.serial, noise)),
                 Side("sample", lambda noise=noise: runs.append(sampler.sample(noise).stats)),
             ]
-            interleave(sides, args.device, passes=args.passes, budget=args.budget)
-            serial += sides[0].seconds
-            sample += sides[1].seconds
-            paired += ratios(*sides)
-        reference, out = sampler.serial(noise), sampler.sample(noise)
-    apart = (out.sample - reference.sample).flatten(1).norm(dim=1) / reference.sample.flatten(1).norm(dim=1)
+            interleave(sides, args.device, passes=args.passes, budget=args.budget, clock=args.clock)
+            for side in sides:
+                seconds[side.name] += side.seconds
+            paired += ratios(sides[0], sides[2])
+            of_serial += ratios(sides[0], sides[1])
+        reference, out = sampler.serial(noise).sample, sampler.sample(noise)
+        by_hand = float(((loop(noise) - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).max())
+    if not by_hand < SAME:
+        raise RuntimeError(f"{name}: the loop is another chain, {by_hand:.1e} from sampler.serial")
+    apart = (out.sample - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
     return {
         "problem": name, "steps": steps, "batch": batch, "ratios": paired, "warmup_seconds": warmup,
-        "serial_seconds": serial, "sample_seconds": sample, "error": float(apart.max()),
+        "serial_ratios": of_serial, "loop_error": by_hand,
+        **{f"{side}_seconds": taken for side, taken in seconds.items()}, "error": float(apart.max()),
         "solver": runs[-1].solver, "windows": [stats.window for stats in runs],
         "rounds": median(stats.rounds for stats in runs),
         "evaluations": median(stats.model_evals for stats in runs) / (steps * batch),
@@ -112,7 +141,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     windows = sorted(set(row["windows"]))
     named = ["serial" if w == 1 else "all" if w == row["steps"] else f"window {w}" for w in windows]
     return (
-        row["problem"], str(row["steps"]), str(row["batch"]), f"{1e3 * median(row['serial_seconds']):.3g} ms",
-        f"{1e3 * median(row['sample_seconds']):.3g} ms", spread(row["ratios"]), ", ".join(named), f"{row['rounds']:g}",
+        row["problem"], str(row["steps"]), str(row["batch"]),
+        *(f"{1e3 * median(row[f'{side}_seconds']):.3g} ms" for side in ("loop", "serial", "sample")),
+        spread(row["serial_ratios"]), spread(row["ratios"]), ", ".join(named), f"{row['rounds']:g}",
         f"{row['evaluations']:.2f}", f"{row['error']:.1e}",
     )  # fmt: skip

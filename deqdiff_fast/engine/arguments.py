@@ -96,14 +96,15 @@ def check_image(image: object) -> None:
 
 def _check_size(name: str, samples: Tensor) -> None:
     """Values must be finite, and a sample, unless it is zero, of a size whose square is a number of its dtype."""
-    largest, least = samples.detach().abs().flatten(1).amax(1), LEAST.get(samples.dtype, LEAST[torch.float32])
-    if not bool(largest.isfinite().all()):
+    least = LEAST.get(samples.dtype, LEAST[torch.float32])
+    largest = samples.detach().flatten(1).abs().amax(1).tolist()  # one look at a device
+    if not all(map(math.isfinite, largest)):
         raise ValueError(f"{name}: expected finite values, got NaN or Inf")
-    if bool((largest.gt(0) & largest.lt(least)).any()):
+    small = [size for size in largest if 0 < size < least]
+    if small:
         raise ValueError(
             f"{name}: expected samples with values of at least {least:g} in {samples.dtype}, or zeros, got a largest "
-            f"one of {float(largest[largest > 0].min()):.1e}; squares of them are rounded to zero: change the units, "
-            "or use float64"
+            f"one of {min(small):.1e}; squares of them are rounded to zero: change the units, or use float64"
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..model.transforms import call
 from ..schedule import Schedule
 from ..schedule.cache import cached
 from .system import System
+from .workspace import Workspace
 
 
 class Steps(NamedTuple):
@@ -43,38 +45,87 @@ class Steps(NamedTuple):
         return new if noise is None else new.add_(noise)
 
 
-def plain_samples(system: System, noise: Tensor, frozen: FrozenNoise | None) -> Tensor | None:
-    """The samples of the chain from `noise`: (B, *shape), one model call a step, all samples in each.
+class PlainChain:
+    """The chain from `noise`, one model call a step, all samples in each. The host waits for no step.
 
     Args:
+        noise: (B, *shape).
         frozen: the chain's noise, None for a deterministic one.
+        keep: whether the steps are to be taken over by a solve, see `hand_over`.
 
-    Returns:
-        (B, *shape) in the dtype of the noise, or None where something went wrong that `finish_serially` can name or
-        mend: NaN or Inf, an output that is no prediction, or too little memory for all samples at once.
+    Attributes:
+        front: steps made so far.
+        frozen: as given.
     """
-    lags, batch, steps = system.schedule.lags, system.batch, Steps.of(system.schedule)
-    times = system.times.repeat_interleave(batch).view(-1, batch)  # one row a call: the model may write to it
-    kwargs = system.expand_kwargs(torch.arange(batch, device=system.device))
-    draws: Any = iter(()) if frozen is None else iter(frozen.draws)
-    states, outputs = [noise.to(system.dtype, copy=True)], list[Tensor]()
-    for i in range(system.num_steps):
-        x = states[0]
-        inputs = x.to(system.model_dtype, copy=True)  # and to this
-        if system.input_scale is not None:
-            inputs.mul_(steps.input_scale[i])
-        try:
-            output = call(system.model, inputs, times[i], kwargs)
-        except RuntimeError as error:
-            if batch == 1 or not out_of_memory(error):
+
+    def __init__(self, system: System, noise: Tensor, frozen: FrozenNoise | None, keep: bool = False) -> None:
+        schedule, batch = system.schedule, system.batch
+        self.system, self.steps, self.frozen, self.front = system, Steps.of(schedule), frozen, 0
+        # of every call a row of its own: the model may write to it
+        self._times = system.times[:, None].expand(-1, batch).clone(memory_format=torch.contiguous_format).unbind(0)
+        self._kwargs = system.expand_kwargs(torch.arange(batch, device=system.device)) if system.model_kwargs else {}
+        self._draws = iter(()) if frozen is None else iter(frozen.draws)
+        self._shape, self._dtype = tuple(noise.shape), noise.dtype
+        self.states, self.outputs = [noise.detach().to(system.dtype, copy=True)], list[Tensor]()
+        self._keep(system.num_steps + 1 if keep else schedule.lags)
+
+    def advance(self, until: int) -> bool:
+        """Make the steps up to state `until`. False where something went wrong that `finish_serially` can name or mend:
+        an output that is no prediction, or too little memory for all samples at once."""
+        system, steps = self.system, self.steps
+        for i in range(self.front, until):
+            x = self.states[0]
+            new = x * steps.state_coef[i][0] if self._once else None
+            inputs = x if self._once and x.dtype == system.model_dtype else x.to(system.model_dtype, copy=True)
+            if system.input_scale is not None:
+                inputs.mul_(steps.input_scale[i])
+            try:
+                output = call(system.model, inputs, self._times[i], self._kwargs)
+            except Exception as error:
+                if (system.batch > 1 and out_of_memory(error)) or not self.finite():  # what it says may be about NaN
+                    return False
                 raise
-            return None
-        system.model_calls, system.model_evals = system.model_calls + 1, system.model_evals + batch
-        if output_fault(output, tuple(noise.shape), system.device):
-            return None
+            system.model_calls, system.model_evals = system.model_calls + 1, system.model_evals + system.batch
+            if output_fault(output, self._shape, system.device):
+                return False
+            output = output.to(x.dtype)
+            drift = next(self._draws).to(x.dtype) * steps.noise_coef[i] if self.frozen and steps.draws[i] else None
+            if new is None:
+                self._remember(i, x, output, drift)
+                continue
+            new.add_(output, alpha=steps.model_coef[i][0])
+            self.states = [new if drift is None else new.add_(drift)]
+        self.front = until
+        return True
+
+    def _remember(self, i: int, x: Tensor, output: Tensor, drift: Tensor | None) -> None:
+        """The step from x_i, whose state and output later ones look at."""
+        system, flat = self.system, x.flatten(1)
         if system.clip_gain is not None:
-            output = system.clip(output.flatten(1), x.flatten(1), torch.full((batch,), i, device=x.device)).view_as(x)
-        outputs = [output.to(system.dtype), *outputs[: lags - 1]]
-        drift = next(draws).to(x.dtype, copy=True).mul_(steps.noise_coef[i]) if steps.draws[i] and frozen else None
-        states = [steps.next_state(i, states, outputs, drift), *states[: lags - 1]]
-    return states[0].to(noise.dtype) if bool(states[0].isfinite().all()) else None
+            output = system.clip(output.flatten(1), flat, torch.full((len(x),), i, device=x.device)).view_as(x)
+        self.outputs = [output, *self.outputs[: self._kept - 1]]
+        self.states = [self.steps.next_state(i, self.states, self.outputs, drift), *self.states[: self._kept - 1]]
+
+    def hand_over(self, work: Workspace) -> None:
+        """The steps made so far, into a workspace that was begun with the same noise."""
+        chain, done = work.chain, self.front
+        for k, (state, output) in enumerate(zip(self.states[done - 1 :: -1], self.outputs[::-1], strict=True)):
+            chain.states[k + 1].copy_(self.system.to_basis(state.flatten(1)))
+            chain.predictions[k].copy_(self.system.to_basis(output.flatten(1)))
+
+    def reset(self) -> None:
+        """No solve will take over."""
+        self._keep(self.system.schedule.lags)
+
+    def _keep(self, newest: int) -> None:
+        self._kept, self.states, self.outputs = newest, self.states[:newest], self.outputs[: newest - 1]
+        # where neither a later step nor clipping looks at a state again, it is not copied for the model to write to
+        self._once = newest == 1 and self.system.clip_gain is None
+
+    def finite(self) -> bool:
+        """Whether the last state is; not, where it is of such a size that its sum is not."""
+        return math.isfinite(self.states[0].sum().item())
+
+    def sample(self) -> Tensor | None:
+        """The last state, (B, *shape) in the dtype of the noise; None where it is NaN or Inf."""
+        return self.states[0].to(self._dtype) if self.finite() else None

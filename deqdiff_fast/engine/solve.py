@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from .checked_timesteps import checked_timesteps
 from .conclude import conclude
 from .node_solve import NodeSolve, begins_on_nodes
 from .options import Options
-from .plain_chain import plain_samples
+from .plain_chain import PlainChain
 from .progress import Reporter
 from .serial import finish_serially, non_finite
 from .system import System
@@ -196,25 +196,42 @@ def solve_serially(system: System, options: Options, request: Request) -> Soluti
     if noise.shape[0] == 0:
         return no_samples(noise, stats)
     with torch.no_grad():
-        generator = request.generator
-        seen = request.callback is not None or request.progress or request.return_trajectory or system.padded
-        if not seen and system.batch <= (system.max_batch or system.batch):
-            generator = freeze(system.schedule, tuple(noise.shape), generator, noise.dtype, noise.device)
-            sample = plain_samples(system, noise, generator)
-            if sample is not None:
-                stats.rounds = stats.finished_serially = system.num_steps
-                stats.error_estimate = torch.zeros(system.batch, dtype=torch.float64)
-                stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
-                stats.wall_seconds = time.perf_counter() - started
-                return Solution(sample, torch.ones(system.batch, dtype=torch.bool), stats)
+        chain = plain_chain(system, request)
+        if chain is not None:
+            solution = chain.advance(system.num_steps) and plain_solution(chain, stats, started)
+            if solution:
+                return solution
+            request = replace(request, generator=chain.frozen)
             system.model_evals = system.model_calls = 0
         work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
         with work.lease, Reporter(work, 0.0, system.num_steps, request.callback, request.progress) as report:
-            work.begin(noise, generator)
+            work.begin(noise, request.generator)
             front = [0] * noise.shape[0]
             stats.finished_serially, stopped = finish_serially(work, front, 0, report)
             stats.rounds = stats.finished_serially
             return conclude(work, front, stopped, stats, started, request.return_trajectory, options.on_failure, report)
+
+
+def plain_chain(system: System, request: Request, keep: bool = False) -> PlainChain | None:
+    """The chain of a request at which nobody looks on its way, and all of whose samples fit into one call."""
+    looked_at = request.callback is not None or request.progress or request.return_trajectory or system.padded
+    if looked_at or system.batch > (system.max_batch or system.batch):
+        return None
+    noise = request.noise
+    frozen = freeze(system.schedule, tuple(noise.shape), request.generator, noise.dtype, noise.device)
+    return PlainChain(system, noise, frozen, keep)
+
+
+def plain_solution(chain: PlainChain, stats: Stats, started: float) -> Solution | None:
+    """What a whole chain has come to; None where that is NaN or Inf."""
+    system, sample = chain.system, chain.sample()
+    if sample is None:
+        return None
+    stats.rounds = stats.finished_serially = system.num_steps
+    stats.error_estimate = torch.zeros(system.batch, dtype=torch.float64)
+    stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
+    stats.wall_seconds = time.perf_counter() - started
+    return Solution(sample, torch.ones(system.batch, dtype=torch.bool), stats)
 
 
 def no_samples(noise: Tensor, stats: Stats) -> Solution:

@@ -72,6 +72,8 @@ class BatchedModel:
         self.row_tables = cached(schedule, ("rows", *place, self.batch), lambda: row_tables(self.times, self.batch))
         self.padded = is_compiled(model)
         self.sizes: tuple[int, ...] = ()
+        self.cheaper: tuple[tuple[int, int], ...] = ()
+        """(least, size): calls of at least so many rows, but fewer than `size`, are faster with `size` of them."""
         self.largest: int | None = None  # rows that the padded sizes are made for; None: those of the workspace
         self.learned: dict[str, int] = {}
         """What calls have told of the model: max_batch, where it ran out of memory on more; keeps_inputs."""
@@ -96,15 +98,16 @@ class BatchedModel:
         """Ask for what `evaluate` needs for that many rows in one call of the model."""
         if self.padded:
             self.sizes = padded_sizes(max(rows, self.largest or rows), self.batch)
-        rows = self.pad(rows)
+        rows = max(self.pad(rows), *(size for least, size in self.cheaper if least <= rows), 0)
         plan.add("rows", (rows, self.numel), self.dtype)
         plan.add("inputs", (rows, self.numel), self.model_dtype)
         if self.basis is not None:
             plan.add("spare", (rows, self.numel), self.dtype)
 
     def pad(self, rows: int) -> int:
-        """The size of the model call for that many rows: the next of the padded sizes, where there are any."""
-        return next((size for size in self.sizes if size >= rows), rows)
+        """The size of the model call for that many rows: the next of the padded sizes, or a faster one, if any."""
+        faster = next((size for least, size in self.cheaper if least <= rows < size), rows)
+        return next((size for size in self.sizes if size >= rows), faster)
 
     def pad_round(self, rows: int) -> int:
         """The rows of the model calls of a round of that many rows, padding included."""
@@ -150,7 +153,7 @@ class BatchedModel:
         """At most half of `rows` in a call from now on."""
         self.max_batch = max(1, rows // 2)
         _log.warning("the model ran out of memory on %d rows; at most %d from now on", rows, self.max_batch)
-        self.largest = None  # those rows were too many
+        self.largest, self.cheaper = None, ()  # those rows were too many
         if self.sizes:
             self.sizes = padded_sizes(self.max_batch, min(self.batch, self.max_batch))
         self.learned["max_batch"] = self.max_batch

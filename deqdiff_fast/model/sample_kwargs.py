@@ -81,5 +81,7 @@ def _guesses(value: Any, name: str, batch: int) -> Iterator[tuple[str, str, str]
         yield name, f"a {kind} of {batch} strings", sample
     elif len(items) == batch and not any(isinstance(x, _INNER) or is_per_sample(x, batch) for x in items):
         yield name, f"a {kind} of {batch}", f"{kept}, or mark it with deqdiff_fast.shared(...)"
+    elif not isinstance(value, Tensor) and tuple(getattr(value, "shape", ()))[:1] == (batch,):  # an array of numpy, say
+        yield name, f"a {kind} of {batch} rows", f"{kept}, or mark it with deqdiff_fast.shared(...)"
     for key, item in value.items() if isinstance(value, dict) else enumerate(items):
         yield from _guesses(item, f"{name}[{key!r}]", batch)

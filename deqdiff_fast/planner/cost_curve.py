@@ -10,18 +10,31 @@ MARGIN = 0.95
 
 
 class Curve:
-    """Seconds of one model call over its rows: linear between measured sizes, never falling.
+    """Seconds of one model call over its rows, linear between measured sizes.
 
-    Beyond the largest size a row costs what the last ones did, and at least a quarter of their mean.
+    It never falls: where a call of more rows takes less time, as of two rows that go through another kernel than one,
+    fewer rows are padded to as many, see `padding`. Beyond the largest size a row costs what the last ones did, and at
+    least a quarter of their mean.
     """
 
     def __init__(self, points: dict[int, float]) -> None:
         if not points or any(n < 1 or not (0 <= s < math.inf) for n, s in points.items()):
             raise ValueError(f"points: expected {{rows >= 1: seconds >= 0}}, at least one, got {points}")
-        self.sizes = sorted(points)
-        self.seconds: list[float] = []
-        for n in self.sizes:
-            self.seconds.append(max(points[n], self.seconds[-1] if self.seconds else 0.0))
+        self.points, self.sizes = points, sorted(points)
+        self.seconds: list[float] = [min(points[m] for m in self.sizes if m >= n) for n in self.sizes]
+
+    def padding(self) -> tuple[tuple[int, int], ...]:
+        """(least, size): calls of `least` rows or more, but fewer than `size`, are made with `size` rows."""
+        found, sizes, points = list[tuple[int, int]](), self.sizes, self.points
+        for size in reversed(sizes):
+            least = size
+            for n in reversed(sizes[: sizes.index(size)]):
+                if points[size] >= MARGIN * points[n]:
+                    break
+                least = n
+            if least < size and not any(low <= least for low, _ in found):
+                found.append((least, size))
+        return tuple(reversed(found))
 
     @property
     def largest(self) -> int:
@@ -49,6 +62,10 @@ class Curve:
         whole = int(rows // piece)
         rest = rows - whole * piece
         return whole * self(piece) + (self(rest) if rest > 0 else 0.0)
+
+    def of_step(self, batch: int, limit: int | None) -> float:
+        """Seconds of the model in a step of the serial chain, which pads nothing."""
+        return self.points.get(batch, 0.0) or self.in_pieces(batch, self.best_piece(batch, limit))
 
     def best_piece(self, rows: int, limit: int | None) -> int:
         """The rows in one call with which that many rows take the shortest, at most `limit`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..engine.progress import Reporter
 from ..engine.system import System
 from ..plan import Plan, RoundEstimate
+from ..schedule.cache import seconds_of_tables
 from .decide import rows_of_rounds
 
 PATIENT_ROUNDS = 2  # before which nothing is given up: the first call of a size is slow
@@ -45,12 +46,13 @@ class SlowSolveMonitor:
         self.rows, self.rounds = 0, 0
         self._report: Reporter | None = None
         self._system: System | None = None
-        self._since, self._last, self._before, self._rows = clock(), float("inf"), 0, 0
+        self._since, self._last, self._before, self._rows, self._tables = clock(), float("inf"), 0, 0, 0.0
 
     def start(self, system: System, report: Reporter | None) -> SlowSolveMonitor:
         """Begin, or go on, with rounds of that system, and the reporter, if any, that is to be called as well."""
         if system is not self._system:
             self._system, self._before, self._rows = system, system.model_evals, self.rows
+            self._tables = seconds_of_tables(system.schedule)
         self._report = report
         return self
 
@@ -68,6 +70,8 @@ class SlowSolveMonitor:
         taken = now - self._since
         self.rounds, self.spent = round, self.spent + taken
         self.rows = self._rows + self._system.model_evals - self._before
+        before, self._tables = self._tables, seconds_of_tables(self._system.schedule)
+        taken = max(taken - (self._tables - before), 0.0)  # later rounds, and solves, find the tables made
         round_seconds, self._last = min(taken, self._last), taken  # of the last two: a machine hiccups
         if self._report is not None and self._report(round, where, residual) is True:
             return True
@@ -94,7 +98,8 @@ def work_left(done: int, effort: RoundEstimate, front: int, steps: int, window: 
         left = sum(count * rows for count, rows in planned[done:]) / max(planned[done - 1][1], 1e-9)
     else:
         left = effort.rounds - done if done < effort.rounds else 1.0 + (done - effort.rounds)
-    if window < steps and done >= 3:  # a window moves at a steady pace
+    if window < steps and done >= 3 and (front >= window or done > effort.rounds / 2):
+        # a window moves at a steady pace, once it does
         left = max(left, (steps - front) * done / front if front else float(steps))
     return min(max(left, 0.5), float(steps - front))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -19,15 +17,17 @@ from ..model.knowledge import signature_of
 from ..plan import Plan, RoundEstimate
 from .decide import PlannerInputs, candidate, decide, predict
 from .free_memory import usable_bytes
-from .measure import Costs, time_call, time_draft
+from .measure import Clock, Costs, time_call, time_draft
 from .round_model import FULL_ROUNDS, Expectation, average
+from .workload import Workload, WorkloadStats
 
 PROBING = 0.03  # of the time spent sampling may go into measuring and planning
 REINVESTED = 0.1  # of the time saved against the serial chain may go there too
 REFRESH = 16  # solves after which a plan is made anew, and, of those by rounds, the serial chain is timed again
 OUTLIER_RATIO = 1.25  # a time that far off what was expected makes a new plan; a correction must be measured twice
 CORRECTION_DECAY = 0.98  # left of corrections after a serial solve: what was slow once is tried again some time
-MOST_CORRECTION = 10.0  # beyond which a time was no solver's
+MOST_CORRECTION = 100.0  # beyond which a time was no solver's; of a model of microseconds it is the least part
+MOST_PREPARING = 6  # solves of a kind that may prepare something and are not believed for it
 ROUND_OVERHEAD = 1.5  # of what a serial step spends outside of the model: a round also tests and shifts its window
 ELEMENT_SECONDS = 2.4e-9  # a solver's own work for an element of a state: 48 bytes at 20 GB a second
 
@@ -36,50 +36,10 @@ _LOCK = Lock()  # what is learned is shared between samplers, and so between thr
 TYPICAL_SWEEPS = 7  # of a draft in a round on nodes, its call of a batch taken to cost as much for each row as for one
 
 
-@dataclass
-class WorkloadStats:
-    """What is known about one kind of request to one sampler: sample shape, batch, dtype, device, kinds of kwargs.
-
-    costs: shared with other batches and schedules. age: solves since the plan was made, REFRESH where something was
-    learned since. corrections: measured over predicted seconds of solves of all timesteps (True) and of a window
-    (False). measure_budget: seconds that may still be spent on measuring and planning. probe_cost: what the next
-    measurement takes at most; infinite where none helps. solver_bytes: memory of a solve, by its window. draft_seconds:
-    of a draft, if there is one, for a timestep of a round, on the mean. suspect: whether the last solve by rounds took
-    quite another time than those before. unchecked: solves by rounds since the serial chain was timed.
-    """
-
-    costs: Costs
-    expectation: Expectation
-    plan: Plan | None = None
-    age: int = 0
-    corrections: dict[bool, float] = field(default_factory=dict)
-    measure_budget: float = 0.0
-    probe_cost: float = 0.0
-    solver_bytes: dict[int, int] = field(default_factory=dict)
-    draft_seconds: float = 0.0
-    suspect: bool = False
-    unchecked: int = 0
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One request, and what is known about its kind. warm: it starts from a trajectory given by the caller."""
-
-    noise: Tensor
-    model_kwargs: dict[str, Any] | None
-    warm: bool
-    stats: WorkloadStats
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return self.noise.shape[0]
-
-
 class Planner:
-    """Chooses how each solve of a sampler is made. clock: seconds; for tests."""
+    """Chooses how each solve of a sampler is made. clock: seconds, in the place of those that suit; for tests."""
 
-    def __init__(self, options: Options, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, options: Options, clock: Clock | None = None) -> None:
         self.options, self.clock = options, clock
         self._shared = options.knowledge
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
@@ -111,6 +71,10 @@ class Planner:
                 stats = self._shared.setdefault(key, WorkloadStats(costs, rounds))
         return Workload(noise, model_kwargs, warm, stats)
 
+    def clock_of(self, workload: Workload) -> Clock:
+        """What such solves, and all that they are compared with, are timed by."""
+        return self.clock or workload.stats.costs.clock
+
     def on_nodes(self, workload: Workload, window: int) -> bool:
         """Whether a solve with that window begins with rounds on nodes."""
         return begins_on_nodes(self.options, window, workload.warm)
@@ -139,8 +103,9 @@ class Planner:
     def inputs(self, workload: Workload, previous: Plan | None = None) -> PlannerInputs:
         """All that a decision rests on."""
         stats, batch, noise, steps = workload.stats, workload.batch, workload.noise, self.options.schedule.num_steps
+        usable = usable_bytes(noise.device)
         step, calls, limit = stats.costs.step(batch), stats.costs.curve(), self.options.row_limit(noise)
-        inside = 0.0 if calls is None else calls.in_pieces(batch, calls.best_piece(batch, limit))
+        inside = 0.0 if calls is None else calls.of_step(batch, limit)
         outside = 0.0 if step is None else max(step - inside, 0.0)
         row = noise[:1].numel() * ELEMENT_SECONDS + stats.draft_seconds / batch
 
@@ -156,16 +121,16 @@ class Planner:
             expect=lambda window: stats.expectation(window, batch, workload.warm),
             overhead=lambda rows: ROUND_OVERHEAD * outside + rows * row,
             correction=correction,
-            fits=lambda window: self._fits(workload, window),
+            fits=lambda window: self._fits(workload, window, usable),
             limit=limit,
             max_rounds=self.options.round_limit(),
             previous=None if previous is None else previous.chosen.window,
             nodes=self.on_nodes(workload, steps),
         )
 
-    def _fits(self, workload: Workload, window: int) -> bool:
+    def _fits(self, workload: Workload, window: int, usable: float) -> bool:
         """Whether the solver's memory for that window, or even for all timesteps, is there."""
-        usable, known = usable_bytes(workload.noise.device), workload.stats.solver_bytes
+        known = workload.stats.solver_bytes
         for size in (self.options.schedule.num_steps, window):
             if size not in known:
                 system = self.options.system(workload.noise, workload.model_kwargs)
@@ -176,15 +141,16 @@ class Planner:
                 return True
         return False
 
-    def record_first_steps(self, workload: Workload, system: System, step: float) -> None:
-        """The first steps of an unmeasured chain took so long each; measures a call, and the draft, beside them."""
+    def record_first_steps(self, workload: Workload, system: System, step: float, few: bool = True) -> None:
+        """Steps of an unmeasured chain, a few of them or many, took so long each; measures a call, and the draft."""
         stats, noise = workload.stats, workload.noise
         rows = min(workload.batch, self.options.row_limit(noise) or workload.batch)
-        call = time_call(system, noise, rows, self.clock)
+        clock = self.clock_of(workload)
+        call = time_call(system, noise, rows, clock)
         if system.draft is not None:
-            stats.draft_seconds = TYPICAL_SWEEPS * time_draft(system.draft, noise, self.clock)
+            stats.draft_seconds = TYPICAL_SWEEPS * time_draft(system.draft, noise, clock)
         with _LOCK:
-            stats.costs.set_step(workload.batch, step)
+            stats.costs.set_step(workload.batch, step, few)
             stats.costs.set_call(rows, min(call, step))
             stats.measure_budget += PROBING * step * system.num_steps
             stats.age = REFRESH
@@ -193,10 +159,19 @@ class Planner:
         """That many serial steps took so long."""
         stats = workload.stats
         with _LOCK:
-            stats.costs.learn_step(workload.batch, seconds / steps)
+            stats.costs.learn_step(workload.batch, seconds / steps, bool(stats.corrections))
             stats.measure_budget += PROBING * seconds
             stats.corrections = {whole: 1 + CORRECTION_DECAY * (c - 1) for whole, c in stats.corrections.items()}
             self._compare(stats, seconds)
+
+    def believes(self, workload: Workload, window: int, prepared: bool) -> bool:
+        """Whether to learn from a solve with that window; prepared: it made tables that later ones find made."""
+        stats = workload.stats
+        first = (window >= self.options.schedule.num_steps) not in stats.corrections
+        if not (prepared and first and stats.preparing < MOST_PREPARING):
+            return True
+        stats.preparing += 1
+        return False
 
     def record_rounds(
         self, workload: Workload, window: int, taken: RoundEstimate, seconds: float, complete: bool, gave_up: bool
@@ -227,14 +202,16 @@ class Planner:
             stats.suspect = False
             self._compare(stats, seconds)
 
-    def check_due(self, stats: WorkloadStats) -> bool:
+    def check_due(self, workload: Workload) -> bool:
         """Whether the serial chain, which solves by rounds never see, should be timed again."""
+        stats = workload.stats
         with _LOCK:
             stats.unchecked += 1
-            return stats.suspect or stats.unchecked > REFRESH
+            unlike = bool(stats.corrections) and stats.costs.is_of_few(workload.batch)
+            return (stats.suspect and stats.measure_budget >= 0) or unlike or stats.unchecked > REFRESH
 
     def record_check(self, workload: Workload, step: float) -> None:
-        """Some serial steps at the beginning of a solve took so long each."""
+        """A stretch of serial steps at the beginning of a solve took so long each."""
         stats = workload.stats
         with _LOCK:
             old = stats.costs.step(workload.batch) or step

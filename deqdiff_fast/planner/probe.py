@@ -8,7 +8,8 @@ from ..engine.system import System
 from ..model.padding import padded_sizes
 from .decide import promising
 from .measure import measure
-from .planner import REFRESH, Planner, Workload
+from .planner import REFRESH, Planner
+from .workload import Workload
 
 REPEATS, WARMUP_SECONDS = 5, 0.25  # a warm-up times each thing so often, or less where that takes so long
 
@@ -38,23 +39,25 @@ def measure_sizes(planner: Planner, workload: Workload, system: System, warmup: 
     costs as much as those of the largest size known, which is more than it will: one slow call of few rows then does
     not speak against many.
     """
-    stats, started, first = workload.stats, planner.clock(), warmup
+    stats, clock, first = workload.stats, planner.clock_of(workload), warmup
+    started = clock()
     todo = sizes(workload.batch, system.num_steps, planner.options.row_limit(workload.noise), system.padded)
     while todo:
         known = stats.costs.curve()
         assert known is not None  # a step was timed, and a call with it
-        rows, repeats, seconds = todo[0], REPEATS, WARMUP_SECONDS
-        useful = promising(planner.inputs(workload, stats.plan), todo)
+        rows, repeats, seconds, within = todo[0], REPEATS, WARMUP_SECONDS, todo
+        if not warmup:  # what cannot be paid is not thought about either: that takes its time too
+            each, left = known(known.largest) / known.largest, stats.measure_budget - (clock() - started)
+            within = [n for n in todo if n * each <= left]
+            stats.probe_cost = each * next((n for n in todo if n not in within), math.inf)
+        useful = promising(planner.inputs(workload, stats.plan), within) if within else []
         if not (useful or first):
-            break
+            if warmup or len(within) == len(todo):
+                break
+            return
         if not warmup:
-            each, left = known(known.largest) / known.largest, stats.measure_budget - (planner.clock() - started)
-            affordable = [n for n in useful if n * each <= left]
-            if not affordable:
-                stats.probe_cost = useful[0] * each
-                return
-            rows, repeats, seconds = affordable[-1], 1, left / 3  # a second call is worth as much again
-        cost = measure(system, workload.noise, rows, repeats=repeats, budget=seconds, clock=planner.clock)
+            rows, repeats, seconds = useful[-1], 1, left / 3  # a second call is worth as much again
+        cost = measure(system, workload.noise, rows, repeats=repeats, budget=seconds, clock=clock)
         stats.age = REFRESH
         if cost == math.inf:
             break

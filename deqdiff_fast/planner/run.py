@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import time
-from statistics import median
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..engine.checked_timesteps import AFTERWARDS
 from ..engine.conclude import conclude
 from ..engine.progress import Reporter
-from ..engine.serial import Report, finish_serially
-from ..engine.solve import Head, Request, no_samples, solve_rounds, solve_serially
+from ..engine.serial import finish_serially
+from ..engine.solve import Head, Request, no_samples, plain_chain, plain_solution, solve_rounds, solve_serially
 from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..plan import Plan, RoundEstimate
+from ..schedule.cache import seconds_of_tables
 from ..solution import Solution, Stats
 from ..solver.picard import Picard
 from .monitor import SlowSolveMonitor
-from .planner import Planner, Workload
+from .planner import Planner
 from .probe import may_probe, measure_sizes
-
-TIMED_STEPS = 4  # made serially and timed where that is due; the first one, which prepares, is not believed
+from .timed_steps import ENOUGH, TIMED_STEPS, count_steps, time_plain_steps, time_seen_steps
+from .workload import Workload
 
 
 def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
@@ -36,23 +36,24 @@ def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, An
     stats = workload.stats
     with torch.no_grad():
         first, by_rounds = stats.costs.step(workload.batch) is None, stats.plan is not None and not stats.plan.serial
-        if first or (by_rounds and planner.check_due(stats)):
+        if first or (by_rounds and planner.check_due(workload)):
             return _timed_start(planner, workload, request, start, first)
-        began, probes = planner.clock(), None
+        clock, probes = planner.clock_of(workload), None
+        began = clock()
         if may_probe(workload):
             probes = options.system(noise, model_kwargs)
             measure_sizes(planner, workload, probes)
         plan = planner.plan(workload)
-        stats.measure_budget -= planner.clock() - began
+        stats.measure_budget -= clock() - began
         system = options.system(noise, model_kwargs, serial=plan.serial)
         if probes is not None:
             system.model_evals, system.model_calls = probes.model_evals, probes.model_calls
         if not plan.serial:
             return solve_in_rounds(planner, workload, request, plan, system, start)
-        began = planner.clock()
+        began = clock()
         solution = solve_serially(system, options, request)
         if request.callback is None:
-            planner.record_serial(workload, system.num_steps, planner.clock() - began)
+            planner.record_serial(workload, system.num_steps, clock() - began)
         solution.stats.plan, solution.stats.wall_seconds = plan, time.perf_counter() - start
         return solution
 
@@ -66,21 +67,25 @@ def solve_in_rounds(
     start: float,
     begun: Workspace | None = None,
     front: int = 0,
-    believed: bool = True,
 ) -> Solution:
     """By rounds. start: `time.perf_counter()` at the start. begun: a workspace in which the first `front` steps were
-    made already. believed: learn from it; not where it had to prepare what later ones find prepared."""
-    options, began, evals = planner.options, planner.clock(), system.model_evals
+    made already. Nothing is learned from the first solves that have to prepare what later ones find prepared."""
+    options, clock, evals = planner.options, planner.clock_of(workload), system.model_evals
+    began = clock()
     system.max_batch, window = plan.chosen.piece, plan.chosen.window
+    calls = workload.stats.costs.curve()
+    system.cheaper = () if calls is None else calls.padding()
     stats = Stats(solver=options.solver.name, window=window, plan=plan)
     step, nodes = workload.stats.costs.step(workload.batch) or 0.0, planner.on_nodes(workload, window)
     taken_over = 0 if nodes else front  # rounds on nodes begin at the noise
     full_rounds = planner.full_rounds(workload, system.max_batch or workload.batch) if nodes else None
-    monitor = SlowSolveMonitor(plan, step, taken_over, planner.clock, nodes, full_rounds)
+    monitor = SlowSolveMonitor(plan, step, taken_over, clock, nodes, full_rounds)
     head = None if begun is None else Head(begun, front)
+    prepared = seconds_of_tables(options.schedule)
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
+    believed = planner.believes(workload, window, seconds_of_tables(options.schedule) > prepared)
     if stats.stop_reason != "callback" and believed and stats.check_evals <= AFTERWARDS:
-        seconds, rows, share = planner.clock() - began - monitor.outside, stats.model_evals - evals, 1.0
+        seconds, rows, share = clock() - began - monitor.outside, stats.model_evals - evals, 1.0
         rounds = stats.rounds - taken_over
         if monitor.gave_up and monitor.rounds:  # it counts with what it would still have taken
             share += monitor.left / monitor.rounds
@@ -94,41 +99,67 @@ def _timed_start(planner: Planner, workload: Workload, request: Request, start: 
     """Start serially and time that. Where nothing is known, measure a batch too. Go on as it then seems best."""
     options = planner.options
     system = options.system(workload.noise, workload.model_kwargs)
+    chain = plain_chain(system, request, keep=True)
+    if chain is None:
+        return _timed_where_seen(planner, workload, request, start, first)
+    request, steps = replace(request, generator=chain.frozen), system.num_steps
+    until = min(count_steps(workload, first), steps)
+    step = time_plain_steps(planner, workload, chain, until, first)
+    if step is None or not chain.finite():
+        return _timed_where_seen(planner, workload, request, start, first)
+    plan = _plan_by(planner, workload, system, step, first)
+    if not plan.serial and until < steps:
+        head = None
+        if planner.on_nodes(workload, plan.chosen.window):
+            workload.stats.measure_budget -= step * until  # they begin at the noise
+        else:
+            head = Workspace.open(system, Picard(), 1, options.memory, options.backend)
+            head.begin(workload.noise, chain.frozen)
+            chain.hand_over(head)
+        return solve_in_rounds(planner, workload, request, plan, system, start, head, until)
+    chain.reset()
+    clock, stats = planner.clock_of(workload), Stats(solver="serial", window=1, stop_reason="serial", plan=plan)
+    began = clock()
+    solution = plain_solution(chain, stats, start) if chain.advance(steps) else None
+    if solution is None:
+        system.model_evals = system.model_calls = 0
+        solution = solve_serially(system, options, request)
+        solution.stats.plan = plan
+    elif steps >= 2 * until:
+        planner.record_serial(workload, steps - until, clock() - began)
+    return solution
+
+
+def _plan_by(planner: Planner, workload: Workload, system: System, step: float, first: bool) -> Plan:
+    """The plan once a step was timed."""
+    clock = planner.clock_of(workload)
+    began = clock()
+    if first:
+        few = step * TIMED_STEPS < ENOUGH
+        planner.record_first_steps(workload, system, step, few)
+        measure_sizes(planner, workload, system)
+    else:
+        planner.record_check(workload, step)
+    plan = planner.plan(workload)
+    workload.stats.measure_budget -= clock() - began
+    return plan
+
+
+def _timed_where_seen(planner: Planner, workload: Workload, request: Request, start: float, first: bool) -> Solution:
+    """`_timed_start` in the solver's memory, where somebody looks on."""
+    options = planner.options
+    system = options.system(workload.noise, workload.model_kwargs)
     steps = system.num_steps
     stats = Stats(solver="serial", window=1, stop_reason="serial")
     work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
     with work.lease, Reporter(work, 0.0, steps, request.callback, request.progress) as report:
         work.begin(workload.noise, request.generator)
-        front_steps = [0] * workload.batch
-        taken, stopped = time_steps(planner, work, front_steps, report, min(TIMED_STEPS, steps))
+        front, until = [0] * workload.batch, min(count_steps(workload, first), steps)
+        step, stopped = time_seen_steps(planner, workload, work, front, report, until, first)
         if not stopped:
-            began = planner.clock()
-            if first:
-                planner.record_first_steps(workload, system, median(taken))
-                measure_sizes(planner, workload, system)
-            else:
-                planner.record_check(workload, median(taken))
-            stats.plan = planner.plan(workload)
-            workload.stats.measure_budget -= planner.clock() - began
-            if not stats.plan.serial and max(front_steps) < steps:
-                plan, front = stats.plan, max(front_steps)
-                return solve_in_rounds(planner, workload, request, plan, system, start, work, front, not first)
-            _, stopped = finish_serially(work, front_steps, max(front_steps), report)
-        stats.rounds = stats.finished_serially = max(front_steps)
-        return conclude(work, front_steps, stopped, stats, start, request.return_trajectory, options.on_failure, report)
-
-
-def time_steps(
-    planner: Planner, work: Workspace, front_steps: list[int], report: Report | None, until: int
-) -> tuple[list[float], bool]:
-    """Make the steps up to state `until`. Seconds of each but the first, and whether `report` stopped it."""
-    began, taken = [planner.clock()], []
-
-    def timed(made: int, at: list[int], residual: Tensor) -> object:
-        taken.append(planner.clock() - began[0])
-        answer = None if report is None else report(made, at, residual)
-        began[0] = planner.clock()
-        return answer
-
-    _, stopped = finish_serially(work, front_steps, 0, timed, until=until)
-    return taken[1:] or taken, stopped
+            stats.plan = _plan_by(planner, workload, system, step, first)
+            if not stats.plan.serial and until < steps:
+                return solve_in_rounds(planner, workload, request, stats.plan, system, start, work, until)
+            _, stopped = finish_serially(work, front, until, report)
+        stats.rounds = stats.finished_serially = max(front)
+        return conclude(work, front, stopped, stats, start, request.return_trajectory, options.on_failure, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from statistics import median
@@ -12,16 +13,18 @@ from torch import Tensor
 
 from ..engine.arguments import check_shape, count
 from ..engine.options import Options
-from ..engine.solve import Request
+from ..engine.solve import Request, plain_chain
 from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..model.padding import padded_sizes
 from ..plan import Plan
 from ..solver.picard import Picard
 from .measure import time_call
-from .planner import REFRESH, Planner, Workload
+from .planner import MOST_PREPARING, REFRESH, Planner
 from .probe import REPEATS, WARMUP_SECONDS, measure_sizes
-from .run import TIMED_STEPS, solve_in_rounds, time_steps
+from .run import solve_in_rounds
+from .timed_steps import ENOUGH, TIMED_STEPS, time_plain_steps, time_seen_steps
+from .workload import Workload
 
 NEAR = 1.5  # solves are tried that are predicted to take at most this many times what the serial chain does
 
@@ -51,7 +54,8 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
     with torch.no_grad():
         system = options.system(noise, model_kwargs)
         compile_sizes(options, system, noise)
-        planner.record_first_steps(workload, system, _step_seconds(planner, system, noise, draw()))
+        step = _step_seconds(planner, workload, system, draw())
+        planner.record_first_steps(workload, system, step, few=False)
         measure_sizes(planner, workload, system, warmup=True)
         serial, *solves = planner.plan(workload).candidates
         for solve in solves:
@@ -62,24 +66,40 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
         return planner.plan(workload)
 
 
-def _step_seconds(planner: Planner, system: System, noise: Tensor, generator: torch.Generator) -> float:
-    """Seconds of a step of the serial chain: the median of some, then of some whole chains where these are quick."""
-    options, batch = planner.options, system.batch
+def _step_seconds(
+    planner: Planner, workload: Workload, system: System, generator: torch.Generator
+) -> float:  # fmt: skip
+    """Seconds of a step of the serial chain: of whole ones where these are quick, else of a stretch."""
+    steps, request = system.num_steps, Request(workload.noise, generator)
+    few, chains = _stretch(planner, workload, system, request, 2 * TIMED_STEPS + 1, first=True), list[float]()
+    while len(chains) < REPEATS and (sum(chains) + max(few, *chains, 0.0)) * steps < WARMUP_SECONDS:
+        chains.append(_stretch(planner, workload, system, request, steps, first=False))
+    if chains or few * 2 * TIMED_STEPS >= ENOUGH:
+        return median(chains or [few])
+    return _stretch(planner, workload, system, request, 1 + math.ceil(ENOUGH / few), first=False)
+
+
+def _stretch(
+    planner: Planner, workload: Workload, system: System, request: Request, steps: int, first: bool
+) -> float:  # fmt: skip
+    """Seconds of a step of that many at the beginning of a chain, made as the serial chain is."""
+    until, options = min(steps, system.num_steps), planner.options
+    chain = plain_chain(system, request)
+    step = None if chain is None else time_plain_steps(planner, workload, chain, until, first)
+    if step is not None:
+        return step
     work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
     with work.lease:
-        work.begin(noise, generator)
-        taken, _ = time_steps(planner, work, [0] * batch, None, min(2 * TIMED_STEPS + 1, system.num_steps))
-        for _ in range(REPEATS):
-            if sum(taken) + median(taken) * system.num_steps > WARMUP_SECONDS:
-                break
-            taken += time_steps(planner, work, [0] * batch, None, system.num_steps)[0]
-    return median(taken)
+        work.begin(request.noise, request.generator)
+        return time_seen_steps(planner, workload, work, [0] * system.batch, None, until, first)[0]
 
 
 def _try(planner: Planner, workload: Workload, request: Request, window: int) -> None:
-    """Solve with that window some times, and learn from all but the first."""
-    plan, began = planner.forced(workload, window), planner.clock()
-    for k in range(1 + REPEATS):
-        if k < 2 or planner.clock() - began < WARMUP_SECONDS:
+    """Solve with that window until it was learned from, and some times more where that is quick."""
+    plan, clock = planner.forced(workload, window), planner.clock_of(workload)
+    began = clock()
+    whole = window >= planner.options.schedule.num_steps
+    for k in range(MOST_PREPARING + REPEATS):
+        if whole not in workload.stats.corrections or (k <= REPEATS and clock() - began < WARMUP_SECONDS):
             system = planner.options.system(workload.noise, workload.model_kwargs)
-            solve_in_rounds(planner, workload, request, plan, system, time.perf_counter(), believed=k > 0)
+            solve_in_rounds(planner, workload, request, plan, system, time.perf_counter())

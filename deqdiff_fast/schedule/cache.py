@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import is_dataclass
@@ -15,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from .._locks import Lock
 from .schedule import Schedule
 
-MOST = 16  # of one schedule: batch sizes, dtypes, devices
+MOST = 64  # of one schedule: batch sizes, dtypes, devices, sets of nodes and what leads from one to another
 _cached: WeakKeyDictionary[Schedule, OrderedDict[Hashable, Made]] = WeakKeyDictionary()
+_spent: WeakKeyDictionary[Schedule, float] = WeakKeyDictionary()
 _lock = Lock()
 Value = TypeVar("Value")
 
@@ -61,11 +63,18 @@ def cached(schedule: Schedule, key: Hashable, make: Callable[[], Value]) -> Valu
             entries.move_to_end(key)
             found: Value = entries[key].take()
             return found
+    began = time.thread_time()
     with torch.inference_mode(False), torch.no_grad():
         value = make()
         made = Made(value)
     with _lock:
         entries[key] = made
+        _spent[schedule] = _spent.get(schedule, 0.0) + time.thread_time() - began
         while len(entries) > MOST:
             entries.popitem(last=False)
     return value
+
+
+def seconds_of_tables(schedule: Schedule) -> float:
+    """What computing its values has taken so far: solves during which that grows prepare what later ones find."""
+    return _spent.get(schedule, 0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class Schedule:
         """L, the number of states and outputs that one step looks at."""
         return int(self.state_coef.shape[1])
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """Whether the chain adds noise on its way."""
         return bool((self.noise_coef != 0).any())

@@ -194,7 +194,8 @@ def test_interrupting_callback_leaves_no_lease(mixture, ddim, noise):
 
     with pytest.raises(KeyboardInterrupt):
         sampler.sample(noise(), callback=stop)
-    sampler.sample(noise())
+    assert memory.stats()["active"] == 0
+    sampler.sample(noise(), callback=lambda info: None)  # where nobody looks on, a first solve may need no slab
     assert memory.stats()["reuses"] >= 1, "the slab of the interrupted solve must be free again"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,6 +109,10 @@ def test_what_belongs_to_no_sample_still_does_where_only_some_samples_are_left(d
         ({"y": ("a", "b", "c")}, r"model_kwargs\['x'\]\['y'\]: a tuple of 3 strings"),
         ([1.0, 2.0, 3.0], r"a list of 3, for 3 samples, is passed on as it is, whatever rows a call has"),
         ([torch.zeros(5, 2)] * 3, r"a list of 3, for 3 samples, is passed on as it is"),
+        (np.zeros((3, 2)), r"model_kwargs\['x'\]: a ndarray of 3 rows, for 3 samples, is passed on as it is, whatever"),
+        ({"y": np.array(["a", "b", "c"])}, r"model_kwargs\['x'\]\['y'\]: a ndarray of 3 rows"),
+        (np.zeros(4), ""),
+        (dq.shared(np.zeros(3)), ""),
         (torch.zeros(3, 2), ""),
         (torch.zeros(3, dtype=torch.int64), ""),
         (torch.zeros(4), ""),

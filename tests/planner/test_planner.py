@@ -109,13 +109,22 @@ def test_only_sizes_that_may_change_the_choice_are_promising():
 
 def test_curve():
     curve = Curve({4: 3.0, 1: 1.0, 8: 2.5})
-    assert [curve(n) for n in (1, 2.5, 4, 6, 8)] == [1.0, 2.0, 3.0, 3.0, 3.0]
-    assert curve(16) == pytest.approx(3.0 + 8 * 3.0 / 8 / 4)
+    assert [curve(n) for n in (1, 2.5, 4, 6, 8)] == [1.0, 1.75, 2.5, 2.5, 2.5], "four rows are padded to eight"
+    assert curve(16) == pytest.approx(2.5 + 8 * 2.5 / 8 / 4)
     assert Curve({2: 1.0})(6) == pytest.approx(3.0)
-    assert curve.in_pieces(20, 8) == pytest.approx(3.0 + 3.0 + 3.0)
+    assert curve.in_pieces(20, 8) == pytest.approx(2.5 + 2.5 + 2.5)
     for bad in ({}, {0: 1.0}, {1: -1.0}, {1: float("inf")}):
         with pytest.raises(ValueError, match="points: expected"):
             Curve(bad)
+
+
+def test_sizes_that_are_worth_padding_to():
+    assert Curve({4: 3.0, 1: 1.0, 8: 2.5}).padding() == ((4, 8),)
+    assert Curve({1: 1.0, 2: 0.8, 4: 0.9, 8: 1.2}).padding() == ((1, 2),)
+    assert Curve({1: 2.0, 2: 1.0, 4: 2.0, 8: 1.0}).padding() == ((1, 2), (4, 8))
+    assert Curve({1: 1.0, 2: 2.0, 4: 1.5, 8: 1.0, 16: 0.98}).padding() == ((2, 8),), "not for two hundredths"
+    assert Curve({1: 5.0, 2: 4.0, 4: 3.0, 8: 1.0}).padding() == ((1, 8),)
+    assert Curve({1: 1.0, 2: 1.0, 4: 3.0}).padding() == ()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 100, 1000])
@@ -222,6 +231,25 @@ def test_warmup_measures_and_then_solves_in_parallel(machine, noise, relative_er
     assert out.stats.stop_reason == "converged"
     assert relative_error(out.sample, sampler.serial(noise(2)).sample).max() < 1e-2
     assert out.stats.plan.chosen.seconds == pytest.approx(out.stats.rounds, rel=0.5)
+
+
+@pytest.mark.parametrize("max_batch", [None, 20])
+def test_few_rows_are_padded_to_a_faster_call(machine, noise, relative_error, max_batch):
+    """A device with a slow kernel for less than 16 rows: the prediction holds because they are padded."""
+    device, sampler = machine(lambda n: 1.0 if n >= 16 else 3.0, steps=60, max_batch=max_batch)
+    plan = sampler.warmup((3, 8, 8))
+    assert plan.chosen.window > 1
+    began = device.now
+    out = solve_padded(device, sampler, noise(1))
+    assert min(device.sizes) == 16
+    assert out.stats.model_evals < sum(device.sizes), "what padding adds is not counted"
+    assert device.now - began == pytest.approx(len(device.sizes))
+    assert relative_error(out.sample, sampler.serial(noise(1)).sample).max() < 1e-2
+
+
+def solve_padded(machine, sampler, start):
+    machine.sizes.clear()
+    return sampler.sample(start)
 
 
 def test_warmup_on_a_busy_device_stays_serial_and_stops_measuring(machine, noise):

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
+from deqdiff_fast.engine import solve
+from deqdiff_fast.engine.plain_chain import PlainChain
+from deqdiff_fast.engine.serial import finish_serially
+from deqdiff_fast.engine.workspace import Workspace
 from deqdiff_fast.loop.device import DeviceLoop
 from deqdiff_fast.loop.device_state import AsyncReadback
 from deqdiff_fast.nodes.rounds import NodeRounds
+from deqdiff_fast.solver.picard import Picard
 
 
 class Net(torch.nn.Module):
@@ -124,6 +129,47 @@ def test_the_host_waits_for_no_round(device, monkeypatch, ddim, solver, window):
     assert device.waits["round"] == []
     assert solver == "draft" or device.waits["nodes"] == [], "a draft's sweeps end when they have settled"
     assert device.waits["other"], "the noise is looked at before"
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ddpm", "multistep"])
+def test_the_host_waits_for_no_serial_step(device, monkeypatch, ddim, kind):
+    """Neither in the plain chain nor in memory of the solver, which keeps all states; NaN is looked for at the end."""
+    steps = {"ddim": ddim(40), "ddpm": ddim(40, 1.0)}
+    schedule = steps.get(kind) or dq.Schedule.from_sigmas(torch.linspace(5, 0, 41), method="dpmpp_2m")
+    device.watch(monkeypatch, PlainChain, "advance", "plain")
+    device.watch(monkeypatch, solve, "finish_serially", "kept")
+    with device:
+        sampler = dq.DEQSampler(Net(device), schedule)
+        plain = sampler.serial(start().to("cuda:0"))
+        kept = sampler.serial(start().to("cuda:0"), return_trajectory=True)
+    assert device.launches["plain"].total() >= 2 * 40
+    assert device.launches["kept"].total() >= 2 * 40
+    assert device.waits["plain"] == []
+    assert len(device.waits["kept"]) == 1, "at the end"
+    if kind != "ddpm":
+        torch.testing.assert_close(plain.sample.held, kept.sample.held, rtol=1e-5, atol=1e-5)
+
+
+def test_the_host_waits_for_no_step_where_only_some_samples_are_left(device, ddim):
+    """But for a copy of which ones these are."""
+    with device:
+        options = dq.DEQSampler(Net(device), ddim(30)).options
+        system = options.system(start().to("cuda:0"), None)
+        work = Workspace.open(system, Picard(), 1, options.memory, options.backend)
+        with work.lease:
+            work.begin(start().to("cuda:0"), None)
+            whole = [0] * system.batch
+            finish_serially(work, whole, 0, None)
+            expected = work.chain.states[-1].held.clone()
+            work.chain.states[10:].zero_()
+            front = [9, *[4] * (system.batch - 1)]
+            with device.doing("steps"):
+                finish_serially(work, front, 0, None)
+            found = work.chain.states[-1].held.clone()
+    assert front == whole == [30] * system.batch
+    assert device.launches["steps"].total() >= 2 * 26
+    assert len(device.waits["steps"]) == 2, "that copy, and a look for NaN at the end"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_on_two_devices_is_refused(device):
