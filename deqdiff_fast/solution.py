@@ -32,7 +32,7 @@ class Stats:
     model_evals: int = 0
     """Model evaluations (NFE): samples x timesteps evaluated, summed over rounds, serial steps included."""
     check_evals: int = 0
-    """Those of `model_evals` that only checked whether the model is as smooth in time as rounds on nodes need it."""
+    """Those of `model_evals` that only checked the model: whether its rows are independent, and smooth in time."""
     model_calls: int = 0
     """Calls of the model; more than `rounds` where `max_batch` cuts a round into chunks."""
     draft_evals: int = 0
@@ -44,7 +44,8 @@ class Stats:
     finished_serially: int = 0
     """Chain steps that were made one after the other, by plan or because the rounds had run out; 0 if none."""
     stop_reason: str = "converged"
-    """"converged", "max_rounds", "callback", "serial", or "replanned": finishing serially turned out to be faster."""
+    """"converged", "max_rounds", "callback", "serial", "replanned": finishing serially turned out to be faster, or
+    "rounding": the model's predictions depend on the size of a batch by more than the tolerance allows."""
     repairs: int = 0
     """Rounds in which an iterate overflowed and was rebuilt from its last finite state."""
     plan: Plan | None = None

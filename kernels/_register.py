@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,11 +97,7 @@ class register:
         if self.check_values is not None and name != "cpp" and args[0].device.type == "cpu":
             self.check_values(given)
         if self.name in _NEEDS_FLOAT64 and args[0].device.type == "mps":
-            here = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
-            self.run("auto", *here)
-            for own, arg, copy in zip(self.names, args, here):
-                if own in self.written:
-                    arg.copy_(copy)
+            self._run_on_host(args)
         elif name == "cpp":
             self._run_cpp(given)
         elif name == "triton":
@@ -122,6 +118,14 @@ class register:
         if name == "cpp" and self.cpp_serves is not None and not self.cpp_serves(given):
             return "reference"
         return name
+
+    def _run_on_host(self, args: Sequence[Any]) -> None:
+        """For a device without float64."""
+        here = [arg.cpu() if isinstance(arg, Tensor) else arg for arg in args]
+        self.run("auto", *here)
+        for own, arg, copy in zip(self.names, args, here):
+            if own in self.written:
+                arg.copy_(copy)
 
     def _run_cpp(self, given: Arguments) -> None:
         extension, _ = _backends.extension()

@@ -9,6 +9,8 @@ import torch
 
 import deqdiff_fast as dq
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 SOLVERS = [
     "quasi-newton",
     dq.QuasiNewton(history=5, slope=None),

@@ -22,6 +22,7 @@ from .node_solve import NodeSolve, begins_on_nodes
 from .options import Options
 from .plain_chain import PlainChain
 from .progress import Reporter
+from .row_check import check_rows, with_tolerance_in_reach
 from .serial import finish_serially, non_finite
 from .system import System
 from .workspace import Workspace
@@ -94,6 +95,21 @@ def solve_rounds(
         head: the first steps, where some were made already.
         monitor: asked after every round; where it gives up, the rest is made serially.
     """
+    rows = check_rows(system, options, request.noise)
+    options, in_reach = with_tolerance_in_reach(options, rows, request.noise.dtype)
+    solution = _rounds(system, options, request, stats, started, head, monitor)
+    stats.check_evals += system.check_evals
+    if not in_reach and not stats.finished_serially:
+        solution.converged &= False
+        stats.stop_reason = "rounding"
+    return solution
+
+
+def _rounds(
+    system: System, options: Options, request: Request, stats: Stats, started: float, head: Head | None,
+    monitor: Monitor | None,
+) -> Solution:  # fmt: skip
+    """`solve_rounds`, of a model whose rows are independent."""
     solver, limit, rule = options.solver, options.round_limit(), options.stopping_rule(request.noise.dtype)
     warm, watched = request.init_trajectory is not None, request.callback is not None or request.progress
     lookahead = None if solver.makes_rounds else lookahead_policy(system, request)

@@ -116,7 +116,8 @@ class Automatic:
 
     def _predict(self, problem: InversionProblem) -> tuple[dict[str, float], InversionHistory, Curve, int]:
         """Seconds of each method, what they were predicted from, what calls cost, and evaluations to measure that."""
-        cache, signature = shared_with_model(problem.model) or {}, signature_of(problem.image, problem.model_kwargs)
+        shared, signature = shared_with_model(problem.model), signature_of(problem.image, problem.model_kwargs)
+        cache = {} if shared is None else shared
         schedule = problem.schedule
         kind = (problem.batch, schedule.num_steps, schedule.name, schedule.stochastic, problem.tol)
         with _LOCK:

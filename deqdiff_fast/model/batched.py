@@ -81,6 +81,7 @@ class BatchedModel:
         self.give_way: Callable[[], bool] = bool
         """Frees memory that is held for speed only; returns whether there was any."""
         self.model_evals = self.model_calls = 0
+        self.check_evals = 0  # those of them that only checked the model
         self._expanded: tuple[Any, dict[str, Any]] | None = None
 
     def _tables(self, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

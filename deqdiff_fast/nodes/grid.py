@@ -54,23 +54,31 @@ def influence(schedule: Schedule) -> Tensor:
     """(T,): what the sample takes of an error in the clean sample that is predicted at each timestep."""
     slope = schedule.slope(TYPICAL_VARIANCE)[:, None]
     q = schedule.denoised_coef()[:, 1]
-    return adjoint(schedule.state_coef, schedule.model_coef, slope)[:, 0] / torch.where(q == 0, 1, q)
+    return adjoint(schedule.state_coef, schedule.model_coef, slope)[:, 0] / _nonzero(q)
 
 
-def error_weight(schedule: Schedule) -> Tensor:
-    """(T,): relative error of the sample if a prediction, or the clean sample by it, is wrong by its own size.
+def prediction_weight(schedule: Schedule, least: Tensor | None = None) -> Tensor:
+    """(T,): relative error of the sample if a prediction is wrong by its own size, or by `least`: (T,) if that is more.
 
     At least as much as it moves the next state: a linear model forgets early errors, which a network need not do.
     """
     variance, signal, sigma = TYPICAL_VARIANCE, schedule.signal, schedule.sigma
     p, q = schedule.denoised_coef().unbind(1)
-    q = torch.where(q == 0, 1, q).abs()
-    size = (variance * (1 - p * signal[:-1]).square() + (p * sigma[:-1]).square()).sqrt() / q
-    size = torch.maximum(size, variance**0.5 / q)
+    size = (variance * (1 - p * signal[:-1]).square() + (p * sigma[:-1]).square()).sqrt() / _nonzero(q).abs()
+    size = size if least is None else torch.maximum(size, least)
     next_state = (variance * signal[1:].square() + sigma[1:].square()).sqrt().clamp_min(1e-300)
     slope = schedule.slope(variance)[:, None]
     to_sample = adjoint(schedule.state_coef, schedule.model_coef, slope)[:, 0]
     return size * torch.maximum(to_sample.abs() / variance**0.5, schedule.model_coef[:, 0].abs() / next_state)
+
+
+def error_weight(schedule: Schedule) -> Tensor:
+    """(T,): the same, for a prediction that is wrong by its own size, or the clean sample by that if that is more."""
+    return prediction_weight(schedule, TYPICAL_VARIANCE**0.5 / _nonzero(schedule.denoised_coef()[:, 1]).abs())
+
+
+def _nonzero(q: Tensor) -> Tensor:
+    return torch.where(q == 0, 1, q)
 
 
 def adjoint(state_coef: Tensor, model_coef: Tensor, slope: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ def solve_in_rounds(
     prepared = seconds_of_tables(options.schedule)
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
     believed = planner.believes(workload, window, seconds_of_tables(options.schedule) > prepared)
-    if stats.stop_reason != "callback" and believed and stats.check_evals <= AFTERWARDS:
+    usual = stats.check_evals <= AFTERWARDS or monitor.gave_up
+    if stats.stop_reason != "callback" and believed and usual:
         seconds, rows, share = clock() - began - monitor.outside, stats.model_evals - evals, 1.0
         rounds = stats.rounds - taken_over
         if monitor.gave_up and monitor.rounds:  # it counts with what it would still have taken

@@ -18,6 +18,8 @@ from deqdiff_fast.engine.cuda_graphs import Graphs
 from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.model.padding import padded_sizes
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 
 class Tape(TorchDispatchMode):
     """Notes operations with the tensors they took and gave; a replay computes them anew into those tensors."""

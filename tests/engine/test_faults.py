@@ -7,6 +7,8 @@ import torch
 
 import deqdiff_fast as dq
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 SOLVERS = ["picard", "anderson", "triangular", "deq-ddim", "paradigms"]
 
 

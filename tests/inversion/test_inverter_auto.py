@@ -10,6 +10,8 @@ from deqdiff_fast.inversion import FixedPoint
 from deqdiff_fast.inversion.automatic import Automatic, InversionHistory, InversionWork
 from deqdiff_fast.planner import measure as cost
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 SHAPE = (3, 8, 8)
 
 

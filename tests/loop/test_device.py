@@ -18,6 +18,8 @@ from deqdiff_fast.loop.stopping import StoppingRule
 from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.loop.window import Window
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 ROOT = Path(__file__).resolve().parents[2]
 FULL = dq.QuasiNewton(nodes=False)
 SOLVERS = [

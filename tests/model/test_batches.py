@@ -12,6 +12,8 @@ from deqdiff_fast.engine import solve
 from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.model.padding import is_compiled, out_of_memory, padded_sizes
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 
 class Small(torch.nn.Module):
     def __init__(self) -> None:

@@ -7,6 +7,8 @@ import torch
 
 import deqdiff_fast as dq
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 TOL = 1e-2
 
 

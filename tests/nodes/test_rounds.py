@@ -8,6 +8,8 @@ import torch
 import deqdiff_fast as dq
 from deqdiff_fast.solver import QuasiNewton
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 TOL = 1e-2
 
 

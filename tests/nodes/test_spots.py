@@ -10,6 +10,8 @@ from deqdiff_fast.engine.checked_timesteps import AFTERWARDS, LEFT_OUT, CheckedT
 from deqdiff_fast.nodes.grid import error_weight, round_sizes
 from deqdiff_fast.nodes.problem import NodeOutcome, Spots
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 TOL = 1e-2
 
 

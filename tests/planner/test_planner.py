@@ -19,6 +19,8 @@ from deqdiff_fast.planner.free_memory import free_bytes
 from deqdiff_fast.planner.monitor import give_up, work_left
 from deqdiff_fast.planner.round_model import Expectation
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 IDLE, BUSY = {1: 1.0, 128: 1.0}, {1: 1.0, 128: 128.0}  # devices on which more rows are free, and on which they are not
 
 
@@ -382,7 +384,7 @@ def test_rounds_on_nodes_that_do_not_suffice_are_not_followed_by_dear_ones(machi
     assert out.stats.stop_reason == "replanned", "the mixture takes full rounds at that tolerance"
     assert 0 < out.stats.rounds == out.stats.node_rounds
     assert out.stats.finished_serially == 500
-    assert device.now - began < 1.5 * 500
+    assert device.now - began - out.stats.check_evals < 1.5 * 500
     assert relative_error(out.sample, sampler.serial(noise(1)).sample).max() < 1e-5
     assert sampler.plan((3, 8, 8)).serial, "and that is remembered"
 

@@ -11,6 +11,8 @@ from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.schedule.tables import step_variance
 from deqdiff_fast.solver import Paradigms, resolve
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 
 def paradigms(model, schedule, noise, width, tol):
     """Algorithm 1 of arXiv 2305.16317 for one sample and a DDIM chain with eta = 0: the sample, fronts, evaluations."""

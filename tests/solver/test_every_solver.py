@@ -13,6 +13,8 @@ from deqdiff_fast.engine import solve
 from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.solver import NAMED
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 HOST, DEVICE = None, Lookahead(near=0.0)
 LOOPS = pytest.mark.parametrize("policy", [HOST, DEVICE], ids=["host", "device"])
 WINDOWED = [case for case in SOLVERS if case.windows]

@@ -10,6 +10,8 @@ import torch
 import deqdiff_fast as dq
 from deqdiff_fast.solver import Parareal, resolve
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 
 def by_hand(model, schedule, noise, edges):
     """The samples after every sweep of algorithm 1 of arXiv 2412.08292, by the textbook DDIM step (eta = 0)."""

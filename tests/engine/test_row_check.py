@@ -1,0 +1,132 @@
+"""Models whose rows are not what they are alone: named before any work, or known as rounding."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import deqdiff_fast as dq
+from deqdiff_fast.engine.row_check import LARGEST, MOST_SOLVES, RowRecord
+
+PARALLEL = ["quasi-newton", "anderson", "picard"]
+
+
+def first_timestep(model):
+    """t[0] for all rows."""
+    return lambda x, t: model(x, t[:1].expand_as(t))
+
+
+def window_of_the_first(model):
+    """A condition that is on or off for the whole batch, by the first row."""
+    return lambda x, t: model(x, t) * (1.3 if t[0] > 500 else 1.0)
+
+
+def batch_norm(model):
+    """Statistics over the batch."""
+    norm = nn.BatchNorm2d(3)
+    return lambda x, t: norm(model(x, t))
+
+
+def attention(model):
+    """Rows that look at each other, as frames of one video do."""
+
+    def attend(x, t):
+        y = model(x, t)
+        return y + 0.5 * y.mean(0, keepdim=True)
+
+    return attend
+
+
+def counting(model):
+    """Every second call says something else."""
+    calls = []
+
+    def count(x, t):
+        calls.append(1)
+        return model(x, t) * (1.1 if len(calls) % 2 else 1.0)
+
+    return count
+
+
+@pytest.mark.parametrize("solver", PARALLEL)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("broken", [first_timestep, window_of_the_first, batch_norm, attention, counting])
+def test_rows_that_are_not_independent_are_refused(mixture, ddim, noise, broken, batch, solver):
+    sampler = dq.DEQSampler(broken(mixture()), ddim(20), solver=solver)
+    with (
+        pytest.raises(dq.ModelOutputError, match=r"not independent.*timestep \d+ \(sample \d\).*serial"),
+        torch.no_grad(),
+    ):
+        sampler.sample(noise(batch))
+
+
+def test_dropout_is_found(mixture, ddim, noise):
+    drop, model = nn.Dropout(0.3), mixture()
+    sampler = dq.DEQSampler(lambda x, t: drop(model(x, t)), ddim(20), solver="quasi-newton")
+    with pytest.raises(dq.ModelOutputError, match=r"model\.eval"):
+        sampler.sample(noise(1))
+    drop.eval()
+    assert sampler.sample(noise(1)).converged.all()
+
+
+def test_the_serial_chain_of_such_a_model_is_as_it_was(mixture, ddim, noise):
+    model = first_timestep(mixture())
+    assert dq.DEQSampler(model, ddim(20)).serial(noise(2)).converged.all()
+
+
+def test_a_few_evaluations_in_a_few_solves(mixture, ddim, noise):
+    model = mixture()
+    sampler = dq.DEQSampler(model, ddim(12), solver="picard")
+    looked = []
+    for _ in range(9):
+        model.rows = 0
+        stats = sampler.sample(noise(2)).stats
+        assert stats.model_evals == model.rows
+        looked.append(stats.check_evals)
+    assert [number for number, count in enumerate(looked, 1) if count] == [1, 2, 4, 8]
+    assert max(looked) <= 5
+
+
+def test_looks_become_rare_and_do_not_end():
+    record = RowRecord()
+    due = [solve for solve in range(1, 200) if record.due()]
+    assert due[:6] == [1, 2, 4, 8, 16, 32]
+    assert due[6:] == list(range(2 * MOST_SOLVES, 200, MOST_SOLVES))
+
+
+class Rounded:
+    """A model whose predictions depend on the size of a batch by `size`, as TF32 or another convolution makes them."""
+
+    def __init__(self, model, size):
+        self.model, self.size = model, size
+
+    def __call__(self, x, t):
+        y = self.model(x, t)
+        draw = torch.Generator().manual_seed(len(x))
+        return y + self.size * y.norm() / y.numel() ** 0.5 * torch.randn(y.shape, generator=draw)
+
+
+def test_rounding_is_not_refused_and_bounds_the_tolerance(mixture, ddim, noise, relative_error, caplog):
+    plain, x = mixture(), noise(1)
+    sampler = dq.DEQSampler(Rounded(plain, 5e-4), ddim(50), solver="quasi-newton", tol=1e-4)
+    with caplog.at_level(logging.WARNING, logger="deqdiff_fast"):
+        found = [sampler.sample(x) for _ in range(2)]
+    assert sum("out of reach" in record.message for record in caplog.records) == 1
+    for one in found:
+        assert one.stats.stop_reason == "rounding"
+        assert not one.converged.any()
+        assert one.stats.rounds <= 15
+        assert one.stats.finished_serially == 0
+        assert relative_error(one.sample, sampler.serial(x).sample).max() < 5e-3
+    looser = dq.DEQSampler(Rounded(plain, 5e-4), ddim(50), solver="quasi-newton", tol=1e-2).sample(x)
+    assert looser.converged.all()
+    assert looser.stats.stop_reason == "converged"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_honest_models_pass(mixture, ddim, noise, dtype):
+    assert dq.DEQSampler(mixture(), ddim(20), solver="picard").sample(noise(2).to(dtype)).converged.all()
+    assert LARGEST[torch.float32] > 1e-3
