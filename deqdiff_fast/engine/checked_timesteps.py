@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._locks import Lock
-from ..model.knowledge import signature_of
+from ..model.knowledge import signature_of, variant_of
 from ..nodes.grid import error_weight
 from ..nodes.problem import NodeOutcome, Spots
 from ..schedule.cache import cached
@@ -81,7 +81,7 @@ def checked_timesteps(options: Options, noise: Tensor, model_kwargs: dict[str, A
     schedule = options.schedule
     times = cached(schedule, "times", lambda: tuple(schedule.timesteps.tolist()))
     weight = cached(schedule, "error weight", lambda: error_weight(schedule))
-    chain = (times, schedule.name, schedule.lags, getattr(options.model, "variant", None))
+    chain = (times, schedule.name, schedule.lags, variant_of(options.model))
     key = ("timesteps", chain, signature_of(noise, model_kwargs))
     known: CheckedTimesteps = options.knowledge.setdefault(key, CheckedTimesteps(weight))
     return known

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelOutputError
-from ..model.knowledge import signature_of
+from ..model.knowledge import signature_of, variant_of
 from ..nodes.grid import prediction_weight
 from ..schedule.cache import cached
 from .options import Options
@@ -60,7 +60,7 @@ def check_rows(system: System, options: Options, noise: Tensor) -> RowRecord:
     Raises:
         ModelOutputError: a row of a batch is not what it is alone, by more than rounding.
     """
-    key = ("rows", signature_of(noise, system.model_kwargs), getattr(options.model, "variant", None))
+    key = ("rows", signature_of(noise, system.model_kwargs), variant_of(options.model))
     record: RowRecord = options.knowledge.setdefault(key, RowRecord())
     if record.due() and system.num_steps > 1:
         with torch.no_grad():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from .._locks import Lock
-from ..model.knowledge import shared_with_model, signature_of
+from ..model.knowledge import shared_with_model, signature_of, variant_of
 from ..planner import measure as cost
 from ..planner.cost_curve import Curve
 from .base import InversionProblem, MethodResult
@@ -122,7 +122,10 @@ class Automatic:
         kind = (problem.batch, schedule.num_steps, schedule.name, schedule.stochastic, problem.tol)
         with _LOCK:
             history: InversionHistory = cache.setdefault(("inversion", signature, *kind, self), InversionHistory())
-            costs: cost.Costs = cache.setdefault(("costs", (type(problem.model), *signature)), cost.Costs())
+            kinds = (type(problem.model), variant_of(problem.model), *signature)
+            costs: cost.Costs = cache.setdefault(("costs", kinds), cost.Costs())
+                ("costs", (type(problem.model), variant_of(problem.model), *signature)), cost.Costs()
+            )
         works = {name: history.work.get(name, prior) for name, prior in typical_work(problem).items()}
         wide = works["equilibrium"].evaluations * problem.batch / works["equilibrium"].rounds
         calls, probes = measure_calls(problem, costs, max(round(wide), problem.batch + 1))

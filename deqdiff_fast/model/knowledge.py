@@ -22,13 +22,19 @@ def shared_with_model(model: Model) -> dict[Any, Any] | None:
 
     None for a model that is neither hashed nor weakly referenced.
 
-    A wrapper that is made anew for every use can name the model that it wraps in an attribute `base_model`.
+    A wrapper that is made anew for every use can name the model that it wraps in an attribute `base_model`; see
+    `variant_of`.
     """
     try:
         with _lock:
             return _SHARED.setdefault(getattr(model, "base_model", model), {})
     except TypeError:
         return None
+
+
+def variant_of(model: Model) -> Any:
+    """What tells a wrapper from others of the same `base_model`: the value of its `deqdiff_variant`, hashable."""
+    return getattr(model, "deqdiff_variant", None)
 
 
 def signature_of(noise: Tensor, model_kwargs: dict[str, Any] | None) -> Any:

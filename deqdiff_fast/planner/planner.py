@@ -13,7 +13,7 @@ from ..engine.node_solve import begins_on_nodes
 from ..engine.options import DEFAULT_TOL, Options
 from ..engine.system import System
 from ..engine.workspace import Workspace
-from ..model.knowledge import signature_of
+from ..model.knowledge import signature_of, variant_of
 from ..plan import Plan, RoundEstimate
 from .decide import PlannerInputs, candidate, decide, predict
 from .free_memory import usable_bytes
@@ -58,7 +58,8 @@ class Planner:
 
         trajectory: all states are asked for, so all timesteps are to be evaluated in the end.
         """
-        signature = (type(self.options.model), *signature_of(noise, model_kwargs))
+        model = self.options.model
+        signature = (type(model), variant_of(model), *signature_of(noise, model_kwargs))
         certify = self._nodes and not warm and (trajectory or self.options.certify == "full")
         key = (signature, noise.shape[0], warm, certify, *self._kind)
         stats: WorkloadStats | None = self._shared.get(key)

@@ -71,6 +71,8 @@ class GuidedModel:
         self.denoiser, self.family, self.calls = denoiser, family, calls
         self.guidance, self.batch = guidance, batch
         self._compiled_call_impl = is_compiled(denoiser) or None  # where the sampler looks: it then pads its batches
+        self.base_model = denoiser  # what is learned of it outlives this call of the pipeline
+        self.deqdiff_variant = (repr(family), repr(guidance), *(self._kind(call) for call in calls))
         for call in calls:
             self._check(call)
 
@@ -82,6 +84,12 @@ class GuidedModel:
             args, kwargs = call.arrange(torch.cat([x] * copies), times, *self._expand(call, rows))
             parts += self.parts(unwrap_output(self.denoiser(*args, **kwargs)), copies, x.shape[1])
         return self.guidance.combine(parts)
+
+    def _kind(self, call: Call) -> tuple[Any, ...]:
+        """What calls of the same cost, and as smooth in time, have in common."""
+        leaves, structure = tree_flatten((call.further, call.extra))
+        shapes = (tuple(leaf.shape) if isinstance(leaf, Tensor) else repr(leaf)[:80] for leaf in leaves)
+        return tuple(call.x.shape[1:]), self.copies(call), str(structure), *shapes
 
     def copies(self, call: Call) -> int:
         """How often the samples occur in the batch of one call: twice where guidance takes both halves at once."""
