@@ -124,8 +124,6 @@ class Automatic:
             history: InversionHistory = cache.setdefault(("inversion", signature, *kind, self), InversionHistory())
             kinds = (type(problem.model), variant_of(problem.model), *signature)
             costs: cost.Costs = cache.setdefault(("costs", kinds), cost.Costs())
-                ("costs", (type(problem.model), variant_of(problem.model), *signature)), cost.Costs()
-            )
         works = {name: history.work.get(name, prior) for name, prior in typical_work(problem).items()}
         wide = works["equilibrium"].evaluations * problem.batch / works["equilibrium"].rounds
         calls, probes = measure_calls(problem, costs, max(round(wide), problem.batch + 1))
