@@ -15,7 +15,8 @@ from .problem import NodeProblem
 
 UNSETTLED = 0.1  # what the last sweep of a draft may move where they have not settled
 GROWING, LARGEST = 2.0, 3.0  # times the last move of a draft's sweeps, or times the sample: they do not settle
-SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move
+SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move,
+LOOSE = 0.02  # or of what the round before has moved, if that is more: the next one moves that much again
 
 
 class NodeChain:
@@ -34,6 +35,7 @@ class NodeChain:
             problem.history + 1, self.states[1:], problem.ridge, problem.floor, problem.draft is not None
         )
         self.surprise = torch.zeros_like(self.remainder)
+        self.moved = 1.0  # relative, by the sweeps of the last round
         if self.draft is not None:
             self._sweep(None, self.remainder)
 
@@ -109,13 +111,19 @@ class NodeChain:
 
         Then once more with what the secants add along it; in every sweep they would feed on themselves.
         """
+        last = self.states[-1].clone()
         if not self._settle(base, None, out):
             self._give_up_draft(base, out)
         elif base is not None:
+            self.moved = self._moved_from(last)
             states, remainder, extra = self.states.clone(), out.clone(), torch.empty_like(out)
             self.history.correct(torch.zeros_like(out), states[:-1], extra)
             if not self._settle(base, extra, out):
                 self.states.copy_(states), out.copy_(remainder)
+
+    def _moved_from(self, last: Tensor) -> float:
+        """By how much the sample has moved, relative; of the sample of the batch that has moved most."""
+        return float(((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max())
 
     def _settle(self, base: Tensor | None, extra: Tensor | None, out: Tensor) -> bool:
         """Sweeps of the draft over all nodes at once, until they move the sample no more; whether they have settled."""
@@ -129,10 +137,10 @@ class NodeChain:
             if extra is not None:
                 out.add_(extra)
             self._scan(out, self.states)
-            before, moved = moved, float(((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max())
+            before, moved = moved, self._moved_from(last)
             if not moved <= min(GROWING * before, LARGEST):
                 return False
-            if moved <= SETTLED * self.problem.tol:
+            if moved <= max(SETTLED * self.problem.tol, LOOSE * self.moved):
                 return True
         return base is None or moved <= UNSETTLED
 

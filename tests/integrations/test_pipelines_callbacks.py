@@ -56,6 +56,7 @@ def test_a_callback_can_interrupt(make, tiny, relative_error, name):
     assert relative_error(ours, tiny.call(plain, **tiny.arguments(name))[0]).min() > 1e-2
 
 
+@pytest.mark.usefixtures("rows_are_known")
 def test_a_running_solve_can_be_interrupted(make, tiny, monkeypatch):
     pipe = parallel(make("sd"), solver="picard", tol=1e-6)
     calls, plain = [], GuidedModel.__call__
