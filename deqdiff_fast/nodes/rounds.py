@@ -63,8 +63,9 @@ class NodeRounds:
             asked = None if changed else asked
             self._ask(asked, round)
             before, found = found, self._advance()
-            if before is not None and round > UNTOLD + 2 and bool((found.step > GROWING * before.step).any()):
-                chain.forget_draft()  # what it makes of the secants grows
+            if chain.draft is not None and before is not None and round > UNTOLD + 2:
+                if bool((found.step > GROWING * before.step).any()):  # what it makes of the secants grows
+                    chain.forget_draft()
             latest = self._estimate_error(found, before if round > UNTOLD else None, changed)
             if asked is not None:  # nothing is new of samples that were not asked about
                 latest = torch.where(asked.any(0).cpu() | latest.isnan(), latest, total)
