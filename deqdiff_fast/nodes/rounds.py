@@ -63,9 +63,8 @@ class NodeRounds:
             asked = None if changed else asked
             self._ask(asked, round)
             before, found = found, self._advance()
-            if chain.draft is not None and before is not None and round > UNTOLD + 2:
-                if bool((found.step > GROWING * before.step).any()):  # what it makes of the secants grows
-                    chain.forget_draft()
+            if before is not None and chain.draft is not None and round > UNTOLD + 2 and _grows(found, before):
+                chain.forget_draft()  # what it makes of the secants grows
             latest = self._estimate_error(found, before if round > UNTOLD else None, changed)
             if asked is not None:  # nothing is new of samples that were not asked about
                 latest = torch.where(asked.any(0).cpu() | latest.isnan(), latest, total)
@@ -201,3 +200,8 @@ class NodeRounds:
             little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
         return asked & ~torch.tensor(self._over(), device=asked.device)
+
+
+def _grows(found: Estimate, before: Estimate) -> bool:
+    """Whether steps have become much longer than in the round before."""
+    return bool((found.step > GROWING * before.step).any())
