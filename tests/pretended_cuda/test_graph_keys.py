@@ -9,6 +9,8 @@ import pytest
 import torch
 from graph_solves import Net, kept, same, sampler_of, start
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 
 def test_autocast_leaves_no_casts_behind(api, ddim):
     """What autocast remembers of the weights is freed at the end of its context; the dtype makes another recording."""

@@ -14,6 +14,8 @@ from graph_solves import FULL, kept, name, same, sampler_of
 from deqdiff_fast.engine import graph_cache
 from deqdiff_fast.engine.host_waits import watch_host_waits
 
+pytestmark = pytest.mark.usefixtures("rows_are_known")
+
 
 @pytest.mark.parametrize("solver", [FULL, "picard", "triangular", "anderson"], ids=name)
 def test_a_recorded_solve(api, ddim, net, solver):
