@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ModelOutputError
 from ..model.knowledge import signature_of, variant_of
+from ..model.recording import RecordedModel
 from ..nodes.grid import prediction_weight
 from ..schedule.cache import cached
 from .options import Options
@@ -62,7 +63,8 @@ def check_rows(system: System, options: Options, noise: Tensor) -> RowRecord:
     """
     key = ("rows", signature_of(noise, system.model_kwargs), variant_of(options.model))
     record: RowRecord = options.knowledge.setdefault(key, RowRecord())
-    if record.due() and system.num_steps > 1:
+    kept = isinstance(options.model, RecordedModel)  # these rows are on no chain: nothing to learn a draft from
+    if not kept and record.due() and system.num_steps > 1:
         with torch.no_grad():
             worst = _difference(system, noise, record.looks)
         record.rounding, record.looks = max(record.rounding, worst), record.looks + 1

@@ -90,6 +90,13 @@ def test_a_few_evaluations_in_a_few_solves(mixture, ddim, noise):
     assert max(looked) <= 5
 
 
+def test_what_is_recorded_is_on_the_chain(mixture, ddim, noise):
+    model, recording = mixture(), dq.Recording()
+    stats = dq.DEQSampler(model, ddim(12), solver="picard").record(recording).sample(noise(1)).stats
+    assert stats.check_evals == 0
+    assert stats.model_evals == model.rows
+
+
 def test_looks_become_rare_and_do_not_end():
     record = RowRecord()
     due = [solve for solve in range(1, 200) if record.due()]
