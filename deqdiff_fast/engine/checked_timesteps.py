@@ -79,9 +79,8 @@ def needed(weight: Tensor, most: float) -> Tensor:
 def checked_timesteps(options: Options, noise: Tensor, model_kwargs: dict[str, Any] | None) -> CheckedTimesteps:
     """What is known for such solves."""
     schedule = options.schedule
-    times = cached(schedule, "times", lambda: tuple(schedule.timesteps.tolist()))
     weight = cached(schedule, "error weight", lambda: error_weight(schedule))
-    chain = (times, schedule.name, schedule.lags, variant_of(options.model))
-    key = ("timesteps", chain, signature_of(noise, model_kwargs))
+    chain = cached(schedule, "checked", lambda: (*schedule.timesteps.tolist(), *weight.tolist()))  # eta included
+    key = ("timesteps", chain, variant_of(options.model), signature_of(noise, model_kwargs))
     known: CheckedTimesteps = options.knowledge.setdefault(key, CheckedTimesteps(weight))
     return known

@@ -18,13 +18,13 @@ SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sq
 SKIPPED = 0.03  # part of the tolerance that nodes that are not asked again may cost
 UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
-HONEST, UNSEEN = 1.5, 0.3  # spots may show that many times what was estimated of interpolation, and part of it more
+SPOT_FACTOR, SPOT_SLACK = 1.5, 0.3  # times the estimate of interpolation, and part of the tolerance more, in spots
 GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the estimate three rounds before
-SUDDEN = 30.0  # times the tolerance: from there no single round leads to the end
-WILD = 3.0  # an estimate that says nothing, times the sample
+LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
+LARGEST_ESTIMATE = 3.0  # an estimate that says nothing, times the sample
 
 Report = Callable[[int, Tensor, "NodeRounds"], object]
 """report(round, error estimate (B,), the rounds): called after every round; returning True stops."""
@@ -149,10 +149,10 @@ class NodeRounds:
         total = total.masked_fill(broken, float("nan"))
         if self.missed is None:
             return total.cpu().double()
-        unseen = self.missed - HONEST * found.interpolation[self.problem.spots.sample]
+        unseen = self.missed - SPOT_FACTOR * found.interpolation[self.problem.spots.sample]
         self.missed = None
         *told, beyond = torch.cat([total, unseen[None]]).cpu().double().tolist()
-        self.rough = not beyond <= UNSEEN * self.problem.tol
+        self.rough = not beyond <= SPOT_SLACK * self.problem.tol
         return torch.tensor(told, dtype=torch.float64)
 
     def _note_done(self, trace: list[Tensor]) -> None:
@@ -160,7 +160,7 @@ class NodeRounds:
         tol, estimates = self.problem.tol, trace[-1].tolist()
         last = trace[-2].tolist() if len(trace) > UNTOLD + 1 else [0.0] * self.batch
         self.done = [
-            e <= tol and (done or (before <= SUDDEN * tol and not lost))
+            e <= tol and (done or (before <= LARGEST_FALL * tol and not lost))
             for e, done, before, lost in zip(estimates, self.done, last, self.hopeless)
         ]
 
@@ -176,8 +176,8 @@ class NodeRounds:
         rough = settled.tolist() if most else [False] * self.batch
         for b, done in enumerate(self.done):
             stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
-            wild = len(trace) > UNTOLD and float(trace[-1][b]) > WILD
-            self.hopeless[b] = self.hopeless[b] or (not done and (rough[b] or stalled or wild))
+            diverged = len(trace) > UNTOLD and float(trace[-1][b]) > LARGEST_ESTIMATE
+            self.hopeless[b] = self.hopeless[b] or (not done and (rough[b] or stalled or diverged))
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is neither done nor hopeless wants more nodes."""

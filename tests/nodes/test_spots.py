@@ -71,6 +71,17 @@ def test_another_sampler_of_the_model_does_not_look_again(mixture, ddim, noise):
     assert another.stats.check_evals > AFTERWARDS, "another schedule has other timesteps"
 
 
+def test_another_eta_of_the_same_scheduler_is_looked_at_anew(mixture, noise):
+    """What may be left out depends on it, and neither timesteps nor name do."""
+    scheduler, model = pytest.importorskip("diffusers").DDIMScheduler(), mixture()
+    checks = []
+    for eta in (0.0, 0.5):
+        schedule = dq.Schedule.from_diffusers(scheduler, 100, eta=eta)
+        stats = dq.DEQSampler(model, schedule, solver="quasi-newton").sample(noise(1)).stats
+        checks.append(stats.check_evals)
+    assert min(checks) > AFTERWARDS + 5
+
+
 def test_a_model_that_is_not_smooth_is_solved_on_all_timesteps_for_some_time(mixture, ddim, noise, relative_error):
     schedule, rounds = ddim(50), []
     model = Switched(mixture(), schedule, [1], 0.1)

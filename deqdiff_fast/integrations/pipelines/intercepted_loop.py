@@ -21,6 +21,7 @@ from ...schedule.probe import next_state
 from ...solution import RoundInfo, Solution, Stats
 from .calls import Call
 from .change_monitor import ChangeMonitor, has_callbacks
+from .custom_parts import custom_parts, needs_serial
 from .families import Family
 from .first_step import is_tiled, read_first_step
 from .lockstep import Lockstep
@@ -28,7 +29,6 @@ from .problem import DenoisingProblem
 from .proxies import DenoiserProxy, Output, scheduler_proxy
 from .random_state import RandomState
 from .row_check import row_fault
-from .strangers import needs_serial, strangers
 
 _LOG = logging.getLogger("deqdiff_fast")
 _PROBE_TOLERANCE = 8  # in units of the dtype's rounding: the same operations on the same numbers
@@ -108,7 +108,7 @@ class InterceptedLoop:
         assert self.problem is not None
         self._check_guidance(model_output)
         if self.solution is None:
-            fault, output = row_fault(self.denoiser, self.problem, strangers(self.denoiser))
+            fault, output = row_fault(self.denoiser, self.problem, custom_parts(self.denoiser))
             if fault:
                 self._refuse(fault)
                 return self._step_serially(output, timestep, sample, return_dict=as_dict, **kwargs)

@@ -38,12 +38,12 @@ def needs_serial(denoiser: nn.Module, scheduler: Any) -> str:
     return ""
 
 
-def strangers(denoiser: nn.Module) -> list[str]:
+def custom_parts(denoiser: nn.Module) -> list[str]:
     """The parts of a model that come from elsewhere than the libraries it is made of."""
-    return list(dict.fromkeys(_strangers(denoiser)))
+    return list(dict.fromkeys(_custom_parts(denoiser)))
 
 
-def _strangers(denoiser: nn.Module) -> Iterator[str]:
+def _custom_parts(denoiser: nn.Module) -> Iterator[str]:
     for name, module in denoiser.named_modules():
         where = f" at {name}" if name else ""
         kind = type(module)
