@@ -15,6 +15,7 @@ from .errors import (
     NonFiniteError,
     NotAffineError,
     NotConvergedError,
+    RankError,
     StaleLeaseError,
 )
 from .gradient.implicit import Implicit
@@ -27,6 +28,7 @@ from .model.conv_draft import ConvDraft
 from .model.draft import Draft
 from .model.guidance import guided
 from .model.recording import Recording
+from .ranks import sharded
 from .sampler import DEQSampler
 from .schedule import Schedule, SpectralSlope
 from .solution import RoundInfo, Solution, Stats
@@ -56,6 +58,7 @@ __all__ = [
     "Phantom",
     "Picard",
     "QuasiNewton",
+    "RankError",
     "Recording",
     "Reversible",
     "RoundInfo",
@@ -69,6 +72,7 @@ __all__ = [
     "__version__",
     "distill",
     "guided",
+    "sharded",
     "shared",
 ]
 

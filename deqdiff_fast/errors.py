@@ -45,6 +45,26 @@ class NotConvergedError(DeqDiffError, RuntimeError):
         self.solution = solution
 
 
+class RankError(DeqDiffError, RuntimeError):
+    """Something went wrong on one of several ranks; raised on all of them.
+
+    `rank` says on which (-1 where that is not one), `timestep` and `round` where, as far as that is known.
+    """
+
+    def __init__(
+        self, message: str, *, rank: int = -1, timestep: float | None = None, round: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.rank, self.timestep, self.round = rank, timestep, round
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}{f' (round {self.round})' if self.round else ''}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        at = {name: getattr(self, name) for name in ("rank", "timestep", "round")}
+        return partial(type(self), **at), self.args, vars(self)
+
+
 class NotAffineError(DeqDiffError, ValueError):
     """The scheduler's step is not affine in the states and predictions, so it cannot be solved in parallel exactly."""
 

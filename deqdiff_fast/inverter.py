@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from .engine.reporting import ProgressBar, report_not_converged
 from .engine.row_limit import row_limit
 from .inversion import resolve
 from .inversion.base import DEFAULT_TOL, InversionInfo, InversionProblem, InversionStats, Method
+from .inversion.begin import begun
 from .inversion.bound_model import bind
 from .inversion.verification import verify_and_refine
 from .memory import SolverMemory, default_memory
 from .model.sample_kwargs import warn_of_guesses
 from .model.transforms import check_inputs
+from .ranks import sharded
 from .schedule import Schedule, SpectralSlope
 from .schedule.noise import check_generator
 
@@ -60,7 +63,7 @@ class DEQInverter:
         max_rounds: model calls that wait for each other before giving up (None: the method's own limit).
         window: timesteps solved at a time, or "auto".
         spectrum: the data's power spectrum, a better start and slope.
-        max_batch, backend, memory: as for `DEQSampler`.
+        max_batch, backend, memory, group: as for `DEQSampler`.
         on_failure: what to do when the tolerance is missed: finish one step after the other and hand over the best
             noise ("serial"), raise NotConvergedError ("raise"), or warn ("warn").
         **options: of a method given by its name, see `Equilibrium`, `FixedPoint`, `DDIMInversion` and `Optimise`.
@@ -85,11 +88,12 @@ class DEQInverter:
         backend: Backend = "auto",
         on_failure: OnFailure = "serial",
         memory: SolverMemory | None = None,
+        group: Any = None,
         **options: Any,
     ) -> None:
         arguments.check_model(model)
         arguments.check_schedule(schedule)
-        self.model, self.schedule = model, schedule
+        self.model, self.schedule = model if group is None else sharded(model, group), schedule
         self.method = resolve(method, options)
         if spectrum is not None and not isinstance(spectrum, SpectralSlope):
             raise TypeError(f"spectrum: expected a SpectralSlope or None, got {type(spectrum).__name__}")
@@ -140,16 +144,22 @@ class DEQInverter:
             NotImplementedError: an argument carries a forward-mode tangent or belongs to a torch.func transform.
             NotConvergedError: the tolerance is missed and `on_failure` is "raise".
         """
-        self._check(image, model_kwargs, generator, callback, init_trajectory)
         start_time = time.perf_counter()
-        with torch.no_grad(), ProgressBar(progress, "inverting", "state") as bar:
+        check = partial(self._check, image, model_kwargs, generator, callback, init_trajectory)
+        given = model_kwargs, generator, init_trajectory
+        with (
+            begun(self, check, image, given, callback, progress) as callback,
+            torch.no_grad(),
+            ProgressBar(progress, "inverting", "state") as bar,
+        ):
             report = _reporter(bar, callback) if progress or callback is not None else None
             model, model_kwargs = bind(self.model, image.shape[0], model_kwargs)
+            limit = row_limit(self.max_batch, image, getattr(model, "deqdiff_ranks", None))
             problem = InversionProblem(
                 model=model, schedule=self.schedule, image=image.detach(), model_kwargs=model_kwargs,
                 generator=generator, tol=self.tol, max_rounds=self.max_rounds, window=self.window, backend=self.backend,
-                on_failure=self.on_failure, max_batch=row_limit(self.max_batch, image), memory=self.memory,
-                spectrum=self.spectrum, report=report, init_trajectory=init_trajectory,
+                on_failure=self.on_failure, max_batch=limit, memory=self.memory, spectrum=self.spectrum, report=report,
+                init_trajectory=init_trajectory,
             )  # fmt: skip
             found = self.method.solve(problem)
             reconstruction, error = verify_and_refine(problem, self.method, found)

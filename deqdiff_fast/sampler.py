@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,23 +12,24 @@ from torch.utils._pytree import tree_leaves
 
 from ._devices import methods_with_tables_on_cpu
 from ._types import Backend, Generators, Model, OnFailure
-from .engine import arguments
+from .engine.begin import begun
 from .engine.options import Options
 from .engine.solve import Request, solve_parallel, solve_serially
 from .gradient import Gradient, Problem, Unrolled
 from .gradient import resolve as resolve_gradient
+from .gradient.adjoint_settings import adjoint_settings
 from .loop.base import Solver
 from .memory import SolverMemory
 from .model.recording import Recording
 from .plan import Plan
+from .planner.free_memory import usable_bytes
 from .planner.planner import Planner
 from .planner.run import solve_planned
 from .planner.warmup import compile_sizes, example_noise, warm_up
 from .schedule import Schedule, SpectralSlope
 from .solution import Callback, Solution
-from .solver import resolve
 
-ADJOINT_TOL = 1e-4
+_begun = partial(begun, usable_bytes)
 
 
 @methods_with_tables_on_cpu
@@ -63,6 +65,8 @@ class DEQSampler:
             every timestep first, as do solves with gradients or `return_trajectory`.
         draft: a cheap stand-in for the model, called like it, for fewer rounds (see `Drafted`; `distill` makes one).
         memory: a `SolverMemory` of one's own; by default all samplers share one pool.
+        group: a torch.distributed ProcessGroup, a DeviceMesh of one dimension, or "world": every model call is shared
+            out over its ranks, which all call with the same arguments and get the same bits, see `sharded`.
 
     Raises:
         TypeError: unknown arguments. ValueError: bad values.
@@ -87,11 +91,12 @@ class DEQSampler:
         draft: Model | None = None,
         certify: Literal["estimate", "full"] = "estimate",
         memory: SolverMemory | None = None,
+        group: Any = None,
     ) -> None:
         self.options = Options.check(
             model, schedule, solver, memory, tol=tol, max_rounds=max_rounds, window=window, backend=backend,
             on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
-            deterministic=deterministic, spectrum=spectrum, draft=draft, certify=certify,
+            deterministic=deterministic, spectrum=spectrum, draft=draft, certify=certify, group=group,
         )  # fmt: skip
         self.gradient, self.planner = resolve_gradient(gradient), Planner(self.options)
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
@@ -146,10 +151,14 @@ class DEQSampler:
             NonFiniteError, ModelOutputError, NotConvergedError, ValueError, TypeError. NotImplementedError: an argument
                 carries a forward-mode tangent or belongs to a torch.func transform.
         """
-        self.options.check_request(noise, model_kwargs, generator, isinstance(self.gradient, Unrolled))
-        arguments.check_trajectory(init_trajectory, noise, self.schedule.num_steps)
-        arguments.check_callback(callback)
         request = Request(noise, generator, callback, progress, init_trajectory, return_trajectory)
+        reverse, what = isinstance(self.gradient, Unrolled), ("sample", self.gradient)
+        with _begun(self.options, what, request, model_kwargs, reverse):
+            return self._sample(request, model_kwargs)
+
+    def _sample(self, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
+        """`sample`, of arguments that are sound."""
+        noise = request.noise
         if noise.shape[0] == 0 or not torch.is_grad_enabled():
             return self._solve(request, model_kwargs)
         parameters = [p for p in getattr(self.model, "parameters", list)() if p.requires_grad]
@@ -157,16 +166,16 @@ class DEQSampler:
         kwargs = [x for x in (*tree_leaves(model_kwargs), *own) if isinstance(x, Tensor) and x.requires_grad]
         if not (noise.requires_grad or parameters or kwargs):
             return self._solve(request, model_kwargs)
-        options, request.return_trajectory = self.options, True
+        options, keep, request.return_trajectory = self.options, request.return_trajectory, True
         solution = self.gradient.attach(
             Problem(
                 options.system(noise, model_kwargs), noise, parameters,
                 lambda: self._solve(request, model_kwargs), self._adjoint,
                 self.tolerance(noise.dtype), options.max_rounds, options.on_failure,
-                generator, init_trajectory, callback, progress,
+                request.generator, request.init_trajectory, request.callback, request.progress,
             )
         )  # fmt: skip
-        solution.trajectory = solution.trajectory if return_trajectory else None
+        solution.trajectory = solution.trajectory if keep else None
         return solution
 
     def _solve(self, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
@@ -179,15 +188,7 @@ class DEQSampler:
         self, model: Model, schedule: Schedule, start: Tensor, model_kwargs: dict[str, Any], tol: float | None
     ) -> Tensor:
         """Solve the adjoint chain with this sampler's settings; returns its trajectory (T + 1, B, D)."""
-        options = self.options
-        tol = tol or min(ADJOINT_TOL, options.tol or ADJOINT_TOL)
-        plain = self.solver.slope in ("auto", "scalar", None)  # a spectrum has the shape of an image
-        # neither a draft nor a solver that makes its own rounds, which may want more of a chain than an adjoint one has
-        plain = plain and not self.solver.needs_draft and not self.solver.makes_rounds
-        solver = self.solver if plain and self.solver.max_rounds is None else resolve("quasi-newton")
-        sampler = DEQSampler(
-            model, schedule, solver=solver.for_adjoint(), tol=tol, max_batch=options.max_batch, backend=options.backend
-        )
+        sampler = DEQSampler(model, schedule, **adjoint_settings(self.options, tol))
         with torch.no_grad():
             trajectory = sampler.sample(start, model_kwargs, return_trajectory=True).trajectory
         assert trajectory is not None
@@ -204,10 +205,9 @@ class DEQSampler:
         return_trajectory: bool = False,
     ) -> Solution:
         """The plain chain, one model call after the other; arguments and result as for `sample`."""
-        self.options.check_request(noise, model_kwargs, generator)
-        system = self.options.system(noise, model_kwargs, serial=True)
         request = Request(noise, generator, callback, progress, return_trajectory=return_trajectory)
-        return solve_serially(system, self.options, request)
+        with _begun(self.options, ("serial",), request, model_kwargs):
+            return solve_serially(self.options.system(noise, model_kwargs, serial=True), self.options, request)
 
     def plan(
         self,
@@ -250,10 +250,9 @@ class DEQSampler:
         four samples, compilation aside. Arguments and result as for `plan`, None where nothing is planned.
         """
         noise = example_noise(self.options, shape, batch, dtype, device)
-        self.options.check_request(noise, model_kwargs, None)
-        if self.options.planned:
-            return warm_up(self.planner, noise, model_kwargs)
-        with torch.no_grad():
+        with _begun(self.options, ("warmup",), Request(noise, None), model_kwargs), torch.no_grad():
+            if self.options.planned:
+                return warm_up(self.planner, noise, model_kwargs)
             compile_sizes(self.options, self.options.system(noise, model_kwargs), noise)
             for _ in range(2):  # CUDA graphs are captured in the second
                 self.sample(noise, model_kwargs, torch.Generator(noise.device).manual_seed(0))

@@ -21,6 +21,7 @@ LAYERS = (
     {"solution", "kernels"},
     {"schedule", "memory", "loop"},
     {"solver", "model", "nodes"},
+    {"ranks"},
     {"engine"},
     {"gradient", "planner"},
     {"sampler"},
@@ -37,6 +38,7 @@ ONLY = {
     "loop": {"errors", "_types", "kernels"},
     "solver": {"errors", "_types", "kernels", "loop"},
     "nodes": {"errors", "_types", "_devices", "kernels", "schedule"},
+    "ranks": {"errors", "_types", "_locks", "kernels", "solution", "model"},
     "schedule": {"errors", "_types", "_devices", "_locks"},
     "memory": {"errors", "_locks", "_C"},
 }

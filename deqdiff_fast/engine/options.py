@@ -20,6 +20,8 @@ from ..model.recording import RecordedModel, Recording
 from ..model.sample_kwargs import warn_of_guesses
 from ..model.stand_in import stand_in
 from ..model.transforms import check_inputs
+from ..ranks import sharded
+from ..ranks.group import Ranks
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.noise import check_generator
 from ..schedule.prior import prior_spectrum
@@ -67,6 +69,13 @@ class Options:
         """Raises ValueError or TypeError, naming the argument, what was expected and what came."""
         arguments.check_model(model)
         arguments.check_schedule(schedule)
+        if given["group"] is not None:
+            model = sharded(model, given["group"])
+        graphs = arguments.cuda_graph(given["cuda_graph"])
+        if getattr(model, "deqdiff_ranks", None) is not None:  # an exchange between processes is in no recording
+            if graphs is True:
+                raise ValueError("cuda_graph: expected 'auto' or False with a group, got True")
+            graphs = False
         resolved, spectrum, draft = resolve(solver), given["spectrum"], given["draft"]
         if draft is not None:
             arguments.check_draft(draft, schedule)
@@ -91,8 +100,8 @@ class Options:
             backend=arguments.choice("backend", given["backend"], ("auto", "reference", "cpp", "triton")),
             on_failure=arguments.choice("on_failure", given["on_failure"], ("serial", "raise", "warn")),
             max_batch=arguments.count("max_batch", given["max_batch"]),
-            cuda_graph=arguments.cuda_graph(given["cuda_graph"]),
-            graph_cache=GraphCache(given["cuda_graph"]),
+            cuda_graph=graphs,
+            graph_cache=GraphCache(graphs),
             deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
             spectrum=spectrum,
             memory=memory if memory is not None else default_memory(),
@@ -105,6 +114,12 @@ class Options:
         """The same settings and model; nothing that a solve writes to is shared."""
         memory, graphs = copy(self.memory), copy(self.graph_cache)
         return replace(self, memory=memory, graph_cache=graphs, learned=dict(self.learned), unshared={})
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those that the model's rows are shared out over, if any."""
+        found: Ranks | None = getattr(self.model, "deqdiff_ranks", None)
+        return found
 
     @property
     def knowledge(self) -> dict[Any, Any]:
@@ -144,8 +159,8 @@ class Options:
         return int(self.max_rounds or self.solver.max_rounds or self.solver.round_limit(self.schedule.num_steps))
 
     def row_limit(self, noise: Tensor) -> int | None:
-        """Most rows in one model call."""
-        limit = row_limit(self.max_batch, noise)
+        """Most rows in one model call, over all ranks."""
+        limit = row_limit(self.max_batch, noise, self.ranks)
         known = [rows for rows in (limit, self.learned.get("max_batch")) if rows is not None]
         return min(known, default=None)
 
@@ -178,7 +193,8 @@ class Options:
         system.learned, system.give_way = self.learned, self.graph_cache.on_shortage()
         if self.solver.needs_draft and self.draft is not None and not serial:
             arguments.check_draft_shape(self.draft, noise)
-            rows = BatchedModel(stand_in(self.draft, self.model), self.schedule, noise, model_kwargs, system.max_batch)
+            limit = system.max_batch if self.ranks is None else row_limit(self.max_batch, noise)  # not shared out
+            rows = BatchedModel(stand_in(self.draft, self.model), self.schedule, noise, model_kwargs, limit)
             system.draft = DraftCalls(rows)
         if not serial:  # windows, and rounds on nodes, come and go: a compiled model is to see the same sizes in all
             system.largest = self.most_rows(noise)

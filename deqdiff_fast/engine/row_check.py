@@ -122,6 +122,9 @@ def _difference(system: System, noise: Tensor, number: int) -> float:
 
 def _predict(system: System, states: Tensor, step: Tensor, sample: Tensor) -> Tensor:
     """(n, D) float32 or float64 predictions, in one call."""
+    asked, ranks = len(step), getattr(system.model, "deqdiff_ranks", None)
+    if ranks is not None:  # every one of them is to see the whole batch
+        states, step, sample = (x.repeat(ranks.size, *[1] * (x.dim() - 1)) for x in (states, step, sample))
     kwargs: dict[str, Any] = system.expand_kwargs(sample)
     count = len(step)
     size = system.pad(count)  # a compiled model is to see the sizes that it sees anyway
@@ -129,7 +132,7 @@ def _predict(system: System, states: Tensor, step: Tensor, sample: Tensor) -> Te
         more = torch.arange(size, device=step.device) % count
         states, step, kwargs = states[more], step[more], system.expand_kwargs(sample[more])
     system.check_evals += count
-    return system.predict(states.clone(), step, kwargs)[:count]
+    return system.predict(states.clone(), step, kwargs)[:asked]
 
 
 def _message(system: System, step: int, steps: list[int], apart: float, sample: int) -> str:

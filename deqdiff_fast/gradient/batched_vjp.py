@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..engine.system import System
-from ..model.sample_kwargs import select_rows
 
 CHUNK = 64  # rows in one call that stores its activations
 
@@ -34,7 +33,7 @@ class BatchedVJP:
 
     def predict(self, x: Tensor, step: Tensor, sample: Tensor) -> Tensor:
         """(n, D) predictions at states x: (n, D) of timesteps and samples (n,), differentiable."""
-        return self.system.predict(x, step, select_rows(self.kwargs or {}, self.system.batch, sample))
+        return self.system.predict(x, step, self.system.select(self.kwargs or {}, sample))
 
     def predict_step(self, x: Tensor, i: int) -> Tensor:
         """(B, D) predictions of all samples at step i, in one call: what `serial_chain` asks for."""

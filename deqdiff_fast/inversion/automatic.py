@@ -11,6 +11,7 @@ from .._locks import Lock
 from ..model.knowledge import shared_with_model, signature_of, variant_of
 from ..planner import measure as cost
 from ..planner.cost_curve import Curve
+from ..planner.shared_clock import SharedClock
 from .base import InversionProblem, MethodResult
 from .equilibrium import Equilibrium
 from .fixed_point import FixedPoint
@@ -74,9 +75,10 @@ class Automatic:
         seconds, history, calls, probes = self._predict(problem)
         chosen = min(seconds, key=lambda name: seconds[name])
         other = next(name for name in seconds if name != chosen)
-        start_time = time.perf_counter()
+        clock = clock_of(problem)
+        start_time = clock()
         result = self.equilibrium.solve(problem) if chosen == "equilibrium" else self._fixed_point_first(problem)
-        taken = time.perf_counter() - start_time
+        taken = clock() - start_time
         stats = result.stats
         if stats.stop_reason != "callback":
             work = InversionWork(stats.rounds, stats.model_evals / problem.batch)
@@ -134,6 +136,12 @@ class Automatic:
         return seconds, history, calls, probes
 
 
+def clock_of(problem: InversionProblem) -> cost.Clock:
+    """Seconds; the same on all ranks, where there are several."""
+    ranks = getattr(problem.model, "deqdiff_ranks", None)
+    return time.perf_counter if ranks is None else SharedClock(ranks)
+
+
 def typical_work(problem: InversionProblem) -> dict[str, InversionWork]:
     """What each method takes where nothing was seen."""
     steps = problem.schedule.num_steps
@@ -165,7 +173,9 @@ def measure_calls(problem: InversionProblem, costs: cost.Costs, rows: int) -> tu
     if wanted:
         system = problem.system()
         for n in sorted(wanted):
-            costs.set_call(n, cost.measure(system, problem.image.detach(), n, repeats=1, budget=0.1))
+            costs.set_call(
+                n, cost.measure(system, problem.image.detach(), n, repeats=1, budget=0.1, clock=clock_of(problem))
+            )
         probes = system.model_evals
     curve = costs.curve()
     assert curve is not None

@@ -20,6 +20,10 @@ class BoundModel:
     def __init__(self, model: Model, leaves: list[Any], structure: TreeSpec, rows: list[int]) -> None:
         """leaves, structure: of the arguments; rows: which leaves belong to the images."""
         self.model, self.base_model = model, getattr(model, "base_model", model)
+        self.deqdiff_ranks = getattr(model, "deqdiff_ranks", None)
+        if getattr(model, "takes_marks", False):
+            whole = (Tensor, list, tuple)  # what has as many entries as a call has rows may be one for all images
+            leaves = [x if k in rows or not isinstance(x, whole) else Shared(x) for k, x in enumerate(leaves)]
         self.leaves, self.structure, self.rows = leaves, structure, rows
 
     def __call__(self, x: Tensor, t: Tensor, *, rows: list[Any]) -> Any:

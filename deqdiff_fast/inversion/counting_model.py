@@ -22,6 +22,8 @@ class CountingModel:
     def __init__(self, model: Model) -> None:
         self.model, self.evals, self.calls, self.backpropagations = model, 0, 0, 0
         self.base_model = getattr(model, "base_model", model)
+        self.deqdiff_ranks = getattr(model, "deqdiff_ranks", None)
+        self.takes_marks = getattr(model, "takes_marks", False)
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
         self.calls, self.evals = self.calls + 1, self.evals + len(x)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .._types import Model, Rows
-from ..errors import ModelOutputError
+from ..errors import ModelOutputError, RankError
 from ..memory import Lease, MemoryPlan
 from ..schedule import Basis, Schedule
 from ..schedule.cache import cached
 from .outputs import output_fault
 from .padding import is_compiled, out_of_memory, padded_sizes
-from .sample_kwargs import select_rows
+from .sample_kwargs import select_rows, select_samples
 from .transforms import call
 
 _log = logging.getLogger("deqdiff_fast")
@@ -222,16 +222,25 @@ class BatchedModel:
         if key is not None and self._expanded is not None and self._expanded[0] == key:
             return self._expanded[1]
 
-        expanded: dict[str, Any] = select_rows(self.model_kwargs, self.batch, sample)
+        expanded = self.select(self.model_kwargs, sample)
         self._expanded = (key, expanded) if key is not None else None
         return expanded
+
+    def select(self, values: dict[str, Any], sample: Tensor) -> dict[str, Any]:
+        """Arguments as a call on rows of those samples wants them, (n,)."""
+        cuts = getattr(self.model, "takes_marks", False)  # what has n rows, unless it is marked
+        return dict((select_samples if cuts else select_rows)(values, self.batch, sample))
 
     def _call(
         self, inputs: Tensor, step: Tensor, kwargs: dict[str, Any], round: int, times: Tensor | None = None,
         count: int | None = None,
     ) -> Tensor:  # fmt: skip
         """One call on rows `inputs`: (n, D), of which the first `count` are wanted; checked, (n, D)."""
-        value = call(self.model, inputs.view(-1, *self.shape), self.times[step] if times is None else times, kwargs)
+        try:
+            value = call(self.model, inputs.view(-1, *self.shape), self.times[step] if times is None else times, kwargs)
+        except RankError as error:
+            error.round = round or None
+            raise
         self.model_calls += 1
         self.model_evals += len(step) if count is None else count
         fault = output_fault(value, (len(step), *self.shape), self.device)

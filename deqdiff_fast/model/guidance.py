@@ -79,6 +79,11 @@ class Guided:
         found: Callable[[], Any] = getattr(self.model, "parameters", list)
         return list(found())
 
+    @property
+    def deqdiff_ranks(self) -> Any:
+        """The ranks that the model's rows are shared out over, None without any."""
+        return getattr(self.model, "deqdiff_ranks", None)
+
     def conditioning_tensors(self) -> list[Tensor]:
         """The tensors that `bind_batch` adds to a call, for whoever wants to know whether they need a gradient."""
         leaves = tree_leaves((self.cond, self.uncond, self.scale))
@@ -135,7 +140,8 @@ class Guided:
         return combine(low, high, scale, self.rescale)
 
     def _call(self, x: Tensor, t: Tensor, rows: list[Any], shared: list[Any], layout: _Layout) -> Tensor:
-        given = {_ROW: iter(rows), _SHARED: iter(shared)}
+        marked = getattr(self.model, "takes_marks", False)  # it tells what has a row for each of x by itself
+        given = {_ROW: iter(rows), _SHARED: map(Shared, without_marks(shared)) if marked else iter(shared)}
         leaves = [next(given[value]) if value is _ROW or value is _SHARED else value for value in layout.constants]
         kwargs: dict[str, Any] = tree_unflatten(leaves, layout.structure)
         args = (kwargs.pop(""),) if layout.positional else ()

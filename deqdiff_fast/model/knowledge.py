@@ -27,7 +27,9 @@ def shared_with_model(model: Model) -> dict[Any, Any] | None:
     """
     try:
         with _lock:
-            return _SHARED.setdefault(getattr(model, "base_model", model), {})
+            known = _SHARED.setdefault(getattr(model, "base_model", model), {})
+            ranks = getattr(model, "deqdiff_ranks", None)  # what they all know is apart from what one of them knows
+            return known if ranks is None else known.setdefault(ranks, {})
     except TypeError:
         return None
 

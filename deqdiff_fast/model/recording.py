@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._locks import Lock
-from .._types import Model, unwrap_output
+from .._types import Model, unwrap_output, without_marks
 from .draft_conditions import Pooled, pool
 
 MOST_BYTES = 2**29
@@ -82,5 +82,5 @@ class RecordedModel:
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         kept = x.detach().to("cpu", copy=True)  # the model may write to its input
         prediction: Tensor = unwrap_output(self.model(x, t, **kwargs))
-        self.recording.add(kept, t, prediction, kwargs)
+        self.recording.add(kept, t, prediction, without_marks(kwargs))
         return prediction

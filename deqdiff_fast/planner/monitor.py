@@ -12,6 +12,7 @@ from ..engine.system import System
 from ..plan import Plan, RoundEstimate
 from ..schedule.cache import seconds_of_tables
 from .decide import rows_of_rounds
+from .shared_clock import SharedClock
 
 PATIENT_ROUNDS = 2  # before which nothing is given up: the first call of a size is slow
 ABORT_RATIO = 1.15  # a solve is given up where it is predicted to take this many times what the serial rest would
@@ -52,9 +53,14 @@ class SlowSolveMonitor:
         """Begin, or go on, with rounds of that system, and the reporter, if any, that is to be called as well."""
         if system is not self._system:
             self._system, self._before, self._rows = system, system.model_evals, self.rows
-            self._tables = seconds_of_tables(system.schedule)
+            self._tables = self._seconds_of_tables()
         self._report = report
         return self
+
+    def _seconds_of_tables(self) -> float:
+        """What the running solve has spent on tables; none by a clock that does not count it."""
+        alone = self._system is not None and not isinstance(self.clock, SharedClock)
+        return seconds_of_tables(self._system.schedule) if alone and self._system is not None else 0.0
 
     def leaves_nodes(self) -> bool:
         """Whether rounds on all timesteps, which would have to follow, take longer than the serial chain."""
@@ -66,16 +72,18 @@ class SlowSolveMonitor:
 
     def __call__(self, round: int, where: Any, residual: Tensor) -> object:
         assert self._system is not None
-        now = self.clock()
+        now = getattr(self.clock, "last", self.clock)()  # ranks that share a clock have exchanged it with the rows
         taken = now - self._since
         self.rounds, self.spent = round, self.spent + taken
         self.rows = self._rows + self._system.model_evals - self._before
-        before, self._tables = self._tables, seconds_of_tables(self._system.schedule)
+        before, self._tables = self._tables, self._seconds_of_tables()
         taken = max(taken - (self._tables - before), 0.0)  # later rounds, and solves, find the tables made
         round_seconds, self._last = min(taken, self._last), taken  # of the last two: a machine hiccups
-        if self._report is not None and self._report(round, where, residual) is True:
-            return True
-        self._since = self.clock()
+        self._since = now
+        if self._report is not None:
+            if self._report(round, where, residual) is True:
+                return True
+            self._since = self.clock()
         self.outside += self._since - now
         front, steps = min(where.lo), where.num_steps
         if round < PATIENT_ROUNDS or front >= steps:

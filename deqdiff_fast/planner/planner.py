@@ -19,6 +19,7 @@ from .decide import PlannerInputs, candidate, decide, predict
 from .free_memory import usable_bytes
 from .measure import Clock, Costs, time_call, time_draft
 from .round_model import FULL_ROUNDS, Expectation, average
+from .shared_clock import SharedClock
 from .workload import Workload, WorkloadStats
 
 PROBING = 0.03  # of the time spent sampling may go into measuring and planning
@@ -40,7 +41,8 @@ class Planner:
     """Chooses how each solve of a sampler is made. clock: seconds, in the place of those that suit; for tests."""
 
     def __init__(self, options: Options, clock: Clock | None = None) -> None:
-        self.options, self.clock = options, clock
+        ranks = options.ranks
+        self.options, self.clock = options, clock or (None if ranks is None else SharedClock(ranks, options.schedule))
         self._shared = options.knowledge
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
@@ -49,7 +51,8 @@ class Planner:
         self._kind = (*kind, self._nodes, None if options.draft is None else id(options.draft))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.options, self.clock)  # a copy is of another model, which it learns about anew
+        clock = None if isinstance(self.clock, SharedClock) else self.clock
+        return type(self), (self.options, clock)  # a copy is of another model, which it learns about anew
 
     def workload(
         self, noise: Tensor, model_kwargs: dict[str, Any] | None, warm: bool = False, trajectory: bool = False
@@ -104,7 +107,7 @@ class Planner:
     def inputs(self, workload: Workload, previous: Plan | None = None) -> PlannerInputs:
         """All that a decision rests on."""
         stats, batch, noise, steps = workload.stats, workload.batch, workload.noise, self.options.schedule.num_steps
-        usable = usable_bytes(noise.device)
+        usable = usable_bytes(noise.device) if self.options.ranks is None else self.options.ranks.usable
         step, calls, limit = stats.costs.step(batch), stats.costs.curve(), self.options.row_limit(noise)
         inside = 0.0 if calls is None else calls.of_step(batch, limit)
         outside = 0.0 if step is None else max(step - inside, 0.0)

@@ -83,7 +83,10 @@ def solve_in_rounds(
     head = None if begun is None else Head(begun, front)
     prepared = seconds_of_tables(options.schedule)
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
-    believed = planner.believes(workload, window, seconds_of_tables(options.schedule) > prepared)
+    new_tables: float = seconds_of_tables(options.schedule) > prepared
+    if options.ranks is not None:
+        new_tables = options.ranks.first(float(new_tables))
+    believed = planner.believes(workload, window, bool(new_tables))
     usual = stats.check_evals <= AFTERWARDS or monitor.gave_up
     if stats.stop_reason != "callback" and believed and usual:
         seconds, rows, share = clock() - began - monitor.outside, stats.model_evals - evals, 1.0
