@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from ..errors import DeqDiffError
-from . import _bench, _demo, _distill, _invert, _sample
+from . import _bench, _demo, _devices, _distill, _invert, _sample
 from ._output import CommandError
 
 _MISTAKES = (CommandError, DeqDiffError, ValueError, OSError, ImportError)
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("deqdiff_fast").setLevel(logging.INFO if args.verbose else logging.WARNING)
     try:
+        if _devices.to_be_launched(args):
+            return _devices.launch(words, args.devices)
         return _flushed(int(args.run(args)))
     except KeyboardInterrupt:
         print("deqdiff-fast: interrupted", file=sys.stderr)

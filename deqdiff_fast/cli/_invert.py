@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..inversion import NAMED
+from . import _devices
 from ._numbers import fraction, positive_float, positive_int, seed, window
 from ._output import CommandError, UnfinishedError, check_file, check_folder, check_picture, require_pillow
 
@@ -33,6 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--window", type=window, default="auto", help="timesteps solved at a time, or 'auto' (default)")
     parser.add_argument("--max-batch", type=positive_int, help="most rows in one model call")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    _devices.add_option(parser)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("inversion"), metavar="FOLDER", help="default inversion")
     parser.add_argument("--resize", action="store_true", help="scale images to the model's size")
@@ -64,14 +66,15 @@ def run(args: argparse.Namespace) -> int:
 
     problem = load_problem(
         args.model, steps=args.steps, eta=args.eta, seed=args.seed, device=args.device, dtype=args.dtype,
-        max_batch=args.max_batch,
+        max_batch=args.max_batch, group=_devices.group_of(args),
     )  # fmt: skip
     image, names, refused = read_those_that_can_be(args.images, problem.info.sample_shape, args.resize)
     problem.check_room(len(image))
     image = image.to(problem.device, problem.dtype)
     chosen = invert(problem, image, args.method, args)
     print(summary(args.method, chosen, args))
-    write(chosen, image, names, paths)
+    if _devices.writes():
+        write(chosen, image, names, paths)
     if args.compare:
         compare(problem, image, chosen, args, paths["plot"])
     if refused:
@@ -98,6 +101,8 @@ def compare(problem: Any, image: Any, chosen: Any, args: argparse.Namespace, pat
         if name != args.method:
             results[name] = invert(problem, image, name, args)
             print(summary(name, results[name], args))
+    if not _devices.writes():
+        return
     points = {name: (r.stats.wall_seconds, float(r.error.max())) for name, r in results.items()}
     title = f"{args.model}, {args.steps} timesteps, eta {args.eta:g}, worst of {len(image)} images"
     error_plot(points, path, title=title, target=args.tol or 1e-3)

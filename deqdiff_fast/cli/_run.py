@@ -18,6 +18,7 @@ from ..planner.free_memory import free_bytes
 from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
+from ._devices import own_device
 from ._output import CommandError
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
@@ -92,10 +93,11 @@ def load_problem(
     device: str,
     dtype: str = "float32",
     max_batch: int | None = None,
+    group: str | None = None,
 ) -> Problem:
     """Load `model` and lay out its chain. Raises CommandError for a model that needs more than noise and time."""
     precision = DTYPES[dtype]
-    where = pick_device(device, precision)
+    where = pick_device(own_device(device), precision)
     loaded = load_model(model, device=where, dtype=precision)
     if loaded.info.conditional:
         raise CommandError(
@@ -103,7 +105,7 @@ def load_problem(
             "unconditional models: use DEQSampler with model_kwargs in Python"
         )
     schedule = ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing, clip=clip)
-    options = {"max_batch": max_batch, "spectrum": loaded.spectrum}
+    options = {"max_batch": max_batch, "spectrum": loaded.spectrum, "group": group}
     return Problem(loaded.model, schedule, loaded.info, seed, where, precision, options, loaded.draft)
 
 

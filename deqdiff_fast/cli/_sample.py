@@ -8,6 +8,7 @@ from typing import Any
 
 from ..presets import PRESETS, preset
 from ..solver import NAMED
+from . import _devices
 from ._numbers import fraction, positive_float, positive_int, seed, window
 from ._output import CommandError, check_picture, require_pillow
 
@@ -43,6 +44,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch", type=positive_int, default=16, help="number of images (default 16)")
     parser.add_argument("--seed", type=seed, default=0, help="image k is the same for every --batch (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    _devices.add_option(parser)
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="PNG", help="default samples.png")
     parser.add_argument(
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     problem = load_problem(
         args.model, steps=args.steps, eta=args.eta, spacing=args.spacing, clip=args.clip, seed=args.seed,
-        device=args.device, dtype=args.dtype, max_batch=args.max_batch,
+        device=args.device, dtype=args.dtype, max_batch=args.max_batch, group=_devices.group_of(args),
     )  # fmt: skip
     reference = solve_serially(problem, args.batch) if args.compare_serial else None
     errors: list[float] = []
@@ -98,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         problem, args.batch, label="sampling", on_round=on_round, solver=args.solver, tol=args.tol,
         max_rounds=args.max_rounds, window=args.window,
     )  # fmt: skip
+    if not _devices.writes():
+        return 0
     if reference is None:
         picture = _images.grid(_images.pixels(solution.sample))
     else:
