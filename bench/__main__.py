@@ -22,6 +22,7 @@ BENCHMARKS = {
     "overhead": "share of a solve's time that is spent outside the model",
     "zoo": "small models of many kinds, trained here: rounds, evaluations, error, and seconds against a plain loop",
     "pipelines": "diffusers pipelines: rounds and evaluations against steps, and what surrounds the model",
+    "ranks": "one sample on two processes against one and a plain loop; a prediction for more devices",
     "compiled": "what the compiled kernels predict for a GPU: registers, occupancy, bytes, launches; no times measured",
     "gpu": "all that is asked of a CUDA device: kernel tests, ops against their byte floor, whole samples",
 }

@@ -1,0 +1,184 @@
+"""One sample on two processes of one thread, against one process and the author's loop; and what more would take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+import deqdiff_fast as dq
+from deqdiff_fast.planner.cost_curve import Curve
+from deqdiff_fast.ranks.group import Ranks
+
+from ._common import environment, markdown, note, positive_int, spread, summary, write_json
+from ._problems import Problem, add_model_arguments, load, relative_error
+from ._rank_prediction import DEVICES, LINKS, predict, read_costs
+from .planner import author_loop
+
+FIGURES = ("loop", "one", "two", "path", "loop_cpu", "one_cpu", "error", "rounds")
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # rows of the calls that are timed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--steps", type=positive_int, nargs="+", default=[50, 100, 1000], help="T (default 50 100 1000)"
+    )
+    parser.add_argument("--noises", type=positive_int, default=12, help="noises, one timing with each (default 12)")
+    parser.add_argument("--costs", type=Path, metavar="FILE", help="predict from these row costs, not from those here")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.device != "cpu":
+        raise ValueError(f"--device: two processes of one thread are measured on the CPU, got {args.device}")
+    if args.worker is not None:
+        return _work(args)
+    known = environment(args.device)
+    given = None if args.costs is None else read_costs(args.costs)
+    note(summary(known))
+    with tempfile.TemporaryDirectory() as folder:
+        found = _launch(args, Path(folder) / "found.json")
+    rows = found["rows"]
+    write_json(args, known, rows)
+    header = ("T", "loop s", "1 process s", "2 processes s", "1 / 2", "loop / 2", "critical path: 1 / 2", "loop / 2",
+              "predicted 1 / 2", "error", "rounds")  # fmt: skip
+    print(markdown(header, [_cells(row, Curve({int(n): s for n, s in found["calls"].items()})) for row in rows]))
+    costs = given or Curve({int(n): s for n, s in found["calls"].items()})
+    print("\nPrediction, not measured: the serial loop's time over that of a solve, " + ("given" if given else "these"))
+    print("row costs, on so many devices:\n")
+    table = [
+        (row["T"], name, *(f"{_speedup(row, costs, size, name, given is None):.2f}" for size in DEVICES))
+        for row in rows for name in LINKS
+    ]  # fmt: skip
+    print(markdown(("T", "link", *DEVICES), table))
+    return 0
+
+
+def _launch(args: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """What two processes have found, started by torch's launcher."""
+    from torch.distributed import run as torchrun
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    words = ["--steps", *map(str, args.steps), "--noises", str(args.noises), "--seed", str(args.seed)]
+    words += ["--model", args.model, *(["--alone"] if args.alone else []), "--threads", "1", "--worker", str(file)]
+    torchrun.main(["--standalone", "--nproc-per-node=2", "-m", "bench", "ranks", *words])
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _work(args: argparse.Namespace) -> int:
+    """One of the two processes. The first one alone makes what is compared with."""
+    problem = load(args)
+    ranks, found = Ranks.of("world"), {"calls": {}, "rows": []}
+    if ranks.rank == 0:
+        found["calls"] = {n: _call_seconds(problem, n) for n in SIZES}
+    for steps in args.steps:
+        row = _measure(args, problem, steps, ranks)
+        found["rows"].append(row)
+        if ranks.rank == 0:
+            note(f"T = {steps}: loop {spread(row['loop'])} s, one {spread(row['one'])} s, two {spread(row['two'])} s")
+    if ranks.rank == 0:
+        args.worker.write_text(json.dumps(found), encoding="utf-8")
+    distributed.barrier()
+    return 0
+
+
+def _measure(args: argparse.Namespace, problem: Problem, steps: int, ranks: Ranks) -> dict[str, Any]:
+    schedule = problem.schedule(steps, 0.0)
+    options: dict[str, Any] = problem.aids | {"solver": "draft" if problem.draft is not None else "quasi-newton"}
+    rows: list[int] = []
+
+    def seen(x: Tensor, t: Tensor) -> Any:
+        rows.append(len(x))
+        return problem.model(x, t)
+
+    one, two = (
+        dq.DEQSampler(seen, schedule, **options),
+        dq.DEQSampler(problem.model, schedule, group="world", **options),
+    )
+    loop = author_loop(problem, schedule)
+    row: dict[str, Any] = {"T": steps, "row_bytes": 4 * torch.Size(problem.shape).numel()}
+    row |= {
+        name: [] for name in ("loop", "one", "two", "path", "loop_cpu", "one_cpu", "rest", "calls", "error", "rounds")
+    }
+    with torch.no_grad():
+        for seed in range(-2, args.noises):  # the first two prepare
+            noise = problem.noise(range(args.seed + seed + 2, args.seed + seed + 3))
+            segments, solution, seconds = _segments(lambda noise=noise: two.sample(noise), ranks)
+            distributed.barrier()
+            if ranks.rank == 0 and seed >= 0:
+                reference, loop_seconds, loop_cpu = _timed(lambda noise=noise: loop(noise))
+                rows.clear()
+                alone, one_seconds, one_cpu = _timed(lambda noise=noise: one.sample(noise))
+                row["calls"].append(list(rows))
+                error = float(relative_error(solution.sample, reference))
+                values = (loop_seconds, one_seconds, seconds, segments, loop_cpu, one_cpu, error, alone.stats.rounds)
+                for name, value in zip(
+                    ("loop", "one", "two", "path", "loop_cpu", "one_cpu", "error", "rounds"), values
+                ):
+                    row[name].append(value)
+            elif ranks.rank == 0:
+                one.sample(noise)
+            distributed.barrier()
+    return row
+
+
+def _timed(work: Any) -> tuple[Any, float, float]:
+    """(result, seconds, processor seconds of this thread)."""
+    began, cpu = time.perf_counter(), time.thread_time()
+    result = work()
+    return result, time.perf_counter() - began, time.thread_time() - cpu
+
+
+def _segments(work: Any, ranks: Ranks) -> tuple[float, Any, float]:
+    """(seconds of the critical path by processor time, result, seconds): between two exchanges all wait for the rank
+    that works longest. On a machine that others use too the wall clock says little of two processes."""
+    plain, marks = ranks.gather, [time.thread_time()]
+
+    def gather(out: Tensor, own: Tensor) -> None:
+        marks.append(time.thread_time())
+        plain(out, own)
+        marks.append(time.thread_time())
+
+    ranks.gather = gather  # type: ignore[method-assign]
+    try:
+        result, seconds, _ = _timed(work)
+    finally:
+        del ranks.gather
+    marks.append(time.thread_time())
+    own = [round(1e9 * (stop - start)) for start, stop in zip(marks[::2], marks[1::2])]
+    return sum(map(max, zip(*ranks.exchange(own)))) / 1e9, result, seconds
+
+
+def _call_seconds(problem: Problem, rows: int) -> float:
+    """Processor seconds of a call on so many rows, the least of five."""
+    x, t = problem.noise(range(rows)), torch.linspace(999, 0, rows).long()
+    with torch.no_grad():
+        return min(_timed(lambda: problem.model(x, t))[2] for _ in range(5))
+
+
+def _speedup(row: dict[str, Any], costs: Curve, size: int, link: str, here: bool) -> float:
+    """The serial loop's time over that of a solve, as predicted; here: what is done beside the model counts, too."""
+    calls = row["calls"][0]
+    rest = max(median(row["one_cpu"]) - sum(map(costs, calls)), 0.0) if here else 0.0
+    return row["T"] * costs(1) / predict(calls, rest, costs, size, LINKS[link], row["row_bytes"])
+
+
+def _cells(row: dict[str, Any], costs: Curve) -> tuple[str, ...]:
+    over = lambda a, b: spread([x / y for x, y in zip(row[a], row[b])])  # noqa: E731
+    rest = max(median(row["one_cpu"]) - sum(map(costs, row["calls"][0])), 0.0)
+    alone, both = (predict(row["calls"][0], rest, costs, n, LINKS["pcie"], row["row_bytes"]) for n in (1, 2))
+    return (
+        str(row["T"]), *(f"{median(row[name]):.2f}" for name in ("loop", "one", "two")), over("one", "two"),
+        over("loop", "two"), over("one_cpu", "path"), over("loop_cpu", "path"), f"{alone / both:.2f}",
+        f"{max(row['error']):.1e}", f"{median(row['rounds']):g}",
+    )  # fmt: skip
