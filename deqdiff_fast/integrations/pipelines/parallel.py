@@ -36,7 +36,7 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
         pipe: DDIMPipeline, DDPMPipeline, DiTPipeline, or a text-to-image or image-to-image pipeline of Stable
             Diffusion, Stable Diffusion XL, Stable Diffusion 3 or Flux, with any scheduler that
             `Schedule.from_diffusers` takes.
-        **options: those of `DEQSampler` (solver, tol, max_rounds, window, on_failure, max_batch, spectrum ...). A row
+        **options: those of `DEQSampler` (solver, tol, max_rounds, window, on_failure, max_batch, group ...). A row
             of `max_batch` is one sample at one timestep, and is two rows of the model's call where guidance takes both
             halves at once.
 
