@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,26 +74,27 @@ class Ranks:
 
     def gather(self, out: Tensor, own: Tensor) -> None:
         """The bytes of all ranks, (size, n), from (n,) of each. Raises RankError where one does not take part."""
-        if self._gone:
-            raise RankError(f"the group cannot be used any more: {self._gone}; make a new one")
-        begin: Callable[[], Any] = lambda: _all_gather(out.view(-1), own, group=self._group(), async_op=True)  # noqa: E731
+        begin = partial(_all_gather, out.view(-1), own, async_op=True)
         self._make(begin, own.device, (self.size - 1) * own.numel())
 
     def add_up(self, values: Tensor) -> None:
         """In the place of `values` their sum over all ranks, the same bits everywhere. Raises RankError as `gather`."""
         if self.size > 1:
             place = values.to(self.device_for(values.device)).contiguous()
-            begin: Callable[[], Any] = lambda: dist.all_reduce(place, group=self._group(), async_op=True)  # noqa: E731
+            begin = partial(dist.all_reduce, place, async_op=True)
             self._make(begin, place.device, 2 * (self.size - 1) * place.nbytes // self.size)
             values.copy_(place)
 
-    def _make(self, begin: Callable[[], Any], device: torch.device, sent: int) -> None:
+    def _make(self, begin: Callable[..., Any], device: torch.device, sent: int) -> None:
         """One exchange, and the count of it."""
+        group = self._group()
+        if group is None:
+            raise RankError("the group was destroyed; make a new one")
         if self._gone:
             raise RankError(f"the group cannot be used any more: {self._gone}; make a new one")
         self.messages, self.bytes = self.messages + 1, self.bytes + sent
         try:
-            self._wait(begin(), device)
+            self._wait(begin(group=group), device)
         except RuntimeError as error:
             raise self._lost(error) from error
 
@@ -151,6 +153,7 @@ class Ranks:
             raise
         finally:
             self.solving -= 1
+            self._joint = self._joint if self.solving else None  # it holds on to what was in memory
 
     def _lost(self, error: RuntimeError) -> BaseException:
         """The error for an exchange that was not made."""

@@ -15,8 +15,8 @@ from .faults import OTHER_FORM, Attempt, attempt, raise_on_all
 from .group import Ranks
 from .shares import HEADER, message_bytes, share_of
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64)
-_MOST_AXES = 8
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MOST_AXES = 16  # of a row
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -78,11 +78,11 @@ class RowGather:
 
     def _agree(self, kind: Hashable, done: Attempt, times: Tensor | None) -> RowForm:
         """The form of a row of that kind, where it is not known yet: from those that have made some."""
-        own: list[int] = [-1] * (_MOST_AXES + 2)
+        own: list[int] = [-1] * (MOST_AXES + 2)
         status = done.status
         if isinstance(done.value, Tensor):
             form = _form_of(done.value)
-            own[:2] = _DTYPES.index(form.dtype), len(form.shape)
+            own[:2] = DTYPES.index(form.dtype), len(form.shape)
             own[2 : 2 + len(form.shape)] = form.shape
         table = self.ranks.exchange([status, *own])
         raise_on_all(self.ranks, [row[0] for row in table], done, times)
@@ -92,7 +92,7 @@ class RowGather:
                 ModelOutputError("the model returned rows of other shapes or dtypes on some ranks than on others")
             )
         dtype, axes, *shape = forms.pop()
-        self._forms[kind] = RowForm(tuple(shape[:axes]), _DTYPES[dtype])
+        self._forms[kind] = RowForm(tuple(shape[:axes]), DTYPES[dtype])
         return self._forms[kind]
 
     def _exchange(self, form: RowForm, rows: int, seen: Tensor, done: Attempt, status: int) -> tuple[list[int], Tensor]:

@@ -13,7 +13,7 @@ from .._types import Model, Shared, unwrap_output, without_marks
 from ..errors import ModelOutputError
 from ..model.guidance import Guided
 from .group import Ranks
-from .row_gather import RowGather, checksum, kind_of
+from .row_gather import DTYPES, MOST_AXES, RowGather, checksum, kind_of
 from .sharded_gradient import call_with_gradient
 from .shares import own_arguments, share_of
 
@@ -26,7 +26,7 @@ def sharded(model: Model, group: Any = "world") -> Model:
     of the model's output; the first call of a kind asks for the form of a row as well. Differentiable like the model;
     `backward` then has to be called on all ranks, for the same loss.
 
-    The tables of a solver are replicated, see "Several devices" in the documentation. `DEQSampler(group=...)` and
+    One solve at a time on a group; see "Several devices" in the documentation. `DEQSampler(group=...)` and
     `DEQInverter(group=...)` use this; it is there by itself for a solver of one's own.
 
     Args:
@@ -99,8 +99,11 @@ class ShardedModel:
         if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(x):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ModelOutputError(f"the model returned {got}; expected a tensor of {len(x)} rows, or one in .sample")
-        if not value.is_floating_point():
-            raise ModelOutputError(f"the model returned dtype {value.dtype}; expected a floating-point dtype")
+        if value.dtype not in DTYPES or value.dim() > MOST_AXES:
+            raise ModelOutputError(
+                f"the model returned dtype {value.dtype} and {value.dim()} dimensions; expected float16, bfloat16, "
+                f"float32 or float64, and at most {MOST_AXES}"
+            )
         return value
 
     def _differentiable(self, x: Tensor, given: Any) -> list[Tensor]:

@@ -206,7 +206,11 @@ def groups_of_some_ranks() -> None:
         assert apart(found.sample, dq.DEQSampler(Denoiser(), schedule()).serial(noise(3)).sample) < 1e-12
     mesh = dist.device_mesh.init_device_mesh("cpu", (1, size), mesh_dim_names=("ring", "time"))
     model = dq.sharded(Denoiser().requires_grad_(False), mesh["time"])
+    assert model.deqdiff_ranks is Ranks.of(mesh["time"])
     assert model.deqdiff_ranks.size == size
+    x, t = noise(5), torch.arange(5)
+    with torch.no_grad():
+        assert torch.allclose(model(x, t), Denoiser()(x, t), atol=1e-13)
     for wrong, error in ((mesh, ValueError), ("worlds", TypeError), (3, TypeError)):
         with pytest.raises(error, match="group: expected"):
             dq.sharded(Denoiser(), wrong)

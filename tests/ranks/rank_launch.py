@@ -22,7 +22,11 @@ LIMIT = 240.0  # seconds for all checks of a file
 
 def start(file: str, size: int, folder: Path, *args: str) -> list[subprocess.Popen[str]]:
     """One process for each rank, of a script in this folder."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "PYTHONWARNINGS": "error:`torch.distributed:FutureWarning"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(size),
+        "PYTHONWARNINGS": "error:`torch.distributed:FutureWarning",
+    }
     command = [sys.executable, str(HERE / file), str(folder / "store"), *args]
     pipe = subprocess.PIPE
     return [
