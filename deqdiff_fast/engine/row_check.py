@@ -61,7 +61,8 @@ def check_rows(system: System, options: Options, noise: Tensor) -> RowRecord:
     Raises:
         ModelOutputError: a row of a batch is not what it is alone, by more than rounding.
     """
-    key = ("rows", signature_of(noise, system.model_kwargs), variant_of(options.model))
+    norm = None if options.weight is None else options.weight.key
+    key = ("rows", norm, signature_of(noise, system.model_kwargs), variant_of(options.model))
     record: RowRecord = options.knowledge.setdefault(key, RowRecord())
     kept = isinstance(options.model, RecordedModel)  # these rows are on no chain: nothing to learn a draft from
     if not kept and record.due() and system.num_steps > 1:
@@ -112,7 +113,7 @@ def _difference(system: System, noise: Tensor, number: int) -> float:
     for row in rows:
         here = slice(row, row + 1)
         alone = _predict(system, states[here], step[here], sample[here])[0]
-        size = max(float(alone.norm()), 1e-4 * float(states[row].norm()))
+        size = max(float(alone.norm()), 1e-4 * float(system.to_basis(states[here]).norm()))
         apart = float((together[row] - alone).norm()) / max(size, 1e-300)
         if apart > LARGEST.get(system.model_dtype, LARGEST_HALF):
             raise ModelOutputError(_message(system, at[::-1][row], at[::-1], apart, int(sample[row])))
@@ -121,7 +122,7 @@ def _difference(system: System, noise: Tensor, number: int) -> float:
 
 
 def _predict(system: System, states: Tensor, step: Tensor, sample: Tensor) -> Tensor:
-    """(n, D) float32 or float64 predictions, in one call."""
+    """(n, D) float32 or float64 predictions, in one call, in coordinates whose L2 norm is that of errors."""
     kwargs: dict[str, Any] = system.expand_kwargs(sample)
     count = len(step)
     size = system.pad(count)  # a compiled model is to see the sizes that it sees anyway
@@ -129,7 +130,7 @@ def _predict(system: System, states: Tensor, step: Tensor, sample: Tensor) -> Te
         more = torch.arange(size, device=step.device) % count
         states, step, kwargs = states[more], step[more], system.expand_kwargs(sample[more])
     system.check_evals += count
-    return system.predict(states.clone(), step, kwargs)[:count]
+    return system.to_basis(system.predict(states.clone(), step, kwargs)[:count])
 
 
 def _message(system: System, step: int, steps: list[int], apart: float, sample: int) -> str:
