@@ -1,5 +1,5 @@
 # Everything here starts from Python >= 3.10 and a C++ compiler; the rest is installed into $(VENV).
-#   make demo      sample the bundled CIFAR-10 model in parallel and serially; pictures and a table in out/
+#   make demo      sample the bundled CIFAR-10 model in rounds and serially; pictures and a table in out/
 #   make test      build the wheel, install it, test the installed wheel (not this checkout)
 #   make bench     rounds per solver, time per kernel; JSON in build/bench/
 #   make lint      ruff, mypy, clang-format, rules of the house, a strict build of the documentation

@@ -76,6 +76,18 @@ class Rows:
     """(n,) int64, where these rows lie in the tensors of states and predictions; None: where `flat` says."""
 
 
+class Coordinates(Protocol):
+    """A linear change of coordinates of rows (n, D), in place."""
+
+    def forward(self, rows: Tensor, spare: Tensor | None = None) -> Tensor:
+        """Into those of the solver; spare: scratch of the same shape and dtype. Returns rows."""
+        ...
+
+    def inverse(self, rows: Tensor, spare: Tensor | None = None) -> Tensor:
+        """Into those of the model."""
+        ...
+
+
 class DraftRows(Protocol):
     """A cheap stand-in for the model, on rows of a chain, in the coordinates of its solver."""
 
@@ -94,6 +106,6 @@ def unwrap_output(output: Any) -> Any:
 
 
 __all__ = [
-    "Backend", "DraftRows", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows", "Shared", "shared",
-    "unwrap_output", "without_marks",
+    "Backend", "Coordinates", "DraftRows", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows", "Shared",
+    "shared", "unwrap_output", "without_marks",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from .inversion.verification import verify_and_refine
 from .memory import SolverMemory, default_memory
 from .model.sample_kwargs import warn_of_guesses
 from .model.transforms import check_inputs
+from .model.weighted_norm import Weight
 from .ranks import sharded
 from .schedule import Schedule, SpectralSlope
 from .schedule.noise import check_generator
@@ -42,7 +43,7 @@ class Inversion:
     reconstruction: Tensor
     """(B, *shape): what the serial chain makes of the noise."""
     error: Tensor
-    """(B,) float64, on the CPU: relative L2 distance between reconstruction and image, as measured."""
+    """(B,) float64, on the CPU: relative distance between reconstruction and image, as measured; L2, or weighted."""
     converged: Tensor
     """(B,) bool, on the CPU: whether `error` is within the tolerance."""
     stats: InversionStats
@@ -63,6 +64,7 @@ class DEQInverter:
         max_rounds: model calls that wait for each other before giving up (None: the method's own limit).
         window: timesteps solved at a time, or "auto".
         spectrum: the data's power spectrum, a better start and slope.
+        weight: of the norm in which `tol` and `Inversion.error` are meant, as for `DEQSampler`; not with a spectrum.
         max_batch, backend, memory, group: as for `DEQSampler`.
         on_failure: what to do when the tolerance is missed: finish one step after the other and hand over the best
             noise ("serial"), raise NotConvergedError ("raise"), or warn ("warn").
@@ -84,6 +86,7 @@ class DEQInverter:
         max_rounds: int | None = None,
         window: int | str = "auto",
         spectrum: SpectralSlope | None = None,
+        weight: Tensor | None = None,
         max_batch: int | None = None,
         backend: Backend = "auto",
         on_failure: OnFailure = "serial",
@@ -98,6 +101,8 @@ class DEQInverter:
         if spectrum is not None and not isinstance(spectrum, SpectralSlope):
             raise TypeError(f"spectrum: expected a SpectralSlope or None, got {type(spectrum).__name__}")
         self.spectrum = spectrum
+        slope = getattr(self.method, "slope", None)
+        self.weight = Weight.given(weight, spectrum is not None or isinstance(slope, SpectralSlope))
         self.tol = arguments.positive("tol", tol) or DEFAULT_TOL
         self.max_rounds = arguments.count("max_rounds", max_rounds)
         self.max_batch = arguments.count("max_batch", max_batch)
@@ -160,6 +165,7 @@ class DEQInverter:
                 generator=generator, tol=self.tol, max_rounds=self.max_rounds, window=self.window, backend=self.backend,
                 on_failure=self.on_failure, max_batch=limit, memory=self.memory, spectrum=self.spectrum, report=report,
                 init_trajectory=init_trajectory,
+                norm=None if self.weight is None else self.weight.on(tuple(image.shape[1:])),
             )  # fmt: skip
             found = self.method.solve(problem)
             reconstruction, error = verify_and_refine(problem, self.method, found)
@@ -181,6 +187,8 @@ class DEQInverter:
         check_generator(generator, image.shape[0])
         warn_of_guesses(model_kwargs, image.shape[0])
         arguments.check_trajectory(init, image, self.schedule.num_steps)
+        if self.weight is not None:
+            self.weight.on(tuple(image.shape[1:]))
         if self.schedule.stochastic and generator is None:
             raise ValueError(
                 "generator: this schedule adds noise on its way, and an inversion holds for one draw of it only; pass "

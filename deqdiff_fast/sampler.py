@@ -17,7 +17,7 @@ from .engine.options import Options
 from .engine.solve import Request, solve_parallel, solve_serially
 from .gradient import Gradient, Problem, Unrolled
 from .gradient import resolve as resolve_gradient
-from .gradient.adjoint_settings import adjoint_settings
+from .gradient.adjoint_solve import adjoint_solve
 from .loop.base import Solver
 from .memory import SolverMemory
 from .model.recording import Recording
@@ -64,6 +64,9 @@ class DEQSampler:
             in time between the timesteps evaluated: what it does for a few in between is not seen. "full" evaluates
             every timestep first, as do solves with gradients or `return_trajectory`.
         draft: a cheap stand-in for the model, called like it, for fewer rounds (see `Drafted`; `distill` makes one).
+        weight: of the norm in which `tol` and all errors are meant, the root of the sum of weight times squared error:
+            broadcastable to a sample, >= 0, zero for entries that nobody reads (padding, what is known). No spectrum is
+            used then.
         memory: a `SolverMemory` of one's own; by default all samplers share one pool.
         group: a torch.distributed ProcessGroup, a DeviceMesh of one dimension, or "world": every model call is shared
             out over its ranks, which all call with the same arguments and get the same bits, see `sharded`.
@@ -90,13 +93,14 @@ class DEQSampler:
         spectrum: SpectralSlope | None = None,
         draft: Model | None = None,
         certify: Literal["estimate", "full"] = "estimate",
+        weight: Tensor | None = None,
         memory: SolverMemory | None = None,
         group: Any = None,
     ) -> None:
         self.options = Options.check(
             model, schedule, solver, memory, tol=tol, max_rounds=max_rounds, window=window, backend=backend,
             on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
-            deterministic=deterministic, spectrum=spectrum, draft=draft, certify=certify, group=group,
+            deterministic=deterministic, spectrum=spectrum, draft=draft, certify=certify, weight=weight, group=group,
         )  # fmt: skip
         self.gradient, self.planner = resolve_gradient(gradient), Planner(self.options)
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
@@ -170,7 +174,7 @@ class DEQSampler:
         solution = self.gradient.attach(
             Problem(
                 options.system(noise, model_kwargs), noise, parameters,
-                lambda: self._solve(request, model_kwargs), self._adjoint,
+                lambda: self._solve(request, model_kwargs), adjoint_solve(options),
                 self.tolerance(noise.dtype), options.max_rounds, options.on_failure,
                 request.generator, request.init_trajectory, request.callback, request.progress,
             )
@@ -183,16 +187,6 @@ class DEQSampler:
             return solve_planned(self.planner, request, model_kwargs)
         system = self.options.system(request.noise, model_kwargs)
         return solve_parallel(system, self.options, request)
-
-    def _adjoint(
-        self, model: Model, schedule: Schedule, start: Tensor, model_kwargs: dict[str, Any], tol: float | None
-    ) -> Tensor:
-        """Solve the adjoint chain with this sampler's settings; returns its trajectory (T + 1, B, D)."""
-        sampler = DEQSampler(model, schedule, **adjoint_settings(self.options, tol))
-        with torch.no_grad():
-            trajectory = sampler.sample(start, model_kwargs, return_trajectory=True).trajectory
-        assert trajectory is not None
-        return trajectory
 
     def serial(
         self,

@@ -1,4 +1,4 @@
-"""`deqdiff-fast demo`: the bundled model, serially and in parallel from the same noise; pictures, plot and table."""
+"""`deqdiff-fast demo`: the bundled model, in rounds and serially from the same noise; pictures, plot and table."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="serial and parallel side by side",
-        description="Sample the bundled model serially and in parallel rounds from the same noise, and compare.",
+        description="Sample the bundled model in rounds and serially from the same noise, and compare: a long chain, "
+        "then a shorter one with every solver.",
     )
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="FOLDER", help="default out")
     parser.add_argument("--model", default="bundled", help="diffusers folder, hub name or 'bundled' (the default)")
-    parser.add_argument("--steps", type=positive_int, default=100, help="DDIM timesteps (default 100)")
+    parser.add_argument("--steps", type=positive_int, default=1000, help="DDIM timesteps (default 1000)")
     parser.add_argument("--images", type=positive_int, default=16, help="images in the pictures (default 16)")
-    parser.add_argument("--curve-images", type=positive_int, default=4, help="images behind the plot (default 4)")
+    parser.add_argument("--curve-steps", type=positive_int, default=100, help="timesteps of the plot (default 100)")
+    parser.add_argument("--curve-images", type=positive_int, default=1, help="images behind the plot (default 1)")
     parser.add_argument("--solver", choices=SOLVERS, default="auto", help="of the pictures (default auto)")
     parser.add_argument("--tol", type=positive_float, help="relative error allowed in a sample (default 1e-2)")
     parser.add_argument("--seed", type=seed, default=0)
@@ -42,6 +44,7 @@ class TableRow:
     """One line of the table."""
 
     solver: str
+    steps: int
     images: int
     rounds: int
     evals: int
@@ -55,12 +58,12 @@ class TableRow:
         """The texts under HEADER."""
         error = "-" if self.error is None else f"{self.error:.1e}"
         pixel = "-" if self.pixel is None else str(self.pixel)
-        counts = (str(self.images), str(self.rounds), str(self.evals), f"{self.seconds:.1f}")
+        counts = (str(self.steps), str(self.images), str(self.rounds), str(self.evals), f"{self.seconds:.1f}")
         return (self.solver, *counts, error, pixel, self.note)
 
 
 PIXEL = "largest pixel difference (1/255)"
-HEADER = ("solver", "images", "rounds", "model evaluations", "seconds", "relative error", PIXEL, "")
+HEADER = ("solver", "timesteps", "images", "rounds", "model evaluations", "seconds", "relative error", PIXEL, "")
 
 
 def markdown(rows: list[TableRow]) -> str:
@@ -76,7 +79,6 @@ def markdown(rows: list[TableRow]) -> str:
 def run(args: argparse.Namespace) -> int:
     """Sample, compare, and write pictures, plot and table. Returns the exit status."""
     started = time.monotonic()
-    args.curve_images = min(args.curve_images, args.images)
     paths = {what: args.out / name for what, name in NAMES.items()}
     if args.out.exists() and not args.out.is_dir():
         raise CommandError(f"--out {args.out}: that is a file; name a folder")
@@ -90,20 +92,16 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from . import _images
-    from ._run import load_problem, solve_serially
+    from ._run import load_problem
 
     problem = load_problem(args.model, steps=args.steps, seed=args.seed, device=args.device)
     size = f"{problem.info.parameters / 1e6:.1f} M parameters"
     print(f"{args.images} images, DDIM, {args.steps} timesteps, {size}, {problem.device}")
-    serial = solve_serially(problem, args.images)
-    stats = serial.stats
-    row = TableRow("serial chain", args.images, args.steps, stats.model_evals, stats.wall_seconds, note="the reference")
-    main_row, sample = _measure(problem, serial.sample, args.images, args.solver, args.tol)
-    rows = [row, main_row]
-    _images.save(_images.panels(serial.sample, sample), paths["pictures"])
-    print(f"wrote {paths['pictures']}")
+    rows, samples = _compare(problem, args.images, [args.solver], args.tol, curves=False)
+    _images.save(_images.panels(*samples), paths["pictures"])
+    print(f"wrote {paths['pictures']}\n{args.curve_images} images, {args.curve_steps} timesteps, every solver")
     curves = [name for name in CURVES if name != "draft" or problem.draft is not None]
-    rows += [_measure(problem, serial.sample, args.curve_images, solver, args.tol)[0] for solver in curves]
+    rows += _compare(problem.with_steps(args.curve_steps), args.curve_images, curves, args.tol, curves=True)[0]
     where = str(problem.device)
     if problem.device.type == "cpu":
         where += f", {torch.get_num_threads()} threads"
@@ -111,33 +109,59 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(problem: Any, reference: Any, images: int, solver: str, tol: float | None) -> tuple[TableRow, Any]:
-    """Solve the first `images` chains and compare with the reference after every round. Returns row and samples."""
+def _compare(
+    problem: Any, images: int, solvers: list[str], tol: float | None, *, curves: bool
+) -> tuple[list[TableRow], tuple[Any, Any]]:
+    """A chain by those solvers and serially. Returns a row for each, the serial chain's first, and two samples: the
+    serial chain's and the last solver's. curves: every solver runs twice, and is looked at the first time."""
     from . import _images
-    from ._run import solve
+    from ._run import solve_serially
 
-    wanted, curve = reference[:images], []
-    solution = solve(
-        problem, images, label=solver, solver=solver, tol=tol, window=problem.schedule.num_steps,
-        on_round=lambda info: curve.append(float(_images.relative_error(info.sample(), wanted).max())),
-    )  # fmt: skip
+    steps = problem.schedule.num_steps
+    solved = [_solve(problem, images, solver, tol, curves) for solver in solvers]
+    print(f"  serially, {steps} steps:", end=" ", flush=True)
+    serial = solve_serially(problem, images)
+    print(f"{serial.stats.wall_seconds:.1f} s")
+    rows = [
+        TableRow(
+            "serial chain", steps, images, steps, serial.stats.model_evals, serial.stats.wall_seconds,
+            note="the reference",
+        )
+    ]  # fmt: skip
+    for row, solution, iterates in solved:
+        row.curve = [float(_images.relative_error(iterate, serial.sample).max()) for iterate in iterates]
+        row.error = float(_images.relative_error(solution.sample, serial.sample).max())
+        row.pixel = _images.largest_difference(solution.sample, serial.sample)
+        rows.append(row)
+    return rows, (serial.sample, solved[-1][1].sample)
+
+
+def _solve(problem: Any, images: int, solver: str, tol: float | None, watch: bool) -> tuple[TableRow, Any, list[Any]]:
+    """A timed solve, where `watch` is set after another one that is looked at after every round. Returns its row, its
+    solution and the samples that were seen."""
+    steps, seen = problem.schedule.num_steps, list[Any]()
+    sampler = problem.sampler(solver=solver, tol=tol, window=steps)
+    noise, streams = problem.noise(images)
+    if watch:
+        sampler.sample(noise, generator=streams, callback=lambda info: seen.append(info.sample()))
+    print(f"  {solver}:", end=" ", flush=True)
+    solution = sampler.sample(noise, generator=problem.streams(images))
     stats = solution.stats
+    print(f"{stats.rounds} rounds, {stats.model_evals} model evaluations, {stats.wall_seconds:.1f} s")
     name = stats.solver if solver == "auto" else solver
-    row = TableRow(name, images, stats.rounds, stats.model_evals, stats.wall_seconds, curve=curve[: stats.rounds])
-    row.error = float(_images.relative_error(solution.sample, wanted).max())
-    row.pixel = _images.largest_difference(solution.sample, wanted)
+    row = TableRow(name, steps, images, stats.rounds, stats.model_evals, stats.wall_seconds)
     if stats.finished_serially:
         row.note = f"rounds ran out, the last {stats.finished_serially} steps made serially"
-    return row, solution.sample
+    return row, solution, seen[: stats.rounds]
 
 
 def _report(args: argparse.Namespace, rows: list[TableRow], paths: dict[str, Path], where: str, seconds: float) -> None:
     from ._plot import Curve, convergence_plot
 
-    curves = [Curve(row.solver, row.curve) for row in rows[2:]]
+    curves = [Curve(row.solver, row.curve) for row in rows if row.curve]
     convergence_plot(
         curves, paths["plot"], ylabel="relative error of the running last state",
-        title=f"{args.model} model, DDIM with {args.steps} timesteps, worst of {args.curve_images} images", target=1e-2,
+        title=f"{args.model} model, DDIM with {args.curve_steps} timesteps, worst of {args.curve_images}", target=1e-2,
     )  # fmt: skip
     print(f"wrote {paths['plot']}")
     table, notes = markdown(rows), "\n".join(_notes(args, rows, where))
@@ -149,14 +173,9 @@ def _report(args: argparse.Namespace, rows: list[TableRow], paths: dict[str, Pat
 def _notes(args: argparse.Namespace, rows: list[TableRow], where: str) -> list[str]:
     """What a reader of the table must know."""
     notes = [
-        f"DDIM, {args.steps} timesteps, eta 0, seed {args.seed}, on {where}. Relative errors and pixel "
-        "differences are the largest over the images, against the serial chain."
+        f"DDIM, eta 0, seed {args.seed}, on {where}. Relative errors and pixel differences are the largest over the "
+        "images, against the serial chain."
     ]
-    if args.curve_images < args.images:
-        notes.append(
-            f"To save time, the plot and the last {len(rows) - 2} rows use the first {args.curve_images} of the "
-            f"{args.images} images."
-        )
     serial, parallel = rows[0], rows[1]
     if parallel.seconds > serial.seconds:
         notes.append(

@@ -6,7 +6,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ class Problem:
     dtype: torch.dtype
     kwargs: dict[str, Any] = field(default_factory=dict)  # of samplers and inverters
     draft: Any = None  # of samplers
+    make_schedule: Callable[[int], Schedule] | None = None  # of that many steps
+
+    def with_steps(self, steps: int) -> Problem:
+        """The same model along a chain of that many steps."""
+        assert self.make_schedule is not None
+        return replace(self, schedule=self.make_schedule(steps))
 
     def streams(self, batch: int) -> list[torch.Generator]:
         """A fresh generator for each image."""
@@ -104,9 +111,9 @@ def load_problem(
             f"{model} is a {loaded.info.model_class}, which needs {loaded.info.conditional}; the command line samples "
             "unconditional models: use DEQSampler with model_kwargs in Python"
         )
-    schedule = ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing, clip=clip)
+    make = partial(ddim_schedule, loaded.scheduler, eta=eta, spacing=spacing, clip=clip)
     options = {"max_batch": max_batch, "spectrum": loaded.spectrum, "group": group}
-    return Problem(loaded.model, schedule, loaded.info, seed, where, precision, options, loaded.draft)
+    return Problem(loaded.model, make(steps), loaded.info, seed, where, precision, options, loaded.draft, make)
 
 
 def solve(

@@ -68,7 +68,7 @@ def _facts(
     values: tuple[Any, ...] = (
         software(noise.device),
         (what, request.return_trajectory, gradients, getattr(model, "rescale", None)),
-        (settings, weights_digest(options.draft)),
+        (settings, None if options.weight is None else options.weight.key, weights_digest(options.draft)),
         schedule,
         (tuple(noise.shape), noise.dtype),
         noise,

@@ -81,6 +81,7 @@ def checked_timesteps(options: Options, noise: Tensor, model_kwargs: dict[str, A
     schedule = options.schedule
     weight = cached(schedule, "error weight", lambda: error_weight(schedule))
     chain = cached(schedule, "checked", lambda: (*schedule.timesteps.tolist(), *weight.tolist()))  # eta included
-    key = ("timesteps", chain, variant_of(options.model), signature_of(noise, model_kwargs))
+    norm = None if options.weight is None else options.weight.key
+    key = ("timesteps", chain, norm, variant_of(options.model), signature_of(noise, model_kwargs))
     known: CheckedTimesteps = options.knowledge.setdefault(key, CheckedTimesteps(weight))
     return known

@@ -20,6 +20,7 @@ from ..model.recording import RecordedModel, Recording
 from ..model.sample_kwargs import warn_of_guesses
 from ..model.stand_in import stand_in
 from ..model.transforms import check_inputs
+from ..model.weighted_norm import Weight, WeightedNorm
 from ..ranks import sharded
 from ..ranks.group import Ranks
 from ..schedule import Schedule, SpectralSlope
@@ -57,6 +58,7 @@ class Options:
     """solver="auto" with window="auto": each solve is made as is predicted to be the fastest."""
     draft: Model | None = None
     certify: str = "estimate"
+    weight: Weight | None = None
     learned: dict[str, int] = field(default_factory=dict)
     """What solves have told of the model, see `BatchedModel.learned`."""
     unshared: dict[Any, Any] = field(default_factory=dict)
@@ -107,6 +109,7 @@ class Options:
             memory=memory if memory is not None else default_memory(),
             draft=draft,
             certify=arguments.choice("certify", given["certify"], ("estimate", "full")),
+            weight=Weight.given(given["weight"], spectrum is not None or isinstance(resolved.slope, SpectralSlope)),
             planned=isinstance(solver, str) and solver == "auto" and given["window"] == "auto",
         )
 
@@ -167,6 +170,8 @@ class Options:
     def slope(self, noise: Tensor) -> SpectralSlope | str | None:
         """The slope that the solver wants; raises ValueError where the spectrum is one of other samples."""
         slope = self.solver.slope
+        if self.weight is not None:
+            return None if slope is None else "scalar"  # the norm has coordinates of its own
         if isinstance(slope, str) and slope in ("auto", "spectral"):
             slope = self.spectrum or prior_spectrum(tuple(noise.shape[1:])) or "scalar"
         if isinstance(slope, SpectralSlope) and noise.dim() > 1 and slope.shape != tuple(noise.shape[1:]):
@@ -175,6 +180,10 @@ class Options:
             )
         chosen: SpectralSlope | str | None = slope
         return chosen
+
+    def norm(self, noise: Tensor) -> WeightedNorm | None:
+        """In which errors of such samples are meant, None for L2; raises ValueError where it is of others."""
+        return None if self.weight is None else self.weight.on(tuple(noise.shape[1:]))
 
     def check_request(
         self, noise: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, reverse: bool = False
@@ -185,11 +194,13 @@ class Options:
         arguments.check_kwargs(model_kwargs)
         check_generator(generator, noise.shape[0])
         warn_of_guesses(model_kwargs, noise.shape[0])
+        self.norm(noise)
 
     def system(self, noise: Tensor, model_kwargs: dict[str, Any] | None, serial: bool = False) -> System:
         """The chain that starts at `noise`; the arguments have passed `check_request`."""
         slope = "scalar" if serial else self.slope(noise)
-        system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope)
+        norm = None if serial else self.norm(noise)
+        system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope, norm)
         system.learned, system.give_way = self.learned, self.graph_cache.on_shortage()
         if self.solver.needs_draft and self.draft is not None and not serial:
             arguments.check_draft_shape(self.draft, noise)

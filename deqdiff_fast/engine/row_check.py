@@ -3,8 +3,8 @@
 A parallel solve asks about many timesteps in one call. A model that takes one timestep for all of them (`t[0]`, a
 window in `sigma[0]`), whose rows depend on each other (batch norm in training mode, attention across the batch), or
 that is another one in every call (dropout, a cache) would end in another sample than the serial chain's, and no
-residual shows that. So before the first solve of a model, and then ever more rarely, some rows are made together and
-alone: other timesteps every time, so that all of them have their turn.
+residual shows that. So before the first solve of a model, and then ever more rarely, the rows of some timesteps are
+made together and apart: other timesteps every time, so that all of them have their turn.
 
 What is left between the two is rounding, which depends on the size of a batch (TF32, bfloat16, the choice of a
 convolution). The rounds cannot get below what it does to the sample.
@@ -13,14 +13,17 @@ convolution). The rounds cannot get below what it does to the sample.
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ModelOutputError
 from ..model.knowledge import signature_of, variant_of
+from ..model.padding import out_of_memory
 from ..model.recording import RecordedModel
 from ..nodes.grid import prediction_weight
 from ..schedule.cache import cached
@@ -28,7 +31,8 @@ from .options import Options
 from .system import System
 
 LEVELS = 3  # timesteps in the batch
-ALONE = 2  # rows that are made again
+ALONE = 2  # of them that are made again
+MOST_SAMPLES = 8  # all of which are compared; of larger batches one a timestep
 LARGEST = {torch.float64: 2e-3, torch.float32: 1e-2}  # relative difference that may be rounding, TF32's included
 LARGEST_HALF = 5e-2  # of the other dtypes
 SEVERAL = 3.0  # times what rounding does to the sample, typically: what a tolerance must leave to it
@@ -44,6 +48,8 @@ class RowRecord:
 
     solves: int = 0
     looks: int = 0
+    next_look: int = 1
+    """The solve that is to look."""
     rounding: float = 0.0
     """The largest relative difference that was seen between a row of a batch and the same row alone."""
     told: bool = False
@@ -51,8 +57,17 @@ class RowRecord:
     def due(self) -> bool:
         """Whether the solve that begins is to look: the first, the second, the fourth, and so on."""
         self.solves += 1
-        often = min(self.solves, MOST_SOLVES)
-        return self.solves % MOST_SOLVES == 0 if often == MOST_SOLVES else self.solves & (self.solves - 1) == 0
+        if self.solves < self.next_look:
+            return False
+        self.next_look = self.solves + min(self.solves, MOST_SOLVES)
+        return True
+
+    def compare(self, system: System, noise: Tensor) -> None:
+        """Compare, at other timesteps every time; raises ModelOutputError."""
+        with torch.no_grad():
+            worst = _difference(system, noise, self.looks)
+        self.rounding, self.looks = max(self.rounding, worst), self.looks + 1
+        self.next_look = max(2, self.next_look)
 
 
 def check_rows(system: System, options: Options, noise: Tensor) -> RowRecord:
@@ -61,13 +76,35 @@ def check_rows(system: System, options: Options, noise: Tensor) -> RowRecord:
     Raises:
         ModelOutputError: a row of a batch is not what it is alone, by more than rounding.
     """
-    key = ("rows", signature_of(noise, system.model_kwargs), variant_of(options.model))
-    record: RowRecord = options.knowledge.setdefault(key, RowRecord())
+    record = _record(system, options, noise)
     kept = isinstance(options.model, RecordedModel)  # these rows are on no chain: nothing to learn a draft from
     if not kept and record.due() and system.num_steps > 1:
-        with torch.no_grad():
-            worst = _difference(system, noise, record.looks)
-        record.rounding, record.looks = max(record.rounding, worst), record.looks + 1
+        record.compare(system, noise)
+    return record
+
+
+def check_rows_now(options: Options, noise: Tensor, model_kwargs: dict[str, Any], changed: bool) -> None:
+    """Look before a solve that may not even be made by rounds, unless that was done before.
+
+    changed: the model is not what it was then.
+
+    Raises:
+        ModelOutputError: as `check_rows`.
+    """
+    if len(noise) == 0:
+        return
+    system = options.system(noise, model_kwargs, serial=True)
+    record = _record(system, options, noise)
+    record.looks = 0 if changed else record.looks
+    if system.num_steps > 1 and not record.looks:
+        record.compare(system, noise)
+
+
+def _record(system: System, options: Options, noise: Tensor) -> RowRecord:
+    norm, times = None if options.weight is None else options.weight.key, options.schedule.timesteps
+    chain = (len(times), float(times[0]), float(times[-1]))  # what is on for a range of them alone may be on in another
+    key = ("rows", norm, chain, len(noise), signature_of(noise, system.model_kwargs), variant_of(options.model))
+    record: RowRecord = options.knowledge.setdefault(key, RowRecord())
     return record
 
 
@@ -92,36 +129,72 @@ def with_tolerance_in_reach(options: Options, record: RowRecord, dtype: torch.dt
 
 
 def _difference(system: System, noise: Tensor, number: int) -> float:
-    """The largest relative difference between rows of a batch and the same rows alone; other ones for every number."""
-    steps, batch, schedule = system.num_steps, system.batch, system.schedule
+    """The largest relative difference between rows of a batch of several timesteps and those of a call on one, as the
+    serial chain makes it; other timesteps for every number."""
+    steps, batch = system.num_steps, system.batch
     at = sorted({int((number + k / LEVELS) * (1 if number == 0 else GOLDEN) % 1 * steps) for k in range(LEVELS)})
     at = at if len(at) > 1 else sorted({at[0], (at[0] + steps // 2) % steps, steps - 1})
-    step = torch.tensor(
-        at[::-1], device=system.device
-    )  # from the image's end: a model that reads t[0] reads another one
-    sample = (torch.arange(len(at), device=system.device) + number) % batch
-    start = noise.detach().reshape(batch, -1)[sample].to(system.dtype)
-    level = (schedule.signal[:-1].square() + schedule.sigma[:-1].square()).sqrt()[at[::-1]]
-    states = start * (level / schedule.init_noise_sigma).to(start)[:, None]
+    at.reverse()  # from the image's end: t[0] is another one's then
+    few = batch <= MOST_SAMPLES and len(at) * batch <= (system.max_batch or len(at) * batch)
+    levels = [
+        _Level.of(system, noise, i, list(range(batch)) if few else [(k + number + 1) % batch]) for k, i in enumerate(at)
+    ]
     try:
-        together = _predict(system, states, step, sample)
+        single = [_predict(system, *level) for level in levels[: -ALONE - 1 : -1]]
     except ModelOutputError:  # no prediction at all: the solve says where
         return 0.0
-    rows = [len(at) - 1 - k for k in range(min(ALONE, len(at) - 1))]
+    # in another order at every level: conditions that are merely tiled are not those of these rows
+    order = [torch.arange(len(level.sample)).roll(k + number + 1) for k, level in enumerate(levels)]
+    rows = [level.select(turn.to(system.device)) for level, turn in zip(levels, order, strict=True)]
+    together = _in_one_call(system, rows)
     worst = 0.0
-    for row in rows:
-        here = slice(row, row + 1)
-        alone = _predict(system, states[here], step[here], sample[here])[0]
-        size = max(float(alone.norm()), 1e-4 * float(states[row].norm()))
-        apart = float((together[row] - alone).norm()) / max(size, 1e-300)
-        if apart > LARGEST.get(system.model_dtype, LARGEST_HALF):
-            raise ModelOutputError(_message(system, at[::-1][row], at[::-1], apart, int(sample[row])))
-        worst = max(worst, apart) if apart == apart else worst  # what is not finite is named by the solve
+    for k, alone in zip(range(len(at) - 1, -1, -1), single):
+        for b, row in enumerate(together.chunk(len(at))[k]):
+            one = alone[order[k][b]]
+            size = max(float(one.norm()), 1e-4 * float(system.to_basis(rows[k].states[b : b + 1]).norm()))
+            apart = float((row - one).norm()) / max(size, 1e-300)
+            if apart > LARGEST.get(system.model_dtype, LARGEST_HALF):
+                raise ModelOutputError(_message(system, at[k], at, apart, int(rows[k].sample[b])))
+            worst = max(worst, apart) if apart == apart else worst  # what is not finite is named by the solve
     return worst
 
 
+def _in_one_call(system: System, levels: list[_Level]) -> Tensor:
+    """(n, D) predictions of several timesteps; raises ModelOutputError where a model does not take them."""
+    try:
+        return _predict(system, *(torch.cat(parts) for parts in zip(*levels, strict=True)))
+    except Exception as error:
+        if type(error) not in (RuntimeError, ValueError, TypeError, IndexError) or out_of_memory(error):
+            raise  # not torch's or Python's own word for "this is no batch"
+        raise ModelOutputError(
+            f"the model works on one timestep, but not on one batch of {len(levels)} timesteps x "
+            f"{len(levels[0].sample)} samples ({type(error).__name__}: {error}); it cannot be sampled in parallel as "
+            "it is; sampler.serial() can"
+        ) from error
+
+
+class _Level(NamedTuple):
+    """Rows of one timestep."""
+
+    states: Tensor  # (n, D)
+    step: Tensor  # (n,)
+    sample: Tensor  # (n,)
+
+    @classmethod
+    def of(cls, system: System, noise: Tensor, step: int, samples: Sequence[int]) -> _Level:
+        """The noise of those samples, at the level of the timestep."""
+        schedule, sample = system.schedule, torch.tensor(samples, device=system.device)
+        start = noise.detach().reshape(system.batch, -1)[sample].to(system.dtype)
+        level = math.hypot(float(schedule.signal[step]), float(schedule.sigma[step])) / schedule.init_noise_sigma
+        return cls(start * level, torch.full_like(sample, step), sample)
+
+    def select(self, rows: Tensor) -> _Level:
+        """Those rows."""
+        return _Level(*(part[rows] for part in self))
+
+
 def _predict(system: System, states: Tensor, step: Tensor, sample: Tensor) -> Tensor:
-    """(n, D) float32 or float64 predictions, in one call."""
+    """(n, D) float32 or float64 predictions, in one call, in coordinates whose L2 norm is that of errors."""
     asked, ranks = len(step), getattr(system.model, "deqdiff_ranks", None)
     if ranks is not None:  # every one of them is to see the whole batch
         states, step, sample = (x.repeat(ranks.size, *[1] * (x.dim() - 1)) for x in (states, step, sample))
@@ -132,7 +205,7 @@ def _predict(system: System, states: Tensor, step: Tensor, sample: Tensor) -> Te
         more = torch.arange(size, device=step.device) % count
         states, step, kwargs = states[more], step[more], system.expand_kwargs(sample[more])
     system.check_evals += count
-    return system.predict(states.clone(), step, kwargs)[:asked]
+    return system.to_basis(system.predict(states.clone(), step, kwargs)[:asked])
 
 
 def _message(system: System, step: int, steps: list[int], apart: float, sample: int) -> str:
@@ -140,8 +213,8 @@ def _message(system: System, step: int, steps: list[int], apart: float, sample: 
     levels = ", ".join(f"{float(times[k]):g}" for k in steps)
     return (
         f"the model's rows are not independent: in one batch of timesteps {levels}, its prediction for timestep "
-        f"{float(times[step]):g} (sample {sample}) differs by {apart:.1e} (relative) from that of a call on this row "
-        "alone. It may read t[0] for all rows, couple rows (batch norm, shared attention: try model.eval()), or change "
-        "from call to call (dropout, a cache, a hook that counts). It cannot be sampled in parallel as it is; "
-        "sampler.serial() can"
+        f"{float(times[step]):g} (sample {sample}) differs by {apart:.1e} (relative) from that of a call on this "
+        "timestep alone. It may read t[0] or sigma[0] for all rows, keep masks or conditions for one batch, couple "
+        "rows (batch norm, shared attention: try model.eval()), or change from call to call (dropout, a cache, a hook "
+        "that counts). It cannot be sampled in parallel as it is; sampler.serial() can"
     )

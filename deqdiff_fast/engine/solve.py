@@ -18,6 +18,7 @@ from ..solution import Callback, Solution, Stats
 from ..solver.picard import Picard
 from .checked_timesteps import checked_timesteps
 from .conclude import conclude
+from .dominant_entries import warn_of_dominant_entries
 from .node_solve import NodeSolve, begins_on_nodes
 from .options import Options
 from .plain_chain import PlainChain
@@ -98,6 +99,8 @@ def solve_rounds(
     rows = check_rows(system, options, request.noise)
     options, in_reach = with_tolerance_in_reach(options, rows, request.noise.dtype)
     solution = _rounds(system, options, request, stats, started, head, monitor)
+    if rows.solves == 1:
+        warn_of_dominant_entries(system, solution.sample)
     stats.check_evals += system.check_evals
     if not in_reach and not stats.finished_serially:
         solution.converged &= False

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._types import DraftRows, Model
 from ..kernels import newton_scan_bytes
 from ..model.batched import BatchedModel
+from ..model.weighted_norm import WeightedNorm
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
 from ..schedule.tables import step_variance
@@ -47,6 +48,8 @@ class System(BatchedModel):
         model, schedule, noise, model_kwargs, max_batch: as for `BatchedModel`.
         slope: what the solver linearises the model with: "scalar", the slope of unit Gaussian data; a `SpectralSlope`,
             in whose basis the chain is then solved; None for none.
+        norm: the norm of errors, in whose coordinates the chain is then solved, with a slope that is the same for all
+            entries; None for L2.
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class System(BatchedModel):
         model_kwargs: dict[str, Any] | None,
         max_batch: int | None,
         slope: SpectralSlope | str | None = "scalar",
+        norm: WeightedNorm | None = None,
     ) -> None:
-        basis = slope.basis() if isinstance(slope, SpectralSlope) else None
+        basis = slope.basis() if isinstance(slope, SpectralSlope) else norm
         super().__init__(model, schedule, noise, model_kwargs, max_batch, basis)
         place = (noise.device, self.dtype, self.accumulator)
         tables = cached(schedule, place, lambda: Tables.of(schedule, *place))

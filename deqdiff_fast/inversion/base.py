@@ -15,6 +15,7 @@ from ..engine.workspace import Workspace
 from ..errors import NonFiniteError
 from ..memory import SolverMemory
 from ..model.sample_kwargs import select_samples
+from ..model.weighted_norm import WeightedNorm
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.noise import fill_drift, freeze
 from ..solution import RoundInfo, Stats, asks_to_stop
@@ -76,6 +77,8 @@ class InversionProblem:
     """The user's callback and the progress bar; True asks to stop. Methods call `notify`."""
     init_trajectory: Tensor | None = None
     """(T + 1, B, *shape), a starting guess, or None."""
+    norm: WeightedNorm | None = None
+    """In which errors are meant; None for L2."""
 
     @property
     def batch(self) -> int:
@@ -107,7 +110,12 @@ class InversionProblem:
 
     def system(self, slope: SpectralSlope | str | None = "scalar") -> System:
         """The chain as a system; `slope` chooses the basis and the diagonal slope."""
-        return System(self.model, self.schedule, self.image, self.model_kwargs, self.max_batch, slope)
+        return System(self.model, self.schedule, self.image, self.model_kwargs, self.max_batch, slope, self.norm)
+
+    def in_norm(self, samples: Tensor) -> Tensor:
+        """(n, *shape) -> (n, D), a copy, whose L2 norm is the one in which errors are meant."""
+        rows = samples.flatten(1).clone()
+        return rows if self.norm is None else self.norm.forward(rows)
 
     def open_workspace(self, system: System, solver: Any = None, window: int = 1) -> Workspace:
         """Leased memory with the image as state T and the frozen noise in place; the other states are zero.

@@ -49,7 +49,8 @@ def begun(
         guidance = [getattr(model, name, None) for name in ("scale", "rescale")]
         own: list[Tensor] = getattr(model, "conditioning_tensors", list)()
         values: tuple[Any, ...] = (
-            software(image.device), [getattr(inverter, name) for name in _SETTINGS], inverter.schedule,
+            software(image.device),
+            ([getattr(inverter, name) for name in _SETTINGS], getattr(inverter.weight, "key", None)), inverter.schedule,
             (tuple(image.shape), image.dtype), image, (model_kwargs, own, guidance), generator, init,
             weights_digest(model),
         )  # fmt: skip

@@ -38,7 +38,7 @@ class GradientDescent:
         self.noises = [row.clone().requires_grad_(True) for row in noise.detach()]
         self.best, self.trajectory = noise.detach().clone(), trajectory
         self.best_trajectory = None if trajectory is None else trajectory.clone()
-        sq_size = float64(problem.image.flatten(1)).square().sum(1).cpu()
+        sq_size = float64(problem.in_norm(problem.image)).square().sum(1).cpu()
         self.stop = sq_size * problem.tol**2 if method.stop is None else torch.full_like(sq_size, method.stop)
         self.sq_size = sq_size.clamp_min(torch.finfo(torch.float64).tiny)
         self.least = torch.full_like(sq_size, math.inf)
@@ -80,7 +80,7 @@ class GradientDescent:
         warm = self.trajectory if self.method.warm_start else None
         sample, trajectory, rounds = self.forward(noise, at, None if warm is None else warm[:, at])
         wide = torch.promote_types(sample.dtype, torch.float32)
-        loss = (sample.to(wide) - self.problem.image[at].to(wide)).flatten(1).square().sum(1)
+        loss = self.problem.in_norm(sample.to(wide) - self.problem.image[at].to(wide)).square().sum(1)
         torch.autograd.backward(loss.sum(), inputs=moved)  # nothing of the caller's gets one
         self._record(samples, noise.detach(), trajectory, loss.detach().cpu().double(), rounds)
         return float(loss.detach().sum())

@@ -88,6 +88,8 @@ class Equilibrium:
         """The spectrum to use: the given one, else that of the images themselves where they have spatial axes."""
         if isinstance(self.slope, SpectralSlope) or self.slope != "auto":
             return self.slope if isinstance(self.slope, SpectralSlope) else None
+        if problem.norm is not None:  # which has coordinates of its own
+            return None
         if problem.spectrum is not None or problem.image.dim() < 4:
             return problem.spectrum
         images = float64(problem.image.detach())

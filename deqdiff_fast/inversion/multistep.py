@@ -174,8 +174,8 @@ class _MultistepSolve:
 
     def _image_error(self, miss: Tensor) -> Tensor:
         """(B,) on the CPU: what the misses of all rows make together, as a relative error of the image."""
-        total = (self.weight * miss).sum(0).flatten(1).norm(dim=1)
-        size = self.problem.image.flatten(1).norm(dim=1).to(total.dtype)
+        total = self.problem.in_norm((self.weight * miss).sum(0)).norm(dim=1)
+        size = self.problem.in_norm(self.problem.image).norm(dim=1).to(total.dtype)
         error: Tensor = (total / size.clamp_min(TINY_OF[total.dtype])).cpu()
         return error
 

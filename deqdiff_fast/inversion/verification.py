@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..model.weighted_norm import WeightedNorm
 from ..sampler import DEQSampler
 from ..solver.picard import Picard
 from .base import InversionProblem, Method, MethodResult
@@ -36,7 +37,7 @@ def reconstruct(problem: InversionProblem, noise: Tensor) -> tuple[Tensor, Tenso
         parts = [reconstruct(whole.select(torch.tensor([b])), noise[b : b + 1]) for b in range(problem.batch)]
         samples, errors, counts = zip(*parts)
         return torch.cat(samples), torch.cat(errors), sum(counts)
-    return solution.sample, relative_error(solution.sample, problem.image), solution.stats.model_evals
+    return solution.sample, relative_error(solution.sample, problem.image, problem.norm), solution.stats.model_evals
 
 
 def verify_and_refine(problem: InversionProblem, method: Method, result: MethodResult) -> tuple[Tensor, Tensor]:
@@ -68,8 +69,10 @@ def verify_and_refine(problem: InversionProblem, method: Method, result: MethodR
     return sample, error
 
 
-def relative_error(sample: Tensor, reference: Tensor) -> Tensor:
-    """(B,) float64 on the CPU: |sample - reference| / |reference|, L2 over each image."""
-    a, b = sample.detach().cpu().double().flatten(1), reference.detach().cpu().double().flatten(1)
+def relative_error(sample: Tensor, reference: Tensor, norm: WeightedNorm | None = None) -> Tensor:
+    """(B,) float64 on the CPU: |sample - reference| / |reference| over each image, in L2 or that norm."""
+    a, b = (x.detach().cpu().double().flatten(1) for x in (sample, reference))
+    if norm is not None:
+        a, b = norm.forward(a.clone()), norm.forward(b.clone())
     error: Tensor = (a - b).norm(dim=1) / b.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     return error

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._types import Model, Rows
+from .._types import Coordinates, Model, Rows
 from ..errors import ModelOutputError, RankError
 from ..memory import Lease, MemoryPlan
-from ..schedule import Basis, Schedule
+from ..schedule import Schedule
 from ..schedule.cache import cached
 from .outputs import output_fault
 from .padding import is_compiled, out_of_memory, padded_sizes
@@ -54,7 +54,7 @@ class BatchedModel:
         noise: Tensor,
         model_kwargs: dict[str, Any] | None,
         max_batch: int | None,
-        basis: Basis | None = None,
+        basis: Coordinates | None = None,
     ) -> None:
         self.model, self.schedule, self.max_batch, self.basis = model, schedule, max_batch, basis
         self.model_kwargs = dict(model_kwargs or {})

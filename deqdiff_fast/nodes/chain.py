@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import node_scan
+from .draft_answers import DraftAnswers
 from .drift import composite_drift
 from .history import NodeHistory
 from .node_grid import NodeGrid, Transfer, per_element
@@ -17,6 +18,7 @@ UNSETTLED = 0.1  # what the last sweep of a draft may move where they have not s
 GROWING, LARGEST = 2.0, 3.0  # times the last move of a draft's sweeps, or times the sample: they do not settle
 SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move,
 LOOSE = 0.02  # or of what the round before has moved, if that is more: the next one moves that much again
+STILL = 0.1  # of what the last sweep may move: a state that has moved less since the draft was asked about it
 
 
 class NodeChain:
@@ -28,6 +30,7 @@ class NodeChain:
 
     def __init__(self, problem: NodeProblem, nodes: list[int]) -> None:
         self.problem, self.draft = problem, problem.draft
+        self.answers: DraftAnswers | None = None
         self._use(self._grid(nodes))
         self.remainder = self.states.new_zeros(self.states[1:].shape)
         self._scan(self.remainder, self.states)
@@ -52,6 +55,7 @@ class NodeChain:
         self.states = problem.start.new_empty(len(grid.nodes) + 1, *problem.start.shape)
         self.states[0] = problem.start
         self.drift = None
+        self.answers = None if self.draft is None else DraftAnswers(self.draft, grid.nodes)
         if problem.drift is not None:
             self.drift = composite_drift(problem.chain, problem.classes, grid.nodes, problem.drift)
 
@@ -79,7 +83,7 @@ class NodeChain:
     def learn(self, asked: Tensor | None, answers: Tensor) -> None:
         """What the model said at the nodes, (n, B, D); asked: (n, B) bool, where it was asked, None for everywhere."""
         states = self.states[:-1]
-        draft = None if self.draft is None else self.draft(states, self.grid.nodes)
+        draft = None if self.answers is None else self.answers.at(states, STILL * SETTLED * self.problem.tol)
         surprise = answers - self.slope * states - self.remainder
         self.surprise = surprise if asked is None else torch.where(asked[..., None], surprise, self.surprise)
         if self.history.guess_error is None:
@@ -127,11 +131,11 @@ class NodeChain:
 
     def _settle(self, base: Tensor | None, extra: Tensor | None, out: Tensor) -> bool:
         """Sweeps of the draft over all nodes at once, until they move the sample no more; whether they have settled."""
-        assert self.draft is not None
-        moved = float("inf")
+        assert self.answers is not None
+        moved, bound = float("inf"), max(SETTLED * self.problem.tol, LOOSE * self.moved)
         for _ in range(SWEEPS):
             states, last = self.states[:-1], self.states[-1].clone()
-            torch.sub(self.draft(states, self.grid.nodes), self.slope * states, out=out)
+            torch.sub(self.answers.at(states, STILL * bound), self.slope * states, out=out)
             if base is not None and self.history.draft is not None:
                 out.add_(self.history.e[0]).sub_(self.history.draft[0])
             if extra is not None:
@@ -140,7 +144,7 @@ class NodeChain:
             before, moved = moved, self._moved_from(last)
             if not moved <= min(GROWING * before, LARGEST):
                 return False
-            if moved <= max(SETTLED * self.problem.tol, LOOSE * self.moved):
+            if moved <= bound:
                 return True
         return base is None or moved <= UNSETTLED
 
@@ -156,4 +160,4 @@ class NodeChain:
 
     def forget_draft(self) -> None:
         """Go on without a draft."""
-        self.draft = self.history.draft = None
+        self.draft = self.answers = self.history.draft = None

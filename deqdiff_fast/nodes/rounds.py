@@ -23,6 +23,7 @@ GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the estimate three rounds before
+NOISY = 1.0  # times the tolerance: what the noise of every step may leave between as many nodes as there may be
 LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
 LARGEST_ESTIMATE = 3.0  # an estimate that says nothing, times the sample
 
@@ -167,13 +168,17 @@ class NodeRounds:
     def _note_hopeless(self, found: Estimate, trace: list[Tensor]) -> None:
         """Which samples are left to rounds on all timesteps.
 
-        Those that do not get better, or for which no number of nodes that is allowed will do; and those whose estimate
-        was larger than the sample once: the model decides something there, and what errors it amplifies is not told.
+        Those that do not get better, or for which no number of nodes that is allowed will do: where the chain adds noise
+        on its way, that is foretold as soon as the first grids are through. And those whose estimate was larger than
+        the sample once: the model decides something there, and what errors it amplifies is not told.
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
-        most = len(self.chain.grid.nodes) >= most_nodes(self.steps)
-        rough = settled.tolist() if most else [False] * self.batch
+        nodes, room = len(self.chain.grid.nodes), most_nodes(self.steps)
+        rough = settled.tolist() if nodes >= room else [False] * self.batch
+        if self.problem.drift is not None and len(trace) == len(self.sizes):
+            # what follows the noise misses by 1 / sqrt(n) at each of n nodes, and by 1 / n in all
+            rough = (found.interpolation * (nodes / room) > NOISY * tol).tolist()
         for b, done in enumerate(self.done):
             stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
             diverged = len(trace) > UNTOLD and float(trace[-1][b]) > LARGEST_ESTIMATE

@@ -296,17 +296,15 @@ def test_bench_needs_a_checkout_and_runs_what_it_finds(tmp_path, monkeypatch, ca
 
 def test_demo(pipeline, tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--steps", "10", "--images", "4", "--curve-images", "2"]
+    options = ["--steps", "12", "--images", "3", "--curve-steps", "10", "--curve-images", "2"]
     assert main(["demo", "--model", str(pipeline), "--out", str(out), *options]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["convergence.png", "results.md", "samples.png"]
     table = (out / "results.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    assert rows[2][0] == "serial chain"
     without_draft = [name for name in NAMED if name not in ("auto", "draft")]  # there is none in this folder
-    assert [row[0] for row in rows[4:]] == without_draft
-    assert [row[1] for row in rows[2:]] == ["4", "4"] + ["2"] * len(rows[4:])
-    assert all(float(row[5]) <= 1e-2 for row in rows[3:])
-    assert "the first 2 of the 4 images" in table
+    assert [row[0] for row in rows[2:]] == ["serial chain", "quasi-newton", "serial chain", *without_draft]
+    assert [row[1:3] for row in rows[2:]] == [["12", "3"]] * 2 + [["10", "2"]] * (1 + len(without_draft))
+    assert all(float(row[6]) <= 1e-2 for row in rows[2:] if row[0] != "serial chain")
     assert table.splitlines()[2] in capsys.readouterr().out
     (tmp_path / "file").touch()
     assert main(["demo", "--out", str(tmp_path / "file")]) == 2
