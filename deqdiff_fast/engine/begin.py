@@ -61,7 +61,8 @@ def _facts(
     """All that must be the same on all ranks, by its name in `_NAMES`."""
     noise, model, schedule = request.noise, options.model, options.schedule
     named = ("solver", "tol", "max_rounds", "window", "backend", "on_failure", "max_batch", "deterministic")
-    settings = [getattr(options, name) for name in (*named, "spectrum", "certify", "learned")]
+    settings = [getattr(options, name) for name in (*named, "spectrum", "certify")]
+    settings.append(options.learned.get("max_batch"))
     inputs = (noise, *getattr(model, "conditioning_tensors", list)())
     gradients = (torch.is_grad_enabled(), [tensor.requires_grad for tensor in inputs])
     draws = schedule.stochastic or request.generator is not None
