@@ -18,7 +18,7 @@ UNSETTLED = 0.1  # what the last sweep of a draft may move where they have not s
 GROWING, LARGEST = 2.0, 3.0  # times the last move of a draft's sweeps, or times the sample: they do not settle
 SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move,
 LOOSE = 0.02  # or of what the round before has moved, if that is more: the next one moves that much again
-STILL = 0.1  # of what the last sweep may move: a state that has moved less since the draft was asked about it
+STILL = 3e-4  # of what the last sweep may move: a state that has moved less since the draft was asked about it
 
 
 class NodeChain:

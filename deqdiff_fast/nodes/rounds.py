@@ -168,9 +168,9 @@ class NodeRounds:
     def _note_hopeless(self, found: Estimate, trace: list[Tensor]) -> None:
         """Which samples are left to rounds on all timesteps.
 
-        Those that do not get better, or for which no number of nodes that is allowed will do: where the chain adds noise
-        on its way, that is foretold as soon as the first grids are through. And those whose estimate was larger than
-        the sample once: the model decides something there, and what errors it amplifies is not told.
+        Those that do not get better, or for which no number of nodes that is allowed will do: where the chain adds
+        noise on its way, that is foretold as soon as the first grids are through. And those whose estimate was larger
+        than the sample once: the model decides something there, and what errors it amplifies is not told.
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
