@@ -177,8 +177,8 @@ class NodeRounds:
         nodes, room = len(self.chain.grid.nodes), most_nodes(self.steps)
         rough = settled.tolist() if nodes >= room else [False] * self.batch
         if self.problem.drift is not None and len(trace) == len(self.sizes):
-            # what follows the noise misses by 1 / sqrt(n) at each of n nodes, and by 1 / n in all
-            rough = (found.interpolation * (nodes / room) > NOISY * tol).tolist()
+            left = walk_between(self.steps, room) / max(walk_between(self.steps, nodes), 1e-9)
+            rough = (found.interpolation * left > NOISY * tol).tolist()
         for b, done in enumerate(self.done):
             stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
             diverged = len(trace) > UNTOLD and float(trace[-1][b]) > LARGEST_ESTIMATE
@@ -205,6 +205,14 @@ class NodeRounds:
             little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
         return asked & ~torch.tensor(self._over(), device=asked.device)
+
+
+def walk_between(steps: int, nodes: int) -> float:
+    """What linear interpolation misses of a random walk of `steps` steps, in all and up to a factor: the variance of
+    the sum of a Brownian bridge's values at the whole numbers between 0 and g is proportional to g^3 - g, and there are
+    as many bridges as nodes, of g = steps / nodes."""
+    gap = steps / nodes
+    return float((nodes * max(gap**3 - gap, 0.0)) ** 0.5)
 
 
 def _grows(found: Estimate, before: Estimate) -> bool:
