@@ -10,11 +10,13 @@ from .distillation import distill
 from .errors import (
     BackendUnavailableError,
     ConvergenceWarning,
+    DamagedPairsError,
     DeqDiffError,
     ModelOutputError,
     NonFiniteError,
     NotAffineError,
     NotConvergedError,
+    PairsMismatchError,
     StaleLeaseError,
 )
 from .gradient.implicit import Implicit
@@ -44,6 +46,7 @@ __all__ = [
     "ConvergenceWarning",
     "DEQInverter",
     "DEQSampler",
+    "DamagedPairsError",
     "DeqDiffError",
     "Draft",
     "Drafted",
@@ -53,6 +56,7 @@ __all__ = [
     "NonFiniteError",
     "NotAffineError",
     "NotConvergedError",
+    "PairsMismatchError",
     "Phantom",
     "Picard",
     "QuasiNewton",
