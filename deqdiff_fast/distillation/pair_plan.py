@@ -7,13 +7,16 @@ import math
 import time
 from collections.abc import Callable
 
+import torch
+
 from ..engine.solve import Request, plain_chain
 from ..nodes.grid import round_sizes
 from ..planner.free_memory import free_bytes
 from .pair_solver import ROUNDS, SERIAL, Method, PairSolver
 
 MOST_BATCH = 1024
-BETTER = 0.97  # of the time of a row: from there on a larger batch is worth it
+BETTER = 0.98  # of the time of a row: from there on a larger batch was worth a try, and rounds are worth it
+ALIKE = 1.005  # times the time of a row, which is no difference
 WORSE_SIZES = 2  # doublings that are no better, after which no larger batch is tried
 STEPS, PASSES = 3, 3  # of the chain that are timed at each size, the fastest of so many times
 MEASURING = 0.02  # part of all the work, for measuring
@@ -55,7 +58,7 @@ def choose_method(solver: PairSolver, count: int, name: str, batch: int | None) 
 def fastest(costs: dict[int, float]) -> int:
     """The smallest batch that is as good as the best, but for what does not matter."""
     least = min(costs.values())
-    return min(size for size, cost in costs.items() if cost * BETTER <= least)
+    return min(size for size, cost in costs.items() if cost <= ALIKE * least)
 
 
 def row_costs(solver: PairSolver, count: int) -> dict[int, float]:
@@ -74,7 +77,7 @@ def row_costs(solver: PairSolver, count: int) -> dict[int, float]:
             break
         size *= 2
     for _ in range(PASSES - 1):  # other processes disturb some of them
-        for size in sorted(costs, key=lambda size: costs[size])[:4]:
+        for size in sorted(costs, key=costs.__getitem__)[:4]:
             if allowed():
                 costs[size] = min(costs[size], serial_seconds(solver, size))
     return costs
@@ -92,18 +95,18 @@ def serial_seconds(solver: PairSolver, batch: int) -> float:
     last = min(first + STEPS, steps)
     if chain is None or not chain.advance(first) or not chain.finite():
         return math.inf
-    return _least(lambda until: chain.advance(until) and chain.finite(), range(first + 1, last + 1)) / batch
-
-
-def _least(step: Callable[[int], bool], each: range) -> float:
-    """The shortest time that a step took; infinite where one failed."""
-    times = []
-    for until in each:
-        began = time.perf_counter()
-        if not step(until):
+    clock, times = clock_of(solver.device), list[float]()
+    for until in range(first + 1, last + 1):
+        began = clock()
+        if not (chain.advance(until) and chain.finite()):
             return math.inf
-        times.append(time.perf_counter() - began)
-    return min(times)
+        times.append(clock() - began)
+    return min(times) / batch
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """That of the thread, which other processes do not disturb, where it does all the work."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def rounds_batch(solver: PairSolver, serial: int) -> int:
@@ -116,11 +119,11 @@ def rounds_batch(solver: PairSolver, serial: int) -> int:
 
 def rounds_seconds(solver: PairSolver, method: Method, serial: float) -> float:
     """Of a sample that is solved in rounds; the first solve makes tables, and is the last where it is far too slow."""
-    seconds = math.inf
+    clock, seconds = clock_of(solver.device), math.inf
     for k in range(2):
-        began = time.perf_counter()
+        began = clock()
         solver.solve(range(method.batch), method)
-        seconds = (time.perf_counter() - began) / method.batch
+        seconds = (clock() - began) / method.batch
         if k == 0 and seconds > 3 * serial:
             break
     return seconds

@@ -80,7 +80,6 @@ class Pairs(Dataset[dict[str, Any]]):
         seed: int = 0,
         method: str = "auto",
         batch: int | None = None,
-        tol: float | None = None,
         device: torch.device | str | None = None,
         progress: bool = False,
         **settings: Any,
@@ -106,10 +105,9 @@ class Pairs(Dataset[dict[str, Any]]):
             method: "serial": the plain chain, exact. "rounds": a `DEQSampler`, to `tol`, which takes fewer evaluations
                 on long chains. "auto": what makes more pairs a second here, by timing, when the folder is begun.
             batch: how many are made at a time; None for the best number, by timing, when the folder is begun.
-            tol: of rounds, see `DEQSampler`.
             device: of the model's inputs; None for that of its first parameter.
             progress: whether to show a bar.
-            **settings: `draft` and `spectrum` of a `DEQSampler`, for rounds.
+            **settings: `tol`, `draft` and `spectrum` of a `DEQSampler`, for rounds.
 
         Returns:
             The pairs; as one of many processes, those that are there by then.
@@ -120,18 +118,9 @@ class Pairs(Dataset[dict[str, Any]]):
             NonFiniteError, ModelOutputError: the model's fault.
             OSError: a file cannot be written; `errno.ENOSPC` where the disk is full. What was finished is of use.
         """
-        arguments.check_model(model)
-        arguments.check_schedule(schedule)
-        arguments.check_shape(shape)
-        if arguments.count("count", count) is None:
-            raise ValueError("count: expected an int >= 1, got None")
-        arguments.count("batch", batch)
-        arguments.choice("method", method, ("auto", SERIAL, ROUNDS))
-        unknown = sorted(set(settings) - {"draft", "spectrum"})
-        if unknown:
-            raise TypeError(f"Pairs.make() got an unexpected keyword argument {unknown[0]!r}")
+        _check(model, schedule, shape, count, method, batch, settings)
         like = inputs_like(model, device)
-        solver = PairSolver(model, schedule, tuple(shape), model_kwargs, like, seed, tol=tol, **settings)
+        solver = PairSolver(model, schedule, tuple(shape), model_kwargs, like, seed, **settings)
         rank, world = process_of_many()
         PairMaker(solver, Path(folder), rank, world).run(count, method, batch, progress)
         return cls(folder, partial=world > 1)
@@ -178,3 +167,17 @@ class Pairs(Dataset[dict[str, Any]]):
 
     def __repr__(self) -> str:
         return f"Pairs({str(self.folder)!r}): {len(self)} pairs of shape {self.manifest.shape}"
+
+
+def _check(model: Any, schedule: Any, shape: Any, count: Any, method: Any, batch: Any, settings: Any) -> None:
+    """Raises TypeError or ValueError, naming the argument."""
+    arguments.check_model(model)
+    arguments.check_schedule(schedule)
+    arguments.check_shape(shape)
+    if arguments.count("count", count) is None:
+        raise ValueError("count: expected an int >= 1, got None")
+    arguments.count("batch", batch)
+    arguments.choice("method", method, ("auto", SERIAL, ROUNDS))
+    unknown = sorted(set(settings) - {"tol", "draft", "spectrum"})
+    if unknown:
+        raise TypeError(f"Pairs.make() got an unexpected keyword argument {unknown[0]!r}")
