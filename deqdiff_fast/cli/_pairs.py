@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     dtype = DTYPES[args.dtype]
     device = pick_device(args.device, dtype)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:  # of torchrun
+    if str(device) == "cuda" and "LOCAL_RANK" in os.environ:  # of torchrun
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}", dtype)
     loaded = load_model(args.model, device=device, dtype=dtype)
     schedule = ddim_schedule(loaded.scheduler, args.steps, eta=args.eta, spacing=args.spacing, clip=args.clip)
