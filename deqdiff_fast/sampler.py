@@ -13,6 +13,7 @@ from ._devices import methods_with_tables_on_cpu
 from ._types import Backend, Generators, Model, OnFailure
 from .engine import arguments
 from .engine.options import Options
+from .engine.sample_guess import Init, resolve_init
 from .engine.solve import Request, solve_parallel, solve_serially
 from .gradient import Gradient, Problem, Unrolled
 from .gradient import resolve as resolve_gradient
@@ -122,6 +123,7 @@ class DEQSampler:
         callback: Callback | None = None,
         progress: bool = False,
         *,
+        init: Init = None,
         init_trajectory: Tensor | None = None,
         return_trajectory: bool = False,
     ) -> Solution:
@@ -138,6 +140,8 @@ class DEQSampler:
             generator: for the frozen noise of stochastic schedules, one or one a sample, drawn as by a serial chain.
             callback: called after every round and every serial step, with a `RoundInfo`; returning True stops.
             progress: whether to show a bar.
+            init: (B, *shape) guess of the sample, or a one-step student that makes it, init(noise, **model_kwargs); for
+                fewer rounds, the result does not depend on it. `Unrolled` gradients do without.
             init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
             return_trajectory: whether the solution holds all states.
 
@@ -151,7 +155,8 @@ class DEQSampler:
         self.options.check_request(noise, model_kwargs, generator, isinstance(self.gradient, Unrolled))
         arguments.check_trajectory(init_trajectory, noise, self.schedule.num_steps)
         arguments.check_callback(callback)
-        request = Request(noise, generator, callback, progress, init_trajectory, return_trajectory)
+        guess = resolve_init(init, noise, model_kwargs, init_trajectory)
+        request = Request(noise, generator, callback, progress, init_trajectory, return_trajectory, guess)
         if noise.shape[0] == 0 or not torch.is_grad_enabled():
             return self._solve(request, model_kwargs)
         parameters = [p for p in getattr(self.model, "parameters", list)() if p.requires_grad]
