@@ -35,10 +35,8 @@ def choose_method(solver: PairSolver, count: int, name: str, batch: int | None) 
         name: "auto", "serial" or "rounds".
         batch: None for the best one.
     """
-    if name == ROUNDS:
-        return Method(ROUNDS, batch or rounds_batch(solver, min(count, MOST_BATCH)))
-    if name == SERIAL and batch is not None:
-        return Method(SERIAL, batch)
+    if name in (SERIAL, ROUNDS) and batch is not None:
+        return Method(name, batch)
     costs = row_costs(solver, count) if batch is None else {batch: serial_seconds(solver, batch)}
     best = fastest(costs)
     steps = solver.schedule.num_steps
@@ -47,6 +45,8 @@ def choose_method(solver: PairSolver, count: int, name: str, batch: int | None) 
     if name == SERIAL:
         return method
     together = batch or rounds_batch(solver, best)
+    if name == ROUNDS:
+        return Method(ROUNDS, together)
     spent = 2 * together * ROUGH_EVALUATIONS * serial  # the first solve prepares
     if len(round_sizes(steps)) < 2 or spent > 2 * MEASURING * count * serial:
         return method

@@ -123,6 +123,9 @@ class PairSolver:
             try:
                 solve = sampler.serial if method.name == SERIAL else sampler.sample
                 found = solve(noise, kwargs or None, streams)
+                if not bool(found.converged.all()):  # the tolerance is below the model's rounding
+                    noise, streams = self.noise(numbers)
+                    found = sampler.serial(noise, kwargs or None, streams)
             except Exception:
                 _log.error("pairs %d to %d could not be made", numbers.start, numbers.stop - 1)
                 raise
@@ -135,11 +138,12 @@ class PairSolver:
         in_rounds = method.name == ROUNDS
         draft, spectrum = self.settings.get("draft"), self.settings.get("spectrum")
         some = self.conditions(range(max(self.count, ASKED)))[2]
+        given = [some, self.kwargs, self.model.uncond if isinstance(self.model, Guided) else None]
         return {
             "weights": hash_weights(self.model),
             "schedule": hash_schedule(self.schedule),
             "timesteps": self.schedule.num_steps,
-            "model_kwargs": hash_values(some),
+            "model_kwargs": hash_values(given),
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
             "method": method.name,

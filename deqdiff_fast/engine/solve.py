@@ -54,8 +54,7 @@ class Request:
     progress: bool = False
     init_trajectory: Tensor | None = None
     return_trajectory: bool = False
-    init: Tensor | None = None
-    """A guess of the sample, (B, *shape)."""
+    init: Tensor | None = None  # a guess of the sample, (B, *shape)
 
 
 @dataclass
@@ -124,10 +123,8 @@ def _rounds(
         nodes.run(limit, None if monitor is None else monitor.start(system, None))
         if nodes.finished:
             return nodes.solution(stats, started)
-
-    def open_workspace(system: System) -> Workspace:
-        return Workspace.open(system, solver, stats.window, options.memory, options.backend)
-
+    memory, backend = options.memory, options.backend
+    open_workspace = lambda system: Workspace.open(system, solver, stats.window, memory, backend)  # noqa: E731
     settings = (solver, stats.window, rule, warm)
     with (
         torch.no_grad(),

@@ -90,6 +90,13 @@ def test_rounds_make_the_same_samples_to_tol_whatever_was_solved_before(tmp_path
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_where_rounds_cannot_be_as_exact_as_asked_the_chain_is_made(tmp_path: Path) -> None:
+    model, schedule = Tiny().bfloat16(), ddim(60)
+    rounds = make(tmp_path / "rounds", 4, model, schedule=schedule, method="rounds", batch=4, tol=1e-6)
+    exact = make(tmp_path / "serial", 4, model, schedule=schedule, batch=4)
+    assert max(apart(a["sample"], b["sample"]) for a, b in zip(rounds, exact)) < 1e-6
+
+
 def test_processes_share_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path / "one", 500)
     for rank in range(3):
@@ -177,6 +184,9 @@ def test_another_model_schedule_or_setting_is_refused(tmp_path: Path) -> None:
         with pytest.raises(dq.PairsMismatchError, match=differs) as caught:
             make(tmp_path / "pairs", **settings)
         assert differs in caught.value.differs
+    make(tmp_path / "shared", model_kwargs={"labels": None})
+    with pytest.raises(dq.PairsMismatchError, match="model_kwargs"):
+        make(tmp_path / "shared", model_kwargs={"labels": dq.shared(torch.zeros(1, dtype=torch.int64))})
     plain = Tiny()
     make(tmp_path / "callable", model=lambda x, t: plain(x, t))  # has no weights that could be seen
     with pytest.raises(dq.PairsMismatchError, match="another model"):
