@@ -105,6 +105,16 @@ class PairFolder:
             raise DamagedPairsError(f"{path}: expected shard {number} of this folder, got another one", str(path))
         return shard
 
+    def is_finished(self, manifest: Manifest, number: int) -> bool:
+        """Whether a shard has all its pairs, as its header says. A damaged one counts: it is named when it is read."""
+        try:
+            found = ShardFile(self.shard_path(number), check=False)
+        except FileNotFoundError:
+            return False
+        except DamagedPairsError:
+            return True
+        return len(found.tensors["noise"]) >= manifest.pairs_in(number)
+
     def pairs_there(self, manifest: Manifest, number: int) -> int:
         """How many pairs are in a shard; 0 where it is not there, or damaged, which is then said in the log."""
         try:

@@ -53,13 +53,13 @@ class Pairs(Dataset[dict[str, Any]]):
         self.manifest = self._files.read_manifest()
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         every = range(self.manifest.shards)
-        missing = [k for k in every if not self._files.shard_path(k).is_file()]
+        missing = [k for k in every if not self._files.is_finished(self.manifest, k)]
         if missing and not partial:
             raise FileNotFoundError(
-                f"{self._files.shard_path(missing[0])}: {len(missing)} of {len(every)} shards are missing; make the "
-                "same pairs again to go on, or pass partial=True for what is there"
+                f"{self._files.shard_path(missing[0])}: {len(missing)} of {len(every)} shards are missing or not "
+                "finished; make the same pairs again to go on, or pass partial=True for what is there"
             )
-        self._shards = [k for k in every if k not in set(missing)]
+        self._shards = sorted(set(every) - set(missing))
         if partial:
             damaged = set(self.verify())
             self._shards = [k for k in self._shards if self._files.shard_path(k) not in damaged]

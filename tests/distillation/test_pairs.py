@@ -224,7 +224,9 @@ def test_a_damaged_shard_is_named_and_the_rest_is_of_use(tmp_path: Path, how: st
 def test_a_folder_that_is_not_finished(tmp_path: Path) -> None:
     pairs = make(tmp_path)
     (tmp_path / "pairs-000000.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"pairs-000000\.safetensors: 1 of 3 shards are missing"):
+    with pytest.raises(
+        FileNotFoundError, match=r"pairs-000000\.safetensors: 1 of 3 shards are missing or not finished"
+    ):
         Pairs(tmp_path)
     assert torch.equal(Pairs(tmp_path, partial=True)[0]["noise"], pairs[64]["noise"])
     with pytest.raises(FileNotFoundError):
@@ -234,6 +236,21 @@ def test_a_folder_that_is_not_finished(tmp_path: Path) -> None:
         Pairs(tmp_path)
     with pytest.raises(dq.DamagedPairsError, match=r"manifest\.json: expected the manifest"):
         make(tmp_path)
+
+
+def test_killed_when_more_pairs_were_just_asked_for(tmp_path: Path) -> None:
+    """The manifest is the new one, the last shard that there was is short."""
+    pairs = make(tmp_path, 70)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "count": 120}))
+    with pytest.raises(
+        FileNotFoundError, match=r"pairs-000001\.safetensors: 1 of 2 shards are missing or not finished"
+    ):
+        Pairs(tmp_path)
+    assert len(Pairs(tmp_path, partial=True)) == 64
+    more = make(tmp_path, 120)
+    assert len(more) == 120
+    assert torch.equal(more[69]["sample"], pairs[69]["sample"])
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
