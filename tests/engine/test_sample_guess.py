@@ -74,9 +74,10 @@ def awful(noise: Tensor) -> dict[str, Tensor]:
         ({"solver": "triangular"}, ddim(30)),
         ({"solver": "parareal"}, ddim(30)),
         ({}, ddim(60)),
+        ({"solver": "draft"}, ddim(60)),
     ],
     ids=["nodes", "full", "window", "short", "multistep", "stochastic", "picard", "anderson", "triangular", "parareal",
-         "planned"],
+         "planned", "draft"],
 )  # fmt: skip
 def test_an_awful_guess_changes_nothing(settings: dict, schedule: dq.Schedule, kind: str) -> None:
     model = Mixture(schedule)
@@ -84,7 +85,8 @@ def test_an_awful_guess_changes_nothing(settings: dict, schedule: dq.Schedule, k
     draw = lambda: torch.Generator().manual_seed(3)  # noqa: E731
     with torch.no_grad():
         exact = dq.DEQSampler(model, schedule).serial(noise, generator=draw()).sample
-        sampler = dq.DEQSampler(model, schedule, tol=1e-3, **settings)
+        draft = (lambda x, t: 0.9 * model(x, t)) if settings.get("solver") == "draft" else None
+        sampler = dq.DEQSampler(model, schedule, tol=1e-3, draft=draft, **settings)
         found = sampler.sample(noise, generator=draw(), init=awful(noise)[kind])
     assert bool(found.converged.all())
     assert apart(found.sample, exact) < 1e-3
