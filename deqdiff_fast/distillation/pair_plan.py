@@ -17,7 +17,7 @@ from .pair_solver import ROUNDS, SERIAL, Method, PairSolver
 MOST_BATCH = 1024
 BETTER = 0.98  # of the time of a row: from there on a larger batch was worth a try, and rounds are worth it
 ALIKE = 1.005  # times the time of a row, which is no difference
-WORSE_SIZES = 2  # doublings that are no better, after which no larger batch is tried
+WORSE_SIZES = 3  # doublings that are no better, after which no larger batch is tried
 STEPS, PASSES = 3, 3  # of the chain that are timed at each size, the fastest of so many times
 MEASURING = 0.02  # part of all the work, for measuring
 LEAST_SECONDS = 2.0  # for that, however little there is to do
