@@ -20,6 +20,8 @@ BENCHMARKS = {
     "kernels": "time of each op: reference, the paper's formulation, torch.compile, compiled; against a memory copy",
     "planner": "sample() against the serial chain in paired timings, with what was planned",
     "overhead": "share of a solve's time that is spent outside the model",
+    "guesses": "rounds with a guess of the sample, as a one-step student makes it, and without",
+    "pairs": "pairs a second for training students, against plain loops over batches",
     "zoo": "small models of many kinds, trained here: rounds, evaluations, error, and seconds against a plain loop",
     "pipelines": "diffusers pipelines: rounds and evaluations against steps, and what surrounds the model",
     "ranks": "one sample on two processes against one and a plain loop; a prediction for more devices",

@@ -65,6 +65,24 @@ class RankError(DeqDiffError, RuntimeError):
         return partial(type(self), **at), self.args, vars(self)
 
 
+class DamagedPairsError(DeqDiffError, ValueError):
+    """A file in a folder of pairs is not what was written there: cut off, altered or of another folder. `path` names
+    it."""
+
+    def __init__(self, message: str, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class PairsMismatchError(DeqDiffError, ValueError):
+    """A folder of pairs was begun with something else than is given now; `differs` lists what: the model's weights,
+    the schedule, a setting."""
+
+    def __init__(self, message: str, differs: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.differs = differs
+
+
 class NotAffineError(DeqDiffError, ValueError):
     """The scheduler's step is not affine in the states and predictions, so it cannot be solved in parallel exactly."""
 

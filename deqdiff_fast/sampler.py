@@ -14,6 +14,7 @@ from ._devices import methods_with_tables_on_cpu
 from ._types import Backend, Generators, Model, OnFailure
 from .engine.begin import begun
 from .engine.options import Options
+from .engine.sample_guess import Init, resolve_init
 from .engine.solve import Request, solve_parallel, solve_serially
 from .gradient import Gradient, Problem, Unrolled
 from .gradient import resolve as resolve_gradient
@@ -129,6 +130,7 @@ class DEQSampler:
         callback: Callback | None = None,
         progress: bool = False,
         *,
+        init: Init = None,
         init_trajectory: Tensor | None = None,
         return_trajectory: bool = False,
     ) -> Solution:
@@ -145,6 +147,8 @@ class DEQSampler:
             generator: for the frozen noise of stochastic schedules, one or one a sample, drawn as by a serial chain.
             callback: called after every round and every serial step, with a `RoundInfo`; returning True stops.
             progress: whether to show a bar.
+            init: (B, *shape) guess of the sample, or a one-step student that makes it, init(noise, **model_kwargs); for
+                fewer rounds, the result does not depend on it. `Unrolled` gradients do without.
             init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
             return_trajectory: whether the solution holds all states.
 
@@ -158,6 +162,7 @@ class DEQSampler:
         request = Request(noise, generator, callback, progress, init_trajectory, return_trajectory)
         reverse, what = isinstance(self.gradient, Unrolled), ("sample", self.gradient)
         with _begun(self.options, what, request, model_kwargs, reverse):
+            request.init = resolve_init(init, noise, model_kwargs, init_trajectory)
             return self._sample(request, model_kwargs)
 
     def _sample(self, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:

@@ -48,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     loaded = load_model(args.model, device=device)
+    conditions = conditions_of(args.model, loaded, device)
     draft = distill(
-        loaded.model, _all_levels(loaded.scheduler), loaded.info.sample_shape, _conditions(args.model, loaded, device),
-        args.minutes, out=folder, seed=args.seed, device=device, progress=True,
+        loaded.model, _all_levels(loaded.scheduler), loaded.info.sample_shape, conditions, args.minutes, out=folder,
+        seed=args.seed, device=device, progress=True,
     )  # fmt: skip
     print(draft.report)
     print(f"wrote {folder / DRAFT} and {folder / SPECTRUM}")
@@ -66,7 +67,7 @@ def _all_levels(scheduler: Any) -> Schedule:
     return ddim_schedule(scheduler, CONTINUOUS_STEPS)
 
 
-def _conditions(name: str, loaded: Any, device: Any) -> dict[str, Any] | None:
+def conditions_of(name: str, loaded: Any, device: Any) -> dict[str, Any] | None:
     """All classes of a model of classes. Raises CommandError for a model that needs anything else."""
     if not loaded.info.conditional:
         return None
@@ -74,7 +75,7 @@ def _conditions(name: str, loaded: Any, device: Any) -> dict[str, Any] | None:
     if classes is None or loaded.info.model_class != "UNet2DModel":
         raise CommandError(
             f"{name} is a {loaded.info.model_class}, which needs {loaded.info.conditional}; the command line knows "
-            "class labels of a UNet2DModel: use deqdiff_fast.distill with model_kwargs in Python"
+            "class labels of a UNet2DModel: give model_kwargs in Python"
         )
     import torch
 

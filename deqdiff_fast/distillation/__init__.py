@@ -1,8 +1,9 @@
-"""Drafts out of models: a small network fitted to a model's own predictions. No data is needed."""
+"""What is made of a model without any data: drafts, fitted to its own predictions, and pairs of noises and samples."""
 
 from __future__ import annotations
 
 from .distill import distill
+from .pairs import Pairs
 from .report import DraftReport
 
-__all__ = ["DraftReport", "distill"]
+__all__ = ["DraftReport", "Pairs", "distill"]

@@ -22,7 +22,7 @@ from .chains import thinned
 from .checkpoint import Checkpoint
 from .job import Job, Limits
 from .report import Trial
-from .teacher import Drawn, Teacher
+from .teacher import Drawn, Teacher, inputs_like
 
 TRIAL_STEPS = (
     50  # of the chains that are solved to see what a draft is worth, where the schedule has over twice as many
@@ -87,7 +87,7 @@ def distill(
     arguments.check_schedule(schedule)
     arguments.check_shape(shape)
     _check(minutes, steps, recording)
-    teacher = Teacher(model, schedule, tuple(shape), model_kwargs, _like(model, device))
+    teacher = Teacher(model, schedule, tuple(shape), model_kwargs, inputs_like(model, device))
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,13 +132,6 @@ class _Distillation(NamedTuple):
             draft.report = trial.report(draft, max(min(affordable, SAMPLES), 1))
             _log.info("%s", draft.report)
         return draft
-
-
-def _like(model: Model, device: torch.device | str | None) -> Tensor:
-    """An empty tensor of the dtype and on the device of the model's inputs."""
-    first = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
-    dtype = first.dtype if first.is_floating_point() else torch.float32
-    return torch.empty(0, dtype=dtype, device=first.device if device is None else torch.device(device))
 
 
 def _cost(job: Job, trial: Trial) -> float:

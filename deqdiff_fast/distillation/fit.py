@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model.draft import Draft
-from .pairs import PairBatch, PairStore
+from .prediction_pairs import PairBatch, PairStore
 
 BATCH = {"cpu": 12}  # pairs in a step of the optimizer, by device; small where a row costs what it costs ...
 BATCH_ELSEWHERE = 64  # ... and large where few rows leave the device idle

@@ -23,7 +23,7 @@ from .chains import draw_grids, start_size, walk
 from .checkpoint import Checkpoint
 from .fit import Fit
 from .linear_part import LinearPart, choose_width, linear_part
-from .pairs import MOST_BYTES, PairStore, pairs_of
+from .prediction_pairs import MOST_BYTES, PairStore, pairs_of
 from .teacher import Teacher
 
 CHAINS = 0.12  # part of the time for the model's own chains

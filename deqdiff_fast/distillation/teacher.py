@@ -25,6 +25,14 @@ CONDITIONS = 256  # asked of a function that draws them
 Drawn = dict[str, Any] | Callable[[int], dict[str, Any]] | None
 
 
+def inputs_like(model: Model, device: torch.device | str | None) -> Tensor:
+    """An empty tensor of the dtype and on the device of the model's inputs: `device`, or that of its first
+    parameter."""
+    first = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
+    dtype = first.dtype if first.is_floating_point() else torch.float32
+    return torch.empty(0, dtype=dtype, device=first.device if device is None else torch.device(device))
+
+
 def count_conditions(model: Model, kwargs: dict[str, Any]) -> int:
     """How many rows the keyword arguments, and the conditioning of a guided model, have; 1 without any.
 

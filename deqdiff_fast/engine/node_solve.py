@@ -21,6 +21,7 @@ from .checked_timesteps import CheckedTimesteps
 from .initial_guess import linear_scan
 from .node_problem import lease_for, node_problem
 from .options import Options
+from .sample_guess import sample_guess
 from .system import System
 from .workspace import Workspace
 
@@ -72,6 +73,8 @@ class NodeSolve:
                 made,
                 spots,
             )
+            if request.init is not None:
+                self.problem.guess = sample_guess(system, self.problem.chain, request.init, options.slope(noise))
         self.outcome: NodeOutcome | None = None
 
     def run(self, limit: int, report: RoundReport | None = None, work: Workspace | None = None) -> None:
@@ -132,7 +135,7 @@ class NodeSolve:
         self._fill(work, self._outcome.grid.nodes, self._outcome.remainder)
 
     def restart(self, work: Workspace, replay: Replay) -> None:
-        """Begin anew with the noise of this solve: nothing that was found is of use."""
+        """Begin anew with the noise of this solve: nothing that was found is of use, nor a guess of the sample."""
         self._begin(work)
         work.guess(None, replay)
 

@@ -54,6 +54,7 @@ class Request:
     progress: bool = False
     init_trajectory: Tensor | None = None
     return_trajectory: bool = False
+    init: Tensor | None = None  # a guess of the sample, (B, *shape)
 
 
 @dataclass
@@ -114,17 +115,16 @@ def _rounds(
 ) -> Solution:  # fmt: skip
     """`solve_rounds`, of a model whose rows are independent."""
     solver, limit, rule = options.solver, options.round_limit(), options.stopping_rule(request.noise.dtype)
-    warm, watched = request.init_trajectory is not None, request.callback is not None or request.progress
+    watched = request.callback is not None or request.progress
     lookahead = None if solver.makes_rounds else lookahead_policy(system, request)
     nodes, head = _begin_on_nodes(system, options, request, stats.window, head)
+    warm = request.init_trajectory is not None or (request.init is not None and nodes is None and head is None)
     if nodes is not None and not watched:
         nodes.run(limit, None if monitor is None else monitor.start(system, None))
         if nodes.finished:
             return nodes.solution(stats, started)
-
-    def open_workspace(system: System) -> Workspace:
-        return Workspace.open(system, solver, stats.window, options.memory, options.backend)
-
+    memory, backend = options.memory, options.backend
+    open_workspace = lambda system: Workspace.open(system, solver, stats.window, memory, backend)  # noqa: E731
     settings = (solver, stats.window, rule, warm)
     with (
         torch.no_grad(),
@@ -135,6 +135,8 @@ def _rounds(
             nodes.run(limit, report if monitor is None else monitor.start(system, report), work)
         device = DeviceWork(lookahead, work.system.pad_round, replay, state)
         _set_up(work, request, head, nodes, device)
+        if warm and request.init is not None:
+            work.guess_towards(request.init, options.slope(request.noise))
         over = nodes is not None and _is_over(nodes, monitor)
         task = Task(
             chain=work.chain, solver=solver, memory=work.memory, evaluate=work.evaluate, rebuild=work.rebuild,

@@ -13,8 +13,10 @@ from ..loop.base import Bounds, Chain, ProblemSize, Solver
 from ..loop.rows import repeat_rows
 from ..loop.task import Replay, run_eager
 from ..memory import Lease, MemoryPlan, SolverMemory
+from ..schedule import SpectralSlope
 from ..schedule.noise import discard_draws, fill_drift
 from .initial_guess import extrapolate, gaussian_guess
+from .sample_guess import guess_towards
 from .system import System
 
 SCRATCH = ("rows", "inputs", "spare", "scratch", "window_scratch")  # of one piece of work: nothing is left there
@@ -111,6 +113,11 @@ class Workspace:
             chain.states[1:].copy_(chain.states[:1].expand_as(chain.states[1:]))
         else:
             replay(("guess", 0), lambda: gaussian_guess(chain, self.system.diagonal_slope))
+
+    def guess_towards(self, init: Tensor, slope: SpectralSlope | str | None) -> None:
+        """States 1..T: a chain that ends at a guess of the sample, (B, *shape). slope: the solver's."""
+        self.warm = True
+        guess_towards(self.chain, self.system, slope, init)
 
     def resume(self, other: Workspace, front: int) -> None:
         """Take over a chain of the same system whose first `front` steps are made; later states are extrapolated."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,23 @@ def shared_with_model(model: Model) -> dict[Any, Any] | None:
             return known if ranks is None else known.setdefault(ranks, {})
     except TypeError:
         return None
+
+
+@contextmanager
+def nothing_known(model: Model) -> Iterator[None]:
+    """Solves in this block begin as the first ones of the model, and what they learn ends with it: their results do
+    not depend on which solves were made before."""
+    known = shared_with_model(model)
+    if known is None:  # kept with each sampler, see `Options.unshared`
+        yield
+        return
+    before = dict(known)
+    known.clear()
+    try:
+        yield
+    finally:
+        known.clear()
+        known.update(before)
 
 
 def variant_of(model: Model) -> Any:

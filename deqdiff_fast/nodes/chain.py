@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels import node_scan
 from .draft_answers import DraftAnswers
 from .drift import composite_drift
+from .guess import spread_gap
 from .history import NodeHistory
 from .node_grid import NodeGrid, Transfer, per_element
 from .problem import NodeProblem
@@ -25,7 +26,8 @@ class NodeChain:
     """The nodes of a round, with states (n + 1, B, D), the last one the sample, and remainders (n, B, D).
 
     Args:
-        nodes: those of the first round. Nothing is known of the model: the chain is the draft's, or made of slopes.
+        nodes: those of the first round. Nothing is known of the model: the chain is the draft's, or made of slopes,
+            or leads to the guess of the sample, if there is one.
     """
 
     def __init__(self, problem: NodeProblem, nodes: list[int]) -> None:
@@ -39,7 +41,12 @@ class NodeChain:
         )
         self.surprise = torch.zeros_like(self.remainder)
         self.moved = 1.0  # relative, by the sweeps of the last round
-        if self.draft is not None:
+        if problem.guess is not None:
+            shape = problem.guess.shape.to(self.states)[self.grid.at]
+            last = self.states[-1]
+            self.remainder = spread_gap(problem.guess, shape, self.grid.influence, problem.classes, last)
+            self._scan(self.remainder, self.states)
+        elif self.draft is not None:
             self._sweep(None, self.remainder)
 
     def _grid(self, nodes: list[int]) -> NodeGrid:

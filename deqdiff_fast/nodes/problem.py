@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from .composite import LinearChain
+from .guess import SampleGuess
 from .node_grid import NodeGrid
 
 Ask = Callable[[Tensor, Tensor, Tensor, Tensor, int], None]
@@ -43,6 +44,7 @@ class NodeProblem:
         tol: relative L2 error allowed in a sample.
         history, ridge, floor: of the secants, see `QuasiNewton`.
         spots: to be asked beside the nodes.
+        guess: of the sample, or None.
     """
 
     chain: LinearChain
@@ -59,6 +61,7 @@ class NodeProblem:
     backend: str
     cache: Cache
     spots: Spots
+    guess: SampleGuess | None = None
 
 
 @dataclass

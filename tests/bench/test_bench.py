@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from statistics import median
 
 import pytest
 import torch
+
+import deqdiff_fast as dq
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "bench" / "__main__.py").is_file(), reason="bench/ is not beside the tests")
@@ -251,6 +254,39 @@ def test_planner(figures):
         assert row["evaluations"] >= 1
         assert (row["solver"] == "serial") == (row["windows"][-1] == 1)
         assert "8 timesteps" in row["plan"]
+
+
+def test_guesses(figures):
+    report, table = figures("guesses", *MIXTURE, "--noises", "2")
+    rows = {row["guess"]: row["runs"] for row in report["rows"]}
+    assert set(rows) == {"none", "10% noise", "10% another sample", "30% noise", "30% another sample", "2 steps"}
+    assert table.count("quasi-newton") == len(rows)
+    for name, runs in rows.items():
+        assert all(run["error"] <= 1e-2 for run in runs)
+        assert all(len(run["curve"]) == run["rounds"] for run in runs)
+        if "%" in name:
+            assert all(run["guess"] == pytest.approx(float(name.split("%")[0]) / 100, rel=1e-3) for run in runs)
+
+
+def test_pairs(figures):
+    turns = ("--turns", "2", "--pairs", "16", "--batches", "4", "8", "--clock", "cpu")
+    report, table = figures("pairs", "--model", "mixture", "--size", "8", "--steps", "12", *turns)
+    sides = [row["side"] for row in report["rows"]]
+    assert sides[:2] == ["loop, batch 4", "loop, batch 8"]
+    assert re.fullmatch(r"Pairs, (serial|rounds), batch \d+", sides[2])
+    assert all(len(row["seconds"]) == 2 for row in report["rows"])
+    assert "1.000" in table
+
+
+def test_the_loop_makes_the_pairs(baseline, tmp_path):
+    from bench._problems import Problem
+
+    loaded = dq.integrations.diffusers.load_model("bundled")
+    schedule = dq.integrations.diffusers.ddim_schedule(loaded.scheduler, 3)
+    problem = Problem("bundled", loaded.model, None, loaded.info.sample_shape, "cpu")
+    made = dq.distillation.Pairs.make(loaded.model, schedule, problem.shape, 2, tmp_path, method="serial", batch=2)
+    found = importlib.import_module("bench.pairs")._loop(problem, schedule, 0, 0, 2)
+    assert float((found - torch.stack([pair["sample"] for pair in made])).norm() / found.norm()) < 1e-5
 
 
 def test_pipelines(figures):

@@ -1,0 +1,129 @@
+"""How pairs are made the fastest: how many at a time, and whether by the plain chain or in rounds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from ..engine.solve import Request, plain_chain
+from ..nodes.grid import round_sizes
+from ..planner.free_memory import free_bytes
+from .pair_solver import ROUNDS, SERIAL, Method, PairSolver
+
+MOST_BATCH = 1024
+BETTER = 0.98  # of the time of a row: from there on a larger batch was worth a try, and rounds are worth it
+ALIKE = 1.005  # times the time of a row, which is no difference
+WORSE_SIZES = 3  # doublings that are no better, after which no larger batch is tried
+STEPS, PASSES = 3, 3  # of the chain that are timed at each size, the fastest of so many times
+MEASURING = 0.02  # part of all the work, for measuring
+LEAST_SECONDS = 2.0  # for that, however little there is to do
+ROUNDS_BATCH = 8  # samples of a solve in rounds, at least, where memory allows: the model is checked once a solve
+COPIES = 32  # of the states at the nodes that a solve in rounds keeps, about
+ROUGH_EVALUATIONS = 2.0  # of a sample of it, over T, before one was made
+
+_log = logging.getLogger("deqdiff_fast")
+
+
+def choose_method(solver: PairSolver, count: int, name: str, batch: int | None) -> Method:
+    """The method with the most pairs a second, by timing; `name` and `batch` as far as they are given.
+
+    Args:
+        name: "auto", "serial" or "rounds".
+        batch: None for the best one.
+    """
+    if name in (SERIAL, ROUNDS) and batch is not None:
+        return Method(name, batch)
+    costs = row_costs(solver, count) if batch is None else {batch: serial_seconds(solver, batch)}
+    best = fastest(costs)
+    steps = solver.schedule.num_steps
+    serial, method = costs[best] * steps, Method(SERIAL, best)
+    _log.info("pairs: plain chain, %d at a time, %.3g s a pair", best, serial)
+    if name == SERIAL:
+        return method
+    together = batch or rounds_batch(solver, best)
+    if name == ROUNDS:
+        return Method(ROUNDS, together)
+    spent = 2 * together * ROUGH_EVALUATIONS * serial  # the first solve prepares
+    if len(round_sizes(steps)) < 2 or spent > 2 * MEASURING * count * serial:
+        return method
+    seconds = rounds_seconds(solver, Method(ROUNDS, together), serial)
+    _log.info("pairs: rounds, %d at a time, %.3g s a pair", together, seconds)
+    return Method(ROUNDS, together) if seconds < BETTER * serial else method
+
+
+def fastest(costs: dict[int, float]) -> int:
+    """The smallest batch that is as good as the best, but for what does not matter."""
+    least = min(costs.values())
+    return min(size for size, cost in costs.items() if cost <= ALIKE * least)
+
+
+def row_costs(solver: PairSolver, count: int) -> dict[int, float]:
+    """{batch: seconds of a row of a serial step}, for powers of two up to where larger ones are no better."""
+    costs, size, worse, began = dict[int, float](), 1, 0, time.perf_counter()
+
+    def allowed() -> bool:
+        most = max(LEAST_SECONDS, MEASURING * count * solver.schedule.num_steps * min(costs.values()))
+        return time.perf_counter() - began < most
+
+    while size <= min(MOST_BATCH, max(count, 1)) and worse < WORSE_SIZES and (not costs or allowed()):
+        cost = serial_seconds(solver, size)
+        worse = 0 if not costs or cost < BETTER * min(costs.values()) else worse + 1
+        costs[size] = cost
+        if math.isinf(cost):  # too little memory
+            break
+        size *= 2
+    for _ in range(PASSES - 1):  # other processes disturb some of them
+        for size in sorted(costs, key=costs.__getitem__)[:4]:
+            if allowed():
+                costs[size] = min(costs[size], serial_seconds(solver, size))
+    return costs
+
+
+def serial_seconds(solver: PairSolver, batch: int) -> float:
+    """Of a row of a serial step; infinite where the device has no room for so many."""
+    numbers = range(batch)
+    noise, streams = solver.noise(numbers)
+    model, kwargs, _ = solver.conditions(numbers)
+    options = solver.sampler(model, Method(SERIAL, batch)).options
+    chain = plain_chain(options.system(noise, kwargs, serial=True), Request(noise, streams))
+    steps = solver.schedule.num_steps
+    first = 1 if steps > 1 else 0  # prepares
+    last = min(first + STEPS, steps)
+    if chain is None or not chain.advance(first) or not chain.finite():
+        return math.inf
+    clock, times = clock_of(solver.device), list[float]()
+    for until in range(first + 1, last + 1):
+        began = clock()
+        if not (chain.advance(until) and chain.finite()):
+            return math.inf
+        times.append(clock() - began)
+    return min(times) / batch
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """That of the thread, which other processes do not disturb, where it does all the work."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def rounds_batch(solver: PairSolver, serial: int) -> int:
+    """Samples of a solve whose calls are as large as the best ones of the plain chain, or somewhat larger."""
+    nodes = round_sizes(solver.schedule.num_steps)[-1]
+    batch = max(-(-serial // nodes), min(ROUNDS_BATCH, serial))
+    free, each = free_bytes(solver.device), COPIES * 4 * nodes * math.prod(solver.shape)
+    return batch if free is None else max(min(batch, int(free / 4 / each)), 1)
+
+
+def rounds_seconds(solver: PairSolver, method: Method, serial: float) -> float:
+    """Of a sample that is solved in rounds; the first solve makes tables, and is the last where it is far too slow."""
+    clock, seconds = clock_of(solver.device), math.inf
+    for k in range(2):
+        began = clock()
+        solver.solve(range(method.batch), method)
+        seconds = (clock() - began) / method.batch
+        if k == 0 and seconds > 3 * serial:
+            break
+    return seconds
