@@ -7,6 +7,7 @@ from typing import Any
 
 from ._types import shared
 from .distillation import distill
+from .equilibrium import equilibrium
 from .errors import (
     BackendUnavailableError,
     ConvergenceWarning,
@@ -68,6 +69,7 @@ __all__ = [
     "Unrolled",
     "__version__",
     "distill",
+    "equilibrium",
     "guided",
     "shared",
 ]

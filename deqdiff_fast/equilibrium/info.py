@@ -52,5 +52,6 @@ class EquilibriumInfo(SolveTrace):
         Raises:
             ValueError: iterations < 2.
         """
-        assert self._f is not None and self._z is not None
+        assert self._f is not None
+        assert self._z is not None
         return spectral_radius(self._f, self._z, iterations)

@@ -83,7 +83,7 @@ def equilibrium(
     if recorded and isinstance(mode, Unrolled):
         found = solve(flat, start_recorded(method, start), tol, max_steps, WHAT)
     elif recorded and isinstance(mode, Reversible):
-        found = solve_reversibly(flat, start, cast(ReversibleSolver, method), mode, tol, max_steps, WHAT)
+        found = solve_reversibly(flat, start, cast(ReversibleSolver, method), tol, max_steps, WHAT)
     else:
         with torch.no_grad():
             found = solve(flat, method.start(start), tol, max_steps, WHAT)

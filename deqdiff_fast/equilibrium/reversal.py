@@ -8,12 +8,14 @@ can be run backwards from its last (y, z) alone:
 
 The steps are recorded by autograd as they are made, so that the gradient goes wherever f's graph leads; but what f
 saves for its backward pass is dropped, and made again from the states of the way back when autograd asks for it. Every
-round of that way amplifies rounding by 1 / |1 - b|, so the states are float64, and after each segment of rounds the way
-goes on from a stored pair, or from one that is made again from the last one stored (see `Anchors`).
+round of that way amplifies rounding by up to 1 / (1 - b)^2 where f is no expansion, so the states are float64, and
+after each segment of rounds the way goes on from a stored pair, or from one that is made again from the last one stored
+(see `Anchors`).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -23,15 +25,23 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import ConvergenceWarning
-from ..gradient.reversible import MISSED, Reversible
+from ..gradient.reversible import MISSED
 from .anchors import Anchors
 from .base import FlatFunction
 from .loop import Solved, solve
 from .reversible import ReversibleIteration, ReversibleSolver
 
 
+GROWTH = 1e7  # of float64 rounding (1e-16) over a segment: far below what a float32 function can tell apart
+
+
+def segment(relaxation: float) -> int:
+    """The rounds over which rounding errors, reversed, grow by GROWTH."""
+    return max(1, int(math.log(GROWTH) / (-2 * math.log(abs(1 - relaxation)))))
+
+
 def solve_reversibly(
-    f: FlatFunction, start: Tensor, solver: ReversibleSolver, mode: Reversible, tol: float, max_steps: int, what: str
+    f: FlatFunction, start: Tensor, solver: ReversibleSolver, tol: float, max_steps: int, what: str
 ) -> Solved:
     """Solve, with a graph that stores no more than its ends.
 
@@ -41,7 +51,7 @@ def solve_reversibly(
     if start.device.type == "mps":
         raise ValueError("gradient: 'reversible' needs float64, which MPS does not have; use 'implicit'")
     iteration = RecordedIteration(solver, start)
-    tape = iteration.tape = Tape(f, iteration, mode.segment())
+    tape = iteration.tape = Tape(f, iteration, segment(solver.relaxation))
     found = solve(tape, iteration, tol, max_steps, what)
     tape.close(iteration, found.trace.steps - 1)
     return found
@@ -103,8 +113,9 @@ class Tape:
         def pack(tensor: Tensor) -> Any:
             nonlocal count
             count += 1
-            if tensor.is_leaf and tensor.requires_grad:  # a parameter: it is there anyway
-                return tensor, tensor._version
+            base = tensor if tensor._base is None else tensor._base
+            if base.is_leaf and base.requires_grad:  # a parameter or a view of one: it is there anyway
+                return tensor.detach(), tensor._version
             return Saved(evaluation, count - 1)
 
         with saved_tensors_hooks(pack, self.unpack):
@@ -205,5 +216,5 @@ class _Update(Function):
                 "gradient: expected to be differentiated once, 'reversible' is once_differentiable; for second "
                 "derivatives use gradient='unrolled'"
             )
-        weight = ctx.tape.relaxation * (ctx.tape.rounds > ctx.round)
+        weight = ctx.tape.relaxation * (ctx.tape.rounds > ctx.round).to(grad.dtype)
         return (1 - weight) * grad, (weight * grad).to(ctx.dtype), None, None, None
