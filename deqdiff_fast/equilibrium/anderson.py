@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Evaluate, keep_inactive
+from .base import Evaluate, keep_inactive, secant
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class AndersonSolver:
     J. Numer. Anal. 49(4), eq. 2.2), for each sample alone.
 
     Args:
-        history: M, steps that are mixed, >= 1; 1 is the relaxed iteration.
+        history: M, steps that are mixed, >= 2.
         damping: w in (0, 1], the weight of f against the old points; 1 is undamped.
         ridge: > 0, relative to the size of each residual.
 
@@ -31,8 +31,8 @@ class AndersonSolver:
     ridge: float = 1e-8
 
     def __post_init__(self) -> None:
-        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 1:
-            raise ValueError(f"history: expected an int >= 1, got {self.history!r}")
+        if isinstance(self.history, bool) or not isinstance(self.history, int) or self.history < 2:
+            raise ValueError(f"history: expected an int >= 2, got {self.history!r}")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping: expected a number in (0, 1], got {self.damping!r}")
         if not 0 < self.ridge < 1:
@@ -77,6 +77,12 @@ class AndersonIteration:
         """f(z_j) and g_j, both (B, n, D)."""
         n = min(self.count, self.settings.history)
         return self._values[:, :n], self._residuals[:, :n]
+
+    def secant(self) -> tuple[Tensor, Tensor]:
+        values, residuals = self.history()
+        now, before = self.column, (self.column - 1) % values.shape[1]
+        pair = [(values[:, k] - residuals[:, k], values[:, k]) for k in (now, before)]
+        return secant(*pair)
 
     def advance(self, evaluate: Evaluate, active: Tensor | None) -> None:
         values, residuals = self.history()

@@ -24,6 +24,10 @@ class Iteration(Protocol):
         """Take value = f(z), (B, D), and return (B,) the sizes |value - z| and |value|, L2."""
         ...
 
+    def secant(self) -> tuple[Tensor, Tensor]:
+        """(B,) |dz| and |dg|: by how much z and g = f(z) - z differ from the step before. Asked from step 2 on."""
+        ...
+
     def advance(self, evaluate: Evaluate, active: Tensor | None) -> None:
         """Move `z` of the active samples, (B,) bool; None: of all."""
         ...
@@ -76,6 +80,13 @@ def sizes(value: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) |value - z| and |value|, nothing of it recorded."""
     with torch.no_grad():
         return torch.linalg.vector_norm(value - z, dim=1), torch.linalg.vector_norm(value, dim=1)
+
+
+def secant(new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(B,) |dz| and |dg| of two pairs z, f(z)."""
+    with torch.no_grad():
+        dz = (new[0] - old[0]).to(new[1].dtype)
+        return torch.linalg.vector_norm(dz, dim=1), torch.linalg.vector_norm(new[1] - old[1] - dz, dim=1)
 
 
 def keep_inactive(new: Tensor, old: Tensor, active: Tensor | None) -> Tensor:

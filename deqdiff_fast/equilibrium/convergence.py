@@ -1,4 +1,4 @@
-"""When a sample is at its fixed point: its residual is small, and was getting smaller."""
+"""When a sample is at its fixed point: its residual is small, and so is the error that a secant makes of it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from .base import Iteration
 
-SLACK = 100.0  # the rate may make the error this many times the tolerance
-OVER = 3  # steps over which the rate is taken
-ROUNDING = 16.0  # a residual of so many units of rounding needs no rate
+SLACK, MOST = 10.0, 0.1  # what the estimated error may be: so many tolerances, but no more than that, or one tolerance
+ROUNDING = 16.0  # a residual of so many units of rounding needs no estimate
 
 
 class Convergence:
     """Residuals of all samples, on the host, and which of them are accepted.
 
-    The residual of a sample is r = |f(z) - z| / |f(z)|. It is accepted once r <= tol and r <= 100 tol (1 - rate), with
-    `rate` the factor by which |f(z) - z| shrank a step over the last steps. By the second condition a function without
-    a fixed point, z + 1 say, whose relative residual shrinks only since z grows, is not taken for one that has it.
+    The residual of a sample is r = |g| / |f(z)| with g = f(z) - z. It is accepted once r <= tol and
+
+        r |dz| / |dg| <= 10 tol
+
+    where dz and dg are the last step and what it changed of g: a secant of (1 - df/dz)^-1, so the left side estimates
+    the relative error of z. Where the plain iteration shrinks |g| by `rate` a step it is r / (1 - rate). So a function
+    without a fixed point, z + 1 / z say, whose residual falls below every tolerance since z grows, is not taken for one
+    that has it. For tolerances above 1e-2 the factor is less than 10.
 
     Args:
         count: samples.
@@ -27,36 +32,32 @@ class Convergence:
 
     def __init__(self, count: int, tol: float, what: str) -> None:
         self.tol, self.what, self.step = tol, what, 0
+        self.far = max(tol, min(SLACK * tol, MOST))
         self.converged = torch.zeros(count, dtype=torch.bool)
         self.steps = torch.zeros(count, dtype=torch.int64)
         self.trace: list[Tensor] = []  # (B,) float64 each
-        self._moved: list[Tensor] = []
 
-    def update(self, sizes: tuple[Tensor, Tensor], value: Tensor, z: Tensor, unit: float) -> None:
-        """Take one step's |f(z) - z| and |f(z)|, both (B,). unit: rounding of f, relative.
+    def update(self, sizes: tuple[Tensor, Tensor], iteration: Iteration, value: Tensor, unit: float) -> None:
+        """Take one step's |g| and |f(z)|, both (B,). unit: rounding of f, relative.
 
         Raises:
-            NonFiniteError: NaN or Inf in z or f(z), (B, D).
+            NonFiniteError: NaN or Inf in z or value = f(z), (B, D).
         """
         self.step += 1
-        moved, size = torch.stack(sizes).to("cpu", torch.float64)
-        if not bool((moved + size).isfinite().all()):
-            self._refuse(moved + size, value, z)
-        residual = torch.where(moved == 0, 0.0, moved / size).nan_to_num(torch.inf, torch.inf)  # inf / inf: overflow
+        change, size = torch.stack(sizes).to("cpu", torch.float64)
+        if not bool((change + size).isfinite().all()):
+            self._refuse(change + size, value, iteration.z)
+        residual = torch.where(change == 0, 0.0, change / size)
+        residual[~(change + size).isfinite()] = torch.inf  # norms that overflow
         self.trace.append(residual)
-        self._moved.append(moved)
         small = (residual <= self.tol) & ~self.converged
         if bool(small.any()):
-            new = small & ((residual <= ROUNDING * unit) | (residual <= SLACK * self.tol * (1 - self._rate())))
+            new = small & (residual <= ROUNDING * unit)
+            if self.step > 1:
+                moved, turned = torch.stack(iteration.secant()).to("cpu", torch.float64)
+                new |= small & (residual * (moved / turned).nan_to_num(torch.inf, torch.inf) <= self.far)
             self.steps[new] = self.step
             self.converged |= new
-
-    def _rate(self) -> Tensor:
-        """(B,), by which |f(z) - z| shrank a step; 1 in the first."""
-        back = min(OVER, self.step - 1)
-        if back == 0:
-            return torch.ones_like(self._moved[0])
-        return (self._moved[-1] / self._moved[-1 - back]).nan_to_num(1.0, 1.0).pow(1 / back)
 
     def _refuse(self, sizes: Tensor, value: Tensor, z: Tensor) -> None:
         """Raise, unless it is only the norms that overflow."""

@@ -42,7 +42,7 @@ def solve(
         value = evaluate(iteration.z)
         sizes = iteration.record(value)
         own = getattr(evaluate, "own_dtype", value.dtype)
-        found.update(sizes, value, iteration.z, unit or torch.finfo(own).eps)
+        found.update(sizes, iteration, value, unit or torch.finfo(own).eps)
         if bool(found.converged.all()) or found.step >= max_steps:
             break
         iteration.advance(evaluate, found.active(value.device))

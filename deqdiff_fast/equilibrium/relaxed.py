@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Evaluate, keep_inactive, sizes
+from .base import Evaluate, keep_inactive, secant, sizes
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,15 @@ class RelaxedIteration:
 
     def __init__(self, settings: RelaxedSolver, z: Tensor) -> None:
         self.settings, self.z, self.value = settings, z, z
+        self._before = self._now = z.detach(), z.detach()  # z and f(z) of the last two steps
 
     def record(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        self._before, self._now = self._now, (self.z.detach(), value.detach())
         self.value = value
         return sizes(value, self.z)
+
+    def secant(self) -> tuple[Tensor, Tensor]:
+        return secant(self._now, self._before)
 
     def advance(self, evaluate: Evaluate, active: Tensor | None) -> None:
         w = self.settings.damping

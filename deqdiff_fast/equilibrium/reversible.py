@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Evaluate, keep_inactive, sizes
+from .base import Evaluate, keep_inactive, secant, sizes
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,15 @@ class ReversibleIteration:
         self.relaxation = settings.relaxation
         self.z = z.double() if z.device.type != "mps" else z
         self.y, self.value = self.z, self.z
+        self._before = self._now = self.z.detach(), self.z.detach()  # z and f(z) of the last two steps
 
     def record(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        self._before, self._now = self._now, (self.z.detach(), value.detach())
         self.value = value
         return sizes(value, self.z.to(value.dtype))
+
+    def secant(self) -> tuple[Tensor, Tensor]:
+        return secant(self._now, self._before)
 
     def advance(self, evaluate: Evaluate, active: Tensor | None) -> None:
         self.y = self.update(self.y, self.value, active)
