@@ -7,7 +7,7 @@ from typing import Any
 
 from ._types import shared
 from .distillation import distill
-from .equilibrium import equilibrium
+from .equilibrium import EquilibriumInfo, equilibrium
 from .errors import (
     BackendUnavailableError,
     ConvergenceWarning,
@@ -48,6 +48,7 @@ __all__ = [
     "DeqDiffError",
     "Draft",
     "Drafted",
+    "EquilibriumInfo",
     "Implicit",
     "Inversion",
     "ModelOutputError",

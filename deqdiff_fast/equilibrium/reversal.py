@@ -31,7 +31,6 @@ from .base import FlatFunction
 from .loop import Solved, solve
 from .reversible import ReversibleIteration, ReversibleSolver
 
-
 GROWTH = 1e7  # of float64 rounding (1e-16) over a segment: far below what a float32 function can tell apart
 
 
