@@ -8,16 +8,16 @@ from typing import Literal
 from ..errors import ConvergenceWarning, NotConvergedError
 from .info import SolveTrace
 
-OnFailure = Literal["warn", "raise"]
+OnFailure = Literal["warn", "raise", "ignore"]
 
 
 def conclude(trace: SolveTrace, tol: float, on_failure: OnFailure, what: str, solver: str, solution: object) -> None:
-    """Warn or raise, as `on_failure` says, where a sample has not converged.
+    """Warn, raise or nothing, as `on_failure` says, where a sample has not converged.
 
     Raises:
         NotConvergedError: with `solution`.
     """
-    if bool(trace.converged.all()):
+    if on_failure == "ignore" or bool(trace.converged.all()):
         return
     bad = (~trace.converged).nonzero()[:, 0]
     worst = int(bad[trace.residual[bad].argmax()])

@@ -63,7 +63,8 @@ def equilibrium(
             (`Implicit(tol=...)`: to another); "phantom", of a few damped steps (`Phantom(tau=0.5, steps=5)`);
             "unrolled", through all steps, memory grows with them; "reversible", the exact gradient of the reversible
             iteration in memory that does not grow with its steps.
-        on_failure: where a sample has not converged, "warn" (`ConvergenceWarning`) or "raise". The adjoint too.
+        on_failure: where a sample has not converged, in the adjoint too, "warn" (`ConvergenceWarning`), "raise", or
+            "ignore": `info` alone says so, for layers with a fixed number of steps.
 
     Returns:
         z: (B, *shape), f at the accepted points; that of a sample that has not converged is the best known.
@@ -152,5 +153,5 @@ def _check(f: Any, z0: Any, tol: Any, max_steps: Any, on_failure: Any) -> None:
         raise ValueError(f"tol: expected a number > 0, got {tol!r}")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"max_steps: expected an int >= 1, got {max_steps!r}")
-    if on_failure not in ("warn", "raise"):
-        raise ValueError(f"on_failure: expected 'warn' or 'raise', got {on_failure!r}")
+    if on_failure not in ("warn", "raise", "ignore"):
+        raise ValueError(f"on_failure: expected 'warn', 'raise' or 'ignore', got {on_failure!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_nan_is_named_with_its_step_and_sample():
 
 
 def test_overflow_is_named_too():
-    with pytest.raises(dq.NonFiniteError, match="diverged|returned"):
+    with pytest.raises(dq.NonFiniteError, match=r"diverged|returned"):
         dq.equilibrium(lambda z: z * z * 1e3 + 1, torch.ones(2, 3), solver="relaxed", max_steps=100)
 
 
@@ -188,6 +189,10 @@ def test_failure_warns_or_raises():
     with pytest.raises(dq.NotConvergedError) as caught:
         dq.equilibrium(f, start, solver="relaxed", max_steps=5, on_failure="raise")
     assert torch.equal(caught.value.solution[0], z)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, info = dq.equilibrium(f, start, solver="relaxed", max_steps=5, on_failure="ignore")
+    assert not bool(info.converged.any())
     w = torch.full((1,), 0.99, requires_grad=True)
     good = torch.full((2, 3), 100.0)
     z, _ = dq.equilibrium(lambda z: w * z + 1, good, solver="relaxed", max_steps=5, on_failure="raise")
@@ -227,10 +232,10 @@ def test_strict_arguments():
     for wrong in ({"solver": AndersonSolver}, {"solver": 3}, {"gradient": 3}):
         with pytest.raises(TypeError, match=f"^{next(iter(wrong))}: "):
             dq.equilibrium(f, start, **wrong)
-    with pytest.raises(TypeError, match="^f: "):
+    with pytest.raises(TypeError, match=r"^f: "):
         dq.equilibrium(None, start)
     for bad in (torch.ones(2, dtype=torch.int64), torch.ones(()), torch.ones(0, 3), [1.0]):
-        with pytest.raises(ValueError, match="^z0: "):
+        with pytest.raises(ValueError, match=r"^z0: "):
             dq.equilibrium(f, bad)
     for make in (
         lambda: AndersonSolver(history=1), lambda: AndersonSolver(damping=0), lambda: AndersonSolver(ridge=0),
@@ -242,7 +247,7 @@ def test_strict_arguments():
 
 @pytest.mark.parametrize("output", [torch.ones(2), torch.ones(2, 3, dtype=torch.int64), None, [torch.ones(2, 3)]])
 def test_what_f_returns_is_checked(output):
-    with pytest.raises(dq.ModelOutputError, match="^f: "):
+    with pytest.raises(dq.ModelOutputError, match=r"^f: "):
         dq.equilibrium(lambda z: output, torch.ones(2, 3))
 
 
@@ -277,7 +282,7 @@ def test_spectral_radius():
     torch.testing.assert_close(info.spectral_radius(200), torch.tensor([0.7, 0.7]), rtol=2e-2, atol=0)
     _, info = dq.equilibrium(lambda z: torch.ones(2, 2), torch.zeros(2, 2))
     assert info.spectral_radius().tolist() == [0, 0]
-    with pytest.raises(ValueError, match="^iterations: "):
+    with pytest.raises(ValueError, match=r"^iterations: "):
         info.spectral_radius(1)
 
 

@@ -213,7 +213,7 @@ def test_a_parameter_changed_in_between_is_noticed(layer):
         with torch.no_grad():
             for p in module.parameters():
                 p.mul_(0.9)
-        with pytest.raises(RuntimeError, match="in.?place"):
+        with pytest.raises(RuntimeError, match=r"in.?place"):
             z.square().sum().backward()
 
 
