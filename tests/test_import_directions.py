@@ -23,7 +23,7 @@ LAYERS = (
     {"solver", "model", "nodes"},
     {"engine"},
     {"gradient", "planner"},
-    {"sampler"},
+    {"sampler", "equilibrium"},
     {"inversion", "distillation"},
     {"inverter"},
     {"__init__"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .distill import distill
+from .get import GET, GETSize
 from .report import DraftReport
 
-__all__ = ["DraftReport", "distill"]
+__all__ = ["GET", "DraftReport", "GETSize", "distill"]

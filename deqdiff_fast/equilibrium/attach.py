@@ -12,6 +12,7 @@ with J = df/dz at the solution.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,19 +68,23 @@ class _AtSolution(Function):
         return ctx.cotangent(grad), None
 
 
-def implicit(
-    solver: FixedPointSolver, tol: float, max_steps: int, on_failure: OnFailure, info: EquilibriumInfo, rounding: float
-) -> Cotangent:
+@dataclass
+class Adjoint:
     """The adjoint equilibrium, found by the solver that found z. Leaves its trace in `info`."""
 
-    def cotangent(grad: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
-        what = "the adjoint of equilibrium"
-        found = solve(lambda u: grad + vjp(u), solver.start(grad), tol, max_steps, what, rounding)
-        info.adjoint = found.trace
-        conclude(found.trace, tol, on_failure, what, solver.name, (found.value, info))
-        return found.value
+    solver: FixedPointSolver
+    tol: float
+    max_steps: int
+    on_failure: OnFailure
+    info: EquilibriumInfo
+    f: FlatFunction
 
-    return cotangent
+    def __call__(self, grad: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
+        what, unit = "the adjoint of equilibrium", torch.finfo(self.f.own_dtype).eps
+        found = solve(lambda u: grad + vjp(u), self.solver.start(grad), self.tol, self.max_steps, what, unit)
+        self.info.adjoint = found.trace
+        conclude(found.trace, self.tol, self.on_failure, what, self.solver.name, (found.value, self.info))
+        return found.value
 
 
 def phantom(settings: Phantom) -> Cotangent:

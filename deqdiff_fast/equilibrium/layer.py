@@ -9,28 +9,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import gradient as gradients
 from ..gradient.implicit import Implicit
 from ..gradient.phantom import Phantom
 from ..gradient.reversible import Reversible
 from ..gradient.unrolled import Unrolled
-from .anderson import AndersonSolver
-from .attach import attach, implicit, phantom
+from .attach import Adjoint, attach, phantom
 from .base import FixedPointSolver, FlatFunction
 from .failure import OnFailure, conclude
 from .info import EquilibriumInfo
 from .loop import Solved, solve
-from .relaxed import RelaxedSolver
 from .reversal import solve_reversibly
 from .reversible import ReversibleSolver
+from .settings import resolve
 from .unrolled import start_recorded
 
-SOLVERS: dict[str, Callable[[], FixedPointSolver]] = {
-    "anderson": AndersonSolver,
-    "relaxed": RelaxedSolver,
-    "reversible": ReversibleSolver,
-}
-GRADIENTS = {**gradients.NAMED, "phantom": lambda: Phantom(tau=0.5, steps=5)}
 WHAT = "equilibrium"
 
 
@@ -42,33 +34,30 @@ def equilibrium(
     """Solve z = f(z), each sample of the batch by itself, and return f at the solution, differentiable.
 
     An implicit layer (deep equilibrium model, Bai et al. 2019, arXiv 1909.01377). The gradient goes to whatever `f`
-    uses besides z, parameters of a module or tensors that a closure holds; no list of them is needed. z0 is a first
-    guess and, with "implicit" and "phantom", has no gradient.
+    uses besides z, parameters or tensors in a closure. z0 is a first guess and has none with "implicit" and "phantom".
 
         z, info = dq.equilibrium(lambda z: torch.tanh(linear(z) + x), torch.zeros_like(x))
 
-    A sample is accepted once |f(z) - z| <= tol |f(z)| and |f(z) - z| is shrinking; from then on its z stays as it is,
-    and nothing of it enters another one's step. So a result does not hang on the rest of the batch, as far as f treats
-    samples apart (batch normalisation does not) and gives the same answer to the same question (dropout does not).
+    A sample is accepted once |f(z) - z| <= tol |f(z)|, unless a secant says that it is still far away; its z then stays
+    as it is. So a result does not hang on the rest of the batch, as far as f treats samples apart (batch normalisation
+    does not) and gives the same answer to the same question (dropout does not).
 
     Args:
         f: (B, *shape) -> (B, *shape). It is called on all samples each time.
         z0: (B, *shape), floating-point.
-        solver: "anderson" (`AndersonSolver`, the default), "relaxed" (`RelaxedSolver`), "reversible"
-            (`ReversibleSolver`, the default with the reversible gradient), or an object of these classes, which are in
-            `deqdiff_fast.equilibrium`.
+        solver: "anderson" (the default), "relaxed", "reversible" (that of the reversible gradient), or an object with
+            settings: `AndersonSolver`, `RelaxedSolver`, `ReversibleSolver` of `deqdiff_fast.equilibrium`.
         tol: relative residual |f(z) - z| / |f(z)| (L2) of a sample that has converged.
         max_steps: steps before giving up, >= 1. One is an evaluation of f; two of them with "reversible".
-        gradient: "implicit", the adjoint equilibrium u = dL/dz + J^T u, by the same solver to the same tolerance
-            (`Implicit(tol=...)`: to another); "phantom", of a few damped steps (`Phantom(tau=0.5, steps=5)`);
-            "unrolled", through all steps, memory grows with them; "reversible", the exact gradient of the reversible
-            iteration in memory that does not grow with its steps.
-        on_failure: where a sample has not converged, in the adjoint too, "warn" (`ConvergenceWarning`), "raise", or
-            "ignore": `info` alone says so, for layers with a fixed number of steps.
+        gradient: "implicit", the adjoint equilibrium, by the same solver to the same tolerance (or `Implicit(tol)`);
+            "phantom", a few damped steps, `Phantom(tau=0.5, steps=5)`; "unrolled", through all steps, memory grows;
+            "reversible", exact for the reversible iteration in memory that does not grow.
+        on_failure: where a sample has not converged, in the adjoint too: "warn" (`ConvergenceWarning`), "raise", or
+            "ignore", for layers with a fixed number of steps: `info` alone says so.
 
     Returns:
         z: (B, *shape), f at the accepted points; that of a sample that has not converged is the best known.
-        info: `EquilibriumInfo`, with the residual trace, steps and convergence of each sample.
+        info: `EquilibriumInfo`: residual trace, steps, convergence of each sample.
 
     Raises:
         ValueError: a bad argument, by its name.
@@ -76,7 +65,7 @@ def equilibrium(
         ModelOutputError: f returned something of another shape.
         NotConvergedError: `on_failure="raise"`; its `solution` is (z, info).
     """
-    method, mode = _resolve(solver, gradient)
+    method, mode = resolve(solver, gradient)
     _check(f, z0, tol, max_steps, on_failure)
     flat = FlatFunction(f, z0)
     start = z0.reshape(len(z0), -1).to(flat.work_dtype)
@@ -91,13 +80,9 @@ def equilibrium(
     info = _info(found, flat, method, mode)
     z = found.value.view(z0.shape).to(z0.dtype)
     if recorded and isinstance(mode, (Implicit, Phantom)):
-        adjoint_tol = mode.tol if isinstance(mode, Implicit) and mode.tol is not None else tol
-        rounding = torch.finfo(flat.own_dtype).eps
-        z = attach(
-            flat, found.z.to(flat.work_dtype),
-            phantom(mode) if isinstance(mode, Phantom)
-            else implicit(method, adjoint_tol, max_steps, on_failure, info, rounding),
-        ).to(z0.dtype)  # fmt: skip
+        adjoint = Adjoint(method, getattr(mode, "tol", None) or tol, max_steps, on_failure, info, flat)
+        cotangent = phantom(mode) if isinstance(mode, Phantom) else adjoint
+        z = attach(flat, found.z.to(flat.work_dtype), cotangent).to(z0.dtype)
         info.evaluations = flat.calls
     conclude(found.trace, tol, on_failure, WHAT, method.name, (z, info))
     return z, info
@@ -107,40 +92,6 @@ def _info(found: Solved, f: FlatFunction, method: FixedPointSolver, mode: Any) -
     point = found.z.detach().to(f.dtype).view(f.shape)
     return EquilibriumInfo(**vars(found.trace), evaluations=f.calls, solver=method.name, gradient=mode.name,
                            _f=f.f, _z=point)  # fmt: skip
-
-
-def _resolve(solver: Any, gradient: Any) -> tuple[FixedPointSolver, Any]:
-    """Both as objects that go together."""
-    if isinstance(gradient, str):
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient: expected one of {', '.join(map(repr, GRADIENTS))}, got {gradient!r}")
-        mode = GRADIENTS[gradient]()
-        named = True
-    else:
-        mode, named = gradient, False
-        if not isinstance(mode, (Implicit, Phantom, Unrolled, Reversible)):
-            raise TypeError(f"gradient: expected a name or an object such as dq.Phantom(tau=0.5), got {gradient!r}")
-    if solver is None:
-        method = ReversibleSolver(mode.relaxation) if isinstance(mode, Reversible) else AndersonSolver()
-    elif isinstance(solver, str):
-        if solver not in SOLVERS:
-            raise ValueError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {solver!r}")
-        method = SOLVERS[solver]()
-    elif isinstance(solver, type) or not callable(getattr(solver, "start", None)):
-        raise TypeError(f"solver: expected a name or an object such as AndersonSolver(history=5), got {solver!r}")
-    else:
-        method = solver
-    if isinstance(mode, Reversible):
-        if not isinstance(method, ReversibleSolver):
-            raise ValueError(f"gradient: 'reversible' takes back steps of solver='reversible', got {solver!r}")
-        if named or isinstance(solver, str):
-            mode = Reversible(method.relaxation) if named else mode
-            method = ReversibleSolver(mode.relaxation)
-        if mode.relaxation != method.relaxation:
-            raise ValueError(
-                f"gradient: expected the solver's relaxation, {method.relaxation:g}, got {mode.relaxation:g}"
-            )
-    return method, mode
 
 
 def _check(f: Any, z0: Any, tol: Any, max_steps: Any, on_failure: Any) -> None:

@@ -149,9 +149,12 @@ class Tape:
         def pack(tensor: Tensor) -> None:
             captured.append(tensor.detach())
 
+        def unpack(packed: Any) -> Tensor:
+            raise AssertionError("this graph is never gone back through")
+
         device, dtype, enabled = self.autocast
         state = (self.y if self.at % 2 else self.z).detach().requires_grad_(self.needs_grad[self.at])
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled), saved_tensors_hooks(pack, lambda _: None):
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled), saved_tensors_hooks(pack, unpack):
             self.value = self.f(state).detach()
 
     def step_back(self) -> None:

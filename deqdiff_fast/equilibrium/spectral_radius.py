@@ -35,4 +35,5 @@ def spectral_radius(f: Callable[[Tensor], Any], z: Tensor, iterations: int = 50)
 
 
 def _norm(v: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(v.flatten(1), dim=1).view(-1, *[1] * (v.dim() - 1))
+    sizes: Tensor = torch.linalg.vector_norm(v.reshape(len(v), -1), dim=1)
+    return sizes.view(-1, *[1] * (v.dim() - 1))
