@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-CAPACITY = 4  # pairs of states
+CAPACITY = 8  # pairs of states
 
 Pair = tuple[Tensor, Tensor]
 
