@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,8 @@ class AndersonIteration:
         self.store(value)
         residuals = self.history()[1]
         # one product of matrices: faster than the new row alone, which is one of a matrix and a vector
-        self.gram = torch.bmm(residuals, residuals.mT)
+        with full_precision(value.device):
+            self.gram = torch.bmm(residuals, residuals.mT)
         with torch.no_grad():
             return self.gram[:, self.column, self.column].sqrt(), torch.linalg.vector_norm(value, dim=1)
 
@@ -87,9 +89,10 @@ class AndersonIteration:
     def advance(self, evaluate: Evaluate, active: Tensor | None) -> None:
         values, residuals = self.history()
         alpha = mixing_weights(self.gram, self.column, self.settings.ridge)[:, None].to(values.dtype)
-        mixed = torch.bmm(alpha, values)[:, 0]
-        if self.settings.damping < 1:
-            mixed = mixed - (1 - self.settings.damping) * torch.bmm(alpha, residuals)[:, 0]
+        with full_precision(values.device):
+            mixed = torch.bmm(alpha, values)[:, 0]
+            if self.settings.damping < 1:
+                mixed = mixed - (1 - self.settings.damping) * torch.bmm(alpha, residuals)[:, 0]
         self.z = keep_inactive(mixed, self.z, active)
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +102,12 @@ class AndersonIteration:
         rows = torch.arange(len(at), device=at.device)
         value = values[rows, at]
         return value - residuals[rows, at], value, ((self.column - at) % values.shape[1]).cpu()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """A block without the user's autocast, which is for f: products in bfloat16 would round z."""
+    off: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
+    return off if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def mixing_weights(gram: Tensor, newest: int, ridge: float) -> Tensor:

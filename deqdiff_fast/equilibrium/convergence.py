@@ -44,7 +44,7 @@ class Convergence:
             NonFiniteError: NaN or Inf in z or value = f(z), (B, D).
         """
         self.step += 1
-        change, size = torch.stack(sizes).to("cpu", torch.float64)
+        change, size = torch.stack(sizes).cpu().double()
         if not bool((change + size).isfinite().all()):
             self._refuse(change + size, value, iteration.z)
         residual = torch.where(change == 0, 0.0, change / size)
@@ -54,7 +54,7 @@ class Convergence:
         if bool(small.any()):
             new = small & (residual <= ROUNDING * unit)
             if self.step > 1:
-                moved, turned = torch.stack(iteration.secant()).to("cpu", torch.float64)
+                moved, turned = torch.stack(iteration.secant()).cpu().double()
                 new |= small & (residual * (moved / turned).nan_to_num(torch.inf, torch.inf) <= self.far)
             self.steps[new] = self.step
             self.converged |= new

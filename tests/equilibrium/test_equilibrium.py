@@ -262,6 +262,18 @@ def test_dtypes(dtype, gradient):
     assert float(grad.detach()) == pytest.approx(24, rel=0.1)  # 6 / (1 - w)^2
 
 
+@pytest.mark.parametrize("solver", ["anderson", "relaxed", "reversible"])
+def test_autocast_is_for_f_alone(contraction, solver):
+    """f computes in float32 as it is: so must the solver."""
+    f = contraction(slice(0, 3))
+    settings = {"solver": solver, "tol": 1e-5, "max_steps": 200}
+    z, info = dq.equilibrium(f, torch.zeros(3, DIM), **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, other = dq.equilibrium(f, torch.zeros(3, DIM), **settings)
+    assert torch.equal(z, again)
+    assert info.steps.tolist() == other.steps.tolist()
+
+
 def test_shapes_and_strides():
     x = torch.randn(3, 4, 5, 2).permute(0, 3, 1, 2)
     z, _ = dq.equilibrium(lambda z: 0.5 * z + x, torch.zeros_like(x), tol=1e-6)
