@@ -1,8 +1,10 @@
 """`dq.equilibrium` against torchdeq at equal tolerance: forward and backward, in turns; medians, and ratios per turn.
 
 torchdeq is no dependency: `pip install --no-deps torchdeq`. Both solve to the same relative residual, |f(z) - z| over
-|f(z)|, with their own defaults otherwise (torchdeq: history 6, absolute ridge 1e-4; here: 5 and relative), and both take the implicit gradient by the same kind of solver to the same tolerance. The loss is a sum over all entries, so
-that cotangents are of order one: torchdeq's ridge is absolute. Errors are those against a solve to 1e-9 in float64.
+|f(z)|, with their own defaults otherwise (torchdeq: history 6, absolute ridge 1e-4; here: history 5, a relative ridge),
+and both take the implicit gradient by the same kind of solver to the same tolerance. The loss is a sum over all
+entries, so that cotangents are of order one: torchdeq's ridge is absolute. Errors are those against a solve to 1e-9 in
+float64.
 """
 
 from __future__ import annotations
