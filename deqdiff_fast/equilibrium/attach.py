@@ -34,8 +34,8 @@ def attach(f: FlatFunction, z: Tensor, cotangent: Cotangent) -> Tensor:
     with torch.enable_grad():
         point = z.detach().requires_grad_()
         out = f(point)
-    if not out.requires_grad:
-        return out.view(f.shape)
+    if not leads_beyond(out, point):
+        return out.detach().view(f.shape)
 
     def vjp(u: Tensor) -> Tensor:
         (found,) = torch.autograd.grad(out, point, u, retain_graph=True, allow_unused=True)
@@ -48,6 +48,21 @@ def attach(f: FlatFunction, z: Tensor, cotangent: Cotangent) -> Tensor:
 
     attached: Callable[..., Tensor] = _AtSolution.apply
     return attached(out, whole).view(f.shape)
+
+
+def leads_beyond(out: Tensor, point: Tensor) -> bool:
+    """Whether the graph of `out` ends at any other leaf than `point`: at something that wants a gradient."""
+    left, seen = [out.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not point:
+            return True
+        left += [following for following, _ in node.next_functions]
+    return False
 
 
 class _AtSolution(Function):

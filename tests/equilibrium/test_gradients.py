@@ -256,6 +256,7 @@ def test_an_overflowed_loss_passes_to_the_scaler():
 
 def test_nothing_to_differentiate():
     z, _ = dq.equilibrium(lambda z: 0.5 * z + 1, torch.zeros(2, 3, requires_grad=True))
+    assert not z.requires_grad
     torch.testing.assert_close(z.detach(), torch.full((2, 3), 2.0), rtol=1e-3, atol=1e-3)
     constant = torch.ones(2, 3, requires_grad=True)
     z, _ = dq.equilibrium(lambda z: constant * 2, torch.zeros(2, 3))
