@@ -50,6 +50,8 @@ def build(pairs: torch.utils.data.Dataset, args: argparse.Namespace) -> GET:
     """A student for these pairs: their shape, their kind of condition, the scale of their noise."""
     first = [pairs[k] for k in range(min(64, len(pairs)))]
     condition, settings = first[0]["condition"], {}
+    if isinstance(condition, dict):
+        raise SystemExit(f"these pairs have {len(condition)} conditions; a GET takes labels or one vector")
     if condition is not None and condition.is_floating_point():
         settings["features"] = condition.numel()
     elif condition is not None:

@@ -64,7 +64,10 @@ class FlatFunction:
 
     def __call__(self, z: Tensor) -> Tensor:
         self.calls += 1
+        version = None if z.is_inference() else z._version
         value = self.f(z.to(self.dtype).view(self.shape))
+        if version is not None and z._version != version:
+            raise ModelOutputError("f: expected to leave its input as it is, it was changed in place; give f z.clone()")
         if not isinstance(value, Tensor) or value.shape != self.shape or value.device != z.device:
             got = f"{tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
             raise ModelOutputError(

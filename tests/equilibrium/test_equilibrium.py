@@ -251,6 +251,14 @@ def test_what_f_returns_is_checked(output):
         dq.equilibrium(lambda z: output, torch.ones(2, 3))
 
 
+def test_an_input_changed_in_place_is_noticed():
+    with pytest.raises(dq.ModelOutputError, match=r"^f: .*in place"):
+        dq.equilibrium(lambda z: z.mul_(0.5), torch.ones(2, 3))
+    with torch.inference_mode():
+        _, info = dq.equilibrium(lambda z: 0.5 * z + 1, torch.ones(2, 3))
+    assert bool(info.converged.all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gradient", ["implicit", "reversible", "unrolled"])
 def test_dtypes(dtype, gradient):
