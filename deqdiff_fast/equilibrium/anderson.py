@@ -113,11 +113,13 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 def mixing_weights(gram: Tensor, newest: int, ridge: float) -> Tensor:
     """(B, n) alpha from inner products (B, n, n) of the residuals; the newest column alone where that has no answer."""
     gram = gram.double() if gram.device.type != "mps" else gram
-    size = gram.diagonal(dim1=1, dim2=2)
+    # squares of zero or denormal numbers would make NaN of the system, which is slow besides
+    size = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny ** 0.5)
     last = size[:, newest, None]
-    scale = (last / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
+    scale = (last / size).sqrt()
     eye = torch.eye(size.shape[1], dtype=gram.dtype, device=gram.device)
     system = gram * (scale[:, :, None] * scale[:, None] / last[..., None]) + ridge * eye
     alpha = torch.linalg.solve_ex(system, scale[..., None]).result[..., 0] * scale
     alpha = alpha / alpha.sum(1, keepdim=True)
-    return torch.where(alpha.isfinite().all(1, keepdim=True), alpha, eye[newest])
+    usable = alpha.isfinite().all(1, keepdim=True) & (gram[:, newest, newest, None] > 0)
+    return torch.where(usable, alpha, eye[newest])

@@ -96,10 +96,15 @@ class Adjoint:
 
     def __call__(self, grad: Tensor, vjp: Callable[[Tensor], Tensor]) -> Tensor:
         what, unit = "the adjoint of equilibrium", torch.finfo(self.f.own_dtype).eps
-        found = solve(lambda u: grad + vjp(u), self.solver.start(grad), self.tol, self.max_steps, what, unit)
+        # gradients of mean losses are tiny: squares of them may vanish
+        scale = grad.abs().amax(1, keepdim=True)
+        scale = torch.where(scale > 0, scale, 1.0)
+        first = grad / scale
+        found = solve(lambda u: first + vjp(u), self.solver.start(first), self.tol, self.max_steps, what, unit)
         self.info.adjoint = found.trace
-        conclude(found.trace, self.tol, self.on_failure, what, self.solver.name, (found.value, self.info))
-        return found.value
+        u = found.value * scale
+        conclude(found.trace, self.tol, self.on_failure, what, self.solver.name, (u, self.info))
+        return u
 
 
 def phantom(settings: Phantom) -> Cotangent:

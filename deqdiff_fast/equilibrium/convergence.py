@@ -36,6 +36,7 @@ class Convergence:
         self.converged = torch.zeros(count, dtype=torch.bool)
         self.steps = torch.zeros(count, dtype=torch.int64)
         self.trace: list[Tensor] = []  # (B,) float64 each
+        self.done, self.begun = False, False  # all samples are accepted; some are
 
     def update(self, sizes: tuple[Tensor, Tensor], iteration: Iteration, value: Tensor, unit: float) -> None:
         """Take one step's |g| and |f(z)|, both (B,). unit: rounding of f, relative.
@@ -45,19 +46,24 @@ class Convergence:
         """
         self.step += 1
         change, size = torch.stack(sizes).cpu().double()
-        if not bool((change + size).isfinite().all()):
+        residual = change / size
+        if not bool((residual + size).isfinite().all()):
             self._refuse(change + size, value, iteration.z)
-        residual = torch.where(change == 0, 0.0, change / size)
-        residual[~(change + size).isfinite()] = torch.inf  # norms that overflow
+            residual = _wide_residual(value, iteration.z)
         self.trace.append(residual)
-        small = (residual <= self.tol) & ~self.converged
+        small = residual <= self.tol
         if bool(small.any()):
-            new = small & (residual <= ROUNDING * unit)
-            if self.step > 1:
-                moved, turned = torch.stack(iteration.secant()).cpu().double()
-                new |= small & (residual * (moved / turned).nan_to_num(torch.inf, torch.inf) <= self.far)
-            self.steps[new] = self.step
-            self.converged |= new
+            self._accept(small & ~self.converged, residual, iteration, unit)
+
+    def _accept(self, small: Tensor, residual: Tensor, iteration: Iteration, unit: float) -> None:
+        """Of the samples whose residual is small, those that are not far away."""
+        new = small & (residual <= ROUNDING * unit)
+        if self.step > 1 and bool(small.any()):
+            moved, turned = torch.stack(iteration.secant()).cpu().double()
+            new |= small & (residual * (moved / turned).nan_to_num(torch.inf, torch.inf) <= self.far)
+        self.steps[new] = self.step
+        self.converged |= new
+        self.done, self.begun = bool(self.converged.all()), bool(self.converged.any())
 
     def _refuse(self, sizes: Tensor, value: Tensor, z: Tensor) -> None:
         """Raise, unless it is only the norms that overflow."""
@@ -74,4 +80,11 @@ class Convergence:
 
     def active(self, device: torch.device) -> Tensor | None:
         """(B,) bool, the samples that go on; None: all."""
-        return (~self.converged).to(device) if bool(self.converged.any()) else None
+        return (~self.converged).to(device) if self.begun else None
+
+
+def _wide_residual(value: Tensor, z: Tensor) -> Tensor:
+    """(B,) on the host, in float64: for numbers whose squares overflow or vanish, and for 0 / 0, which is none."""
+    value, z = value.detach().cpu().double(), z.detach().cpu().double()
+    change, size = (value - z).norm(dim=1), value.norm(dim=1)
+    return torch.where(change == 0, 0.0, change / size).nan_to_num(torch.inf, torch.inf)

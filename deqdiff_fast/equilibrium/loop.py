@@ -43,11 +43,11 @@ def solve(
         sizes = iteration.record(value)
         own = getattr(evaluate, "own_dtype", value.dtype)
         found.update(sizes, iteration, value, unit or torch.finfo(own).eps)
-        if bool(found.converged.all()) or found.step >= max_steps:
+        if found.done or found.step >= max_steps:
             break
         iteration.advance(evaluate, found.active(value.device))
     z, residual = iteration.z, found.trace[-1]
-    if not bool(found.converged.all()):
+    if not found.done:
         there = found.converged.to(value.device)[:, None]
         best, at_best, ago = iteration.best()
         z, value = torch.where(there, z, best), torch.where(there, value, at_best)

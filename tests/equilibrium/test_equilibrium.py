@@ -159,9 +159,18 @@ def test_overflow_is_named_too():
 
 @pytest.mark.filterwarnings("ignore::deqdiff_fast.ConvergenceWarning")
 def test_norms_that_overflow_are_not_nan():
-    z, info = dq.equilibrium(lambda z: -z, torch.full((1, 4), 1e30), solver="relaxed", max_steps=5)
-    assert not bool(info.converged.any())
-    assert bool(z.isfinite().all())
+    for solver in ("relaxed", "anderson"):
+        z, info = dq.equilibrium(lambda z: -z, torch.full((1, 4), 1e30), solver="relaxed", max_steps=5)
+        assert not bool(info.converged.any())
+        assert bool(z.isfinite().all())
+        for size in (1e30, 1e-30):
+            z, info = dq.equilibrium(lambda z, size=size: 0.5 * z + size, torch.zeros(2, 4), solver=solver, tol=1e-3)
+            assert bool(info.converged.all())
+            torch.testing.assert_close(z / size, torch.full((2, 4), 2.0), rtol=2e-3, atol=0)
+            z, info = dq.equilibrium(
+                lambda z, size=size: 0.9 * z + size, torch.zeros(2, 4), solver="relaxed", max_steps=5
+            )
+            assert not bool(info.converged.any())
 
 
 def test_nan_in_the_adjoint_is_named():

@@ -247,6 +247,18 @@ def test_autocast_reaches_the_way_back():
     assert apart([expected["implicit"]], [expected["reversible"]]) < 5e-2
 
 
+def test_tiny_gradients_are_solved_like_large_ones(layer):
+    module, x = layer
+    z, info = dq.equilibrium(lambda z: module(z, x), torch.zeros_like(x), tol=1e-5)
+    parameters = list(module.parameters())
+    expected = torch.autograd.grad(z.sum(), parameters, retain_graph=True)
+    steps = info.adjoint.steps.tolist()
+    got = torch.autograd.grad(z.sum() * 1e-26, parameters)
+    assert info.adjoint.steps.tolist() == steps
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one * 1e26, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
 def test_an_overflowed_loss_passes_to_the_scaler():
     w = nn.Parameter(torch.eye(3) * 0.5)
     z, _ = dq.equilibrium(lambda z: z @ w + 1, torch.zeros(2, 3))
