@@ -30,11 +30,13 @@ class Convergence:
         what: of whom, for messages.
     """
 
+    # all tensors have a device of their own: the user may have set another default
+
     def __init__(self, count: int, tol: float, what: str) -> None:
         self.tol, self.what, self.step = tol, what, 0
         self.far = max(tol, min(SLACK * tol, MOST))
-        self.converged = torch.zeros(count, dtype=torch.bool)
-        self.steps = torch.zeros(count, dtype=torch.int64)
+        self.converged = torch.zeros(count, dtype=torch.bool, device="cpu")
+        self.steps = torch.zeros(count, dtype=torch.int64, device="cpu")
         self.trace: list[Tensor] = []  # (B,) float64 each
         self.done, self.begun = False, False  # all samples are accepted; some are
 

@@ -51,7 +51,7 @@ def solve(
         there = found.converged.to(value.device)[:, None]
         best, at_best, ago = iteration.best()
         z, value = torch.where(there, z, best), torch.where(there, value, at_best)
-        residual = torch.stack(found.trace)[found.step - 1 - ago, torch.arange(len(ago))]
+        residual = torch.stack(found.trace)[found.step - 1 - ago, torch.arange(len(ago), device=ago.device)]
         residual = torch.where(found.converged, found.trace[-1], residual)
         found.steps[~found.converged] = found.step
     return Solved(z, value, SolveTrace(found.converged, found.steps, residual, torch.stack(found.trace)))

@@ -57,4 +57,4 @@ class RelaxedIteration:
         self.z = keep_inactive(self.value if w == 1 else torch.lerp(self.z, self.value, w), self.z, active)
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.z, self.value, torch.zeros(len(self.z), dtype=torch.int64)
+        return self.z, self.value, torch.zeros(len(self.z), dtype=torch.int64, device="cpu")

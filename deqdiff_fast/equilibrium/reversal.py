@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +100,7 @@ class Tape:
         self.captured: list[Tensor] = []
         self.value = self.y = self.z = iteration.z.detach()[:0]
         device = iteration.z.device.type
+        self.default = torch.get_default_device()  # torch runs backward passes without it
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     @property
@@ -140,7 +143,16 @@ class Tape:
             self.evaluate()
         while self.at > packed.evaluation:
             self.step_back()
+        if packed.number >= len(self.captured):
+            raise RuntimeError("gradient: f saved fewer tensors than the first time; it must do the same in every call")
         return self.captured[packed.number]
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Autocast and the default device, as they were on the way there."""
+        own = self.default if self.default.type != "cpu" else nullcontext()
+        with torch.autocast(*self.autocast), own:
+            yield
 
     def evaluate(self) -> None:
         """Evaluate f where the way back stands, and keep what it saves."""
@@ -152,9 +164,8 @@ class Tape:
         def unpack(packed: Any) -> Tensor:
             raise AssertionError("this graph is never gone back through")
 
-        device, dtype, enabled = self.autocast
         state = (self.y if self.at % 2 else self.z).detach().requires_grad_(self.needs_grad[self.at])
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled), saved_tensors_hooks(pack, unpack):
+        with torch.enable_grad(), self.surroundings(), saved_tensors_hooks(pack, unpack):
             self.value = self.f(state).detach()
 
     def step_back(self) -> None:
@@ -181,7 +192,7 @@ class Tape:
         known, pair = self.anchors.nearest(round)
         b = self.relaxation
         y, z = pair
-        with torch.no_grad():
+        with torch.no_grad(), self.surroundings():
             for k in range(known, round):
                 active = self.rounds > k
                 y = torch.where(active, (1 - b) * y + b * self.f(z), y)

@@ -67,4 +67,4 @@ class ReversibleIteration:
         return keep_inactive((1 - b) * old + b * value, old, active)
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.z, self.value, torch.zeros(len(self.z), dtype=torch.int64)
+        return self.z, self.value, torch.zeros(len(self.z), dtype=torch.int64, device="cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -264,6 +265,50 @@ def test_an_overflowed_loss_passes_to_the_scaler():
     z, _ = dq.equilibrium(lambda z: z @ w + 1, torch.zeros(2, 3))
     (z * torch.inf).sum().backward()
     assert not bool(w.grad.isfinite().all())
+
+
+def test_a_default_device_is_for_f_alone():
+    """Also in the backward pass, which torch runs without it."""
+    w = torch.full((1,), 0.9, dtype=torch.float64, requires_grad=True)
+
+    def f(z):
+        assert torch.get_default_device().type == "meta"
+        return w * z.sin() + 1
+
+    for gradient in ("implicit", "phantom", "reversible", "unrolled"):
+        start = torch.zeros(2, 3, dtype=torch.float64)
+        with torch.device("meta"):
+            z, _ = dq.equilibrium(f, start, gradient=gradient, max_steps=60)
+        z.sum().backward()
+        assert float(w.grad) > 0
+
+
+def test_an_iteration_made_again_is_in_the_users_autocast():
+    """More steps than pairs of states are kept for."""
+    torch.manual_seed(0)
+    module = nn.Linear(16, 16)
+    x = torch.randn(3, 16)
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(dq.ConvergenceWarning, match="not converged"):
+        z, _ = dq.equilibrium(
+            lambda z: torch.tanh(0.5 * module(z) + x), torch.zeros(3, 16), gradient="reversible", tol=1e-9, max_steps=60
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        z.square().sum().backward()
+
+
+def test_another_graph_on_the_way_back_is_noticed():
+    calls = []
+    w = nn.Parameter(torch.full((3,), 0.5))
+
+    def f(z):
+        calls.append(1)
+        return torch.tanh(torch.sin(w * z)) + 1 if len(calls) < 8 else w * z + 1
+
+    with pytest.warns(dq.ConvergenceWarning):
+        z, _ = dq.equilibrium(f, torch.zeros(2, 3), gradient="reversible", max_steps=4, tol=1e-9)
+    with pytest.raises(RuntimeError, match="must do the same in every call"):
+        z.sum().backward()
 
 
 def test_nothing_to_differentiate():
