@@ -16,6 +16,7 @@ BENCHMARKS = {
     "rounds": "per solver: rounds, model evaluations and error at tolerance",
     "accuracy": "the promised error of every solver's converged samples, as PASS or FAIL",
     "gradients": "every gradient mode against float64 back-propagation through the serial chain",
+    "equilibrium": "implicit layers against torchdeq at equal tolerance: forward and backward, in turns",
     "inversion": "the paper's comparison of inversions: loss, evaluations, back-propagations, seconds; and round trips",
     "kernels": "time of each op: reference, the paper's formulation, torch.compile, compiled; against a memory copy",
     "planner": "sample() against the serial chain in paired timings, with what was planned",

@@ -7,6 +7,7 @@ from typing import Any
 
 from ._types import shared
 from .distillation import distill
+from .equilibrium import EquilibriumInfo, equilibrium
 from .errors import (
     BackendUnavailableError,
     ConvergenceWarning,
@@ -52,6 +53,7 @@ __all__ = [
     "DeqDiffError",
     "Draft",
     "Drafted",
+    "EquilibriumInfo",
     "Implicit",
     "Inversion",
     "ModelOutputError",
@@ -75,6 +77,7 @@ __all__ = [
     "Unrolled",
     "__version__",
     "distill",
+    "equilibrium",
     "guided",
     "sharded",
     "shared",

@@ -13,7 +13,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Those with a test below, or in the file named.
-COVERED = {"plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit"}
+COVERED = {"plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit", "train_get"}
 ELSEWHERE = {"pipeline": "integrations/test_pipelines.py"}
 
 
@@ -96,3 +96,69 @@ def test_train_cifar10(run, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(first["ema"].values(), second["ema"].values()))
     assert image.open(out / "grid_000002.png").size == (96, 96)
     assert (out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_train_get(run, tmp_path, monkeypatch, labelled):
+    image = pytest.importorskip("PIL.Image")
+    from deqdiff_fast import distillation
+
+    class FakePairs:
+        """A teacher that turns its noise over, and colours it by the label."""
+
+        def __init__(self, folder):
+            assert folder == tmp_path / "pairs"
+
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, k):
+            noise = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(k))
+            label = torch.tensor(k % 3) if labelled else None
+            sample = (k % 3 if labelled else 0) - noise
+            return {"noise": noise, "sample": sample, "condition": label}
+
+    monkeypatch.setattr(distillation, "Pairs", FakePairs, raising=False)
+    out = tmp_path / "run"
+    small = ["--out", out, "--width", 16, "--batch", 8, "--held-out", 8, "--threads", torch.get_num_threads()]
+    small += ["--lr", 5e-3, "--ema", 0.9, "--save-every", 20]
+    run("train_get", tmp_path / "pairs", "--steps", 40, *small)
+    whole = torch.load(out / "checkpoint.pt")
+    errors = list(whole["errors"].values())
+    assert errors[-1] < errors[0]
+    assert sum(whole["losses"][-5:]) < 0.8 * sum(whole["losses"][:5])
+    assert image.open(out / "grid_000040.png").size == (8 * 3 * 8, 2 * 3 * 8)
+    student = distillation.GET.load(out / "student.safetensors")
+    assert student.classes == (3 if labelled else 0)
+
+
+def test_train_get_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    pytest.importorskip("PIL.Image")
+    from deqdiff_fast import distillation
+
+    class FakePairs(torch.utils.data.TensorDataset):
+        def __init__(self, folder):
+            super().__init__(torch.randn(12, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+
+        def __getitem__(self, k):
+            noise = super().__getitem__(k)[0]
+            return {"noise": noise, "sample": -noise, "condition": None}
+
+    monkeypatch.setattr(distillation, "Pairs", FakePairs, raising=False)
+    small = ["--width", 8, "--batch", 4, "--held-out", 4, "--steps", 6, "--threads", torch.get_num_threads()]
+    small += ["--loss", "l2", "--no-bf16"]
+    run("train_get", tmp_path, *small, "--out", tmp_path / "one", "--save-every", 3)
+    checkpoint = tmp_path / "one" / "checkpoint.pt"
+    whole = torch.load(checkpoint)
+
+    saved = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: (saved.append(self.read_bytes()), replace(self, to))[1])
+    run("train_get", tmp_path, *small, "--out", tmp_path / "two", "--save-every", 3)
+    (tmp_path / "two" / "checkpoint.pt").write_bytes(saved[0])  # as after an interruption
+    run("train_get", tmp_path, *small, "--out", tmp_path / "two", "--save-every", 3, "--resume")
+    again = torch.load(tmp_path / "two" / "checkpoint.pt")
+    assert torch.load(io.BytesIO(saved[0]))["step"] == 3
+    assert again["losses"] == whole["losses"]
+    for name in ("model", "average"):
+        assert all(torch.equal(a, b) for a, b in zip(again[name].values(), whole[name].values()))

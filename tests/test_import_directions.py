@@ -24,7 +24,7 @@ LAYERS = (
     {"ranks"},
     {"engine"},
     {"gradient", "planner"},
-    {"sampler"},
+    {"sampler", "equilibrium"},
     {"inversion", "distillation"},
     {"inverter"},
     {"__init__"},

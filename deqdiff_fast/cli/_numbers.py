@@ -14,6 +14,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def class_label(text: str) -> int:
+    """A whole number >= 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text!r}")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """A number > 0 whose square is one."""
     value = _number(text)

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..presets import PRESETS, preset
 from ..solver import NAMED
-from . import _devices
-from ._numbers import fraction, positive_float, positive_int, seed, window
+from . import _devices, _student
+from ._numbers import class_label, fraction, positive_float, positive_int, seed, window
 from ._output import CommandError, check_picture, require_pillow
 
 SPACINGS = ("leading", "trailing", "linspace", "quad")
@@ -24,6 +24,9 @@ def add_parser(commands: Any) -> None:
         description="Draw samples with DDIM, all timesteps in parallel, and write them as a PNG grid.",
     )
     parser.add_argument("--model", metavar="MODEL", help="diffusers folder, hub name or 'bundled' (the default)")
+    parser.add_argument("--student", type=Path, metavar="FILE", help="one-step samples of a trained GET instead")
+    parser.add_argument("--label", type=class_label, help="of all images of a student (default: one after another)")
+    parser.add_argument("--equilibrium-steps", type=positive_int, help="of a student (default: its own)")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="the paper's model and settings; other options win")
     parser.add_argument("--steps", type=positive_int, help="timesteps of the chain (default 50)")
     parser.add_argument("--eta", type=fraction, help="0: DDIM (default), 1: as random as DDPM")
@@ -69,10 +72,17 @@ def settle(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sample, and write picture and plot. Returns the exit status."""
-    settle(args)
+    if args.student is None:
+        if args.label is not None or args.equilibrium_steps is not None:
+            raise CommandError("--label and --equilibrium-steps are for a student; name one with --student")
+        settle(args)
+    else:
+        _student.refuse_chain_options(args)
     check_picture("--out", args.out)
     check_picture("--plot", args.plot)
     require_pillow()
+    if args.student is not None:
+        return _student.run(args)
     if args.plot is not None:
         from ._plot import require_matplotlib
 

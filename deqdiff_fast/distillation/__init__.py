@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .distill import distill
+from .get import GET, GETSize
 from .pairs import Pairs
 from .report import DraftReport
 
-__all__ = ["DraftReport", "Pairs", "distill"]
+__all__ = ["GET", "DraftReport", "GETSize", "Pairs", "distill"]

@@ -426,3 +426,24 @@ def test_sides_take_turns(baseline):
     assert baseline._timing.ratios(sides[0], sides[1]) == [
         a / b for a, b in zip(*(s.seconds for s in sides), strict=True)
     ]
+
+
+def test_equilibrium(tmp_path, report_of):
+    pytest.importorskip("torchdeq")
+    file = tmp_path / "equilibrium.json"
+    done = bench("equilibrium", "--json", file, "--sizes", "mlp", "--passes", "1", "--tol", "1e-2")
+    assert done.returncode == 0, done.stderr
+    rows = report_of("equilibrium", file)["rows"]
+    assert [(row["solver"], row["library"]) for row in rows] == [
+        (solver, library) for solver in ("anderson", "relaxed") for library in ("deqdiff_fast", "torchdeq")
+    ]
+    for row in rows:
+        assert row["error"] < 2e-2
+        assert row["gradient_error"] < 5e-2
+
+
+def test_equilibrium_without_torchdeq(monkeypatch, capsys):
+    main = importlib.import_module("bench.__main__").main
+    monkeypatch.setitem(sys.modules, "torchdeq", None)
+    assert main(["equilibrium"]) == 2
+    assert "pip install --no-deps torchdeq" in capsys.readouterr().err
