@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "_types", "_devices", "_locks", "_C", "plan"},
     {"solution", "kernels"},
-    {"schedule", "memory", "loop"},
+    {"schedule", "memory", "loop", "operators"},
     {"solver", "model", "nodes"},
     {"engine"},
     {"gradient", "planner"},
@@ -39,6 +39,7 @@ ONLY = {
     "nodes": {"errors", "_types", "_devices", "kernels", "schedule"},
     "schedule": {"errors", "_types", "_devices", "_locks"},
     "memory": {"errors", "_locks", "_C"},
+    "operators": {"errors"},
 }
 # Who may import a library that is not a plain dependency of the package.
 HOMES = {
