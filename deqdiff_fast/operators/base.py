@@ -30,6 +30,15 @@ class Operator:
     rtol: float | None = None
     """Relative size below which singular values count as zero; None: see `cutoff`."""
 
+    accuracy: float = 0.0
+    """Relative error of A_dagger beyond rounding, where it is found by iterations."""
+
+    per_sample: bool = False
+    """Whether samples have operators of their own; `for_samples` then gives those of some of them."""
+
+    is_product: bool = False
+    """Whether `axis_matrices` gives matrices."""
+
     def A(self, x: Tensor) -> Tensor:
         """The measurements (B, ...) of images (B, C, H, W), without noise."""
         return self.U(self._values(x.shape, x) * self.V_adjoint(x))
