@@ -22,8 +22,8 @@ def check(
     """Raise unless an operator is linear and its maps are what they say, on random images.
 
     Linearity, A^T by <A x, y> = <x, A^T y>, A^+ by the four identities of Penrose (Proc. Cambridge Philos. Soc.
-    51, 1955), and where `decomposed` A = U diag(s) V^T with V orthonormal. A wrong operator passes with probability 0, if it is
-    wrong by more than rounding and `Operator.cutoff` allow.
+    51, 1955), and where `decomposed` A = U diag(s) V^T with V orthonormal. A wrong
+    operator passes with probability 0, if it is wrong by more than rounding and `Operator.cutoff` allow.
 
     Args:
         operator: for as many samples as `shape` has, if it is different for each.
@@ -122,7 +122,8 @@ def _host(x: Tensor) -> Tensor:
 
 
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+    return norms
 
 
 __all__ = ["check"]
