@@ -45,7 +45,7 @@ def check(
         for identity, violation, allowed in _violations(operator, tuple(shape), draw):
             if not violation <= allowed:  # NaN is not
                 raise ValueError(
-                    f"{type(operator).__name__} violates {identity} by {violation:.1e} (relative); at most "
+                    f"{_name(operator)} violates {identity} by {violation:.1e} (relative); at most "
                     f"{allowed:.1e} is rounding in {dtype}"
                 )
 
@@ -54,46 +54,50 @@ def _violations(operator: Operator, shape: tuple[int, ...], draw: Callable[[Shap
     x, z = draw(shape), draw(shape)
     image, other = operator.A(x), operator.A(z)
     if len(image) != shape[0]:
-        raise ValueError(f"{type(operator).__name__}.A: {shape[0]} images came, {len(image)} measurements went")
+        raise ValueError(f"{_name(operator)}.A: {shape[0]} images came, {len(image)} measurements went")
     y = draw(image.shape)
     back, inverse = operator.A_adjoint(y), operator.A_dagger(y)
     for what, found in (("A_adjoint", back), ("A_dagger", inverse)):
         if tuple(found.shape) != shape:
-            raise ValueError(f"{type(operator).__name__}.{what}: expected images {shape}, got {tuple(found.shape)}")
+            raise ValueError(f"{_name(operator)}.{what}: expected images {shape}, got {tuple(found.shape)}")
     if operator.input_shape(image.shape) != shape:
         got = operator.input_shape(image.shape)
-        raise ValueError(f"{type(operator).__name__}.input_shape: expected {shape}, got {got}")
+        raise ValueError(f"{_name(operator)}.input_shape: expected {shape}, got {got}")
     rounding = 1000 * torch.finfo(x.dtype).eps
-    yield "A(2 x - z) = 2 A x - A z (linearity)", _apart(operator.A(2 * x - z), 2 * image - other), rounding
+    yield "A(2 x + z) = 2 A x + A z (linearity)", _apart(operator.A(2 * x + z), 2 * image + other), rounding
     yield "<A x, y> = <x, A_adjoint y>", _skew(image, y, x, back), rounding
-    truncated = _allowance(operator, x)
-    yield "A A_dagger A = A", _apart(operator.A(operator.A_dagger(image)), image), truncated
-    kept = operator.A_dagger(image)
-    yield "A_dagger A symmetric", _skew(kept, z, x, operator.A_dagger(other)), truncated
-    fitted = operator.A(inverse)
-    w = draw(image.shape)
-    yield "A A_dagger symmetric", _skew(fitted, w, y, operator.A(operator.A_dagger(w))), truncated
-    yield "A_dagger A A_dagger = A_dagger", _apart(operator.A_dagger(fitted), inverse), truncated
+    truncated, iterated = _allowance(operator, x)
     if operator.decomposed:
         yield from _decomposition(operator, x, image, truncated)
+    kept, fitted, w = operator.A_dagger(image), operator.A(inverse), draw(image.shape)
+    yield "A A_dagger A = A", _apart(operator.A(kept), image), truncated
+    yield "A_dagger A symmetric", _skew(kept, z, x, operator.A_dagger(other)), iterated
+    yield "A A_dagger symmetric", _skew(fitted, w, y, operator.A(operator.A_dagger(w))), truncated
+    yield "A_dagger A A_dagger = A_dagger", _apart(operator.A_dagger(fitted), inverse), iterated
 
 
-def _allowance(operator: Operator, x: Tensor) -> float:
-    """What identities of A_dagger may miss: values below the cutoff, rounding that the others amplify, iterations."""
+def _allowance(operator: Operator, x: Tensor) -> tuple[float, float]:
+    """What identities of A_dagger may miss, those of measurements and those of images.
+
+    Values below the cutoff are left out, and the others amplify rounding. Conjugate gradients end at a gradient of
+    accuracy |A^T y|: an error of min(s, accuracy / s) in the measurements, at most its root, and more in the image.
+    """
     eps = torch.finfo(x.dtype).eps
-    allowed = max(1000 * eps, 4 * operator.cutoff(x.dtype), 30 * operator.accuracy)
+    allowed = max(1000 * eps, 4 * operator.cutoff(x.dtype))
     if not operator.decomposed:
-        return allowed
+        root = operator.accuracy**0.5
+        return max(allowed, 3 * root), max(allowed, min(0.5, 30 * root))
     values = operator.singular_values(x.shape, x.device, compute_dtype(x.dtype)).double()
     smallest = torch.where(values > 0, values, torch.inf).min() / values.max()
-    return max(allowed, min(0.1, 20 * eps / float(smallest)))
+    allowed = max(allowed, min(0.1, 20 * eps / float(smallest)))
+    return allowed, allowed
 
 
 def _decomposition(operator: Operator, x: Tensor, image: Tensor, truncated: float) -> Iterator[Violation]:
     rounding = 1000 * torch.finfo(x.dtype).eps
     values = operator.singular_values(x.shape, x.device, compute_dtype(x.dtype))
     if values.is_complex() or not bool((values >= 0).all()):
-        raise ValueError(f"{type(operator).__name__}.singular_values: expected real numbers >= 0")
+        raise ValueError(f"{_name(operator)}.singular_values: expected real numbers >= 0")
     coefficients = operator.V_adjoint(x)
     yield "V V_adjoint = 1", _apart(operator.V(coefficients), x), rounding
     norms = (coefficients.flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))
@@ -101,6 +105,11 @@ def _decomposition(operator: Operator, x: Tensor, image: Tensor, truncated: floa
     scaled = values * coefficients
     yield "A = U diag(s) V_adjoint", _apart(operator.U(scaled), image), truncated
     yield "U_adjoint A = diag(s) V_adjoint", _apart(operator.U_adjoint(image), scaled), truncated
+
+
+def _name(operator: Operator) -> str:
+    """Whose maps these are."""
+    return type(getattr(operator, "physics", operator)).__name__
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
