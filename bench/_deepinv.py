@@ -96,7 +96,8 @@ def baselines(denoiser: SigmaDenoiser, evaluations: int, sigma: float, device: s
         return lambda y, physics, shape, seed: method(y, physics, seed=seed)
 
     def dps(weight: float) -> Callable[..., Tensor]:
-        method = sampling.DPS(denoiser, num_steps=evaluations + 1, weight=weight, device=device)
+        draws = torch.Generator(device)  # seeded by every call
+        method = sampling.DPS(denoiser, num_steps=evaluations + 1, weight=weight, device=device, rng=draws)
         return lambda y, physics, shape, seed: method(y, physics, x_init=shape, seed=seed)
 
     for eta, etab in ((0.85, 1.0), (1.0, 1.0), (0.5, 1.0))[: None if tune else 1]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import tables_on_cpu
 from .base import Operator, Shape, check_images, compute_dtype
 from .convolution import check_kernel_fits, convolution_matrices
 
@@ -114,6 +115,7 @@ class Circular(Operator):
                 self._cache[key] = self._make(size, device, dtype)
         return self._cache[key]
 
+    @tables_on_cpu
     def _make(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Spectrum:
         height, width = self.kernel.shape[2:]
         check_kernel_fits((height, width), size)
@@ -122,9 +124,9 @@ class Circular(Operator):
         values = transfer.abs()
         active = values > self.cutoff(dtype) * values.amax((1, 2, 3), keepdim=True)
         phase = torch.where(active, transfer / torch.where(active, values, 1), 0)
-        values = torch.where(active, values, 0).to(device=device, dtype=dtype)
+        values = torch.where(active, values, 0).to(dtype).to(device)
         turned = torch.complex64 if dtype == torch.float32 else torch.complex128
-        return Spectrum(values, *(part.to(device=device, dtype=turned) for part in (phase, transfer)))
+        return Spectrum(values, *(part.to(turned).to(device) for part in (phase, transfer)))
 
 
 def _hartley(fourier: Tensor) -> Tensor:

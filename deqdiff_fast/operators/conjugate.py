@@ -64,12 +64,12 @@ def _cgls(forward: Map, adjoint: Map, y: Tensor, damping: Tensor | float, tol: f
             break
         image = forward(direction)
         curvature = _squares(image) + damping * _squares(direction)
-        step = torch.where(active & (curvature > 0), energy / curvature.where(curvature > 0, torch.ones(()).to(y)), 0)
+        step = torch.where(active & (curvature > 0), energy / curvature.where(curvature > 0, energy.new_ones(())), 0)
         solution = solution + _rows(step, solution) * direction
         residual = residual - _rows(step, residual) * image
         gradient = adjoint(residual) - _rows(damping, solution) * solution
         fresh = _squares(gradient)
-        ratio = torch.where(active & (energy > 0), fresh / energy.where(energy > 0, torch.ones(()).to(y)), 0)
+        ratio = torch.where(active & (energy > 0), fresh / energy.where(energy > 0, energy.new_ones(())), 0)
         direction = gradient + _rows(ratio, direction) * direction
         energy = torch.where(active, fresh, energy)
     return solution

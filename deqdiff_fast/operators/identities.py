@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .._devices import tables_on_cpu
 from .base import Operator, Shape, compute_dtype
 
 Violation = tuple[str, float, float]  # the identity, its relative violation, what is allowed
 
 
+@tables_on_cpu
 def check(
     operator: Operator,
     shape: Shape,
@@ -39,7 +41,7 @@ def check(
         generator = torch.Generator().manual_seed(0)
 
     def draw(size: Shape) -> Tensor:
-        return torch.randn(tuple(size), generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+        return torch.randn(tuple(size), generator=generator, dtype=torch.float64).to(dtype).to(device)
 
     with torch.no_grad():
         for identity, violation, allowed in _violations(operator, tuple(shape), draw):
@@ -66,7 +68,7 @@ def _violations(operator: Operator, shape: tuple[int, ...], draw: Callable[[Shap
     rounding = 1000 * torch.finfo(x.dtype).eps
     yield "A(2 x + z) = 2 A x + A z (linearity)", _apart(operator.A(2 * x + z), 2 * image + other), rounding
     yield "<A x, y> = <x, A_adjoint y>", _skew(image, y, x, back), rounding
-    truncated, iterated = _allowance(operator, x)
+    truncated, iterated = _tolerances(operator, x)
     if operator.decomposed:
         yield from _decomposition(operator, x, image, truncated)
     kept, fitted, w = operator.A_dagger(image), operator.A(inverse), draw(image.shape)
@@ -76,7 +78,7 @@ def _violations(operator: Operator, shape: tuple[int, ...], draw: Callable[[Shap
     yield "A_dagger A A_dagger = A_dagger", _apart(operator.A_dagger(fitted), inverse), iterated
 
 
-def _allowance(operator: Operator, x: Tensor) -> tuple[float, float]:
+def _tolerances(operator: Operator, x: Tensor) -> tuple[float, float]:
     """What identities of A_dagger may miss, those of measurements and those of images.
 
     Values below the cutoff are left out, and the others amplify rounding. Conjugate gradients end at a gradient of
@@ -127,7 +129,7 @@ def _skew(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> float:
 
 
 def _host(x: Tensor) -> Tensor:
-    return x.to("cpu", torch.float64)
+    return x.detach().cpu().to(torch.float64)
 
 
 def _norms(x: Tensor) -> Tensor:

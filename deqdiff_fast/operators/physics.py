@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._devices import tables_on_cpu
 from .base import Operator, Shape, compute_dtype
 from .blur import Blur
 from .colorize import Colorize
@@ -17,6 +18,7 @@ _VECTORS = ("U", "U_adjoint", "V", "V_adjoint")
 _TRIALS = ((3, 16, 16), (2, 16, 16), (1, 16, 16))  # where nothing says which images are meant
 
 
+@tables_on_cpu
 def take(physics: Any, shape: Shape | None = None) -> Operator:
     """An operator of this library for an object of another one.
 
@@ -74,7 +76,9 @@ class _Foreign(Operator):
 
     def input_shape(self, y_shape: Shape) -> tuple[int, ...]:
         buffers = dict(getattr(self.physics, "_buffers", {})).values()
-        like = next((part for part in buffers if part is not None and part.is_floating_point()), torch.zeros(()))
+        like = next(
+            (part for part in buffers if part is not None and part.is_floating_point()), torch.zeros((), device="cpu")
+        )
         with torch.no_grad():
             return tuple(self.A_adjoint(like.new_zeros(tuple(y_shape))).shape)
 
@@ -116,7 +120,7 @@ class _Decomposable(_Foreign):
         return _like(self.physics.U(c * (self._positive(c) > 0)), c, self.physics, "U")
 
     def singular_values(self, x_shape: Shape, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        values = torch.as_tensor(self.physics.mask).to(device=device, dtype=dtype)
+        values = torch.as_tensor(self.physics.mask).to(dtype).to(device)
         largest = values.flatten(1).amax(1) if values.dim() > 1 else values.amax()
         largest = largest.reshape(-1, *[1] * (values.dim() - 1)) if values.dim() > 1 else largest
         return torch.where(values > self.cutoff(dtype) * largest, values, 0)

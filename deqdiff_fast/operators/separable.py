@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import tables_on_cpu
 from .base import Operator, Shape, check_images, compute_dtype
 
 _KEPT = 16  # decompositions kept, for as many image shapes, dtypes and devices
@@ -122,8 +123,12 @@ class Separable(Operator):
                 whole, index = self._selected
                 self._cache[key] = whole._decomposition(x_shape, device, dtype).select(index)
             else:
-                self._cache[key] = decompose(self.axis_matrices(x_shape), self.cutoff(dtype), device, dtype)
+                self._cache[key] = self._make(x_shape, device, dtype)
         return self._cache[key]
+
+    @tables_on_cpu
+    def _make(self, x_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decomposition:
+        return decompose(self.axis_matrices(x_shape), self.cutoff(dtype), device, dtype)
 
 
 def decompose(
@@ -139,12 +144,12 @@ def decompose(
         u, s, vt = torch.linalg.svd(matrix, full_matrices=True)
         m, n = matrix.shape[-2:]
         u, s = (torch.nn.functional.pad(part[..., :n], (0, max(n - m, 0))) for part in (u, s))
-        axes.append(Axis(*(part.to(device=device, dtype=dtype) for part in (matrix, u, vt.mT))))
+        axes.append(Axis(*(part.to(dtype).to(device) for part in (matrix, u, vt.mT))))
         singular.append(s.reshape(*s.shape, *[1] * (2 - number)) if number != 2 else s.unsqueeze(-2))
     values = reduce(torch.mul, singular)
     active = values > cutoff * values.amax((-3, -2, -1), keepdim=True)
     values = torch.where(active, values, 0)
-    return Decomposition(tuple(axes), *(part.to(device=device, dtype=dtype) for part in (values, active)))
+    return Decomposition(tuple(axes), *(part.to(dtype).to(device) for part in (values, active)))
 
 
 def _apply(x: Tensor, matrices: list[Tensor | None]) -> Tensor:

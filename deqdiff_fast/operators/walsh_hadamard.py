@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._devices import tables_on_cpu
 from .base import Operator, Shape, check_images, compute_dtype, per_device
 
 
@@ -28,6 +29,7 @@ class WalshHadamard(Operator):
 
     decomposed = True
 
+    @tables_on_cpu
     def __init__(self, size: tuple[int, int], ratio: float, seed: int = 0) -> None:
         height, width = size
         numel = height * width

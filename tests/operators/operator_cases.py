@@ -16,7 +16,7 @@ class Case(NamedTuple):
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
 
 
 def column_times_row(batch: int, channels: int) -> torch.Tensor:

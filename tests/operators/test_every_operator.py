@@ -140,6 +140,20 @@ def test_it_is_the_same_every_time(case: Case) -> None:
     assert torch.equal(one.A_dagger(y), one.A_dagger(y))
 
 
+def test_the_default_device_does_not_matter(case: Case) -> None:
+    operator, x = case.make(), images(case)
+    expected = operator.A_dagger(operator.A(x))
+    index = torch.tensor([1])
+    torch.set_default_device("meta")  # no number can be read there
+    try:
+        other = case.make()
+        torch.testing.assert_close(other.A_dagger(other.A(x)), expected)
+        assert other.for_samples(index).A(x[index]).device.type == "cpu"
+        operators.check(other, case.shape)
+    finally:
+        torch.set_default_device(None)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_it_follows_the_device(case: Case) -> None:
     operator, x = case.make(), images(case)
