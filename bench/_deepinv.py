@@ -100,9 +100,9 @@ def baselines(denoiser: SigmaDenoiser, evaluations: int, sigma: float, device: s
         method = sampling.DPS(denoiser, num_steps=evaluations + 1, weight=weight, device=device, rng=draws)
         return lambda y, physics, shape, seed: method(y, physics, x_init=shape, seed=seed)
 
-    for eta, etab in ((0.85, 1.0), (1.0, 1.0), (0.5, 1.0))[: None if tune else 1]:
+    for eta, etab in ((0.85, 1.0), (0.5, 1.0), (0.2, 1.0))[: None if tune else 1]:
         yield Baseline("DDRM", f"eta {eta:g}, etab {etab:g}", ddrm(eta, etab))
-    for weight, zeta in ((7.0, 0.1), (7.0, 0.3), (7.0, 0.5), (3.0, 0.3), (15.0, 0.3))[: None if tune else 1]:
+    for weight, zeta in ((7.0, 0.1), (7.0, 0.5), (7.0, 1.0), (15.0, 0.5))[: None if tune else 1]:
         yield Baseline("DiffPIR", f"lambda {weight:g}, zeta {zeta:g}", diffpir(weight, zeta))
-    for weight in (1.0, 0.3, 3.0, 10.0, 30.0, 100.0)[: None if tune else 1]:
+    for weight in (1.0, 30.0, 100.0, 300.0)[: None if tune else 1]:
         yield Baseline("DPS", f"weight {weight:g}", dps(weight))

@@ -106,14 +106,16 @@ class Circular(Operator):
     def _spectrum(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Spectrum:
         """The transfer function for images (H, W), from the cache or made."""
         key = (size, device, dtype)
-        if key not in self._cache:
+        found = self._cache.get(key)
+        if found is None:
             if self._selected is not None:
                 whole, index = self._selected
                 parts = whole._spectrum(size, device, dtype)
-                self._cache[key] = Spectrum(*(part.index_select(0, index.to(device)) for part in parts))
+                found = Spectrum(*(part.index_select(0, index.to(device)) for part in parts))
             else:
-                self._cache[key] = self._make(size, device, dtype)
-        return self._cache[key]
+                found = self._make(size, device, dtype)
+            self._cache[key] = found
+        return found
 
     @tables_on_cpu
     def _make(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Spectrum:

@@ -116,15 +116,17 @@ class Separable(Operator):
     def _decomposition(self, x_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decomposition:
         """The decomposition for images (B, C, H, W), from the cache or made."""
         key = (x_shape[1:], device, dtype)
-        if key not in self._cache:
-            if len(self._cache) >= _KEPT:
-                self._cache.clear()
+        found = self._cache.get(key)
+        if found is None:
             if self._selected is not None:
                 whole, index = self._selected
-                self._cache[key] = whole._decomposition(x_shape, device, dtype).select(index)
+                found = whole._decomposition(x_shape, device, dtype).select(index)
             else:
-                self._cache[key] = self._make(x_shape, device, dtype)
-        return self._cache[key]
+                found = self._make(x_shape, device, dtype)
+            if len(self._cache) >= _KEPT:
+                self._cache.clear()
+            self._cache[key] = found
+        return found
 
     @tables_on_cpu
     def _make(self, x_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decomposition:
