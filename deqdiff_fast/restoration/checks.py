@@ -1,0 +1,78 @@
+"""Checks of what a restorer is given."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators import Operator
+
+LARGEST = 50.0  # of A^+ y: far beyond pixels in [-1, 1] and any latents, below pixels in bytes
+
+
+def check_operator(operator: Any) -> Operator:
+    """Raises TypeError for what has no A, A_adjoint and A_dagger."""
+    if isinstance(operator, Operator):
+        return operator
+    raise TypeError(
+        "operator: expected one of deqdiff_fast.operators, a deepinv physics, or an object with A, A_adjoint and "
+        f"A_dagger, got {type(operator).__name__}"
+    )
+
+
+def noise_level(sigma: Any) -> Tensor | None:
+    """() or (B,) float64, or None for an estimate. Raises ValueError, TypeError."""
+    if sigma is None:
+        return None
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float, Tensor)):
+        raise TypeError(f"sigma: expected a number >= 0, a tensor (B,) or None, got {type(sigma).__name__}")
+    level = torch.as_tensor(sigma, dtype=torch.float64).detach().cpu()
+    if level.dim() > 1 or not bool((level.isfinite() & (level >= 0)).all()):
+        raise ValueError(f"sigma: expected finite values >= 0, one or (B,), got {sigma!r}")
+    return level
+
+
+def check_measurements(y: Any, operator: Operator, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(measurements in float32 or float64, (B,) standard deviation of their noise). Raises ValueError, TypeError."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: expected a tensor (B, ...), got {type(y).__name__}")
+    if y.dim() < 2 or 0 in y.shape:
+        raise ValueError(f"y: expected measurements (B, ...) of at least one sample, got shape {tuple(y.shape)}")
+    if not y.is_floating_point():
+        hint = "; scale pixels to [-1, 1] first" if y.dtype == torch.uint8 else ""
+        raise ValueError(f"y: expected a floating-point dtype, got {y.dtype}{hint}")
+    y = y if y.dtype == torch.float64 else y.float()
+    seen = operator.A_adjoint(y.detach()).flatten(1).isfinite().all(1)  # what is not measured may be anything
+    if not bool(seen.all()):
+        raise ValueError(
+            f"y: expected finite measurements, got NaN or Inf in sample {int((~seen).int().argmax())}; leave out what "
+            "was not measured with a mask (operators.Inpaint)"
+        )
+    y = torch.where(y.isfinite(), y, 0)
+    largest = operator.A_dagger(y.detach()).flatten(1).abs().amax(1)
+    if bool((largest > LARGEST).any()):
+        raise ValueError(
+            f"y: expected measurements of images in [-1, 1], whose pseudo-inverse stays within {LARGEST:g}, got "
+            f"{float(largest.max()):g} for sample {int(largest.argmax())}; scale them, or look at the operator's "
+            "smallest singular values"
+        )
+    if sigma is None:
+        from ..operators import estimate_sigma
+
+        return y, estimate_sigma(y.detach()).to(y)
+    if sigma.dim() and len(sigma) != len(y):
+        raise ValueError(f"sigma: expected one number or {len(y)}, one for each sample, got {len(sigma)}")
+    level = sigma.to(y).expand(len(y))
+    if bool((level > math.inf).any()):
+        raise ValueError("sigma: expected finite values")
+    return y, level
+
+
+def check_noise_for(noise: Any, shape: tuple[int, ...], y: Tensor) -> None:
+    """Raises ValueError for an initial state that does not fit."""
+    if not isinstance(noise, Tensor) or tuple(noise.shape) != shape or noise.device != y.device:
+        got = f"{tuple(noise.shape)} on {noise.device}" if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"noise: expected shape {shape} on {y.device}, as the measurements' images have, got {got}")

@@ -1,0 +1,187 @@
+"""DEQRestorer: images from linear measurements of them, by a diffusion chain that is solved in parallel rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._devices import methods_with_tables_on_cpu
+from ._types import Generators, Model, shared
+from .engine import arguments
+from .model.stand_in import stand_in
+from .restoration import Method, resolve
+from .restoration.base import Start, Task
+from .restoration.checks import check_measurements, check_noise_for, check_operator, noise_level
+from .restoration.draws import draw_noise
+from .restoration.levels import Levels
+from .restoration.model import KEY, RestoringModel
+from .restoration.slope import conditional_spectrum
+from .sampler import DEQSampler
+from .schedule import Schedule
+from .schedule.prior import prior_spectrum
+from .solution import Callback, Solution, Stats
+
+
+@dataclass
+class Restoration:
+    """Restored samples, and how well they agree with the measurements."""
+
+    sample: Tensor
+    """(B, *shape), dtype of the measurements."""
+    converged: Tensor
+    """(B,) bool, on the CPU, as in `Solution`."""
+    consistency: Tensor
+    """(B,) float64, on the CPU: ||A x - y|| / ||y||. With noise in the measurements it should be about its share."""
+    sigma: Tensor
+    """(B,) float64, on the CPU: the standard deviation of the noise that was assumed."""
+    stats: Stats
+
+
+@methods_with_tables_on_cpu
+class DEQRestorer:
+    """Restore images from measurements y = A x + sigma n with a diffusion model, all timesteps at once.
+
+    The chain is the sampler's with another predicted clean sample at every step, which the measurements decide in part;
+    parallel restoration as one equilibrium is Cao et al. 2024, arXiv 2311.11600 (DeqIR).
+
+    Args:
+        model, schedule: as for `DEQSampler`; its eta is that of the restoration.
+        operator: A, one of `deqdiff_fast.operators`, a deepinv physics, or any object with A, A_adjoint and A_dagger.
+        sigma: standard deviation of the noise in the measurements, in their units: a number, (B,), or None to
+            estimate it from measurements that are images.
+        method: "ddnm", "ddrm", "pigdm", "diffpir", or a method object.
+        **options: of `DEQSampler`: solver, tol, max_rounds, window, gradient, max_batch and so on.
+
+    Raises:
+        TypeError: an unknown argument, or one of a wrong type.
+        ValueError: a bad value; or the method cannot be used with this operator, schedule or noise.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        operator: Any,
+        sigma: float | Tensor | None = 0.0,
+        method: str | Method = "ddnm",
+        **options: Any,
+    ) -> None:
+        arguments.check_model(model)
+        arguments.check_schedule(schedule)
+        self.model, self.schedule, self.method = model, schedule, resolve(method)
+        self.operator, self.sigma = check_operator(operator), noise_level(sigma)
+        self.noisy = self.sigma is None or bool((self.sigma > 0).any())
+        self.method.check(self.operator, schedule, self.noisy)
+        self._levels, self._coordinates = Levels.of(schedule), self.method.coordinates(self.noisy)
+        draft = options.pop("draft", None)
+        if draft is not None:
+            arguments.check_draft(draft, schedule)
+            options["draft"] = self._restoring(stand_in(draft, model))
+        self._spectrum = options.pop("spectrum", None)
+        self._sampler = DEQSampler(self._restoring(model), replace(schedule, clip=None), **options)
+        self._options, self._samplers = options, dict[Any, tuple[DEQSampler, Tensor]]()
+
+    def _restoring(self, model: Model) -> RestoringModel:
+        variant = (self.method.name, type(self.operator).__name__, self.noisy)
+        return RestoringModel(
+            model, self.method, self._coordinates, self.operator, self.schedule, self._levels, variant
+        )
+
+    def restore(
+        self,
+        y: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        generator: Generators = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        *,
+        noise: Tensor | None = None,
+    ) -> Restoration:
+        """Restore the images behind measurements.
+
+        Differentiable with respect to y, noise, the parameters of the model and tensors in model_kwargs, as
+        `DEQSampler.sample` is.
+
+        Args:
+            y: (B, ...), floating point, of images in the model's units (pixels in [-1, 1]).
+            model_kwargs, callback, progress: as for `DEQSampler.sample`. What a callback sees are the unknowns, which
+                lack what the measurements decide.
+            generator: one, or one a sample, for the initial noise and then the chain's own.
+            noise: (B, *shape), the initial state, in the place of one that is drawn.
+
+        Returns:
+            A `Restoration`.
+
+        Raises:
+            ValueError, TypeError: bad measurements, a wrong operator (with the identity that it violates), or a bad
+                argument.
+            NonFiniteError, ModelOutputError, NotConvergedError: as `DEQSampler.sample`.
+        """
+        task, start, kwargs, sampler = self._begin(y, model_kwargs, generator, noise)
+        solution = sampler.sample(start.state, kwargs, start.draws, callback, progress)
+        return self._end(task, start, solution, y)
+
+    def serial(
+        self,
+        y: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        generator: Generators = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        *,
+        noise: Tensor | None = None,
+    ) -> Restoration:
+        """The plain restoring chain, one model call after the other; arguments and result as for `restore`."""
+        task, start, kwargs, sampler = self._begin(y, model_kwargs, generator, noise)
+        solution = sampler.serial(start.state, kwargs, start.draws, callback, progress)
+        return self._end(task, start, solution, y)
+
+    def _begin(
+        self, y: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, noise: Tensor | None
+    ) -> tuple[Task, Start, dict[str, Any], DEQSampler]:
+        """The chain of unknowns, in the dtype of the measurements or float32, and what solves it."""
+        arguments.check_kwargs(model_kwargs)
+        if KEY in (model_kwargs or {}):
+            raise ValueError(f"model_kwargs: {KEY!r} is a name that the restorer needs itself")
+        y, sigma = check_measurements(y, self.operator, self.sigma)
+        shape = tuple(self.operator.input_shape(y.shape))
+        if noise is not None:
+            check_noise_for(noise, shape, y)
+        task = Task(self.operator, self.schedule, self._levels, y, sigma if self.noisy else None)
+        fresh = self._coordinates.fresh
+        noise, draws = draw_noise(self.schedule, shape, generator, y, noise, every=fresh)
+        start = self._coordinates.begin(task, noise, draws)
+        samples = torch.arange(len(y), device=y.device)
+        sampler, slope = self._sampler_for(task, shape)
+        own = {"sample": samples, "data": start.data, "slope": shared(slope)}
+        return task, start, {**(model_kwargs or {}), KEY: own}, sampler
+
+    def _sampler_for(self, task: Task, shape: tuple[int, ...]) -> tuple[DEQSampler, Tensor]:
+        """The sampler whose slope knows what the measurements leave open, and that slope on the average, (T,)."""
+        level = 0.0 if task.sigma is None else float(task.sigma.mean())
+        key = (shape, f"{level:.1g}", task.y.device)
+        if key not in self._samplers:
+            spectrum = self._spectrum or prior_spectrum(shape[1:])
+            if spectrum is None:
+                return self._sampler, self.schedule.slope()
+            if spectrum.shape != shape[1:]:
+                raise ValueError(
+                    f"spectrum: expected that of samples of shape {shape[1:]}, which y is measured of, got {spectrum.shape}"
+                )
+            spectrum = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
+            sampler = DEQSampler(self._sampler.model, self._sampler.schedule, spectrum=spectrum, **self._options)
+            self._samplers[key] = sampler, self.schedule.slope(float(spectrum.variance.mean()))
+        return self._samplers[key]
+
+    def _end(self, task: Task, start: Start, solution: Solution, y: Tensor) -> Restoration:
+        sample = self._coordinates.finish(solution.sample.to(task.y.dtype), task, start.data)
+        with torch.no_grad():
+            off = (task.operator.A(sample) - task.y).flatten(1).double().norm(dim=1)
+            consistency = (off / task.y.flatten(1).double().norm(dim=1).clamp_min(1e-300)).cpu()
+        sigma = torch.zeros(len(y)) if task.sigma is None else task.sigma
+        return Restoration(
+            sample.to(y.dtype), solution.converged, consistency, sigma.detach().double().cpu(), solution.stats
+        )
