@@ -34,11 +34,13 @@ def _half(shape: tuple[int, ...]) -> Tensor:
     return torch.rand((1, *shape[1:]), generator=torch.Generator().manual_seed(0)) < 0.5
 
 
+# Singular values of blurs below 0.03 count as zero, as in the code of DDRM (Kawar et al. 2022).
+_ZERO = 0.03
 OPERATORS: dict[str, Callable[[tuple[int, ...]], operators.Operator]] = {
     "sr4": lambda shape: operators.Downsample(4),
     "bicubic4": lambda shape: operators.Bicubic(4),
-    "gaussian": lambda shape: operators.Blur.gaussian(1.5, size=min(9, shape[1] - 1 + shape[1] % 2)),
-    "uniform": lambda shape: operators.Blur.uniform(5),
+    "gaussian": lambda shape: operators.Blur.gaussian(1.5, size=min(9, shape[1] - 1 + shape[1] % 2), rtol=_ZERO),
+    "uniform": lambda shape: operators.Blur.uniform(5, rtol=_ZERO),
     "inpaint": lambda shape: operators.Inpaint(_half(shape)),
     "colorize": lambda shape: operators.Colorize(),
     "hadamard": lambda shape: operators.WalshHadamard((shape[1], shape[2]), 0.25),

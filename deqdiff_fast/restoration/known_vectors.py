@@ -56,7 +56,9 @@ class KnownVectors:
         data["noise"] = shared(path)
         if not task.schedule.stochastic:
             return Start(start, None, data)
-        known = [is_known(spread, levels.signal[i : i + 1], levels.sigma[i : i + 1], noise) for i in range(1, len(path))]
+        known = [
+            is_known(spread, levels.signal[i : i + 1], levels.sigma[i : i + 1], noise) for i in range(1, len(path))
+        ]
         unknown = [operator.V(torch.where(k, torch.zeros_like(part), part)) for k, part in zip(known, parts)]
         return Start(start, task.frozen(torch.stack(unknown)), data)
 

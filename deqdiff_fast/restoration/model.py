@@ -58,7 +58,9 @@ class RestoringModel:
         bind: Callable[[int, dict[str, Any]], dict[str, Any]] = getattr(self.model, "bind_batch")  # noqa: B009
         return {**bind(batch, rest), KEY: kwargs[KEY]}
 
-    def __call__(self, inputs: Tensor, t: Tensor, *, step: Tensor, restoration: dict[str, Any], **kwargs: Any) -> Tensor:
+    def __call__(
+        self, inputs: Tensor, t: Tensor, *, step: Tensor, restoration: dict[str, Any], **kwargs: Any
+    ) -> Tensor:
         """The prediction (n, *shape) for rows of unknowns, in float32 or float64. inputs: scaled as the model wants."""
         dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
         levels, scale = self._on(inputs.device, dtype)
