@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from . import operators
 from ._types import shared
 from .distillation import distill
 from .errors import (
@@ -69,6 +70,7 @@ __all__ = [
     "__version__",
     "distill",
     "guided",
+    "operators",
     "shared",
 ]
 

@@ -39,7 +39,7 @@ ONLY = {
     "nodes": {"errors", "_types", "_devices", "kernels", "schedule"},
     "schedule": {"errors", "_types", "_devices", "_locks"},
     "memory": {"errors", "_locks", "_C"},
-    "operators": {"errors"},
+    "operators": {"errors", "_devices"},
 }
 # Who may import a library that is not a plain dependency of the package.
 HOMES = {

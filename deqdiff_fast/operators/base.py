@@ -30,6 +30,15 @@ class Operator:
     rtol: float | None = None
     """Relative size below which singular values count as zero; None: see `cutoff`."""
 
+    accuracy: float = 0.0
+    """Relative error of A_dagger beyond rounding, where it is found by iterations."""
+
+    per_sample: bool = False
+    """Whether samples have operators of their own; `for_samples` then gives those of some of them."""
+
+    is_product: bool = False
+    """Whether `axis_matrices` gives matrices."""
+
     def A(self, x: Tensor) -> Tensor:
         """The measurements (B, ...) of images (B, C, H, W), without noise."""
         return self.U(self._values(x.shape, x) * self.V_adjoint(x))
@@ -64,7 +73,7 @@ class Operator:
 
     def input_shape(self, y_shape: Shape) -> tuple[int, ...]:
         """The shape (B, C, H, W) of the images that measurements of shape (B, ...) are of."""
-        return tuple(self.A_adjoint(torch.zeros(tuple(y_shape))).shape)
+        return tuple(self.A_adjoint(torch.zeros(tuple(y_shape), device="cpu")).shape)
 
     def for_samples(self, index: Tensor) -> Operator:
         """The operator of some samples. index: (n,) int64 numbers of samples -> rows of n; itself if all share one."""
@@ -111,7 +120,7 @@ def per_device(cache: dict[Any, Tensor], tensor: Tensor, device: torch.device, d
     """`tensor` there, copied once."""
     key = (device, dtype)
     if key not in cache:
-        cache[key] = tensor.to(device=device, dtype=dtype)
+        cache[key] = tensor.to(dtype).to(device)
     return cache[key]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Inpaint(Operator):
             raise ValueError(f"mask: empty{which}; expected at least one pixel that is measured")
         self.mask = mask
         """(1 or B, 1 or C, H, W) bool."""
+        self.per_sample = len(mask) > 1
         self._copies: dict[Any, Tensor] = {}
 
     def A(self, x: Tensor) -> Tensor:
@@ -76,10 +78,11 @@ class Inpaint(Operator):
 
     def for_samples(self, index: Tensor) -> Inpaint:
         """The masks of some samples; itself where there is one mask for all."""
-        if len(self.mask) == 1:
+        if not self.per_sample:
             return self
-        chosen = object.__new__(type(self))  # no checks: this runs between model calls
-        chosen.mask, chosen._copies = self.mask.to(index.device)[index], {}
+        chosen = copy.copy(self)  # no checks: this runs between model calls
+        chosen.mask = per_device(self._copies, self.mask, index.device, torch.bool).index_select(0, index)
+        chosen._copies = {}
         return chosen
 
     def _masked(self, x: Tensor, who: str) -> Tensor:
