@@ -34,7 +34,7 @@ class Restoration:
     converged: Tensor
     """(B,) bool, on the CPU, as in `Solution`."""
     consistency: Tensor
-    """(B,) float64, on the CPU: ||A x - y|| / ||y||. With noise in the measurements it should be about its share."""
+    """(B,) float64, on the CPU: ||A x - y|| / ||y||, of what y has in the range of A; with noise about its share."""
     sigma: Tensor
     """(B,) float64, on the CPU: the standard deviation of the noise that was assumed."""
     stats: Stats
@@ -150,7 +150,7 @@ class DEQRestorer:
         shape = tuple(self.operator.input_shape(y.shape))
         if noise is not None:
             check_noise_for(noise, shape, y)
-        task = Task(self.operator, self.schedule, self._levels, y, sigma if self.noisy else None)
+        task = Task(self.operator, self.schedule, self._levels, y, sigma[:, None] if self.noisy else None)
         fresh = self._coordinates.fresh
         noise, draws = draw_noise(self.schedule, shape, generator, y, noise, every=fresh)
         start = self._coordinates.begin(task, noise, draws)
@@ -179,9 +179,10 @@ class DEQRestorer:
     def _end(self, task: Task, start: Start, solution: Solution, y: Tensor) -> Restoration:
         sample = self._coordinates.finish(solution.sample.to(task.y.dtype), task, start.data)
         with torch.no_grad():
-            off = (task.operator.A(sample) - task.y).flatten(1).double().norm(dim=1)
-            consistency = (off / task.y.flatten(1).double().norm(dim=1).clamp_min(1e-300)).cpu()
-        sigma = torch.zeros(len(y)) if task.sigma is None else task.sigma
+            seen = task.operator.A(task.operator.A_dagger(task.y))  # entries that measure nothing say nothing
+            off = (task.operator.A(sample) - seen).flatten(1).double().norm(dim=1)
+            consistency = (off / seen.flatten(1).double().norm(dim=1).clamp_min(1e-300)).cpu()
+        sigma = torch.zeros(len(y)) if task.sigma is None else task.sigma[:, 0]
         return Restoration(
             sample.to(y.dtype), solution.converged, consistency, sigma.detach().double().cpu(), solution.stats
         )

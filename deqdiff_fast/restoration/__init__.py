@@ -7,8 +7,10 @@ from collections.abc import Callable
 from .base import Method
 from .ddnm import DDNM
 from .ddrm import DDRM
+from .diffpir import DiffPIR
+from .pigdm import PiGDM
 
-NAMED: dict[str, Callable[[], Method]] = {"ddnm": DDNM, "ddrm": DDRM}
+NAMED: dict[str, Callable[[], Method]] = {"ddnm": DDNM, "ddrm": DDRM, "pigdm": PiGDM, "diffpir": DiffPIR}
 
 
 def resolve(method: str | Method) -> Method:
@@ -27,4 +29,4 @@ def resolve(method: str | Method) -> Method:
     return method
 
 
-__all__ = ["DDNM", "DDRM", "NAMED", "Method", "resolve"]
+__all__ = ["DDNM", "DDRM", "NAMED", "DiffPIR", "Method", "PiGDM", "resolve"]

@@ -7,6 +7,7 @@ neither looks for it nor moves it (see `Coordinates`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ class Task:
 
     Attributes:
         y: the measurements (B, ...), in float32 or float64.
-        sigma: (B,), standard deviation of their noise; or None where there is none.
+        sigma: (B, 1), standard deviation of their noise; or None where there is none.
         levels: of the schedule, float64 on the CPU.
     """
 
@@ -69,6 +70,7 @@ class Rows:
         data: of the rows, see `Start.data`.
         levels: on the rows' device, in their dtype.
         pull_back: v -> (d x0 / d x)^T v, row by row, where the method needs it.
+        differentiated: whether what comes of it will be.
     """
 
     step: Tensor
@@ -77,6 +79,7 @@ class Rows:
     data: dict[str, Any]
     levels: Levels
     pull_back: Callable[[Tensor], Tensor] | None = None
+    differentiated: bool = False
 
     def level(self, name: str, like: Tensor, after: int = 0) -> Tensor:
         """(n, 1, ...) of a table of `levels`, at the step or, in tables of T + 1, after it."""
@@ -131,6 +134,12 @@ class Method(Protocol):
     def restored(self, x0: Tensor, x: Tensor, rows: Rows) -> Tensor:
         """The clean sample (n, *shape) that takes the place of the predicted one."""
         ...
+
+
+def positive(name: str, value: float) -> None:
+    """Raises ValueError unless it is a finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
 
 
 def needs_one_step(method: str, schedule: Schedule) -> None:

@@ -109,13 +109,13 @@ class KnownVectors:
 def spread_of(operator: Operator, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Standard deviation of the noise in each component, infinite where nothing is measured, and 1 / s, 0 there.
 
-    x: images (n, *shape); sigma: (n,).
+    x: images (n, *shape); sigma: (n, 1).
     """
     values = operator.singular_values(x.shape, x.device, x.dtype)
     measured = values > 0
     inverse = torch.where(measured, 1 / torch.where(measured, values, 1), 0)
     inverse = inverse.expand(len(x), *inverse.shape[-(x.dim() - 1) :]) if inverse.dim() < x.dim() else inverse
-    noise = column(sigma.to(x), inverse) * inverse
+    noise = sigma.to(x).view(-1, *(1,) * (inverse.dim() - 1)) * inverse
     return torch.where(inverse > 0, noise, torch.inf), inverse
 
 

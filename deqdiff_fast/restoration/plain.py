@@ -18,6 +18,7 @@ class Plain:
 
     def begin(self, task: Task, noise: Tensor, draws: Tensor | None) -> Start:
         """See `Coordinates.begin`."""
+        assert task.sigma is not None
         return Start(noise, task.frozen(draws), {"y": task.y, "sigma": task.sigma})
 
     def state(self, u: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
