@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import deqdiff_fast as dq
 from deqdiff_fast import operators
+from deqdiff_fast.restorer import DEQRestorer
 
 from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
 from ._images import images
@@ -173,7 +173,7 @@ def _ours(
     options = problem.aids | {"tol": args.tol, "max_batch": args.max_batch}
     if not args.plan:
         options["window"] = args.steps
-    restorer = dq.DEQRestorer(
+    restorer = DEQRestorer(
         problem.model, problem.schedule(args.steps, args.eta), operator, sigma=args.sigma, method=method, **options
     )
     rows, samples = [], []

@@ -63,6 +63,22 @@ def test_deepinv_gets_the_same_operator_and_measurements(problem):
         torch.testing.assert_close(physics.A(kept), operator.A(expected), rtol=1e-2, atol=1e-2, msg=name)
 
 
+def test_ours_are_the_serial_chain_in_fewer_calls(figures):
+    pytest.importorskip("torchmetrics")
+    words = ("--model", "mixture", "--size", "8", "--count", "2", "--steps", "25", "--sigma", "0.1")
+    report, table = figures("restoration", *words, "--operators", "inpaint", "--methods", "ddnm", "ddrm")
+    rows = {(row["method"], row["setting"]): row for row in report["rows"]}
+    assert len(rows) == 5
+    for method in ("ours ddnm", "ours ddrm"):
+        parallel, serial = rows[method, "parallel"], rows[method, "serial"]
+        assert parallel["unconverged"] == 0
+        assert parallel["from_serial"] <= 1e-2
+        assert parallel["sequential_calls"] < serial["sequential_calls"] == 25
+        assert serial["evaluations"] == 25
+        assert parallel["psnr"] > rows["A_dagger y", ""]["psnr"] + 1
+        assert method in table
+
+
 def test_theirs_run_within_their_evaluations(figures):
     pytest.importorskip("deepinv")
     pytest.importorskip("torchmetrics")
