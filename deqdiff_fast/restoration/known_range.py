@@ -70,4 +70,3 @@ class KnownRange:
 def null_part(operator: Operator, x: Tensor) -> Tensor:
     """(1 - A^+ A) x."""
     return x - operator.A_dagger(operator.A(x))
-

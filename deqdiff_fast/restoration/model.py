@@ -58,15 +58,17 @@ class RestoringModel:
         bind: Callable[[int, dict[str, Any]], dict[str, Any]] = getattr(self.model, "bind_batch")  # noqa: B009
         return {**bind(batch, rest), KEY: kwargs[KEY]}
 
-    def __call__(self, inputs: Tensor, t: Tensor, *, step: Tensor, restoration: dict[str, Any], **kwargs: Any) -> Tensor:
+    def __call__(
+        self, inputs: Tensor, t: Tensor, *, step: Tensor, restoration: dict[str, Any], **kwargs: Any
+    ) -> Tensor:
         """The prediction (n, *shape) for rows of unknowns, in float32 or float64. inputs: scaled as the model wants."""
         dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
         levels, scale = self._on(inputs.device, dtype)
         sample, data = restoration["sample"], restoration["data"]
-        rows = Rows(step, sample, self.operator.for_samples(sample), data, levels, differentiated=torch.is_grad_enabled())
+        operator, differentiated = self.operator.for_samples(sample), torch.is_grad_enabled()
+        rows = Rows(step, sample, operator, data, levels, differentiated=differentiated)
         u = inputs.to(dtype) / column(scale[step], inputs)
         x, unknown = self.coordinates.state(u, rows)
-        differentiated = rows.differentiated
         guided = self.method.needs_pull_back
         with torch.inference_mode(False) if guided else nullcontext(), torch.enable_grad() if guided else nullcontext():
             if guided:
