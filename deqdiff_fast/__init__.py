@@ -28,6 +28,7 @@ from .model.conv_draft import ConvDraft
 from .model.draft import Draft
 from .model.guidance import guided
 from .model.recording import Recording
+from .restorer import DEQRestorer, Restoration
 from .sampler import DEQSampler
 from .schedule import Schedule, SpectralSlope
 from .solution import RoundInfo, Solution, Stats
@@ -44,6 +45,7 @@ __all__ = [
     "ConvDraft",
     "ConvergenceWarning",
     "DEQInverter",
+    "DEQRestorer",
     "DEQSampler",
     "DeqDiffError",
     "Draft",
@@ -58,6 +60,7 @@ __all__ = [
     "Picard",
     "QuasiNewton",
     "Recording",
+    "Restoration",
     "Reversible",
     "RoundInfo",
     "Schedule",

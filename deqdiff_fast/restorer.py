@@ -12,9 +12,10 @@ from ._devices import methods_with_tables_on_cpu
 from ._types import Generators, Model, shared
 from .engine import arguments
 from .model.stand_in import stand_in
+from .operators import check, take
 from .restoration import Method, resolve
 from .restoration.base import Start, Task
-from .restoration.checks import check_measurements, check_noise_for, check_operator, noise_level
+from .restoration.checks import check_measurements, check_noise_for, noise_level
 from .restoration.draws import draw_noise
 from .restoration.levels import Levels
 from .restoration.model import KEY, RestoringModel
@@ -72,7 +73,7 @@ class DEQRestorer:
         arguments.check_model(model)
         arguments.check_schedule(schedule)
         self.model, self.schedule, self.method = model, schedule, resolve(method)
-        self.operator, self.sigma = check_operator(operator), noise_level(sigma)
+        self.operator, self.sigma = take(operator), noise_level(sigma)
         self.noisy = self.sigma is None or bool((self.sigma > 0).any())
         self.method.check(self.operator, schedule, self.noisy)
         self._levels, self._coordinates = Levels.of(schedule), self.method.coordinates(self.noisy)
@@ -83,6 +84,7 @@ class DEQRestorer:
         self._spectrum = options.pop("spectrum", None)
         self._sampler = DEQSampler(self._restoring(model), replace(schedule, clip=None), **options)
         self._options, self._samplers = options, dict[Any, tuple[DEQSampler, Tensor]]()
+        self._checked = set[Any]()
 
     def _restoring(self, model: Model) -> RestoringModel:
         variant = (self.method.name, type(self.operator).__name__, self.noisy)
@@ -148,6 +150,9 @@ class DEQRestorer:
             raise ValueError(f"model_kwargs: {KEY!r} is a name that the restorer needs itself")
         y, sigma = check_measurements(y, self.operator, self.sigma)
         shape = tuple(self.operator.input_shape(y.shape))
+        if (shape, y.device) not in self._checked:
+            check(self.operator, shape, torch.float32, y.device)
+            self._checked.add((shape, y.device))
         if noise is not None:
             check_noise_for(noise, shape, y)
         task = Task(self.operator, self.schedule, self._levels, y, sigma[:, None] if self.noisy else None)
@@ -169,7 +174,7 @@ class DEQRestorer:
                 return self._sampler, self.schedule.slope()
             if spectrum.shape != shape[1:]:
                 raise ValueError(
-                    f"spectrum: expected that of samples of shape {shape[1:]}, which y is measured of, got {spectrum.shape}"
+                    f"spectrum: expected that of samples of shape {shape[1:]}, which y measures, got {spectrum.shape}"
                 )
             spectrum = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
             sampler = DEQSampler(self._sampler.model, self._sampler.schedule, spectrum=spectrum, **self._options)

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..operators import Operator
+from ..operators import Inpaint, Operator, estimate_sigma
 
 LARGEST = 50.0  # of A^+ y: far beyond pixels in [-1, 1] and any latents, below pixels in bytes
-
-
-def check_operator(operator: Any) -> Operator:
-    """Raises TypeError for what has no A, A_adjoint and A_dagger."""
-    if isinstance(operator, Operator):
-        return operator
-    raise TypeError(
-        "operator: expected one of deqdiff_fast.operators, a deepinv physics, or an object with A, A_adjoint and "
-        f"A_dagger, got {type(operator).__name__}"
-    )
 
 
 def noise_level(sigma: Any) -> Tensor | None:
@@ -60,15 +49,23 @@ def check_measurements(y: Any, operator: Operator, sigma: Tensor | None) -> tupl
             "smallest singular values"
         )
     if sigma is None:
-        from ..operators import estimate_sigma
-
-        return y, estimate_sigma(y.detach()).to(y)
+        return y, _estimated(y.detach(), operator).to(y)
     if sigma.dim() and len(sigma) != len(y):
         raise ValueError(f"sigma: expected one number or {len(y)}, one for each sample, got {len(sigma)}")
     level = sigma.to(y).expand(len(y))
-    if bool((level > math.inf).any()):
-        raise ValueError("sigma: expected finite values")
     return y, level
+
+
+def _estimated(y: Tensor, operator: Operator) -> Tensor:
+    """(B,) from measurements that are images, see `estimate_sigma`; raises ValueError for others."""
+    if y.dim() != 4:
+        raise ValueError(
+            f"sigma: expected a number, for only measurements (B, C, H, W) tell it; got None and {tuple(y.shape)}"
+        )
+    sigma = estimate_sigma(y, operator.mask) if isinstance(operator, Inpaint) else estimate_sigma(y)
+    if not bool(sigma.isfinite().all()):
+        raise ValueError("sigma: expected a number, for these measurements do not tell it; got None")
+    return sigma
 
 
 def check_noise_for(noise: Any, shape: tuple[int, ...], y: Tensor) -> None:

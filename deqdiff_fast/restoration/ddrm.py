@@ -1,6 +1,7 @@
 """DDRM: measured components are the measurement with the noise of each level, drawn anew.
 
-Kawar, Elad, Ermon, Song 2022, arXiv 2201.11793, equations 4, 7 and 8, with their default eta_b = 1; eta is the schedule's.
+Kawar, Elad, Ermon, Song 2022, arXiv 2201.11793, equations 4, 7 and 8, with their default eta_b = 1; eta is the
+schedule's.
 """
 
 from __future__ import annotations

@@ -27,14 +27,14 @@ class DiffPIR:
     """Restoration by proximal steps, for any operator and schedule.
 
     Args:
-        weight: the paper's lambda, of the prediction against the measurement; 1 takes the predicted clean sample's
-            error for noise of the level's standard deviation.
+        weight: the paper's lambda, of the prediction against the measurement; 1 takes the error
+            of the predicted clean sample for noise of standard deviation nu, the paper's own values are 1 to 25.
 
     Raises:
         ValueError: a weight that is not finite and > 0.
     """
 
-    weight: float = 8.0
+    weight: float = 1.0
     needs_pull_back = False
 
     def __post_init__(self) -> None:

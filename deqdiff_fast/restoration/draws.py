@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._types import Generators
+from .._types import FrozenNoise, Generators
 from ..schedule import Schedule
 from ..schedule.noise import check_generator, draw, freeze
 
@@ -15,13 +15,16 @@ def draw_noise(
 ) -> tuple[Tensor, Tensor | None]:
     """The initial state (B, *shape), and standard normal noise (T, B, *shape) of every step, None where none is needed.
 
-    noise: the initial state, if it is given. every: steps of a deterministic schedule want noise too.
+    noise: the initial state, if it is given, as with a `FrozenNoise`. every: steps of a deterministic schedule want
+    noise too.
     """
     check_generator(generator, shape[0])
     dtype, device = like.dtype, like.device
     if noise is None:
         noise = draw(shape, generator, dtype, device) * schedule.init_noise_sigma
     noise = noise.to(dtype)
+    if every and isinstance(generator, FrozenNoise):
+        return noise, generator.draws.to(dtype)
     if every:
         steps = range(schedule.num_steps)
         return noise, torch.stack([draw(shape, generator, dtype, device) for _ in steps])

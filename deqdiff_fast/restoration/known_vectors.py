@@ -7,7 +7,9 @@ and the rest of the level's noise,
     K_ij = weight_i ybar_j + r_ij n_ij,    r_ij^2 = 1 - (weight_i tau_j / sigma_i)^2,
 
 with n the noise that the chain has there: no model is asked. Below that level the measurement has nothing to add to
-what the state holds, and the model takes over: K_ij = weight_i ybar_j, and the clean sample of u = x - K is x0 - ybar.
+what the state holds, and the model takes over. What it is known to hold still is taken out of the unknowns: with
+m_j = ybar_j / (1 + tau_j^2), the best guess for data of unit variance, K' = carry K + clean m, so that the clean sample
+of u = x - K is x0 - m.
 
 This is DDNM+ (Wang, Yu, Zhang 2022, arXiv 2212.00490, section 3.3): scale and noise of the range part for each singular
 value, such that a step has the noise of its level. There lambda = min(1, sigma_t / (a_t tau)) for the noise of one
@@ -26,8 +28,9 @@ from torch import Tensor
 
 from .._types import Shared, shared
 from ..operators import Operator
+from ..operators.base import invert
 from .base import Rows, Start, Task
-from .levels import column
+from .levels import Levels, column
 
 
 @dataclass(frozen=True)
@@ -38,84 +41,120 @@ class KnownVectors:
 
     def begin(self, task: Task, noise: Tensor, draws: Tensor | None) -> Start:
         """See `Coordinates.begin`."""
-        operator, levels = task.operator, task.levels.to(noise.device, noise.dtype)
+        operator, levels, c = task.operator, task.levels.to(noise.device, noise.dtype), task.operator.V_adjoint(noise)
         assert task.sigma is not None
-        spread, inverse = spread_of(operator, noise, task.sigma)
-        measured, c = inverse * operator.U_adjoint(task.y), operator.V_adjoint(noise)
-        data: dict[str, Any] = {"measured": measured, "noise": c, "sigma": task.sigma}
-        first = is_known(spread, levels.signal[:1], levels.sigma[:1], noise)
-        start = operator.V(torch.where(first, torch.zeros_like(c), c - self._weight(levels)[0] * measured))
-        if draws is None:
-            return Start(start, None, data)
-        parts = torch.stack([operator.V_adjoint(draw) for draw in draws])
-        if self.fresh:
-            scaled = parts * levels.sigma[1:].view(-1, *(1,) * c.dim())
-            path = torch.cat([c[None], scaled])
-        else:
+        spread, inverse = spread_of(operator, noise.shape, c, task.sigma)
+        measured = inverse * operator.U_adjoint(task.y)
+        path: Tensor | None = None
+        parts = None if draws is None else torch.stack([operator.V_adjoint(draw) for draw in draws])
+        if parts is not None and self.fresh:
+            path = torch.cat([c[None], parts * levels.sigma[1:].view(-1, *(1,) * c.dim())])
+        elif parts is not None:
             path = task.levels.noise_path(task.schedule, c, parts)
-        data["noise"] = shared(path)
-        if not task.schedule.stochastic:
+        after = list(zip(levels.signal[:, None], levels.sigma[:, None]))
+        known = [is_known(spread, signal, sigma, c) for signal, sigma in after]
+        data: dict[str, Any] = {"measured": measured, "noise": c if path is None else shared(path), "sigma": task.sigma}
+        if not self.fresh:
+            data["left"] = _left(task.levels, known, spread, measured, c if path is None else path)
+        first = self._weight(levels)[0] * guess_of(measured, spread)
+        start = operator.V(torch.where(known[0], torch.zeros_like(c), c - first))
+        if parts is None or not task.schedule.stochastic:
             return Start(start, None, data)
-        known = [
-            is_known(spread, levels.signal[i : i + 1], levels.sigma[i : i + 1], noise) for i in range(1, len(path))
-        ]
-        unknown = [operator.V(torch.where(k, torch.zeros_like(part), part)) for k, part in zip(known, parts)]
+        unknown = [operator.V(torch.where(k, torch.zeros_like(part), part)) for k, part in zip(known[1:], parts)]
         return Start(start, task.frozen(torch.stack(unknown)), data)
 
     def state(self, u: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `Coordinates.state`."""
-        operator, levels, step, c = rows.operator, rows.levels, rows.step, rows.operator.V_adjoint(u)
-        noise = rows.data["noise"]
-        noise = noise[step, rows.sample] if noise.dim() > c.dim() else column(levels.decay[step], c) * noise
-        spread, _ = spread_of(operator, u, rows.data["sigma"])
-        known = is_known(spread, levels.signal[step], levels.sigma[step], c)
-        weight = column(self._weight(levels)[step], c)
-        share = (1 - (weight * spread / column(levels.sigma[step], c)).square()).clamp_min(0).sqrt()
-        unknown = operator.V(torch.where(known, torch.zeros_like(c), c))
-        return operator.V(weight * rows.data["measured"] + torch.where(known, share * noise, c)), unknown
+        c, noise = rows.operator.V_adjoint(u), rows.data["noise"]
+        if noise.dim() > c.dim():
+            noise = noise[rows.step, rows.sample]
+        else:
+            noise = rows.level("decay", c) * noise
+        spread, _ = spread_of(rows.operator, u.shape, c, rows.data["sigma"])
+        known = is_known(spread, rows.levels.signal[rows.step], rows.levels.sigma[rows.step], c)
+        unknown = torch.where(known, torch.zeros_like(c), c)
+        x = unknown + self._known(rows.levels, rows.step, spread, known, noise, rows.data)
+        return rows.operator.V(x), rows.operator.V(unknown)
 
     def clean(self, x0: Tensor, unknown: Tensor, rows: Rows) -> Tensor:
         """See `Coordinates.clean`."""
         operator, levels, step, c = rows.operator, rows.levels, rows.step, rows.operator.V_adjoint(x0)
-        spread, inverse = spread_of(operator, x0, rows.data["sigma"])
+        spread, inverse = spread_of(operator, x0.shape, c, rows.data["sigma"])
         known = is_known(spread, levels.signal[step + 1], levels.sigma[step + 1], c)
-        left = c - rows.data["measured"]
+        left = c - guess_of(rows.data["measured"], spread)
         if self.fresh:
-            left = torch.where(inverse > 0, self._without_memory(left, unknown, spread, rows), c)
+            left = torch.where(inverse > 0, self._without_memory(c, left, unknown, spread, rows), c)
         return operator.V(torch.where(known, torch.zeros_like(c), left))
 
     def finish(self, u: Tensor, task: Task, data: dict[str, Any]) -> Tensor:
         """See `Coordinates.finish`."""
         operator, levels, c = task.operator, task.levels.to(u.device, u.dtype), task.operator.V_adjoint(u)
-        spread, _ = spread_of(operator, u, data["sigma"])
+        spread, _ = spread_of(operator, u.shape, c, data["sigma"])
         known = is_known(spread, levels.signal[-1:], levels.sigma[-1:], c)
         noise = data["noise"].value[-1] if isinstance(data["noise"], Shared) else levels.decay[-1] * data["noise"]
-        weight = self._weight(levels)[-1]
-        share = (1 - (weight * spread / levels.sigma[-1].clamp_min(1e-30)).square()).clamp_min(0).sqrt()
-        return operator.V(weight * data["measured"] + torch.where(known, share * noise, c))
+        last = torch.full((len(u),), len(levels.sigma) - 1, device=u.device)
+        return operator.V(
+            torch.where(known, torch.zeros_like(c), c) + self._known(levels, last, spread, known, noise, data)
+        )
 
-    def _weight(self, levels: Any) -> Tensor:
-        weight: Tensor = levels.signal if self.fresh else levels.weight
-        return weight
+    def _weight(self, levels: Levels) -> Tensor:
+        return levels.signal if self.fresh else levels.weight
 
-    def _without_memory(self, left: Tensor, unknown: Tensor, spread: Tensor, rows: Rows) -> Tensor:
-        """w such that the next u is (signal' - k / tau) (x0 - ybar), whatever this one is; left: x0 - ybar."""
-        carry, clean = rows.level("carry", left), rows.level("clean", left)
-        k = carry * rows.level("sigma", left)
-        wanted = (rows.level("signal", left, 1) - k / spread) * left - carry * rows.operator.V_adjoint(unknown)
+    def _known(
+        self, levels: Levels, at: Tensor, spread: Tensor, known: Tensor, noise: Tensor, data: dict[str, Any]
+    ) -> Tensor:
+        """K at states at: (n,), of components that are `known` there and of the others. noise: n there."""
+        measured = data["measured"]
+        weight = column(self._weight(levels)[at], measured)
+        share = rest_of(weight * spread, column(levels.sigma[at], measured))
+        other = weight * guess_of(measured, spread)
+        if not self.fresh:
+            other = other + column(levels.decay[at], measured) * data["left"]
+        return torch.where(known, weight * measured + share * noise, other)
+
+    def _without_memory(self, c: Tensor, left: Tensor, unknown: Tensor, spread: Tensor, rows: Rows) -> Tensor:
+        """w such that the next state is signal' x0 + k (ybar - x0) / tau, whatever this one is. left: x0 - m."""
+        carry, clean = rows.level("carry", c), rows.level("clean", c)
+        k = carry * rows.level("sigma", c)
+        wanted = rows.level("signal", c, 1) * left + k * (rows.data["measured"] - c) / spread
+        wanted = wanted - carry * rows.operator.V_adjoint(unknown)
         return torch.where(clean == 0, left, wanted / torch.where(clean == 0, 1, clean))
 
 
-def spread_of(operator: Operator, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def guess_of(measured: Tensor, spread: Tensor) -> Tensor:
+    """m above; 0 where nothing is measured."""
+    return measured / (1 + spread.square())
+
+
+def rest_of(part: Tensor, sigma: Tensor) -> Tensor:
+    """r above: what noise of standard deviation `part` leaves of a level's, as a share of that."""
+    ratio = part / torch.where(sigma > 0, sigma, 1)
+    return (1 - ratio.square()).clamp_min(0).sqrt()
+
+
+def _left(levels: Levels, known: list[Tensor], spread: Tensor, measured: Tensor, noise: Tensor) -> Tensor:
+    """(B, ...): K less its part in the clean guess where the model takes over, over `decay` there: it decays as noise.
+
+    known: at every level; noise: (B, ...) at the start, or (T + 1, B, ...).
+    """
+    found, guess = torch.zeros_like(measured), guess_of(measured, spread)
+    for i, (now, after) in enumerate(zip(known, known[1:])):
+        ends = now & ~after
+        weight, decay = float(levels.weight[i]), float(levels.decay[i])
+        there = noise[i] if noise.dim() > measured.dim() else decay * noise
+        share = rest_of(weight * spread, levels.sigma[i].to(measured))
+        left = weight * (measured - guess) + share * there
+        found = torch.where(ends, left / decay, found)
+    return found
+
+
+def spread_of(operator: Operator, shape: torch.Size, c: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Standard deviation of the noise in each component, infinite where nothing is measured, and 1 / s, 0 there.
 
-    x: images (n, *shape); sigma: (n, 1).
+    shape: of the images, (n, *shape); c: their coefficients; sigma: (n, 1).
     """
-    values = operator.singular_values(x.shape, x.device, x.dtype)
-    measured = values > 0
-    inverse = torch.where(measured, 1 / torch.where(measured, values, 1), 0)
-    inverse = inverse.expand(len(x), *inverse.shape[-(x.dim() - 1) :]) if inverse.dim() < x.dim() else inverse
-    noise = sigma.to(x).view(-1, *(1,) * (inverse.dim() - 1)) * inverse
+    inverse = invert(operator.singular_values(shape, c.device, c.dtype))
+    noise = sigma.to(c).view(-1, *(1,) * (c.dim() - 1)) * inverse
     return torch.where(inverse > 0, noise, torch.inf), inverse
 
 

@@ -65,12 +65,10 @@ class RestoringModel:
         dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
         levels, scale = self._on(inputs.device, dtype)
         sample, data = restoration["sample"], restoration["data"]
-        rows = Rows(
-            step, sample, self.operator.for_samples(sample), data, levels, differentiated=torch.is_grad_enabled()
-        )
+        operator, differentiated = self.operator.for_samples(sample), torch.is_grad_enabled()
+        rows = Rows(step, sample, operator, data, levels, differentiated=differentiated)
         u = inputs.to(dtype) / column(scale[step], inputs)
         x, unknown = self.coordinates.state(u, rows)
-        differentiated = rows.differentiated
         guided = self.method.needs_pull_back
         with torch.inference_mode(False) if guided else nullcontext(), torch.enable_grad() if guided else nullcontext():
             if guided:

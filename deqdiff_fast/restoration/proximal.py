@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..operators import Operator
-from .conjugate_gradients import conjugate_gradients
+from ..operators import Operator, least_squares
 from .levels import column
 
-ITERATIONS, TOL = 100, 1e-6
+TOL = 1e-6
 
 
 def proximal(operator: Operator, x0: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -17,12 +16,7 @@ def proximal(operator: Operator, x0: Tensor, y: Tensor, weight: Tensor) -> Tenso
         values, rho = operator.singular_values(x0.shape, x0.device, x0.dtype), column(weight, operator.V_adjoint(x0))
         c = operator.V_adjoint(x0)
         return x0 + operator.V(values * (operator.U_adjoint(y) - values * c) / (values.square() + rho))
-    rho = column(weight, x0)
-    change = conjugate_gradients(
-        lambda v: operator.A_adjoint(operator.A(v)) + rho * v,
-        operator.A_adjoint(y - operator.A(x0)), iterations=ITERATIONS, tol=TOL,
-    )  # fmt: skip
-    return x0 + change
+    return x0 + least_squares(operator.A, operator.A_adjoint, y - operator.A(x0), damping=weight, tol=TOL)
 
 
 def weighted_residual(operator: Operator, x0: Tensor, y: Tensor, range_variance: Tensor, variance: Tensor) -> Tensor:
@@ -32,9 +26,6 @@ def weighted_residual(operator: Operator, x0: Tensor, y: Tensor, range_variance:
         values = operator.singular_values(x0.shape, x0.device, x0.dtype)
         total = column(range_variance, c) * values.square() + column(variance, c)
         return operator.V(values * (operator.U_adjoint(y) - values * c) / total)
-    off = y - operator.A(x0)
-    inner = conjugate_gradients(
-        lambda v: column(range_variance, v) * operator.A(operator.A_adjoint(v)) + column(variance, v) * v,
-        off, iterations=ITERATIONS, tol=TOL,
-    )  # fmt: skip
-    return operator.A_adjoint(inner)
+    off, ratio = y - operator.A(x0), variance / range_variance
+    found = least_squares(operator.A, operator.A_adjoint, off, damping=ratio, tol=TOL)
+    return found / column(range_variance, found)

@@ -2,7 +2,7 @@
 
 For Gaussian data z of covariance S and measurements y = A z + sigma n, what is left is e = z - E[z | y] with
 
-    E[z | y] = S A^T (A S A^T + sigma^2)^-1 y.
+    E[z | y] = B argmin over v of ||A B v - y||^2 + sigma^2 ||v||^2,    S = B B^T.
 
 Its power in the basis of the spectrum is that of samples z drawn from S, averaged over rings of equal frequency. Where
 the measurement decides it is 0, and where it does not the data's own, less what its neighbours tell.
@@ -13,10 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operators import Operator
+from ..operators import Operator, least_squares
 from ..schedule import SpectralSlope
 from ..schedule.spectral import MIN_VARIANCE, average_rings
-from .conjugate_gradients import conjugate_gradients
 
 PROBED = 2**17  # elements of the samples that are drawn
 FEWEST, MOST = 2, 32  # samples
@@ -33,24 +32,27 @@ def conditional_spectrum(
     """
     shape, basis = spectrum.shape, spectrum.basis()
     count = max(FEWEST, min(MOST, PROBED // spectrum.variance.numel()))
-    variance = spectrum.variance.flatten().float().to(device)
+    deviation = spectrum.variance.sqrt().flatten().float().to(device)
     draw = torch.Generator().manual_seed(0)  # another one each time would make solves differ
 
     def white(*size: int) -> Tensor:
         return torch.randn(*size, generator=draw).to(device)
 
-    def covariance(x: Tensor) -> Tensor:
-        return basis.inverse(basis.forward(x.flatten(1).clone()).mul_(variance)).view_as(x)
+    def coloured(v: Tensor) -> Tensor:
+        return basis.inverse(v.flatten(1) * deviation).view(len(v), *shape)
+
+    def whitened(x: Tensor) -> Tensor:
+        return (basis.forward(x.flatten(1).clone()) * deviation).view(len(x), *shape)
 
     with torch.no_grad():
         rows = operator.for_samples(torch.arange(count, device=device) % batch)
-        data = basis.inverse(white(count, variance.numel()) * variance.sqrt()).view(count, *shape)
+        data = coloured(white(count, *shape))
         y = rows.A(data)
-        y = y + sigma * white(*y.shape)
-        noise = max(sigma, LEAST_NOISE) ** 2
-        solved = conjugate_gradients(
-            lambda v: rows.A(covariance(rows.A_adjoint(v))) + noise * v, y, iterations=ITERATIONS, tol=LEAST_NOISE
-        )
-        left = data - covariance(rows.A_adjoint(solved))
+        y, noise = y + sigma * white(*y.shape), max(sigma, LEAST_NOISE) ** 2
+        found = least_squares(
+            lambda v: rows.A(coloured(v)), lambda y: whitened(rows.A_adjoint(y)), y, damping=noise, tol=LEAST_NOISE,
+            max_steps=ITERATIONS,
+        )  # fmt: skip
+        left = data - coloured(found)
         power = basis.forward(left.flatten(1).contiguous()).view(count, *shape).double().square().mean(0).cpu()
     return SpectralSlope(average_rings(power).clamp_min(MIN_VARIANCE), spectrum.channels)
