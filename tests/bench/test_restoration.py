@@ -65,7 +65,20 @@ def test_deepinv_gets_the_same_operator_and_measurements(problem):
 
 def test_ours_are_the_serial_chain_in_fewer_calls(figures):
     pytest.importorskip("torchmetrics")
-    words = ("--model", "mixture", "--size", "8", "--count", "2", "--steps", "25", "--sigma", "0.1")
+    words = (
+        "--model",
+        "mixture",
+        "--size",
+        "8",
+        "--count",
+        "2",
+        "--steps",
+        "25",
+        "--sigma",
+        "0.1",
+        "--temperatures",
+        "1",
+    )
     report, table = figures("restoration", *words, "--operators", "inpaint", "--methods", "ddnm", "ddrm")
     rows = {(row["method"], row["setting"]): row for row in report["rows"]}
     assert len(rows) == 5
