@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,15 +136,14 @@ def _measure(
     truth: Tensor,
     y: Tensor,
     wanted: list[str],
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One row for every method (and budget)."""
-    rows = []
     pinv, began = operator.A_dagger(y), time.perf_counter()
-    rows.append(_row(name, "A_dagger y", "", pinv, truth, 0.0, 0, began))
+    yield _row(name, "A_dagger y", "", pinv, truth, 0.0, 0, began)
     for method in (method for method in OURS if method in wanted):
         for temperature in args.temperatures:
             note(f"{name}: ours, {method}, noise x {temperature:g} ...")
-            rows += _ours(args, problem, name, operator, truth, y, method, temperature)
+            yield from _ours(args, problem, name, operator, truth, y, method, temperature)
     if any(method in THEIRS for method in wanted):
         from ._deepinv import SigmaDenoiser, baselines, physics_of
 
@@ -165,8 +164,7 @@ def _measure(
                            denoiser.calls, began)  # fmt: skip
                 if baseline.name not in found or row["psnr"] > found[baseline.name]["psnr"]:
                     found[baseline.name] = row
-            rows += found.values()
-    return rows
+            yield from found.values()
 
 
 def _ours(
