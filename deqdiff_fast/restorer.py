@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ._devices import methods_with_tables_on_cpu
-from ._types import Generators, Model, shared
+from ._types import FrozenNoise, Generators, Model, shared
 from .engine import arguments
+from .engine.reporting import ProgressBar
 from .model.stand_in import stand_in
 from .operators import check, take
 from .restoration import Method, resolve
 from .restoration.base import Start, Task
 from .restoration.checks import check_measurements, check_noise_for, noise_level
 from .restoration.draws import draw_noise
+from .restoration.fit import Descent, Loss
 from .restoration.levels import Levels
 from .restoration.model import KEY, RestoringModel
+from .restoration.result import FittedNoise, Restoration
 from .restoration.slope import conditional_spectrum
 from .sampler import DEQSampler
 from .schedule import Schedule
 from .schedule.prior import prior_spectrum
-from .solution import Callback, Solution, Stats
-
-
-@dataclass
-class Restoration:
-    """Restored samples, and how well they agree with the measurements."""
-
-    sample: Tensor
-    """(B, *shape), dtype of the measurements."""
-    converged: Tensor
-    """(B,) bool, on the CPU, as in `Solution`."""
-    consistency: Tensor
-    """(B,) float64, on the CPU: ||A x - y|| / ||y||, of what y has in the range of A; with noise about its share."""
-    sigma: Tensor
-    """(B,) float64, on the CPU: the standard deviation of the noise that was assumed."""
-    stats: Stats
+from .solution import Callback, Solution
 
 
 @methods_with_tables_on_cpu
@@ -140,6 +130,60 @@ class DEQRestorer:
         task, start, kwargs, sampler = self._begin(y, model_kwargs, generator, noise)
         solution = sampler.serial(start.state, kwargs, start.draws, callback, progress)
         return self._end(task, start, solution, y)
+
+    def fit_noise(
+        self,
+        y: Tensor,
+        loss: Loss,
+        model_kwargs: dict[str, Any] | None = None,
+        generator: Generators = None,
+        *,
+        noise: Tensor | None = None,
+        steps: int = 30,
+        lr: float = 0.05,
+        optimizer: Callable[..., Optimizer] = torch.optim.Adam,
+        progress: bool = False,
+    ) -> FittedNoise:
+        """Of all images that the measurements allow, look for one that a loss prefers: descend on the initial noise.
+
+        By the sampler's gradient (`gradient=` of the restorer). Weights of the model that need a gradient get none, but
+        cost as if they did: call `requires_grad_(False)` on it first.
+
+        Args:
+            y, model_kwargs, generator, noise: as for `restore`; noise is where the descent starts. The chain's own
+                noise is drawn once.
+            loss: `loss(sample)` -> (B,), or one number for all samples; sample: (B, *shape).
+            steps: of the optimizer, each a solve and its gradient.
+            lr, optimizer: a torch.optim class and its learning rate, or a function from a list of tensors, one for each
+                sample, to an optimizer.
+            progress: whether to show a bar.
+
+        Returns:
+            A `FittedNoise` with the best noise of each sample.
+
+        Raises:
+            ValueError: a bad argument, or a loss that is not finite or of another shape; else as `restore`.
+        """
+        arguments.count("steps", steps)
+        arguments.positive("lr", lr)
+        checked = check_measurements(y, self.operator, self.sigma)[0]
+        shape = tuple(self.operator.input_shape(checked.shape))
+        noise, draws = draw_noise(self.schedule, shape, generator, checked, noise, self._coordinates.fresh)
+        frozen = None if draws is None else FrozenNoise(draws if self._coordinates.fresh else self._drawn(draws))
+        with ProgressBar(progress, "fitting", "step") as bar:
+
+            def show(step: int, losses: Tensor) -> None:
+                if progress:
+                    bar.show(step, losses, total=steps, round=step)
+
+            descent = Descent(loss, steps, optimizer, lr, show)
+            best, losses = descent.run(noise, lambda z: self.restore(y, model_kwargs, frozen, noise=z).sample)
+        with torch.no_grad():
+            return FittedNoise(best, self.restore(y, model_kwargs, frozen, noise=best), losses)
+
+    def _drawn(self, draws: Tensor) -> Tensor:
+        assert self.schedule.draws is not None
+        return draws[self.schedule.draws.to(draws.device)]
 
     def _begin(
         self, y: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, noise: Tensor | None

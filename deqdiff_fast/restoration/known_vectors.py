@@ -21,6 +21,7 @@ at every step, and below the level x' = signal' x0 + k (ybar - x0) / tau + noise
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class KnownVectors:
         """K at states at: (n,), of components that are `known` there and of the others. noise: n there."""
         measured = data["measured"]
         weight = column(self._weight(levels)[at], measured)
-        share = rest_of(weight * spread, column(levels.sigma[at], measured))
+        share = rest_of(weight, spread, column(levels.sigma[at], measured))
         other = weight * guess_of(measured, spread)
         if not self.fresh:
             other = other + column(levels.decay[at], measured) * data["left"]
@@ -116,7 +117,9 @@ class KnownVectors:
         """w such that the next state is signal' x0 + k (ybar - x0) / tau, whatever this one is. left: x0 - m."""
         carry, clean = rows.level("carry", c), rows.level("clean", c)
         k = carry * rows.level("sigma", c)
-        wanted = rows.level("signal", c, 1) * left + k * (rows.data["measured"] - c) / spread
+        wanted = rows.level("signal", c, 1) * left + k * (rows.data["measured"] - c) / torch.where(
+            spread > 0, spread, 1
+        )
         wanted = wanted - carry * rows.operator.V_adjoint(unknown)
         return torch.where(clean == 0, left, wanted / torch.where(clean == 0, 1, clean))
 
@@ -126,10 +129,10 @@ def guess_of(measured: Tensor, spread: Tensor) -> Tensor:
     return measured / (1 + spread.square())
 
 
-def rest_of(part: Tensor, sigma: Tensor) -> Tensor:
-    """r above: what noise of standard deviation `part` leaves of a level's, as a share of that."""
-    ratio = part / torch.where(sigma > 0, sigma, 1)
-    return (1 - ratio.square()).clamp_min(0).sqrt()
+def rest_of(weight: Tensor | float, spread: Tensor, sigma: Tensor) -> Tensor:
+    """r above: what the measurement's noise leaves of a level's, as a share of that."""
+    part = weight * torch.where(spread.isfinite(), spread, 0)  # an infinite one would make NaN, and NaN gradients
+    return (1 - (part / torch.where(sigma > 0, sigma, 1)).square()).clamp_min(0).sqrt()
 
 
 def _left(levels: Levels, known: list[Tensor], spread: Tensor, measured: Tensor, noise: Tensor) -> Tensor:
@@ -138,11 +141,11 @@ def _left(levels: Levels, known: list[Tensor], spread: Tensor, measured: Tensor,
     known: at every level; noise: (B, ...) at the start, or (T + 1, B, ...).
     """
     found, guess = torch.zeros_like(measured), guess_of(measured, spread)
-    for i, (now, after) in enumerate(zip(known, known[1:])):
+    for i, (now, after) in enumerate(pairwise(known)):
         ends = now & ~after
         weight, decay = float(levels.weight[i]), float(levels.decay[i])
         there = noise[i] if noise.dim() > measured.dim() else decay * noise
-        share = rest_of(weight * spread, levels.sigma[i].to(measured))
+        share = rest_of(weight, spread, levels.sigma[i].to(measured))
         left = weight * (measured - guess) + share * there
         found = torch.where(ends, left / decay, found)
     return found
