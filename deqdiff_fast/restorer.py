@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ._devices import methods_with_tables_on_cpu
 from ._types import FrozenNoise, Generators, Model, shared
 from .engine import arguments
+from .engine.options import DEFAULT_TOL
 from .engine.reporting import ProgressBar
 from .model.stand_in import stand_in
 from .operators import check, take
@@ -25,10 +26,37 @@ from .restoration.levels import Levels
 from .restoration.model import KEY, RestoringModel
 from .restoration.result import FittedNoise, Restoration
 from .restoration.slope import conditional_spectrum
+from .restoration.tolerance import looser, shares
 from .sampler import DEQSampler
-from .schedule import Schedule
+from .schedule import Schedule, SpectralSlope
 from .schedule.prior import prior_spectrum
 from .solution import Callback, Solution
+
+
+class UnknownsSolver:
+    """Samplers of a restoring chain, which differ in their tolerance only.
+
+    Attributes:
+        sampler: that of the tolerance asked for.
+        slope: (T,), of the predictions on the average.
+        variance: of the unknowns, on the average.
+    """
+
+    def __init__(self, plain: DEQSampler, spectrum: SpectralSlope | None, options: dict[str, Any]) -> None:
+        self.options = {**options, "spectrum": spectrum}
+        self.variance = 1.0 if spectrum is None else float(spectrum.variance.mean())
+        self.slope = plain.schedule.slope(self.variance)
+        self.sampler = DEQSampler(plain.model, plain.schedule, **self.options)
+        self._others = {1.0: self.sampler}
+
+    def with_factor(self, factor: float) -> DEQSampler:
+        """The sampler that is allowed `factor` times the relative error; a solver's own tolerance stays."""
+        if self.options.get("tol") is None and self.sampler.solver.tol is not None:
+            return self.sampler
+        if factor not in self._others:
+            tol = factor * (self.options.get("tol") or DEFAULT_TOL)
+            self._others[factor] = DEQSampler(self.sampler.model, self.sampler.schedule, **{**self.options, "tol": tol})
+        return self._others[factor]
 
 
 @methods_with_tables_on_cpu
@@ -73,7 +101,7 @@ class DEQRestorer:
             options["draft"] = self._restoring(stand_in(draft, model))
         self._spectrum = options.pop("spectrum", None)
         self._sampler = DEQSampler(self._restoring(model), replace(schedule, clip=None), **options)
-        self._options, self._samplers = options, dict[Any, tuple[DEQSampler, Tensor]]()
+        self._options, self._solvers = options, dict[Any, UnknownsSolver]()
         self._checked = set[Any]()
 
     def _restoring(self, model: Model) -> RestoringModel:
@@ -112,9 +140,17 @@ class DEQRestorer:
                 argument.
             NonFiniteError, ModelOutputError, NotConvergedError: as `DEQSampler.sample`.
         """
-        task, start, kwargs, sampler = self._begin(y, model_kwargs, generator, noise)
-        solution = sampler.sample(start.state, kwargs, start.draws, callback, progress)
-        return self._end(task, start, solution, y)
+        task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
+        known = self._coordinates.finish(torch.zeros_like(start.state), task, start.data)
+        factor = looser(known, solver.variance)
+        while True:
+            solution = solver.with_factor(factor).sample(start.state, kwargs, start.draws, callback, progress)
+            found = self._end(task, start, solution, y)
+            share = shares(known, found.sample)
+            if factor == 1.0 or float(share.max()) * factor <= 1.0:
+                found.stats.error_estimate = found.stats.error_estimate * share
+                return found
+            factor = 1.0  # the unknowns are more of the sample than was expected
 
     def serial(
         self,
@@ -127,8 +163,8 @@ class DEQRestorer:
         noise: Tensor | None = None,
     ) -> Restoration:
         """The plain restoring chain, one model call after the other; arguments and result as for `restore`."""
-        task, start, kwargs, sampler = self._begin(y, model_kwargs, generator, noise)
-        solution = sampler.serial(start.state, kwargs, start.draws, callback, progress)
+        task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
+        solution = solver.sampler.serial(start.state, kwargs, start.draws, callback, progress)
         return self._end(task, start, solution, y)
 
     def fit_noise(
@@ -187,7 +223,7 @@ class DEQRestorer:
 
     def _begin(
         self, y: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, noise: Tensor | None
-    ) -> tuple[Task, Start, dict[str, Any], DEQSampler]:
+    ) -> tuple[Task, Start, dict[str, Any], UnknownsSolver]:
         """The chain of unknowns, in the dtype of the measurements or float32, and what solves it."""
         arguments.check_kwargs(model_kwargs)
         if KEY in (model_kwargs or {}):
@@ -204,26 +240,25 @@ class DEQRestorer:
         noise, draws = draw_noise(self.schedule, shape, generator, y, noise, every=fresh)
         start = self._coordinates.begin(task, noise, draws)
         samples = torch.arange(len(y), device=y.device)
-        sampler, slope = self._sampler_for(task, shape)
-        own = {"sample": samples, "data": start.data, "slope": shared(slope)}
-        return task, start, {**(model_kwargs or {}), KEY: own}, sampler
+        solver = self._solver_for(task, shape)
+        own = {"sample": samples, "data": start.data, "slope": shared(solver.slope)}
+        return task, start, {**(model_kwargs or {}), KEY: own}, solver
 
-    def _sampler_for(self, task: Task, shape: tuple[int, ...]) -> tuple[DEQSampler, Tensor]:
-        """The sampler whose slope knows what the measurements leave open, and that slope on the average, (T,)."""
-        level = 0.0 if task.sigma is None else float(task.sigma.mean())
+    def _solver_for(self, task: Task, shape: tuple[int, ...]) -> UnknownsSolver:
+        """What solves such chains: its slope knows what the measurements leave open."""
+        level = 0.0 if task.sigma is None else float(task.sigma.detach().mean())
         key = (shape, f"{level:.1g}", task.y.device)
-        if key not in self._samplers:
+        if key not in self._solvers:
             spectrum = self._spectrum or prior_spectrum(shape[1:])
-            if spectrum is None:
-                return self._sampler, self.schedule.slope()
-            if spectrum.shape != shape[1:]:
-                raise ValueError(
-                    f"spectrum: expected that of samples of shape {shape[1:]}, which y measures, got {spectrum.shape}"
-                )
-            spectrum = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
-            sampler = DEQSampler(self._sampler.model, self._sampler.schedule, spectrum=spectrum, **self._options)
-            self._samplers[key] = sampler, self.schedule.slope(float(spectrum.variance.mean()))
-        return self._samplers[key]
+            if spectrum is not None:
+                if spectrum.shape != shape[1:]:
+                    raise ValueError(
+                        f"spectrum: expected that of samples of shape {shape[1:]}, which y measures, got "
+                        f"{spectrum.shape}"
+                    )
+                spectrum = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
+            self._solvers[key] = UnknownsSolver(self._sampler, spectrum, self._options)
+        return self._solvers[key]
 
     def _end(self, task: Task, start: Start, solution: Solution, y: Tensor) -> Restoration:
         sample = self._coordinates.finish(solution.sample.to(task.y.dtype), task, start.data)

@@ -155,6 +155,7 @@ def summary(args: argparse.Namespace, result: Any, truth: Any) -> str:
     if truth is not None:
         from ._quality import psnr, ssim
 
-        text += f"; PSNR {float(psnr(result.sample, truth).mean()):.2f} dB, SSIM {float(ssim(result.sample, truth).mean()):.3f}"
+        near, alike = psnr(result.sample, truth), ssim(result.sample, truth)
+        text += f"; PSNR {float(near.mean()):.2f} dB, SSIM {float(alike.mean()):.3f}"
     left = int((~result.converged).sum())
     return text + (f"; NOT within tolerance for {left} of {count}" if left else "")

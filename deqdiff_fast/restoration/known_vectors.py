@@ -44,25 +44,34 @@ class KnownVectors:
         """See `Coordinates.begin`."""
         operator, levels, c = task.operator, task.levels.to(noise.device, noise.dtype), task.operator.V_adjoint(noise)
         assert task.sigma is not None
-        spread, inverse = spread_of(operator, noise.shape, c, task.sigma)
-        measured = inverse * operator.U_adjoint(task.y)
-        path: Tensor | None = None
+        spread, _ = spread_of(operator, noise.shape, c, task.sigma)
         parts = None if draws is None else torch.stack([operator.V_adjoint(draw) for draw in draws])
-        if parts is not None and self.fresh:
-            path = torch.cat([c[None], parts * levels.sigma[1:].view(-1, *(1,) * c.dim())])
-        elif parts is not None:
-            path = task.levels.noise_path(task.schedule, c, parts)
-        after = list(zip(levels.signal[:, None], levels.sigma[:, None]))
-        known = [is_known(spread, signal, sigma, c) for signal, sigma in after]
-        data: dict[str, Any] = {"measured": measured, "noise": c if path is None else shared(path), "sigma": task.sigma}
-        if not self.fresh:
-            data["left"] = _left(task.levels, known, spread, measured, c if path is None else path)
+        known = [
+            is_known(spread, signal, sigma, c) for signal, sigma in zip(levels.signal[:, None], levels.sigma[:, None])
+        ]
+        measured, path = self._parts(task, noise, parts)
+        data: dict[str, Any] = {"measured": measured, "noise": path if parts is None else shared(path)}
+        data["sigma"] = task.sigma
+        if not self.fresh:  # from tensors of its own: gradients reach y and the noise through each of the data alone
+            data["left"] = _left(task.levels, known, spread, *self._parts(task, noise, parts))
         first = self._weight(levels)[0] * guess_of(measured, spread)
         start = operator.V(torch.where(known[0], torch.zeros_like(c), c - first))
         if parts is None or not task.schedule.stochastic:
             return Start(start, None, data)
         unknown = [operator.V(torch.where(k, torch.zeros_like(part), part)) for k, part in zip(known[1:], parts)]
         return Start(start, task.frozen(torch.stack(unknown)), data)
+
+    def _parts(self, task: Task, noise: Tensor, parts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """ybar (B, ...), and the noise: (B, ...) at the start, or (T + 1, B, ...) with `parts`, the steps' own."""
+        c = task.operator.V_adjoint(noise)
+        inverse = invert(task.operator.singular_values(noise.shape, c.device, c.dtype))
+        path = c
+        if parts is not None and self.fresh:
+            scale = task.levels.sigma[1:].to(c)
+            path = torch.cat([c[None], parts * scale.view(-1, *(1,) * c.dim())])
+        elif parts is not None:
+            path = task.levels.noise_path(task.schedule, c, parts)
+        return inverse * task.operator.U_adjoint(task.y), path
 
     def state(self, u: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `Coordinates.state`."""
