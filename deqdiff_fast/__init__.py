@@ -28,7 +28,8 @@ from .model.conv_draft import ConvDraft
 from .model.draft import Draft
 from .model.guidance import guided
 from .model.recording import Recording
-from .restorer import DEQRestorer, Restoration
+from .restoration.result import FittedNoise, Restoration
+from .restorer import DEQRestorer
 from .sampler import DEQSampler
 from .schedule import Schedule, SpectralSlope
 from .solution import RoundInfo, Solution, Stats
@@ -50,6 +51,7 @@ __all__ = [
     "DeqDiffError",
     "Draft",
     "Drafted",
+    "FittedNoise",
     "Implicit",
     "Inversion",
     "ModelOutputError",

@@ -2,43 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ._devices import methods_with_tables_on_cpu
-from ._types import Generators, Model, shared
+from ._types import FrozenNoise, Generators, Model, shared
 from .engine import arguments
+from .engine.options import DEFAULT_TOL
+from .engine.reporting import ProgressBar
 from .model.stand_in import stand_in
 from .operators import check, take
 from .restoration import Method, resolve
 from .restoration.base import Start, Task
 from .restoration.checks import check_measurements, check_noise_for, noise_level
 from .restoration.draws import draw_noise
+from .restoration.fit import Descent, Loss
 from .restoration.levels import Levels
 from .restoration.model import KEY, RestoringModel
+from .restoration.result import FittedNoise, Restoration
 from .restoration.slope import conditional_spectrum
+from .restoration.tolerance import looser, shares
 from .sampler import DEQSampler
-from .schedule import Schedule
+from .schedule import Schedule, SpectralSlope
 from .schedule.prior import prior_spectrum
-from .solution import Callback, Solution, Stats
+from .solution import Callback, Solution
 
 
-@dataclass
-class Restoration:
-    """Restored samples, and how well they agree with the measurements."""
+class UnknownsSolver:
+    """Samplers of a restoring chain, which differ in their tolerance only.
 
-    sample: Tensor
-    """(B, *shape), dtype of the measurements."""
-    converged: Tensor
-    """(B,) bool, on the CPU, as in `Solution`."""
-    consistency: Tensor
-    """(B,) float64, on the CPU: ||A x - y|| / ||y||, of what y has in the range of A; with noise about its share."""
-    sigma: Tensor
-    """(B,) float64, on the CPU: the standard deviation of the noise that was assumed."""
-    stats: Stats
+    Attributes:
+        sampler: that of the tolerance asked for.
+        slope: (T,), of the predictions on the average.
+        variance: of the unknowns, on the average.
+    """
+
+    def __init__(self, plain: DEQSampler, spectrum: SpectralSlope | None, options: dict[str, Any]) -> None:
+        self.options = {**options, "spectrum": spectrum}
+        self.variance = 1.0 if spectrum is None else float(spectrum.variance.mean())
+        self.slope = plain.schedule.slope(self.variance)
+        self.sampler = DEQSampler(plain.model, plain.schedule, **self.options)
+        self._others = {1.0: self.sampler}
+
+    def with_factor(self, factor: float) -> DEQSampler:
+        """The sampler that is allowed `factor` times the relative error; a solver's own tolerance stays."""
+        if self.options.get("tol") is None and self.sampler.solver.tol is not None:
+            return self.sampler
+        if factor not in self._others:
+            tol = factor * (self.options.get("tol") or DEFAULT_TOL)
+            self._others[factor] = DEQSampler(self.sampler.model, self.sampler.schedule, **{**self.options, "tol": tol})
+        return self._others[factor]
 
 
 @methods_with_tables_on_cpu
@@ -83,7 +101,7 @@ class DEQRestorer:
             options["draft"] = self._restoring(stand_in(draft, model))
         self._spectrum = options.pop("spectrum", None)
         self._sampler = DEQSampler(self._restoring(model), replace(schedule, clip=None), **options)
-        self._options, self._samplers = options, dict[Any, tuple[DEQSampler, Tensor]]()
+        self._options, self._solvers = options, dict[Any, UnknownsSolver]()
         self._checked = set[Any]()
 
     def _restoring(self, model: Model) -> RestoringModel:
@@ -122,9 +140,17 @@ class DEQRestorer:
                 argument.
             NonFiniteError, ModelOutputError, NotConvergedError: as `DEQSampler.sample`.
         """
-        task, start, kwargs, sampler = self._begin(y, model_kwargs, generator, noise)
-        solution = sampler.sample(start.state, kwargs, start.draws, callback, progress)
-        return self._end(task, start, solution, y)
+        task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
+        known = self._coordinates.finish(torch.zeros_like(start.state), task, start.data)
+        factor = looser(known, solver.variance)
+        while True:
+            solution = solver.with_factor(factor).sample(start.state, kwargs, start.draws, callback, progress)
+            found = self._end(task, start, solution, y)
+            share = shares(known, found.sample)
+            if factor == 1.0 or float(share.max()) * factor <= 1.0:
+                found.stats.error_estimate = found.stats.error_estimate * share
+                return found
+            factor = 1.0  # the unknowns are more of the sample than was expected
 
     def serial(
         self,
@@ -137,13 +163,67 @@ class DEQRestorer:
         noise: Tensor | None = None,
     ) -> Restoration:
         """The plain restoring chain, one model call after the other; arguments and result as for `restore`."""
-        task, start, kwargs, sampler = self._begin(y, model_kwargs, generator, noise)
-        solution = sampler.serial(start.state, kwargs, start.draws, callback, progress)
+        task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
+        solution = solver.sampler.serial(start.state, kwargs, start.draws, callback, progress)
         return self._end(task, start, solution, y)
+
+    def fit_noise(
+        self,
+        y: Tensor,
+        loss: Loss,
+        model_kwargs: dict[str, Any] | None = None,
+        generator: Generators = None,
+        *,
+        noise: Tensor | None = None,
+        steps: int = 30,
+        lr: float = 0.05,
+        optimizer: Callable[..., Optimizer] = torch.optim.Adam,
+        progress: bool = False,
+    ) -> FittedNoise:
+        """Of all images that the measurements allow, look for one that a loss prefers: descend on the initial noise.
+
+        By the sampler's gradient (`gradient=` of the restorer). Weights of the model that need a gradient get none, but
+        cost as if they did: call `requires_grad_(False)` on it first.
+
+        Args:
+            y, model_kwargs, generator, noise: as for `restore`; noise is where the descent starts. The chain's own
+                noise is drawn once.
+            loss: `loss(sample)` -> (B,), or one number for all samples; sample: (B, *shape).
+            steps: of the optimizer, each a solve and its gradient.
+            lr, optimizer: a torch.optim class and its learning rate, or a function from a list of tensors, one for each
+                sample, to an optimizer.
+            progress: whether to show a bar.
+
+        Returns:
+            A `FittedNoise` with the best noise of each sample.
+
+        Raises:
+            ValueError: a bad argument, or a loss that is not finite or of another shape; else as `restore`.
+        """
+        arguments.count("steps", steps)
+        arguments.positive("lr", lr)
+        checked = check_measurements(y, self.operator, self.sigma)[0]
+        shape = tuple(self.operator.input_shape(checked.shape))
+        noise, draws = draw_noise(self.schedule, shape, generator, checked, noise, self._coordinates.fresh)
+        frozen = None if draws is None else FrozenNoise(draws if self._coordinates.fresh else self._drawn(draws))
+        with ProgressBar(progress, "fitting", "step") as bar:
+
+            def show(step: int, losses: Tensor) -> None:
+                if progress:
+                    bar.show(step, losses, total=steps, round=step)
+
+            descent = Descent(loss, steps, optimizer, lr, show)
+            best, losses = descent.run(noise, lambda z: self.restore(y, model_kwargs, frozen, noise=z).sample)
+        with torch.no_grad():
+            return FittedNoise(best, self.restore(y, model_kwargs, frozen, noise=best), losses)
+
+    def _drawn(self, draws: Tensor) -> Tensor:
+        assert self.schedule.draws is not None
+        return draws[self.schedule.draws.to(draws.device)]
 
     def _begin(
         self, y: Tensor, model_kwargs: dict[str, Any] | None, generator: Generators, noise: Tensor | None
-    ) -> tuple[Task, Start, dict[str, Any], DEQSampler]:
+    ) -> tuple[Task, Start, dict[str, Any], UnknownsSolver]:
         """The chain of unknowns, in the dtype of the measurements or float32, and what solves it."""
         arguments.check_kwargs(model_kwargs)
         if KEY in (model_kwargs or {}):
@@ -160,26 +240,25 @@ class DEQRestorer:
         noise, draws = draw_noise(self.schedule, shape, generator, y, noise, every=fresh)
         start = self._coordinates.begin(task, noise, draws)
         samples = torch.arange(len(y), device=y.device)
-        sampler, slope = self._sampler_for(task, shape)
-        own = {"sample": samples, "data": start.data, "slope": shared(slope)}
-        return task, start, {**(model_kwargs or {}), KEY: own}, sampler
+        solver = self._solver_for(task, shape)
+        own = {"sample": samples, "data": start.data, "slope": shared(solver.slope)}
+        return task, start, {**(model_kwargs or {}), KEY: own}, solver
 
-    def _sampler_for(self, task: Task, shape: tuple[int, ...]) -> tuple[DEQSampler, Tensor]:
-        """The sampler whose slope knows what the measurements leave open, and that slope on the average, (T,)."""
-        level = 0.0 if task.sigma is None else float(task.sigma.mean())
+    def _solver_for(self, task: Task, shape: tuple[int, ...]) -> UnknownsSolver:
+        """What solves such chains: its slope knows what the measurements leave open."""
+        level = 0.0 if task.sigma is None else float(task.sigma.detach().mean())
         key = (shape, f"{level:.1g}", task.y.device)
-        if key not in self._samplers:
+        if key not in self._solvers:
             spectrum = self._spectrum or prior_spectrum(shape[1:])
-            if spectrum is None:
-                return self._sampler, self.schedule.slope()
-            if spectrum.shape != shape[1:]:
-                raise ValueError(
-                    f"spectrum: expected that of samples of shape {shape[1:]}, which y measures, got {spectrum.shape}"
-                )
-            spectrum = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
-            sampler = DEQSampler(self._sampler.model, self._sampler.schedule, spectrum=spectrum, **self._options)
-            self._samplers[key] = sampler, self.schedule.slope(float(spectrum.variance.mean()))
-        return self._samplers[key]
+            if spectrum is not None:
+                if spectrum.shape != shape[1:]:
+                    raise ValueError(
+                        f"spectrum: expected that of samples of shape {shape[1:]}, which y measures, got "
+                        f"{spectrum.shape}"
+                    )
+                spectrum = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
+            self._solvers[key] = UnknownsSolver(self._sampler, spectrum, self._options)
+        return self._solvers[key]
 
     def _end(self, task: Task, start: Start, solution: Solution, y: Tensor) -> Restoration:
         sample = self._coordinates.finish(solution.sample.to(task.y.dtype), task, start.data)

@@ -92,8 +92,10 @@ class Coordinates(Protocol):
     The chain from u with clean samples w is that from x with clean samples x0.
     """
 
-    fresh: bool
-    """Whether noise is wanted for every step, of a deterministic schedule too."""
+    @property
+    def fresh(self) -> bool:
+        """Whether noise is wanted for every step, of a deterministic schedule too."""
+        ...
 
     def begin(self, task: Task, noise: Tensor, draws: Tensor | None) -> Start:
         """The unknowns of the noise (B, *shape). draws: (T, B, *shape) standard normal for every step, or None."""

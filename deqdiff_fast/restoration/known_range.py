@@ -60,7 +60,8 @@ class KnownRange:
         """See `Coordinates.finish`."""
         levels, noise = task.levels, data["noise"]
         noise = noise.value[-1] if isinstance(noise, Shared) else float(levels.decay[-1]) * noise
-        return null_part(task.operator, u) + float(getattr(levels, self._weight)[-1]) * data["measured"] + noise
+        known: Tensor = float(getattr(levels, self._weight)[-1]) * data["measured"] + noise
+        return null_part(task.operator, u) + known
 
     @property
     def _weight(self) -> str:

@@ -21,6 +21,7 @@ at every step, and below the level x' = signal' x0 + k (ybar - x0) / tau + noise
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,25 +44,34 @@ class KnownVectors:
         """See `Coordinates.begin`."""
         operator, levels, c = task.operator, task.levels.to(noise.device, noise.dtype), task.operator.V_adjoint(noise)
         assert task.sigma is not None
-        spread, inverse = spread_of(operator, noise.shape, c, task.sigma)
-        measured = inverse * operator.U_adjoint(task.y)
-        path: Tensor | None = None
+        spread, _ = spread_of(operator, noise.shape, c, task.sigma)
         parts = None if draws is None else torch.stack([operator.V_adjoint(draw) for draw in draws])
-        if parts is not None and self.fresh:
-            path = torch.cat([c[None], parts * levels.sigma[1:].view(-1, *(1,) * c.dim())])
-        elif parts is not None:
-            path = task.levels.noise_path(task.schedule, c, parts)
-        after = list(zip(levels.signal[:, None], levels.sigma[:, None]))
-        known = [is_known(spread, signal, sigma, c) for signal, sigma in after]
-        data: dict[str, Any] = {"measured": measured, "noise": c if path is None else shared(path), "sigma": task.sigma}
-        if not self.fresh:
-            data["left"] = _left(task.levels, known, spread, measured, c if path is None else path)
+        known = [
+            is_known(spread, signal, sigma, c) for signal, sigma in zip(levels.signal[:, None], levels.sigma[:, None])
+        ]
+        measured, path = self._parts(task, noise, parts)
+        data: dict[str, Any] = {"measured": measured, "noise": path if parts is None else shared(path)}
+        data["sigma"] = task.sigma
+        if not self.fresh:  # from tensors of its own: gradients reach y and the noise through each of the data alone
+            data["left"] = _left(task.levels, known, spread, *self._parts(task, noise, parts))
         first = self._weight(levels)[0] * guess_of(measured, spread)
         start = operator.V(torch.where(known[0], torch.zeros_like(c), c - first))
         if parts is None or not task.schedule.stochastic:
             return Start(start, None, data)
         unknown = [operator.V(torch.where(k, torch.zeros_like(part), part)) for k, part in zip(known[1:], parts)]
         return Start(start, task.frozen(torch.stack(unknown)), data)
+
+    def _parts(self, task: Task, noise: Tensor, parts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """ybar (B, ...), and the noise: (B, ...) at the start, or (T + 1, B, ...) with `parts`, the steps' own."""
+        c = task.operator.V_adjoint(noise)
+        inverse = invert(task.operator.singular_values(noise.shape, c.device, c.dtype))
+        path = c
+        if parts is not None and self.fresh:
+            scale = task.levels.sigma[1:].to(c)
+            path = torch.cat([c[None], parts * scale.view(-1, *(1,) * c.dim())])
+        elif parts is not None:
+            path = task.levels.noise_path(task.schedule, c, parts)
+        return inverse * task.operator.U_adjoint(task.y), path
 
     def state(self, u: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `Coordinates.state`."""
@@ -106,7 +116,7 @@ class KnownVectors:
         """K at states at: (n,), of components that are `known` there and of the others. noise: n there."""
         measured = data["measured"]
         weight = column(self._weight(levels)[at], measured)
-        share = rest_of(weight * spread, column(levels.sigma[at], measured))
+        share = rest_of(weight, spread, column(levels.sigma[at], measured))
         other = weight * guess_of(measured, spread)
         if not self.fresh:
             other = other + column(levels.decay[at], measured) * data["left"]
@@ -116,7 +126,9 @@ class KnownVectors:
         """w such that the next state is signal' x0 + k (ybar - x0) / tau, whatever this one is. left: x0 - m."""
         carry, clean = rows.level("carry", c), rows.level("clean", c)
         k = carry * rows.level("sigma", c)
-        wanted = rows.level("signal", c, 1) * left + k * (rows.data["measured"] - c) / spread
+        wanted = rows.level("signal", c, 1) * left + k * (rows.data["measured"] - c) / torch.where(
+            spread > 0, spread, 1
+        )
         wanted = wanted - carry * rows.operator.V_adjoint(unknown)
         return torch.where(clean == 0, left, wanted / torch.where(clean == 0, 1, clean))
 
@@ -126,10 +138,10 @@ def guess_of(measured: Tensor, spread: Tensor) -> Tensor:
     return measured / (1 + spread.square())
 
 
-def rest_of(part: Tensor, sigma: Tensor) -> Tensor:
-    """r above: what noise of standard deviation `part` leaves of a level's, as a share of that."""
-    ratio = part / torch.where(sigma > 0, sigma, 1)
-    return (1 - ratio.square()).clamp_min(0).sqrt()
+def rest_of(weight: Tensor | float, spread: Tensor, sigma: Tensor) -> Tensor:
+    """r above: what the measurement's noise leaves of a level's, as a share of that."""
+    part = weight * torch.where(spread.isfinite(), spread, 0)  # an infinite one would make NaN, and NaN gradients
+    return (1 - (part / torch.where(sigma > 0, sigma, 1)).square()).clamp_min(0).sqrt()
 
 
 def _left(levels: Levels, known: list[Tensor], spread: Tensor, measured: Tensor, noise: Tensor) -> Tensor:
@@ -138,11 +150,11 @@ def _left(levels: Levels, known: list[Tensor], spread: Tensor, measured: Tensor,
     known: at every level; noise: (B, ...) at the start, or (T + 1, B, ...).
     """
     found, guess = torch.zeros_like(measured), guess_of(measured, spread)
-    for i, (now, after) in enumerate(zip(known, known[1:])):
+    for i, (now, after) in enumerate(pairwise(known)):
         ends = now & ~after
         weight, decay = float(levels.weight[i]), float(levels.decay[i])
         there = noise[i] if noise.dim() > measured.dim() else decay * noise
-        share = rest_of(weight * spread, levels.sigma[i].to(measured))
+        share = rest_of(weight, spread, levels.sigma[i].to(measured))
         left = weight * (measured - guess) + share * there
         found = torch.where(ends, left / decay, found)
     return found

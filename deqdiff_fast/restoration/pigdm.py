@@ -5,8 +5,8 @@ sample given x taken for Gaussian around the predicted one, of variance r_i^2,
 
     grad_x log p(y | x) = (d x0 / d x)^T A^T (r_i^2 A A^T + sigma_y^2)^-1 (y - A x0),
 
-and by Tweedie's formula x0' = x0 + (sigma_i^2 / signal_i) grad log p(y | x). The paper's r_i^2 = sigma_i^2 / (signal_i^2
-+ sigma_i^2) is that of data of unit variance; low frequencies of images have fifty times as much and are pulled too far
+and by Tweedie's formula x0' = x0 + (sigma_i^2 / signal_i) grad log p(y | x). For data of unit variance the paper has
+r_i^2 = sigma_i^2 / (signal_i^2 + sigma_i^2); low frequencies of images have fifty times as much and are pulled too far
 by it, where nothing else damps the step. So the default is what no prior says: r_i = sigma_i / signal_i. Without noise
 in the measurements the mean of the clean sample given them agrees with them, so x0' is projected onto that.
 """

@@ -92,3 +92,168 @@ def test_parallel_is_serial(
         if sigma == 0:
             assert float(got.consistency.max()) <= 1e-4
         assert got.stats.rounds < schedule.num_steps
+
+
+@pytest.mark.parametrize("method", ["diffpir", "pigdm"])
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+def test_singular_vectors_are_not_needed(mixture: Any, ddim: Any, method: str, sigma: float) -> None:
+    operator = operators()["blur"]
+    y = measured(operator, sigma)
+    both = [
+        dq.DEQRestorer(mixture(SHAPE), ddim(8), one, sigma=sigma, method=method).serial(y, generator=generator()).sample
+        for one in (operator, Bare(operator))
+    ]
+    assert torch.allclose(*both, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ddnm", "diffpir", "pigdm"])
+def test_multistep_schedules_without_noise(mixture: Any, karras: Any, relative_error: Any, method: str) -> None:
+    model, sigmas, operator = mixture(SHAPE, "sample"), karras(16), operators()["average"]
+    levels = torch.tensor([float((1 - a) / a) ** 0.5 for a in published_abar()])
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        t = (levels - sigma.float()[:, None]).abs().argmin(1)
+        return model(x * column(published_abar()[t].sqrt(), x).to(x), t)
+
+    schedule = dq.Schedule.from_sigmas(sigmas, "dpmpp_2m")
+    restorer = dq.DEQRestorer(denoiser, schedule, operator, method=method, solver="quasi-newton", tol=1e-4)
+    y = measured(operator, 0.0)
+    expected, got = (solve(y, generator=generator()) for solve in (restorer.serial, restorer.restore))
+    assert float(relative_error(got.sample, expected.sample).max()) < 1e-3
+    assert float(got.consistency.max()) < 1e-4
+    with pytest.raises(ValueError, match="schedule: expected a one-step schedule"):
+        dq.DEQRestorer(denoiser, schedule, operator, sigma=0.1)
+
+
+def published_abar() -> Tensor:
+    return (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (like.dim() - 1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_do_not_know_each_other(mixture: Any, ddim: Any, method: str) -> None:
+    """A batch with a mask and a noise level for each sample is restored as each alone is."""
+    masks = torch.rand(3, 1, 8, 8, generator=generator(1)) < torch.tensor([0.3, 0.5, 0.8]).view(3, 1, 1, 1)
+    sigma = torch.tensor([0.1, 0.3, 0.0]) if method in ("ddnm", "ddrm") else torch.tensor([0.1, 0.3, 0.2])
+    x = measured(Inpaint(masks), 0.2, batch=3)
+    settings = {"method": method, "solver": "quasi-newton", "tol": 1e-4}
+    together = dq.DEQRestorer(mixture(SHAPE), ddim(12, 0.5), Inpaint(masks), sigma=sigma, **settings)
+    got = together.restore(x, generator=[generator(b) for b in range(3)])
+    assert bool(got.converged.all())
+    for b in range(3):
+        alone = dq.DEQRestorer(
+            mixture(SHAPE), ddim(12, 0.5), Inpaint(masks[b : b + 1]), sigma=float(sigma[b]), **settings
+        )
+        one = alone.serial(x[b : b + 1], generator=[generator(b)]).sample
+        assert float((got.sample[b] - one[0]).norm() / one.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["ddnm", "ddrm", "diffpir"])
+def test_gradients_are_the_serial_chains(mixture: Any, ddim: Any, apart: Any, method: str) -> None:
+    operator, y = operators()["blur"], measured(operators()["blur"], 0.1).requires_grad_()
+    noise = torch.randn(2, *SHAPE, generator=generator(), dtype=torch.float64).requires_grad_()
+    restorer = dq.DEQRestorer(mixture(SHAPE), ddim(8), operator, sigma=0.1, method=method, tol=1e-8, solver="picard")
+    direction = torch.randn(2, *SHAPE, generator=generator(3), dtype=torch.float64)
+    sample = restorer.restore(y, noise=noise, generator=generator(5)).sample
+    found = torch.autograd.grad((sample * direction).sum(), (noise, y))
+    with torch.no_grad():
+        for given, grad, at in ((noise, found[0], 0), (y, found[1], 1)):
+            step = torch.randn(given.shape, generator=generator(9), dtype=torch.float64)
+            moved = [
+                restorer.serial(
+                    y + sign * 1e-5 * step * at, noise=noise + sign * 1e-5 * step * (1 - at) if at == 0 else noise,
+                    generator=generator(5),
+                ).sample
+                for sign in (1, -1)
+            ]  # fmt: skip
+            expected = float(((moved[0] - moved[1]) * direction).sum() / 2e-5)
+            assert float((grad * step).sum()) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_fitted_noise_lowers_the_loss_and_keeps_the_measurement(mixture: Any, ddim: Any) -> None:
+    operator = operators()["inpaint"]
+    y, target = measured(operator, 0.0, dtype=torch.float32), torch.zeros(2, *SHAPE)
+    restorer = dq.DEQRestorer(mixture(SHAPE), ddim(8, 0.5), operator, solver="quasi-newton")
+
+    def loss(sample: Tensor) -> Tensor:
+        return (sample - target).square().flatten(1).mean(1)
+
+    fitted = restorer.fit_noise(y, loss, generator=generator(), steps=8, lr=0.2)
+    assert fitted.losses.shape == (8, 2)
+    lowest = fitted.losses.amin(0)
+    assert bool((lowest < 0.98 * fitted.losses[0]).all())
+    assert torch.allclose(loss(fitted.restoration.sample).double(), lowest, rtol=0.05)
+    assert float(fitted.restoration.consistency.max()) < 1e-4
+    with pytest.raises(ValueError, match="loss: expected a tensor"):
+        restorer.fit_noise(y, lambda sample: sample, steps=1)
+
+
+def test_the_noise_level_is_estimated(mixture: Any, ddim: Any) -> None:
+    flat = torch.zeros(2, 3, 8, 8)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    y = flat + 0.2 * torch.randn(flat.shape, generator=generator(3))
+    restored = dq.DEQRestorer(mixture(SHAPE), ddim(8), Inpaint(mask), sigma=None).restore(y, generator=generator())
+    assert torch.allclose(restored.sigma, torch.full((2,), 0.2, dtype=torch.float64), rtol=0.3)
+
+
+def test_what_is_refused(mixture: Any, ddim: Any) -> None:
+    model, schedule, operator = mixture(SHAPE), ddim(8), operators()["inpaint"]
+    restorer, y = dq.DEQRestorer(model, schedule, operator), measured(operator, 0.0)
+    broken = y.clone()
+    broken[1] = torch.nan
+    for given, message in (
+        (broken, "y: expected finite measurements, got NaN or Inf in sample 1"),
+        (100 * y, "y: expected measurements of images in"),
+        ((y * 255).to(torch.uint8), "scale pixels"),
+        (y[:0], "at least one sample"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            restorer.restore(given)
+    with pytest.raises(ValueError, match="noise: expected shape"):
+        restorer.restore(y, noise=torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="sigma: expected"):
+        dq.DEQRestorer(model, schedule, operator, sigma=-1.0)
+    with pytest.raises(ValueError, match="method: expected one of"):
+        dq.DEQRestorer(model, schedule, operator, method="dps")
+    with pytest.raises(TypeError, match="A_dagger"):
+        dq.DEQRestorer(model, schedule, lambda x: x)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        dq.DEQRestorer(model, schedule, operator, tolerance=1.0)
+    for method in ("ddnm", "ddrm"):
+        with pytest.raises(ValueError, match="singular vectors"):
+            dq.DEQRestorer(model, schedule, Bare(operator), sigma=0.1, method=method)
+
+
+def test_an_operator_that_is_none_is_refused(mixture: Any, ddim: Any) -> None:
+    class Crooked(Bare):
+        def __init__(self, operator: Operator) -> None:
+            super().__init__(operator)
+            self.A = lambda x: operator.A(x) + x.abs()
+
+    restorer = dq.DEQRestorer(mixture(SHAPE), ddim(8), Crooked(operators()["inpaint"]))
+    with pytest.raises(ValueError, match="violates"):
+        restorer.restore(measured(operators()["inpaint"], 0.0))
+
+
+def test_bundled_model_takes_a_third_of_the_calls() -> None:
+    """And half of the rounds of the paper's Anderson setting."""
+    integrations = pytest.importorskip("deqdiff_fast.integrations.diffusers")
+    loaded = integrations.load_model("bundled")
+    schedule, operator = integrations.ddim_schedule(loaded.scheduler, 50, clip=False), Downsample(4)
+    ramp = torch.linspace(-0.8, 0.8, 32)
+    x = torch.stack([ramp[None, :].expand(32, 32), ramp[:, None].expand(32, 32), (ramp[:, None] * ramp) - 0.2])[None]
+    rounds = {}
+    with torch.no_grad():
+        for solver in ("quasi-newton", "deq-ddim"):
+            restorer = dq.DEQRestorer(loaded.model, schedule, operator, solver=solver)
+            got = restorer.restore(operator.A(x), generator=generator())
+            rounds[solver] = got.stats.rounds
+            assert float(got.consistency.max()) <= 1e-4
+            if solver == "quasi-newton":
+                expected = restorer.serial(operator.A(x), generator=generator()).sample
+                assert float((got.sample - expected).norm() / expected.norm()) <= 1e-2
+    assert rounds["quasi-newton"] <= 50 // 3
+    assert 2 * rounds["quasi-newton"] <= rounds["deq-ddim"]
