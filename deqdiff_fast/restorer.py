@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from ._devices import methods_with_tables_on_cpu
 from ._types import FrozenNoise, Generators, Model, shared
 from .engine import arguments
-from .engine.options import DEFAULT_TOL
 from .engine.reporting import ProgressBar
 from .model.stand_in import stand_in
 from .operators import check, take
@@ -27,36 +26,11 @@ from .restoration.model import KEY, RestoringModel
 from .restoration.result import FittedNoise, Restoration
 from .restoration.slope import conditional_spectrum
 from .restoration.tolerance import looser, shares
+from .restoration.unknowns import UnknownsSolver
 from .sampler import DEQSampler
-from .schedule import Schedule, SpectralSlope
+from .schedule import Schedule
 from .schedule.prior import prior_spectrum
 from .solution import Callback, Solution
-
-
-class UnknownsSolver:
-    """Samplers of a restoring chain, which differ in their tolerance only.
-
-    Attributes:
-        sampler: that of the tolerance asked for.
-        slope: (T,), of the predictions on the average.
-        variance: of the unknowns, on the average.
-    """
-
-    def __init__(self, plain: DEQSampler, spectrum: SpectralSlope | None, options: dict[str, Any]) -> None:
-        self.options = {**options, "spectrum": spectrum}
-        self.variance = 1.0 if spectrum is None else float(spectrum.variance.mean())
-        self.slope = plain.schedule.slope(self.variance)
-        self.sampler = DEQSampler(plain.model, plain.schedule, **self.options)
-        self._others = {1.0: self.sampler}
-
-    def with_factor(self, factor: float) -> DEQSampler:
-        """The sampler that is allowed `factor` times the relative error; a solver's own tolerance stays."""
-        if self.options.get("tol") is None and self.sampler.solver.tol is not None:
-            return self.sampler
-        if factor not in self._others:
-            tol = factor * (self.options.get("tol") or DEFAULT_TOL)
-            self._others[factor] = DEQSampler(self.sampler.model, self.sampler.schedule, **{**self.options, "tol": tol})
-        return self._others[factor]
 
 
 @methods_with_tables_on_cpu

@@ -25,7 +25,7 @@ def make_operator(name: str, shape: tuple[int, ...], *, width: float, mask: Path
     """The operator of that name for images of `shape`, (C, H, W).
 
     Args:
-        width: of the kernel of "blur" (standard deviation) and "motion" (length), in pixels.
+        width: of the kernel of "blur" (standard deviation) and "motion" (length, at least 3), in pixels.
         mask: a picture, white where it is measured, for "inpaint"; None: half of the pixels, drawn by `seed`.
 
     Raises:
@@ -46,14 +46,10 @@ def make_operator(name: str, shape: tuple[int, ...], *, width: float, mask: Path
         return operators.Colorize()
     if name == "inpaint":
         return operators.Inpaint(_mask(mask, shape, seed))
-    size = min(2 * max(round(3 * width if name == "blur" else width / 2), 1) + 1, *shape[1:])
-    at = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    if name == "motion":
-        kernel = (at.abs() <= width / 2).double()[None]
-    else:
-        line = torch.exp(-at.square() / (2 * width**2))
-        kernel = torch.outer(line, line)
-    return operators.Blur(kernel / kernel.sum())
+    if name == "blur":
+        return operators.Blur.gaussian(width)
+    length = min(2 * max(round(width / 2), 1) + 1, shape[2])
+    return operators.Blur(torch.full((1, length), 1 / length, dtype=torch.float64))
 
 
 def _mask(path: Path | None, shape: tuple[int, ...], seed: int) -> Any:

@@ -69,7 +69,7 @@ class Rows:
         operator: that of the rows.
         data: of the rows, see `Start.data`.
         levels: on the rows' device, in their dtype.
-        pull_back: v -> (d x0 / d x)^T v, row by row, where the method needs it.
+        vjp: v -> (d x0 / d x)^T v, row by row, where the method needs it.
         differentiated: whether what comes of it will be.
     """
 
@@ -78,7 +78,7 @@ class Rows:
     operator: Operator
     data: dict[str, Any]
     levels: Levels
-    pull_back: Callable[[Tensor], Tensor] | None = None
+    vjp: Callable[[Tensor], Tensor] | None = None
     differentiated: bool = False
 
     def level(self, name: str, like: Tensor, after: int = 0) -> Tensor:
@@ -122,7 +122,7 @@ class Method(Protocol):
         """As in messages, with all settings: equal names are equal methods."""
         ...
 
-    needs_pull_back: bool
+    needs_vjp: bool
     """Whether `restored` needs the Jacobian of the model."""
 
     def check(self, operator: Operator, schedule: Schedule, noisy: bool) -> None:

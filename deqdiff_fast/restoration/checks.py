@@ -41,12 +41,17 @@ def check_measurements(y: Any, operator: Operator, sigma: Tensor | None) -> tupl
             "was not measured with a mask (operators.Inpaint)"
         )
     y = torch.where(y.isfinite(), y, 0)
-    largest = operator.A_dagger(y.detach()).flatten(1).abs().amax(1)
+    noisy = sigma is None or bool((sigma > 0).any())
+    largest = _image_like(operator, y.detach(), noisy).flatten(1).abs().amax(1)
     if bool((largest > LARGEST).any()):
+        hint = (
+            "scale them"
+            if noisy
+            else "scale them, or give the sigma of their noise, which the pseudo-inverse amplifies"
+        )
         raise ValueError(
-            f"y: expected measurements of images in [-1, 1], whose pseudo-inverse stays within {LARGEST:g}, got "
-            f"{float(largest.max()):g} for sample {int(largest.argmax())}; scale them, or look at the operator's "
-            "smallest singular values"
+            f"y: expected measurements of images in [-1, 1], far within {LARGEST:g}, got such of an image with values "
+            f"of {float(largest.max()):.3g} (sample {int(largest.argmax())}); {hint}"
         )
     if sigma is None:
         return y, _estimated(y.detach(), operator).to(y)
@@ -54,6 +59,16 @@ def check_measurements(y: Any, operator: Operator, sigma: Tensor | None) -> tupl
         raise ValueError(f"sigma: expected one number or {len(y)}, one for each sample, got {len(sigma)}")
     level = sigma.to(y).expand(len(y))
     return y, level
+
+
+def _image_like(operator: Operator, y: Tensor, noisy: bool) -> Tensor:
+    """An image that was measured like this: A^+ y, or, where that would amplify noise, the best multiple of A^T y."""
+    if not noisy:
+        return operator.A_dagger(y)
+    back = operator.A_adjoint(y)
+    image = operator.A(back).flatten(1)
+    size = back.flatten(1).square().sum(1) / image.square().sum(1).clamp_min(1e-30)
+    return back * size.view(-1, *(1,) * (back.dim() - 1))
 
 
 def _estimated(y: Tensor, operator: Operator) -> Tensor:

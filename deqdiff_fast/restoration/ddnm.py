@@ -20,7 +20,7 @@ from .known_vectors import KnownVectors
 class DDNM:
     """Null-space restoration; noise in the measurements needs singular vectors and a one-step schedule."""
 
-    needs_pull_back = False
+    needs_vjp = False
 
     @property
     def name(self) -> str:

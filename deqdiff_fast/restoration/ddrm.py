@@ -21,7 +21,7 @@ from .known_vectors import KnownVectors
 class DDRM:
     """Restoration in singular vectors; needs those, and a one-step schedule."""
 
-    needs_pull_back = False
+    needs_vjp = False
 
     @property
     def name(self) -> str:

@@ -35,7 +35,7 @@ class DiffPIR:
     """
 
     weight: float = 1.0
-    needs_pull_back = False
+    needs_vjp = False
 
     def __post_init__(self) -> None:
         positive("weight", self.weight)

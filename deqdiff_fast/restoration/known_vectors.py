@@ -44,17 +44,18 @@ class KnownVectors:
         """See `Coordinates.begin`."""
         operator, levels, c = task.operator, task.levels.to(noise.device, noise.dtype), task.operator.V_adjoint(noise)
         assert task.sigma is not None
-        spread, _ = spread_of(operator, noise.shape, c, task.sigma)
+        deviation, _ = deviation_of(operator, noise.shape, c, task.sigma)
         parts = None if draws is None else torch.stack([operator.V_adjoint(draw) for draw in draws])
         known = [
-            is_known(spread, signal, sigma, c) for signal, sigma in zip(levels.signal[:, None], levels.sigma[:, None])
+            is_known(deviation, signal, sigma, c)
+            for signal, sigma in zip(levels.signal[:, None], levels.sigma[:, None])
         ]
         measured, path = self._parts(task, noise, parts)
         data: dict[str, Any] = {"measured": measured, "noise": path if parts is None else shared(path)}
         data["sigma"] = task.sigma
         if not self.fresh:  # from tensors of its own: gradients reach y and the noise through each of the data alone
-            data["left"] = _left(task.levels, known, spread, *self._parts(task, noise, parts))
-        first = self._weight(levels)[0] * guess_of(measured, spread)
+            data["left"] = _left(task.levels, known, deviation, *self._parts(task, noise, parts))
+        first = self._weight(levels)[0] * guess_of(measured, deviation)
         start = operator.V(torch.where(known[0], torch.zeros_like(c), c - first))
         if parts is None or not task.schedule.stochastic:
             return Start(start, None, data)
@@ -80,87 +81,87 @@ class KnownVectors:
             noise = noise[rows.step, rows.sample]
         else:
             noise = rows.level("decay", c) * noise
-        spread, _ = spread_of(rows.operator, u.shape, c, rows.data["sigma"])
-        known = is_known(spread, rows.levels.signal[rows.step], rows.levels.sigma[rows.step], c)
+        deviation, _ = deviation_of(rows.operator, u.shape, c, rows.data["sigma"])
+        known = is_known(deviation, rows.levels.signal[rows.step], rows.levels.sigma[rows.step], c)
         unknown = torch.where(known, torch.zeros_like(c), c)
-        x = unknown + self._known(rows.levels, rows.step, spread, known, noise, rows.data)
+        x = unknown + self._known(rows.levels, rows.step, deviation, known, noise, rows.data)
         return rows.operator.V(x), rows.operator.V(unknown)
 
     def clean(self, x0: Tensor, unknown: Tensor, rows: Rows) -> Tensor:
         """See `Coordinates.clean`."""
         operator, levels, step, c = rows.operator, rows.levels, rows.step, rows.operator.V_adjoint(x0)
-        spread, inverse = spread_of(operator, x0.shape, c, rows.data["sigma"])
-        known = is_known(spread, levels.signal[step + 1], levels.sigma[step + 1], c)
-        left = c - guess_of(rows.data["measured"], spread)
+        deviation, inverse = deviation_of(operator, x0.shape, c, rows.data["sigma"])
+        known = is_known(deviation, levels.signal[step + 1], levels.sigma[step + 1], c)
+        left = c - guess_of(rows.data["measured"], deviation)
         if self.fresh:
-            left = torch.where(inverse > 0, self._without_memory(c, left, unknown, spread, rows), c)
+            left = torch.where(inverse > 0, self._without_memory(c, left, unknown, deviation, rows), c)
         return operator.V(torch.where(known, torch.zeros_like(c), left))
 
     def finish(self, u: Tensor, task: Task, data: dict[str, Any]) -> Tensor:
         """See `Coordinates.finish`."""
         operator, levels, c = task.operator, task.levels.to(u.device, u.dtype), task.operator.V_adjoint(u)
-        spread, _ = spread_of(operator, u.shape, c, data["sigma"])
-        known = is_known(spread, levels.signal[-1:], levels.sigma[-1:], c)
+        deviation, _ = deviation_of(operator, u.shape, c, data["sigma"])
+        known = is_known(deviation, levels.signal[-1:], levels.sigma[-1:], c)
         noise = data["noise"].value[-1] if isinstance(data["noise"], Shared) else levels.decay[-1] * data["noise"]
         last = torch.full((len(u),), len(levels.sigma) - 1, device=u.device)
         return operator.V(
-            torch.where(known, torch.zeros_like(c), c) + self._known(levels, last, spread, known, noise, data)
+            torch.where(known, torch.zeros_like(c), c) + self._known(levels, last, deviation, known, noise, data)
         )
 
     def _weight(self, levels: Levels) -> Tensor:
         return levels.signal if self.fresh else levels.weight
 
     def _known(
-        self, levels: Levels, at: Tensor, spread: Tensor, known: Tensor, noise: Tensor, data: dict[str, Any]
+        self, levels: Levels, at: Tensor, deviation: Tensor, known: Tensor, noise: Tensor, data: dict[str, Any]
     ) -> Tensor:
         """K at states at: (n,), of components that are `known` there and of the others. noise: n there."""
         measured = data["measured"]
         weight = column(self._weight(levels)[at], measured)
-        share = rest_of(weight, spread, column(levels.sigma[at], measured))
-        other = weight * guess_of(measured, spread)
+        share = rest_of(weight, deviation, column(levels.sigma[at], measured))
+        other = weight * guess_of(measured, deviation)
         if not self.fresh:
             other = other + column(levels.decay[at], measured) * data["left"]
         return torch.where(known, weight * measured + share * noise, other)
 
-    def _without_memory(self, c: Tensor, left: Tensor, unknown: Tensor, spread: Tensor, rows: Rows) -> Tensor:
+    def _without_memory(self, c: Tensor, left: Tensor, unknown: Tensor, deviation: Tensor, rows: Rows) -> Tensor:
         """w such that the next state is signal' x0 + k (ybar - x0) / tau, whatever this one is. left: x0 - m."""
         carry, clean = rows.level("carry", c), rows.level("clean", c)
         k = carry * rows.level("sigma", c)
         wanted = rows.level("signal", c, 1) * left + k * (rows.data["measured"] - c) / torch.where(
-            spread > 0, spread, 1
+            deviation > 0, deviation, 1
         )
         wanted = wanted - carry * rows.operator.V_adjoint(unknown)
         return torch.where(clean == 0, left, wanted / torch.where(clean == 0, 1, clean))
 
 
-def guess_of(measured: Tensor, spread: Tensor) -> Tensor:
+def guess_of(measured: Tensor, deviation: Tensor) -> Tensor:
     """m above; 0 where nothing is measured."""
-    return measured / (1 + spread.square())
+    return measured / (1 + deviation.square())
 
 
-def rest_of(weight: Tensor | float, spread: Tensor, sigma: Tensor) -> Tensor:
+def rest_of(weight: Tensor | float, deviation: Tensor, sigma: Tensor) -> Tensor:
     """r above: what the measurement's noise leaves of a level's, as a share of that."""
-    part = weight * torch.where(spread.isfinite(), spread, 0)  # an infinite one would make NaN, and NaN gradients
+    part = weight * torch.where(deviation.isfinite(), deviation, 0)  # an infinite one would make NaN, and NaN gradients
     return (1 - (part / torch.where(sigma > 0, sigma, 1)).square()).clamp_min(0).sqrt()
 
 
-def _left(levels: Levels, known: list[Tensor], spread: Tensor, measured: Tensor, noise: Tensor) -> Tensor:
+def _left(levels: Levels, known: list[Tensor], deviation: Tensor, measured: Tensor, noise: Tensor) -> Tensor:
     """(B, ...): K less its part in the clean guess where the model takes over, over `decay` there: it decays as noise.
 
     known: at every level; noise: (B, ...) at the start, or (T + 1, B, ...).
     """
-    found, guess = torch.zeros_like(measured), guess_of(measured, spread)
+    found, guess = torch.zeros_like(measured), guess_of(measured, deviation)
     for i, (now, after) in enumerate(pairwise(known)):
         ends = now & ~after
         weight, decay = float(levels.weight[i]), float(levels.decay[i])
         there = noise[i] if noise.dim() > measured.dim() else decay * noise
-        share = rest_of(weight, spread, levels.sigma[i].to(measured))
+        share = rest_of(weight, deviation, levels.sigma[i].to(measured))
         left = weight * (measured - guess) + share * there
         found = torch.where(ends, left / decay, found)
     return found
 
 
-def spread_of(operator: Operator, shape: torch.Size, c: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def deviation_of(operator: Operator, shape: torch.Size, c: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Standard deviation of the noise in each component, infinite where nothing is measured, and 1 / s, 0 there.
 
     shape: of the images, (n, *shape); c: their coefficients; sigma: (n, 1).
@@ -170,6 +171,6 @@ def spread_of(operator: Operator, shape: torch.Size, c: Tensor, sigma: Tensor) -
     return torch.where(inverse > 0, noise, torch.inf), inverse
 
 
-def is_known(spread: Tensor, signal: Tensor, sigma: Tensor, like: Tensor) -> Tensor:
+def is_known(deviation: Tensor, signal: Tensor, sigma: Tensor, like: Tensor) -> Tensor:
     """Which components the measurement decides at levels (n,) of noise."""
-    return (column(signal, like) * spread <= column(sigma, like)) & spread.isfinite()
+    return (column(signal, like) * deviation <= column(sigma, like)) & deviation.isfinite()

@@ -69,7 +69,7 @@ class RestoringModel:
         rows = Rows(step, sample, operator, data, levels, differentiated=differentiated)
         u = inputs.to(dtype) / column(scale[step], inputs)
         x, unknown = self.coordinates.state(u, rows)
-        guided = self.method.needs_pull_back
+        guided = self.method.needs_vjp
         with torch.inference_mode(False) if guided else nullcontext(), torch.enable_grad() if guided else nullcontext():
             if guided:
                 x = x if differentiated and x.requires_grad else x.detach().clone().requires_grad_()
@@ -81,7 +81,7 @@ class RestoringModel:
             output = output.to(dtype)
             x0 = self._clipped(rows.level("p", x) * x + rows.level("q", x) * output)
             if guided:
-                rows.pull_back = lambda v: torch.autograd.grad(x0, x, v, create_graph=differentiated)[0]
+                rows.vjp = lambda v: torch.autograd.grad(x0, x, v, create_graph=differentiated)[0]
             restored = self.method.restored(x0, x, rows)
         w = self.coordinates.clean(restored if differentiated else restored.detach(), unknown, rows)
         # what of u counts for nothing is 0 along the chain; as the solver's slope leaves it, it stays small on the way

@@ -39,7 +39,7 @@ class PiGDM:
     """
 
     variance: float | None = None
-    needs_pull_back = True
+    needs_vjp = True
 
     def __post_init__(self) -> None:
         if self.variance is not None:
@@ -62,13 +62,13 @@ class PiGDM:
         """x0' above."""
         signal, sigma = rows.levels.signal[rows.step], rows.levels.sigma[rows.step]
         prior = 0.0 if self.variance is None else 1 / self.variance
-        spread = sigma.square() / (signal.square() + prior * sigma.square())
+        variance = sigma.square() / (signal.square() + prior * sigma.square())
         if "y" in rows.data:
-            noise = rows.data["sigma"][:, 0].to(spread).square().clamp_min(1e-12)
-            towards = weighted_residual(rows.operator, x0, rows.data["y"].to(x0), spread, noise)
+            noise = rows.data["sigma"][:, 0].to(variance).square().clamp_min(1e-12)
+            towards = weighted_residual(rows.operator, x0, rows.data["y"].to(x0), variance, noise)
         else:
             off = rows.data["measured"] - rows.operator.A_dagger(rows.operator.A(x0))
-            towards = off / column(spread, off)
-        assert rows.pull_back is not None
+            towards = off / column(variance, off)
+        assert rows.vjp is not None
         towards = towards if torch.is_grad_enabled() and rows.differentiated else towards.detach()
-        return x0 + column(sigma.square() / signal, x0) * rows.pull_back(towards)
+        return x0 + column(sigma.square() / signal, x0) * rows.vjp(towards)

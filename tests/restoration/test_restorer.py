@@ -56,7 +56,8 @@ def measured(operator: Operator, sigma: float, batch: int = 2, dtype: torch.dtyp
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", list(operators()))
 def test_serial_is_the_papers_loop(mixture: Any, ddim: Any, name: str, method: str, sigma: float, eta: float) -> None:
-    operator, schedule, model = operators()[name], ddim(8, eta), mixture(SHAPE)
+    operator, model = operators()[name], mixture(SHAPE)
+    schedule = ddim(4 if method == "pigdm" else 8, eta)  # a whole Jacobian of each row is dear
     y = measured(operator, sigma)
     restorer = dq.DEQRestorer(model, schedule, operator, sigma=sigma, method=method)
     got = restorer.serial(y, generator=generator())
@@ -75,7 +76,7 @@ def test_serial_is_the_papers_loop(mixture: Any, ddim: Any, name: str, method: s
 @pytest.mark.parametrize("eta", [0.0, 0.85])
 @pytest.mark.parametrize("sigma", [0.0, 0.3])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", list(operators()))
+@pytest.mark.parametrize("name", ["inpaint", "blur", "hadamard"])
 def test_parallel_is_serial(
     mixture: Any, ddim: Any, relative_error: Any, name: str, method: str, sigma: float, eta: float
 ) -> None:
