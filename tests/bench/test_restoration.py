@@ -58,7 +58,8 @@ def test_deepinv_gets_the_same_operator_and_measurements(problem):
         operator = make(problem.shape)
         physics = physics_of(operator, tuple(x.shape), 0.1, "cpu")
         pixels = (operator.A(x) + operator.A(torch.ones_like(x))) / 2  # as `bench restoration` has them
-        torch.testing.assert_close(physics.A((x + 1) / 2), pixels, rtol=1e-3, atol=1e-3, msg=name)
+        away = (physics.A((x + 1) / 2) - pixels).norm()  # singular values below the cutoff are left out
+        assert away <= max(1e-4, operator.cutoff(torch.float32)) * x.norm(), name
         kept, expected = physics.A_dagger(pixels), operator.A_dagger(pixels)
         torch.testing.assert_close(physics.A(kept), operator.A(expected), rtol=1e-2, atol=1e-2, msg=name)
 
