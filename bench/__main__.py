@@ -18,6 +18,7 @@ BENCHMARKS = {
     "gradients": "every gradient mode against float64 back-propagation through the serial chain",
     "equilibrium": "implicit layers against torchdeq at equal tolerance: forward and backward, in turns",
     "inversion": "the paper's comparison of inversions: loss, evaluations, back-propagations, seconds; and round trips",
+    "restoration": "images from measurements, ours and deepinv's DDRM, DiffPIR and DPS: PSNR, SSIM, evaluations",
     "kernels": "time of each op: reference, the paper's formulation, torch.compile, compiled; against a memory copy",
     "planner": "sample() against the serial chain in paired timings, with what was planned",
     "overhead": "share of a solve's time that is spent outside the model",

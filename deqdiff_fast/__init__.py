@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from . import operators
 from ._types import shared
 from .distillation import distill
 from .equilibrium import EquilibriumInfo, equilibrium
@@ -32,6 +33,8 @@ from .model.draft import Draft
 from .model.guidance import guided
 from .model.recording import Recording
 from .ranks import sharded
+from .restoration.result import FittedNoise, Restoration
+from .restorer import DEQRestorer
 from .sampler import DEQSampler
 from .schedule import Schedule, SpectralSlope
 from .solution import RoundInfo, Solution, Stats
@@ -48,12 +51,14 @@ __all__ = [
     "ConvDraft",
     "ConvergenceWarning",
     "DEQInverter",
+    "DEQRestorer",
     "DEQSampler",
     "DamagedPairsError",
     "DeqDiffError",
     "Draft",
     "Drafted",
     "EquilibriumInfo",
+    "FittedNoise",
     "Implicit",
     "Inversion",
     "ModelOutputError",
@@ -66,6 +71,7 @@ __all__ = [
     "QuasiNewton",
     "RankError",
     "Recording",
+    "Restoration",
     "Reversible",
     "RoundInfo",
     "Schedule",
@@ -79,6 +85,7 @@ __all__ = [
     "distill",
     "equilibrium",
     "guided",
+    "operators",
     "sharded",
     "shared",
 ]

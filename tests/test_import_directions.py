@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "_types", "_devices", "_locks", "_C", "plan"},
     {"solution", "kernels"},
-    {"schedule", "memory", "loop"},
+    {"schedule", "memory", "loop", "operators"},
     {"solver", "model", "nodes"},
     {"ranks"},
     {"engine"},
     {"gradient", "planner"},
     {"sampler", "equilibrium"},
-    {"inversion", "distillation"},
-    {"inverter"},
+    {"inversion", "distillation", "restoration"},
+    {"inverter", "restorer"},
     {"__init__"},
     {"integrations", "presets", "info"},
     {"cli"},
@@ -41,6 +41,7 @@ ONLY = {
     "ranks": {"errors", "_types", "_locks", "kernels", "solution", "model"},
     "schedule": {"errors", "_types", "_devices", "_locks"},
     "memory": {"errors", "_locks", "_C"},
+    "operators": {"errors", "_devices"},
 }
 # Who may import a library that is not a plain dependency of the package.
 HOMES = {

@@ -1,4 +1,4 @@
-"""The command line: `deqdiff-fast sample | invert | distill | pairs | demo | info | bench`."""
+"""The command line: `deqdiff-fast sample | invert | restore | distill | pairs | demo | info | bench`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from ..errors import DeqDiffError
-from . import _bench, _demo, _devices, _distill, _invert, _pairs, _sample
+from . import _bench, _demo, _devices, _distill, _invert, _pairs, _restore, _sample
 from ._output import CommandError
 
 _MISTAKES = (CommandError, DeqDiffError, ValueError, OSError, ImportError)
@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _sample.add_parser(commands)
     _invert.add_parser(commands)
+    _restore.add_parser(commands)
     _distill.add_parser(commands)
     _pairs.add_parser(commands)
     _demo.add_parser(commands)

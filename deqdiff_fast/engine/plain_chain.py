@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class PlainChain:
             if system.input_scale is not None:
                 inputs.mul_(steps.input_scale[i])
             try:
-                output = call(system.model, inputs, self._times[i], self._kwargs)
+                output = call(system.model, inputs, self._times[i], self._kwargs_at(i))
             except Exception as error:
                 if (system.batch > 1 and out_of_memory(error)) or not self.finite():  # what it says may be about NaN
                     return False
@@ -97,6 +97,12 @@ class PlainChain:
             self.states = [new if drift is None else new.add_(drift)]
         self.front = until
         return True
+
+    def _kwargs_at(self, i: int) -> dict[str, Any]:
+        """Of the call at step i."""
+        if not self.system.told_steps:
+            return self._kwargs
+        return {**self._kwargs, "step": torch.full((self.system.batch,), i, device=self.system.device)}
 
     def _remember(self, i: int, x: Tensor, output: Tensor, drift: Tensor | None) -> None:
         """The step from x_i, whose state and output later ones look at."""

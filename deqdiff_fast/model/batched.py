@@ -31,6 +31,11 @@ def row_tables(times: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return step, row % max(batch, 1), times[step]
 
 
+def told_steps(model: Model) -> bool:
+    """Whether a wrapper of ours wants `step=`, (n,) int64, the number of each row's timestep in the chain."""
+    return bool(getattr(model, "deqdiff_told_steps", False))
+
+
 def count_users(memory: Tensor) -> int:
     """How many tensors there are on its storage, anybody's; 0 where this torch does not tell."""
     return 0 if _use_count is None else int(_use_count(memory.untyped_storage()._cdata))
@@ -71,6 +76,7 @@ class BatchedModel:
         )
         self.row_tables = cached(schedule, ("rows", *place, self.batch), lambda: row_tables(self.times, self.batch))
         self.padded = is_compiled(model)
+        self.told_steps = told_steps(model)
         self.sizes: tuple[int, ...] = ()
         self.cheaper: tuple[tuple[int, int], ...] = ()
         """(least, size): calls of at least so many rows, but fewer than `size`, are faster with `size` of them."""
@@ -236,6 +242,7 @@ class BatchedModel:
         count: int | None = None,
     ) -> Tensor:  # fmt: skip
         """One call on rows `inputs`: (n, D), of which the first `count` are wanted; checked, (n, D)."""
+        kwargs = {**kwargs, "step": step} if self.told_steps else kwargs
         try:
             value = call(self.model, inputs.view(-1, *self.shape), self.times[step] if times is None else times, kwargs)
         except RankError as error:

@@ -95,7 +95,7 @@ class SpectralSlope:
         shape = tuple(x.shape[1:])
         basis = Basis(channels, shape)
         power = basis.forward(x.flatten(1).contiguous()).view(-1, *shape).square().sum(0) / (len(x) - 1)
-        return cls(_average_rings(power).clamp_min(MIN_VARIANCE), channels)
+        return cls(average_rings(power).clamp_min(MIN_VARIANCE), channels)
 
     @classmethod
     @tables_on_cpu
@@ -211,7 +211,7 @@ def in_tf32(rows: Tensor) -> bool:
     return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
-def _average_rings(power: Tensor) -> Tensor:
+def average_rings(power: Tensor) -> Tensor:
     """Mean over coefficients of the same channel and (rounded) distance from frequency zero."""
     if power.dim() < 2:
         return power
