@@ -18,9 +18,17 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 SPACINGS = ("leading", "trailing", "linspace", "quad")
 
 
+def numbers(value: Any) -> Tensor:
+    """A CPU tensor of an argument, Python's numbers with all of their digits: torch makes float32 of them."""
+    found = torch.as_tensor(value)
+    if found.is_floating_point() and not isinstance(value, Tensor):
+        found = torch.as_tensor(value, dtype=torch.float64)
+    return found.detach().cpu()
+
+
 def vector(name: str, value: Tensor | Sequence[float], *, at_least: int = 1) -> Tensor:
     """A private float64 CPU copy of a one-dimensional, finite argument."""
-    out = torch.as_tensor(value).detach().to("cpu", torch.float64).clone()
+    out = numbers(value).to(torch.float64, copy=True)
     if out.ndim != 1 or len(out) < at_least:
         raise ValueError(f"{name}: expected a one-dimensional tensor of at least {at_least} values, "
                          f"got shape {tuple(out.shape)}")  # fmt: skip
