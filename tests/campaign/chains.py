@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ STEPS = (1, 2, 3, 5, 8, 10, 12, 16, 20, 25, 32, 40, 50, 50, 64, 100, 100, 150)
 LONG = (300, 1000)
 KINDS = ("ddim", "ddim", "ddim-eta", "ddpm", "clipped", "euler", "dpmpp_2m", "flow", "own")
 
-Call = Callable[[Tensor, float], Tensor]
-"""A model on states (B, *shape), all at one time, its keyword arguments bound."""
+Call = Callable[..., Tensor]
+"""A model on states (B, *shape), all at one time, multiplied by a scale if one is given; its arguments are bound."""
 Keep = Callable[[Tensor], Tensor]
 """What becomes of a new state before it is used: nothing, or what rounding might do to it."""
 
@@ -135,9 +136,9 @@ def denoising(draw: random.Random, kind: str, steps: int) -> Chain:
 
     def loop(model: Call, x: Tensor, normal: Callable[[], Tensor], keep: Keep) -> Tensor:
         before: Tensor | None = None
-        for i, (sigma, to) in enumerate(zip(levels, levels[1:])):
-            seen = x / math.sqrt(sigma**2 + 1) if scaled else x
-            clean, eps = clean_and_noise(x, model(seen, sigma), 1.0, sigma, prediction)
+        for i, (sigma, to) in enumerate(pairwise(levels)):
+            out = model(x, sigma, 1 / math.sqrt(sigma**2 + 1)) if scaled else model(x, sigma)
+            clean, eps = clean_and_noise(x, out, 1.0, sigma, prediction)
             if kind == "euler":
                 x = keep(x + (to - sigma) * eps)
             else:
@@ -165,7 +166,7 @@ def flow(draw: random.Random, kind: str, steps: int) -> Chain:
     schedule = dq.Schedule.from_sigmas(levels, flow=True)
 
     def loop(model: Call, x: Tensor, normal: Callable[[], Tensor], keep: Keep) -> Tensor:
-        for sigma, to in zip(levels, levels[1:]):
+        for sigma, to in pairwise(levels):
             x = keep(x + (to - sigma) * model(x, 1000 * sigma))
         return x
 

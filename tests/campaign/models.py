@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from chains import Chain
@@ -82,7 +83,7 @@ class Dense(nn.Module):
     def __init__(self, size: int, width: int, times: int, gain: float, draw: torch.Generator) -> None:
         super().__init__()
         sizes = [size + times, width, width, size]
-        weights = [torch.randn(b, a, generator=draw) * gain / math.sqrt(a) for a, b in zip(sizes, sizes[1:])]
+        weights = [torch.randn(b, a, generator=draw) * gain / math.sqrt(a) for a, b in pairwise(sizes)]
         self.weights = nn.ParameterList(weights)
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class Convolutions(nn.Module):
     def __init__(self, channels: int, width: int, times: int, gain: float, draw: torch.Generator) -> None:
         super().__init__()
         sizes = [channels, width, width, channels]
-        weights = [torch.randn(b, a, 3, 3, generator=draw) * gain / math.sqrt(9 * a) for a, b in zip(sizes, sizes[1:])]
+        weights = [torch.randn(b, a, 3, 3, generator=draw) * gain / math.sqrt(9 * a) for a, b in pairwise(sizes)]
         self.weights = nn.ParameterList([*weights, torch.randn(width, times, generator=draw)])
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:
