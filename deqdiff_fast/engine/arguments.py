@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -44,24 +45,27 @@ def check_schedule(schedule: object) -> None:
         )
 
 
-def positive(name: str, value: float | None) -> float | None:
+def positive(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}")
-    return float(value)
+    return number
 
 
-def count(name: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+def count(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
         raise ValueError(f"{name}: expected an int >= 1 or None, got {value!r}")
-    return value
+    return None if value is None else int(value)
 
 
-def window(value: int | str) -> int | str:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+def window(value: Any) -> int | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"window: expected 'auto' or an int >= 1, got {value!r}")
-    return value
+    return int(value)
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
