@@ -30,6 +30,11 @@ def worst(one: Outcome) -> float:
     return max(one.ratios, default=0.0)
 
 
+def wrong(one: Outcome) -> bool:
+    """Whether it is to be looked at: it failed, or a sample that is called converged is further off than asked."""
+    return bool(one.fault) or (one.ill <= ILL and worst(one) > 1)
+
+
 def kind_line(name: str, group: list[Outcome]) -> tuple[str, bool]:
     """A line of the table, and whether this kind is good enough."""
     sound = [one for one in group if one.ill <= ILL]
@@ -53,8 +58,8 @@ def problem_line(one: Outcome, seed: int) -> str:
     return f"  --seed {seed} --only {one.number}: {said}; {about}; {one.rounds} rounds, amplifies {one.gain:.0e} times"
 
 
-def report(outcomes: Iterable[Outcome], seed: int) -> bool:
-    """Print the table by kind and the problems that went wrong. Returns whether all is good enough."""
+def report(outcomes: Iterable[Outcome]) -> bool:
+    """Print the table by kind. Returns whether all is good enough."""
     every, fine = sorted(outcomes, key=lambda one: one.number), True
     heads = ("problems", "ill-cond", "samples", "not conv", ">tol", ">3tol", "median", "largest", "faults")
     widths = (8, 8, 8, 8, 6, 6, 8, 8, 6)
@@ -66,8 +71,5 @@ def report(outcomes: Iterable[Outcome], seed: int) -> bool:
             print(line)
     line, good = kind_line("all", every)
     print(line)
-    wrong = [one for one in every if one.fault or (one.ill <= ILL and worst(one) > 1)]
-    for one in wrong:
-        print(problem_line(one, seed))
     print(f"{sum(one.seconds for one in every):.0f} s of processor time", flush=True)
     return fine and good

@@ -42,8 +42,12 @@ def random_problems(args: argparse.Namespace) -> bool:
     print(f"problems {numbers.start} to {numbers.stop - 1}, seed {args.seed}", flush=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, args.workers), mp_context=context) as pool:
-        outcomes = list(pool.map(partial(problems.run, args.seed), numbers, chunksize=CHUNK))
-    return report.report(outcomes, args.seed)
+        outcomes = []
+        for one in pool.map(partial(problems.run, args.seed), numbers, chunksize=CHUNK):
+            outcomes.append(one)
+            if report.wrong(one):
+                print(report.problem_line(one, args.seed), flush=True)
+    return report.report(outcomes)
 
 
 def again(args: argparse.Namespace) -> int:
@@ -51,7 +55,7 @@ def again(args: argparse.Namespace) -> int:
     one = problems.run(args.seed, args.only)
     for name, value in one.plain().items():
         print(f"{name:12s} {value}")
-    return int(bool(one.fault) or (one.ill <= report.ILL and report.worst(one) > 1))
+    return int(report.wrong(one))
 
 
 def checked(name: str, part: Callable[[], list[str]]) -> bool:
