@@ -19,7 +19,8 @@ from deqdiff_fast.planner import outlook
         (
             {1: 1.0, 8: 1.0, 32: 1.1},
             r"^rounds pay for a small network on cuda:0: 32 rows in a call cost 1\.1 times one; 100 timesteps, 1 "
-            r"sample: all 100 timesteps at a time, .*, since it is predicted to be \S+ times as fast as the serial chain\.$",
+            r"sample: all 100 timesteps at a time, .*, since it is predicted to be \S+ times as fast as the serial "
+            r"chain\.$",
         ),
         (
             {1: 1.0, 8: 8.0, 32: 32.0},
