@@ -20,10 +20,8 @@ SPACINGS = ("leading", "trailing", "linspace", "quad")
 
 def numbers(value: Any) -> Tensor:
     """A CPU tensor of an argument, Python's numbers with all of their digits: torch makes float32 of them."""
-    found = torch.as_tensor(value)
-    if found.is_floating_point() and not isinstance(value, Tensor):
-        found = torch.as_tensor(value, dtype=torch.float64)
-    return found.detach().cpu()
+    plain = not isinstance(value, Tensor) and torch.as_tensor(value).is_floating_point()
+    return torch.as_tensor(value, dtype=torch.float64 if plain else None).detach().cpu()
 
 
 def vector(name: str, value: Tensor | Sequence[float], *, at_least: int = 1) -> Tensor:
@@ -238,8 +236,7 @@ def _second_order(signal: Tensor, sigma: Tensor) -> Tensor:
     Lu et al. 2022 (arXiv 2211.01095), algorithm 2; first step and a step to sigma = 0 are first order, as in
     k-diffusion's sample_dpmpp_2m. lambda = log(signal/sigma), h its step: weights 1 + h/(2 h_last), -h/(2 h_last).
     """
-    lam = signal.log() - sigma.log()
-    h = lam.diff()
+    h = (signal.log() - sigma.log()).diff()
     weights = torch.zeros(len(h), 2, dtype=torch.float64)
     weights[:, 0] = 1
     ratio = h[1:] / h[:-1] / 2  # h_last = inf (a flow starting at sigma = 1) gives weight 0
