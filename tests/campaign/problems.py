@@ -52,6 +52,7 @@ class Outcome:
     evals: float = 0.0
     """Model evaluations, over those of the serial chain."""
     seconds: float = 0.0
+    """Of processor time."""
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -141,7 +142,7 @@ def error(found: Tensor, expected: Tensor) -> Tensor:
 
 def run(seed: int, number: int) -> Outcome:
     """Solve one problem and compare."""
-    started = time.monotonic()
+    started = time.process_time()
     torch.set_num_threads(1)
     problem = random_problem(seed, number)
     with torch.no_grad():
@@ -149,7 +150,7 @@ def run(seed: int, number: int) -> Outcome:
             _solve(problem)
         except Exception as caught:
             problem.outcome.fault = f"{type(caught).__name__}: {' '.join(str(caught).split())[:300]}"
-    problem.outcome.seconds = time.monotonic() - started
+    problem.outcome.seconds = time.process_time() - started
     return problem.outcome
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 
 from problems import Outcome
 
-ILL = 0.25
-"""A problem is ill-conditioned where rounding alone moves its sample by more than this part of the tolerance: what is
-right is not defined to `tol` then. It is counted, and its error is not."""
+ILL, CHAOTIC = 0.25, 5e4
+"""A problem is ill-conditioned where rounding alone moves its sample by more than the first part of the tolerance, or
+where its chain amplifies a change by more than the second: float32 could not compute it to 1e-2 then, and residuals say
+nothing about its errors. It is counted and, where it went wrong, told, but its error is not held against the solver."""
 WORST, SHARE = 3.0, 0.005
 """No sample that is called converged may be further off than so many tolerances, and of no kind of problem may more
 than this share be further off than one."""
@@ -30,14 +31,19 @@ def worst(one: Outcome) -> float:
     return max(one.ratios, default=0.0)
 
 
+def ill(one: Outcome) -> bool:
+    """Whether what is right is not defined to the tolerance."""
+    return one.ill > ILL or one.gain > CHAOTIC
+
+
 def wrong(one: Outcome) -> bool:
     """Whether it is to be looked at: it failed, or a sample that is called converged is further off than asked."""
-    return bool(one.fault) or (one.ill <= ILL and worst(one) > 1)
+    return bool(one.fault) or (not ill(one) and worst(one) > 1)
 
 
 def kind_line(name: str, group: list[Outcome]) -> tuple[str, bool]:
     """A line of the table, and whether this kind is good enough."""
-    sound = [one for one in group if one.ill <= ILL]
+    sound = [one for one in group if not ill(one)]
     ratios = [ratio for one in sound for ratio in one.ratios]
     above, far = sum(ratio > 1 for ratio in ratios), sum(ratio > WORST for ratio in ratios)
     good = far == 0 and above <= SHARE * len(ratios) and not any(one.fault for one in group)
@@ -53,7 +59,7 @@ def kind_line(name: str, group: list[Outcome]) -> tuple[str, bool]:
 
 def problem_line(one: Outcome, seed: int) -> str:
     """How a problem that went wrong is made again, and what it is."""
-    said = one.fault or f"{worst(one):.2g} times tol"
+    said = one.fault or f"{worst(one):.2g} times tol{', ill-conditioned' if ill(one) else ''}"
     about = f"{one.family}, {one.chain}, {one.dtype}, {one.what}"
     return f"  --seed {seed} --only {one.number}: {said}; {about}; {one.rounds} rounds, amplifies {one.gain:.0e} times"
 

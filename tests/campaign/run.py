@@ -45,7 +45,7 @@ def random_problems(args: argparse.Namespace) -> bool:
         outcomes = []
         for one in pool.map(partial(problems.run, args.seed), numbers, chunksize=CHUNK):
             outcomes.append(one)
-            if report.wrong(one):
+            if report.wrong(one) or report.worst(one) > report.WORST:
                 print(report.problem_line(one, args.seed), flush=True)
     return report.report(outcomes)
 
