@@ -1,6 +1,7 @@
 # Everything here starts from Python >= 3.10 and a C++ compiler; the rest is installed into $(VENV).
 #   make demo      sample the bundled CIFAR-10 model in rounds and serially; pictures and a table in out/
 #   make test      build the wheel, install it, test the installed wheel (not this checkout)
+#   make campaign  thousands of random problems, injected faults, damaged files: about ten minutes on two cores
 #   make bench     rounds per solver, time per kernel; JSON in build/bench/
 #   make lint      ruff, mypy, clang-format, rules of the house, a strict build of the documentation
 #   make sanitize  C++ unit tests under ASan, UBSan and TSan
@@ -8,7 +9,8 @@
 #   make docs      the documentation as a web site in site/
 # Variables: PYTHON (python3), VENV (.venv), TORCH (torch==2.13.0), TORCH_ARGS (more pip arguments for torch, for
 # example the index of PyTorch's CPU-only wheels), TEST (what pytest is given), WORKERS (processes that run the tests, a
-# thread each; as many as there are cores, at most 8), DEMO_ARGS, PYTEST_ARGS.
+# thread each; as many as there are cores, at most 8), DEMO_ARGS, PYTEST_ARGS, PROBLEMS (3000) and SOLVES (10000) of the
+# campaign, CAMPAIGN_ARGS (--seed 1; --only 1234 makes one problem again).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +18,8 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 TEST ?= tests
 CORES := import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+PROBLEMS ?= 3000
+SOLVES ?= 10000
 WORKERS ?= $(shell $(PYTHON) -c '$(CORES)')
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 DOCS := mkdocs==1.6.1 mkdocs-material==9.8.1 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
@@ -23,7 +27,7 @@ DOCS := mkdocs==1.6.1 mkdocs-material==9.8.1 mkdocstrings==1.0.8 mkdocstrings-py
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint sanitize wheel docs clean FORCE
+.PHONY: demo test campaign bench lint sanitize wheel docs clean FORCE
 
 ROOT := $(CURDIR)
 BIN := $(abspath $(VENV))/bin
@@ -49,6 +53,11 @@ test: $(VENV)/installed
 	mkdir -p build/run
 	cd build/run && $(BIN)/pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) \
 		--import-mode=importlib -p no:cacheprovider $(SPREAD) $(PYTEST_ARGS) $(addprefix $(ROOT)/,$(TEST))
+
+campaign: $(VENV)/installed
+	mkdir -p build/run
+	cd build/run && OMP_NUM_THREADS=1 $(BIN)/python $(ROOT)/tests/campaign/run.py --workers $(WORKERS) \
+		--problems $(PROBLEMS) --solves $(SOLVES) $(CAMPAIGN_ARGS)
 
 bench: $(VENV)/installed
 	mkdir -p build/bench

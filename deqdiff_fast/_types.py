@@ -48,6 +48,9 @@ def shared(value: Any) -> Any:
     of samples, and a list or tuple of B strings belong to the samples and are repeated for the timesteps of a batch: a
     table of four noise levels is taken for one level a sample where there happen to be four samples.
 
+    What is large and belongs to the samples need not be repeated: `{"volumes": shared(volumes), "sample":
+    torch.arange(B)}` hands all B volumes to every call, and with them the number of the sample of each row.
+
     Args:
         value: a tensor, list, dict, or anything else.
 

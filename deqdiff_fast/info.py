@@ -18,6 +18,7 @@ import torch
 
 from .kernels import available_backends
 from .memory.pool import DEFAULT_BYTE_BUDGET, default_memory
+from .planner.outlook import whether_rounds_pay
 
 _PACKAGES = (
     "deqdiff_fast", "torch", "triton", "diffusers", "k-diffusion", "safetensors", "numpy", "pillow", "matplotlib",
@@ -116,7 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"deqdiff_fast.info takes no arguments, got {' '.join(argv)}", file=sys.stderr)
         return 2
     print(render(collect()))
+    print(_whether_rounds_pay(), flush=True)
     return 0
+
+
+def _whether_rounds_pay() -> str:
+    try:
+        return whether_rounds_pay()
+    except Exception as error:  # a device that is there and cannot be used; what is installed was said all the same
+        return f"whether rounds pay could not be measured: {' '.join(str(error).split())}"
 
 
 if __name__ == "__main__":

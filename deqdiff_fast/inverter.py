@@ -109,6 +109,7 @@ class DEQInverter:
         self.window = arguments.window(window)
         self.backend: Backend = arguments.choice("backend", backend, ("auto", "reference", "cpp", "triton"))
         self.on_failure: OnFailure = arguments.choice("on_failure", on_failure, ("serial", "raise", "warn"))
+        arguments.check_memory(memory)
         self.memory = memory if memory is not None else default_memory()
 
     def __copy__(self) -> DEQInverter:

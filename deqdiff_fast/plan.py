@@ -67,12 +67,17 @@ class Plan:
         """What the serial chain is predicted to take, in seconds; None where its step was not measured yet."""
         return self.candidates[0].seconds
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """What will be done and why, in one sentence."""
         samples = f"{self.batch} sample{'s' * (self.batch != 1)}"
         chosen = self._title(self.chosen)
         if not self.serial:
             chosen += f" at a time, at most {self.chosen.piece} rows in one model call"
-        lines = [f"{self.steps} timesteps, {samples}: {chosen}, since {self.reason}."]
+        return f"{self.steps} timesteps, {samples}: {chosen}, since {self.reason}."
+
+    def __str__(self) -> str:
+        lines = [self.summary]
         if self.measured:
             costs = ", ".join(f"{n} row{'s' * (n != 1)} {_duration(cost)}" for n, cost in self.measured)
             lines.append(f"one model call: {costs}")

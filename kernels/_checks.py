@@ -16,6 +16,22 @@ INDEX = (torch.int32,)
 Arguments = dict[str, Any]  # of an op, by the names of its schema
 
 
+def check_types(given: Arguments, types: list[tuple[str, str]]) -> None:
+    """What the dispatcher sees to in its own calls: tensors where the schema has tensors, dense ones, and numbers."""
+    for name, kind in types:
+        value = given[name]
+        if kind.startswith("Tensor"):
+            if isinstance(value, Tensor):
+                if value.layout is not torch.strided:
+                    raise ValueError(f"{name}: expected a dense tensor, got one of layout {value.layout}")
+            elif value is not None or not kind.endswith("?"):
+                raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+        elif kind == "int" and (isinstance(value, (bool, float, str)) or value is None or abs(value) >= 2**63):
+            raise ValueError(f"{name}: expected an int, got {value!r}")
+        elif kind == "float" and (isinstance(value, (bool, str)) or value is None):
+            raise ValueError(f"{name}: expected a number, got {value!r}")
+
+
 def expect(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:

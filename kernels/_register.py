@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..errors import BackendUnavailableError
 from . import _backends
-from ._checks import Arguments, check_windows
+from ._checks import Arguments, check_types, check_windows
 
-_ARGUMENT = re.compile(r"(Tensor|int|float|bool|str)(\(\w+!\))?\?? (\w+)")
+_ARGUMENT = re.compile(r"(Tensor|int|float|bool|str)(\(\w+!\))?(\??) (\w+)")
 # What the C++ form takes in float64, and in float32 unless the states are float64; other tensors as they are stored.
 _FLOAT64 = frozenset({"state_coef", "model_coef", "sq_diff", "sq_norm", "sq_miss", "gram"})
 _WIDE = frozenset({"slope", "weight"})
@@ -65,9 +65,10 @@ class register:
         self.check_values = check_values
         self.name, _, arguments = schema.partition("(")
         found = _ARGUMENT.findall(arguments)
-        self.names = tuple(name for _, _, name in found)
-        self.written = frozenset(name for _, mutable, name in found if mutable)
-        self.kinds = [(n, "tensor" if n in as_stored else _kind(n, kind)) for kind, _, n in found if n != "workspace"]
+        self.names = tuple(name for *_, name in found)
+        self.written = frozenset(name for _, mutable, _, name in found if mutable)
+        self.kinds = [(n, "tensor" if n in as_stored else _kind(n, kind)) for kind, *_, n in found if n != "workspace"]
+        self.types = [(name, kind + optional) for kind, _, optional, name in found]
         if cpp is not None:
             _backends.CPP_OPS.append(self.name)
         self.op = torch.library.custom_op(
@@ -76,7 +77,9 @@ class register:
             mutates_args=[name for name in self.names if name in self.written],
             schema=f"({arguments}",
         )
-        self.op.register_fake(lambda *args, **named: validate(dict(zip(self.names, args), **named)))  # returns nothing
+        self.op.register_fake(
+            lambda *args, **named: self.check(dict(zip(self.names, args), **named))
+        )  # returns nothing
 
     def __call__(self, backend: str, *args: Any) -> None:
         if backend == "auto" and _backends.dispatched(args[0]):
@@ -84,10 +87,15 @@ class register:
         else:
             self.run(backend, *args)
 
+    def check(self, given: Arguments) -> None:
+        """Raise ValueError unless the arguments are what the op takes; no tensor's values are read."""
+        check_types(given, self.types)
+        self.validate(given)
+
     def run(self, backend: str, *args: Any) -> None:
         """The op on one backend, past torch's dispatcher."""
         given = dict(zip(self.names, args, strict=True))
-        self.validate(given)
+        self.check(given)
         name = self._choose(backend, given)
         if "predictions" in given:  # an op on a chain
             if args[0].device.type == "cpu":  # reading values costs nothing there

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -122,3 +125,59 @@ def test_results_and_errors(ddim, noise, way):
     error = WAYS[way](dq.NotConvergedError("no", out))
     assert str(error) == "no"
     assert torch.equal(error.solution.sample, out.sample)
+
+
+def test_an_average_of_weights_keeps_a_sampler_of_its_own(ddim, noise):
+    """What torch's EMA is: a deep copy of the whole module, updated as training goes on."""
+    policy = Policy(ddim(8))
+    with torch.no_grad():
+        policy.sampler.sample(noise(2, (4,)))
+        average = torch.optim.swa_utils.AveragedModel(policy, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn())
+        average.update_parameters(policy)
+        policy.net.weight.mul_(3)
+        average.update_parameters(policy)
+        mean = average.module
+        assert mean.sampler.model is mean.net is not policy.net
+        found, expected = mean.sampler.sample(noise(2, (4,))), mean.sampler.serial(noise(2, (4,)))
+        assert not torch.allclose(found.sample, policy.sampler.sample(noise(2, (4,))).sample, rtol=1e-2)
+    assert torch.allclose(found.sample, expected.sample, rtol=1e-3, atol=1e-3)
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        return torch.tanh(self.layer(x))
+"""
+WORKER = """
+import pickle, torch
+torch.set_num_threads(1)
+with open("sent", "rb") as file:
+    sampler, inverter, start = pickle.load(file)
+assert sampler.model is inverter.model
+torch.save((sampler.sample(start).sample, inverter.invert(0.1 * start).noise), "found")
+"""
+
+
+def test_a_process_that_was_spawned_solves_what_it_was_sent(ddim, noise, tmp_path, monkeypatch):
+    """As a worker of a data loader or a pool of processes is given it: a pickle, in an interpreter of its own."""
+    (tmp_path / "some_network.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module("some_network").Network().requires_grad_(False)
+    sampler = dq.DEQSampler(model, ddim(8), solver="quasi-newton", tol=1e-4)
+    inverter = dq.DEQInverter(model, ddim(8), memory=dq.SolverMemory())
+    start = noise(2, (4,))
+    expected = sampler.sample(start).sample, inverter.invert(0.1 * start).noise
+    (tmp_path / "sent").write_bytes(pickle.dumps((sampler, inverter, start)))
+    done = subprocess.run([sys.executable, "-c", WORKER], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for found, wanted in zip(torch.load(tmp_path / "found"), expected):
+        assert torch.allclose(found, wanted, atol=1e-5)

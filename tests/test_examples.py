@@ -13,7 +13,9 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Those with a test below, or in the file named.
-COVERED = {"plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit", "train_get"}
+COVERED = {
+    "plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit", "train_get", "own_chains", "own_models",
+}  # fmt: skip
 ELSEWHERE = {"pipeline": "integrations/test_pipelines.py"}
 
 
@@ -38,7 +40,7 @@ def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names <= COVERED | set(ELSEWHERE)
     assert names >= COVERED
-    assert len(names) <= 6
+    assert len(names) <= 8
     for name in names & set(ELSEWHERE):
         text = (Path(__file__).parent / ELSEWHERE[name]).read_text(encoding="utf-8")
         assert f"{name}.py" in text
@@ -51,6 +53,22 @@ def test_plain_pytorch(run):
     assert float(error) < 1e-2
     radii = [float(r) for r in re.search(r"radius: (.*) for labels", out).group(1).split(", ")]
     assert radii == pytest.approx([0.5, 1.5, 0.5, 1.5], abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [
+        ("own_chains", ["flow_that_begins_at_0", "adams_bashforth", "clamped_to_0_1"]),
+        ("own_models", ["masked", "no_label", "numpy_model", "side_inputs"]),
+    ],
+)
+def test_models_and_chains_of_ones_own(run, name, cases):
+    out = run(name)
+    found = re.findall(r"^(\w+): 40 steps in (\d+) rounds, largest error (\S+)$", out, re.M)
+    assert [case for case, *_ in found] == cases
+    for _, rounds, error in found:
+        assert int(rounds) <= 15
+        assert float(error) < 1e-2
 
 
 def test_diffusion_policy(run):

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Invert, and write noise, picture and plot. Returns the exit status; raises UnfinishedError where pictures were
     left out."""
     if not any(path.is_file() for path in args.images):
-        raise CommandError(f"{args.images[0]}: there is no such file")
+        first = args.images[0]
+        raise CommandError(f"{first}: {'that is a folder; name a file' if first.is_dir() else 'there is no such file'}")
     if args.out.exists() and not args.out.is_dir():
         raise CommandError(f"--out {args.out}: that is a file; name a folder")
     check_folder(args.out)

@@ -84,4 +84,6 @@ def _wide(path: Path, picture: Image.Image, kind: str | None, tags: dict[int, An
         )
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         values = white - values
+    if isinstance(picture.info.get("transparency"), int):  # one value of a PNG file is
+        values = np.where(values == picture.info["transparency"], white, values)
     return Image.fromarray((values * (255 / white)).astype(np.float32))

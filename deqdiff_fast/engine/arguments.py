@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..memory import SolverMemory
 from ..model.draft import Draft
 from ..schedule import Schedule
 
 LEAST = {torch.float64: 1e-130, torch.float32: 1e-14}  # a sample's size, whose squares and those of its steps count
+MOST = {torch.float64: 1e150} | dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 1e15)
 
 
 def check_model(model: object) -> None:
     if not callable(model):
         raise TypeError(f"model: expected a callable model(x, t, **model_kwargs), got {type(model).__name__}")
+
+
+def check_memory(memory: object) -> None:
+    if memory is not None and not isinstance(memory, SolverMemory):
+        raise TypeError(f"memory: expected a deqdiff_fast.SolverMemory or None, got {type(memory).__name__}")
 
 
 def check_draft(draft: object, schedule: Schedule) -> None:
@@ -44,24 +52,27 @@ def check_schedule(schedule: object) -> None:
         )
 
 
-def positive(name: str, value: float | None) -> float | None:
+def positive(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a number > 0 or None, got {value!r}")
-    return float(value)
+    return number
 
 
-def count(name: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+def count(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
         raise ValueError(f"{name}: expected an int >= 1 or None, got {value!r}")
-    return value
+    return None if value is None else int(value)
 
 
-def window(value: int | str) -> int | str:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+def window(value: Any) -> int | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"window: expected 'auto' or an int >= 1, got {value!r}")
-    return value
+    return int(value)
 
 
 def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
@@ -95,7 +106,11 @@ def check_image(image: object) -> None:
 
 
 def _check_size(name: str, samples: Tensor) -> None:
-    """Values must be finite, and a sample, unless it is zero, of a size whose square is a number of its dtype."""
+    """Values must be there and finite, and a sample, unless it is zero, of a size whose square is a number of its
+    dtype."""
+    if samples.layout is not torch.strided or samples.is_meta:
+        kind = "on the meta device, without values" if samples.is_meta else f"of layout {samples.layout}"
+        raise ValueError(f"{name}: expected a dense tensor with values, got one {kind}")
     least = LEAST.get(samples.dtype, LEAST[torch.float32])
     largest = samples.detach().flatten(1).abs().amax(1).tolist()  # one look at a device
     if not all(map(math.isfinite, largest)):
@@ -134,8 +149,16 @@ def check_trajectory(trajectory: object, noise: Tensor, steps: int) -> None:
         raise ValueError(f"init_trajectory: expected shape {expected}, got {tuple(trajectory.shape)}")
     if trajectory.device != noise.device:
         raise ValueError(f"init_trajectory: expected device {noise.device}, got {trajectory.device}")
-    if not bool(trajectory.isfinite().all()):
+    if trajectory.layout is not torch.strided:
+        raise ValueError(f"init_trajectory: expected a dense tensor, got one of layout {trajectory.layout}")
+    largest, most = float(trajectory.detach().abs().max()) if trajectory.numel() else 0.0, MOST[noise.dtype]
+    if not math.isfinite(largest):
         raise ValueError("init_trajectory: expected finite values, got NaN or Inf; leave it out to start without one")
+    if largest > most:
+        raise ValueError(
+            f"init_trajectory: expected values up to {most:g} for a noise of {noise.dtype}, whose squares are no "
+            f"overflow, got {largest:.1e}; leave it out to start without one"
+        )
 
 
 def cuda_graph(value: Any) -> bool | str:

@@ -90,6 +90,7 @@ class Options:
             raise ValueError(
                 "solver: slope='spectral' needs DEQSampler(spectrum=SpectralSlope...) to take the slope from"
             )
+        arguments.check_memory(memory)
         window = arguments.window(given["window"])
         resolved.check(schedule.num_steps, schedule.lags, window)
         return cls(

@@ -190,7 +190,7 @@ class BatchedModel:
         if size > count:
             inputs[count:].copy_(inputs[:1].expand(size - count, self.numel))
         if self.input_scale is not None:
-            inputs.mul_(self.input_scale[step, None].to(inputs.dtype))
+            inputs.mul_(self.input_scale[step, None])  # not rounded to 16 bits itself: the serial chain's is not
         kwargs = self.expand_kwargs(sample, (rows.lo, rows.hi, start, stop) if rows.flat is None else None)
         output = self._call(inputs, step, kwargs, round, times, count)[:count]
         output = self.clip(output, states, step[:count])

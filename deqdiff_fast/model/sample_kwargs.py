@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from .._types import Shared, shared
 
 _log = logging.getLogger("deqdiff_fast")
 _told: set[str] = set()  # what was said of a guess already
 _INNER = (dict, list, tuple, Shared)
+_LARGE = 2**20  # bytes of one sample, of which copies for every timestep are worth a word
 
 
 def is_list_of_strings(value: Any, batch: int | None = None) -> bool:
@@ -62,12 +63,22 @@ def _select(values: Any, batch: int, rows: Tensor, rest: Callable[[Any], Any]) -
 
 
 def warn_of_guesses(model_kwargs: dict[str, Any] | None, batch: int) -> None:
-    """Log, once for each, what `model_kwargs` leave open: whether a value belongs to the samples."""
+    """Log, once for each, what `model_kwargs` leave open: whether a value belongs to the samples; and what is large."""
     for name, what, taken in _guesses(model_kwargs, "", batch) if model_kwargs and batch > 1 else ():
-        message = f"model_kwargs{name}: {what}, for {batch} samples, {taken}"
-        if message not in _told:
-            _told.add(message)
-            _log.warning("%s", message)
+        _tell(logging.WARNING, f"model_kwargs{name}: {what}, for {batch} samples, {taken}")
+    for path, value in tree_flatten_with_path(model_kwargs or {}, is_leaf=lambda x: isinstance(x, Shared))[0]:
+        if isinstance(value, Tensor) and is_per_sample(value, batch) and value[:1].nbytes >= _LARGE:
+            _tell(
+                logging.INFO,
+                f"model_kwargs{keystr(path)}: {value[:1].nbytes / 2**20:.1f} MB for each sample are copied for every "
+                "timestep of a batch; deqdiff_fast.shared(...) with the numbers of the samples beside it avoids that",
+            )
+
+
+def _tell(level: int, message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        _log.log(level, "%s", message)
 
 
 def _guesses(value: Any, name: str, batch: int) -> Iterator[tuple[str, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ MOST_PREPARING = 6  # solves of a kind that may prepare something and are not be
 ROUND_OVERHEAD = 1.5  # of what a serial step spends outside of the model: a round also tests and shifts its window
 ELEMENT_SECONDS = 2.4e-9  # a solver's own work for an element of a state: 48 bytes at 20 GB a second
 
+_log = logging.getLogger(__name__)
 _LOCK = Lock()  # what is learned is shared between samplers, and so between threads
 
 TYPICAL_SWEEPS = 7  # of a draft in a round on nodes, its call of a batch taken to cost as much for each row as for one
@@ -96,7 +98,9 @@ class Planner:
         stats = workload.stats
         with _LOCK:
             if stats.plan is None or (stats.age >= REFRESH and stats.measure_budget >= 0):
-                stats.plan, stats.age = decide(self.inputs(workload, stats.plan)), 0
+                before, stats.plan, stats.age = stats.plan, decide(self.inputs(workload, stats.plan)), 0
+                if stats.plan.measured and (before is None or before.serial != stats.plan.serial):
+                    _log.info("%s", stats.plan.summary)
             return stats.plan
 
     def forced(self, workload: Workload, window: int) -> Plan:

@@ -70,14 +70,14 @@ class Schedule:
     @tables_on_cpu
     def __post_init__(self) -> None:
         tables.choice("prediction_type", self.prediction_type, tables.PREDICTION_TYPES)
-        steps = torch.as_tensor(self.timesteps).detach().cpu()
+        steps = tables.numbers(self.timesteps)
         kind = torch.float64 if steps.is_floating_point() else torch.int64
         fields: dict[str, Tensor] = {"timesteps": tables.vector("timesteps", steps).to(kind)}
         for name in ("input_scale", "noise_coef", "signal", "sigma"):
             fields[name] = tables.vector(name, getattr(self, name))
         t = len(fields["timesteps"])
         for name in ("state_coef", "model_coef", *(("x0_coef",) if self.x0_coef is not None else ())):
-            fields[name] = torch.as_tensor(getattr(self, name)).detach().to("cpu", torch.float64).clone()
+            fields[name] = tables.numbers(getattr(self, name)).to(torch.float64, copy=True)
         drawn = fields["noise_coef"] != 0 if self.draws is None else torch.as_tensor(self.draws).detach().cpu().bool()
         fields["draws"] = drawn.clone()
         lags = fields["state_coef"].shape[-1]

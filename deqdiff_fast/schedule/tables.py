@@ -18,9 +18,15 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 SPACINGS = ("leading", "trailing", "linspace", "quad")
 
 
+def numbers(value: Any) -> Tensor:
+    """A CPU tensor of an argument, Python's numbers with all of their digits: torch makes float32 of them."""
+    plain = not isinstance(value, Tensor) and torch.as_tensor(value).is_floating_point()
+    return torch.as_tensor(value, dtype=torch.float64 if plain else None).detach().cpu()
+
+
 def vector(name: str, value: Tensor | Sequence[float], *, at_least: int = 1) -> Tensor:
     """A private float64 CPU copy of a one-dimensional, finite argument."""
-    out = torch.as_tensor(value).detach().to("cpu", torch.float64).clone()
+    out = numbers(value).to(torch.float64, copy=True)
     if out.ndim != 1 or len(out) < at_least:
         raise ValueError(f"{name}: expected a one-dimensional tensor of at least {at_least} values, "
                          f"got shape {tuple(out.shape)}")  # fmt: skip
@@ -230,8 +236,7 @@ def _second_order(signal: Tensor, sigma: Tensor) -> Tensor:
     Lu et al. 2022 (arXiv 2211.01095), algorithm 2; first step and a step to sigma = 0 are first order, as in
     k-diffusion's sample_dpmpp_2m. lambda = log(signal/sigma), h its step: weights 1 + h/(2 h_last), -h/(2 h_last).
     """
-    lam = signal.log() - sigma.log()
-    h = lam.diff()
+    h = (signal.log() - sigma.log()).diff()
     weights = torch.zeros(len(h), 2, dtype=torch.float64)
     weights[:, 0] = 1
     ratio = h[1:] / h[:-1] / 2  # h_last = inf (a flow starting at sigma = 1) gives weight 0

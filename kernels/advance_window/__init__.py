@@ -23,6 +23,8 @@ def _validate(given: Arguments) -> None:
         expect(name, given[name], shape, INDEX, device)
     expect("decision", given["decision"], (4, batch), WIDE, device)
     expect("rows", given["rows"], (given["rows"].numel(),), (torch.int64,), device)
+    if not 1 <= given["width"] < 2**31:
+        raise ValueError(f"width: expected a number of rows >= 1, got {given['width']}")
 
 
 _op = register(

@@ -13,9 +13,9 @@ __all__ = ["copy_rows"]
 
 def _validate(given: Arguments) -> None:
     target, source = given["target"], given["source"]
-    if target.dim() != 3 or source.shape[1:] != target.shape[1:]:
+    if target.dim() != 3 or source.shape[1:] != target.shape[1:] or not len(source):
         shapes = f"{tuple(target.shape)}, {tuple(source.shape)}"
-        raise ValueError(f"target, source: expected shapes (R, B, D) and (S, B, D), got {shapes}")
+        raise ValueError(f"target, source: expected shapes (R, B, D) and (S, B, D) with S >= 1, got {shapes}")
     expect("target", target, target.shape, STORAGE, target.device)
     expect("source", source, source.shape, STORAGE, target.device)
     expect("first", given["first"], target.shape[1:2], INDEX, target.device)

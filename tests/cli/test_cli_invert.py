@@ -59,6 +59,7 @@ def test_invert_writes_noise_that_gives_the_picture_back(folder, capsys):
     ("options", "message"),
     [
         (("nowhere.png",), "there is no such file"),
+        ((".",), "that is a folder; name a file"),
         (("text.png",), "not a picture"),
         (("big.png",), "big.png: 40 x 20 pixels, and the model makes 32 x 32; pass --resize"),
         (("a.png", "--out", "text.png"), "that is a file; name a folder"),

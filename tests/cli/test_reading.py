@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,10 @@ KINDS = {
     "alpha.png": (np.concatenate([COLOURS, ALPHA], 2), over_white(COLOURS)),
     "alpha.tif": (np.concatenate([COLOURS, ALPHA], 2), over_white(COLOURS)),
     "grey alpha.png": (np.concatenate([COLOURS[..., :1], ALPHA], 2), over_white(COLOURS[..., :1])),
+    "grey alpha.tif": (np.concatenate([COLOURS[..., :1], ALPHA], 2), over_white(COLOURS[..., :1])),
+    "grey.gif": (COLOURS[..., 0], COLOURS[..., 0]),
+    "black and white.tif": (RAMP > 0.5, 255 * (RAMP > 0.5)),
+    "float to 1.pfm": (RAMP.astype(np.float32), 255 * RAMP),
 }
 
 
@@ -114,6 +119,75 @@ def test_resizing_keeps_what_8_bits_would_lose(tmp_path):
     found = read([tmp_path / "a.png"], (3, SIZE, SIZE), True)[0].numpy()
     assert abs(found - seen(255 * RAMP))[:, 2:-2, 2:-2].max() < 0.03
     assert abs(found).max() <= 1
+
+
+def png(bits: int, kind: int, rows: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file as its specification has it, of kinds that pillow does not write; rows: (SIZE, bytes)."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", SIZE, SIZE, bits, kind, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(*each) for each in chunks) + body + chunk(b"IEND", b"")
+
+
+def few_bits(bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """(SIZE, SIZE) values below 2^bits, and the rows of a file with them."""
+    values = np.random.default_rng(bits).integers(0, 2**bits, (SIZE, SIZE))
+    each = np.unpackbits(values.astype(np.uint8)[..., None], axis=2)[..., 8 - bits :]
+    return values, np.packbits(each.reshape(SIZE, -1), axis=1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_png_of_few_bits(tmp_path, bits):
+    values, rows = few_bits(bits)
+    colours = np.random.default_rng(0).integers(0, 256, (2**bits, 3), dtype=np.uint8)
+    opaque = np.random.default_rng(1).integers(0, 256, 2**bits, dtype=np.uint8)
+    (tmp_path / "grey.png").write_bytes(png(bits, 0, rows))
+    (tmp_path / "palette.png").write_bytes(
+        png(bits, 3, rows, (b"PLTE", colours.tobytes()), (b"tRNS", opaque.tobytes()))
+    )
+    share = opaque[values][..., None] / 255
+    expected = {"grey": 255 * values / (2**bits - 1), "palette": share * colours[values] + 255 * (1 - share)}
+    for name, pixels in expected.items():
+        found = read([tmp_path / f"{name}.png"], (3, SIZE, SIZE), False)[0].numpy()
+        assert abs(found - seen(pixels)).max() < 0.005
+
+
+def test_png_of_16_bits(tmp_path):
+    """In colours, with transparency, and with one grey value that is transparent."""
+    wide, clear = WIDE.astype(">u2"), 3 * SIZE + 5
+    colours, alpha = (COLOURS.astype(">u2") * 257).astype(">u2"), (ALPHA.astype(">u2") * 257).astype(">u2")
+    grey = 255 * RAMP[..., None]
+    one = struct.pack(">H", int(WIDE.flat[clear]))
+    files = {
+        "colours": (png(16, 2, colours), COLOURS),
+        "colours and alpha": (png(16, 6, np.concatenate([colours, alpha], 2).astype(">u2")), over_white(COLOURS)),
+        "grey and alpha": (png(16, 4, np.concatenate([wide[..., None], alpha], 2).astype(">u2")), over_white(grey)),
+        "grey, one value clear": (
+            png(16, 0, wide, (b"tRNS", one)), np.where(np.arange(SIZE**2).reshape(SIZE, SIZE) == clear, 255, 255 * RAMP)
+        ),
+    }  # fmt: skip
+    for name, (data, pixels) in files.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+        found = read([tmp_path / f"{name}.png"], (3, SIZE, SIZE), False)[0].numpy()
+        assert abs(found - seen(pixels)).max() <= 0.009, name
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.tif", "a.png"])
+def test_the_first_of_several_pictures(tmp_path, name):
+    frames = [Image.fromarray(np.full((SIZE, SIZE, 3), value, np.uint8)) for value in (10, 200)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    assert abs(read([tmp_path / name], (3, SIZE, SIZE), False) - (10 / 127.5 - 1)).max() < 0.02
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+def test_turns_that_are_none(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(COLOURS).save(tmp_path / "a.png", exif=exif, icc_profile=b"no profile")
+    assert abs(read([tmp_path / "a.png"], (3, SIZE, SIZE), False)[0].numpy() - seen(COLOURS)).max() < 1e-9
 
 
 def cut(path: Path) -> None:

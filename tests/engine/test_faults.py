@@ -227,6 +227,41 @@ def test_a_starting_guess_must_be_finite(mixture, ddim, noise, solve, value):
     assert model.calls == 0
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e30), (torch.bfloat16, 1e20), (torch.float64, 1e200)])
+def test_a_starting_guess_whose_squares_overflow_is_refused(mixture, ddim, noise, dtype, size):
+    """Else the first round is taken for an overflow of the model."""
+    guess, start = torch.zeros(6, 2, 3, 8, 8, dtype=torch.float64), noise(2, dtype=dtype)
+    guess[2, 1, 0, 0, 0] = size
+    sampler = dq.DEQSampler(mixture(), ddim(5), solver="picard")
+    with pytest.raises(ValueError, match=r"init_trajectory: expected values up to 1e\+\d+ .*, got \d.\de\+"):
+        sampler.sample(start, init_trajectory=guess)
+    guess[2, 1, 0, 0, 0] = 1e14 if dtype != torch.float64 else 1e140
+    assert sampler.sample(start, init_trajectory=guess).converged.all()
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_without_values_in_order_are_refused(mixture, ddim, noise, kind):
+    made = {"sparse": lambda x: x.to_sparse(), "meta": lambda x: x.to("meta")}[kind]
+    sampler, inverter = dq.DEQSampler(mixture(), ddim(5)), dq.DEQInverter(mixture(), ddim(5))
+    for name, call in (("noise", sampler.sample), ("noise", sampler.serial), ("image", inverter.invert)):
+        with pytest.raises(ValueError, match=f"{name}: expected a dense tensor with values, got one (of|on)"):
+            call(made(noise(2)))
+    with pytest.raises(ValueError, match="init_trajectory: expected"):
+        sampler.sample(noise(2), init_trajectory=made(torch.zeros(6, 2, 3, 8, 8)))
+
+
+def test_settings_may_be_numbers_of_numpy(mixture, ddim, noise):
+    numpy = pytest.importorskip("numpy")
+    settings = {"tol": numpy.float32(1e-3), "max_rounds": numpy.int64(4), "window": numpy.int32(3)}
+    found = dq.DEQSampler(mixture(), ddim(5), max_batch=numpy.int8(3), **settings).sample(noise(2))
+    assert found.converged.all()
+    assert found.stats.window == 3
+    assert dq.DEQInverter(mixture(), ddim(5), **settings).window == 3
+    for make in (dq.DEQSampler, dq.DEQInverter):
+        with pytest.raises(TypeError, match=r"memory: expected a deqdiff_fast\.SolverMemory or None, got int"):
+            make(mixture(), ddim(5), memory=1 << 20)
+
+
 @pytest.mark.parametrize("solver", ["quasi-newton", "auto", "parareal", *SOLVERS])
 @pytest.mark.parametrize("scale", [1e-20, 1e-100])
 def test_tiny_states_are_solved_like_others(ddim, noise, relative_error, solver, scale):

@@ -81,6 +81,51 @@ def test_the_dispatcher_refuses_bad_settings(op, changes):
         dispatched(op, operands(op) | changes)
 
 
+@pytest.mark.parametrize(
+    ("op", "changes"),
+    [
+        ("copy_rows", {"source": torch.empty(0, 2, SIZE)}),
+        ("advance_window", {"width": 0}),
+        ("advance_window", {"width": -2}),
+        ("advance_window", {"width": 2**40}),
+    ],
+)
+def test_sizes_of_nothing(op, changes):
+    for call in (dispatched, called):
+        with pytest.raises(ValueError, match="expected"):
+            call(op, operands(op) | changes)
+
+
+NO_TENSORS = {"none": lambda t: None, "a list": lambda t: t.tolist(), "sparse": lambda t: t.to_sparse()}
+
+
+@pytest.mark.parametrize("kind", NO_TENSORS)
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_no_dense_tensor_is_refused_by_name(op, kind, backend):
+    """The compiled forms read memory by its address, and the reference is not to be all that notices."""
+    optional = {"drift", "workspace", "z", "e", "filled", "classes"}
+    for name, tensor in tensors(operands(op)).items():
+        if kind == "none" and name in optional:
+            continue
+        with pytest.raises(ValueError, match=f"{name}: expected a (dense )?tensor, got"):
+            called(op, operands(op) | {name: NO_TENSORS[kind](tensor)}, backend=backend)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_no_number_is_refused_by_name(op, backend):
+    for name, value in operands(op).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            for bad in (
+                None,
+                True,
+                "1",
+                1.5 if isinstance(value, int) else "x",
+                2**64 if isinstance(value, int) else "x",
+            ):
+                with pytest.raises(ValueError, match=f"{name}: expected an? (int|number), got"):
+                    called(op, operands(op) | {name: bad}, backend=backend)
+
+
 def test_a_tracer_refuses_without_running():
     with FakeTensorMode() as mode:
         fake = {name: mode.from_tensor(value) for name, value in tensors(operands("ddim_update")).items()}

@@ -141,3 +141,26 @@ def test_nothing_is_logged_for_one_sample(ddim, noise, caplog):
 def test_marks_are_taken_off_once():
     value = torch.zeros(3)
     assert dq.shared(dq.shared(value)).value is value
+
+
+def volumes_of(x, t, volumes, sample=None):
+    """A model that reads a large tensor: that of each row, or all of them with the number of each row's sample."""
+    strength = volumes.flatten(1)[:, :8]
+    return 0.5 * torch.tanh(x) + (strength if sample is None else strength[sample])
+
+
+@pytest.mark.parametrize("solver", ["picard", "quasi-newton"])
+def test_large_side_inputs_are_not_copied_for_every_timestep(ddim, noise, relative_error, peak_bytes, caplog, solver):
+    volumes = torch.randn(3, 1 << 18, generator=torch.Generator().manual_seed(0))  # a megabyte each
+    sampler = dq.DEQSampler(volumes_of, ddim(20), solver=solver, tol=1e-5)
+    indexed = {"volumes": dq.shared(volumes), "sample": torch.arange(3)}
+    with caplog.at_level(logging.INFO, "deqdiff_fast"), peak_bytes() as seen, torch.no_grad():
+        found = sampler.sample(noise(3, (8,)), indexed)
+    assert seen.peak < 4 * 2**20  # the three megabytes themselves are counted
+    assert "volumes" not in caplog.text
+    with caplog.at_level(logging.INFO, "deqdiff_fast"), peak_bytes() as seen, torch.no_grad():
+        expected = [solve(noise(3, (8,)), {"volumes": volumes}) for solve in (sampler.sample, sampler.serial)]
+    assert seen.peak > 10 * 2**20, "the test must be able to tell"
+    assert caplog.text.count("model_kwargs['volumes']: 1.0 MB for each sample are copied for every timestep") == 1
+    for one in expected:
+        assert relative_error(found.sample, one.sample).max() < 1e-4

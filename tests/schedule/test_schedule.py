@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -382,3 +383,26 @@ def test_a_generator_ends_where_the_scheduler_would_have_left_it(noise, way, sev
     before = torch.get_rng_state()
     solve(start)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, lambda values: [torch.tensor(v, dtype=torch.float64) for v in values]]
+)
+def test_plain_numbers_keep_all_of_their_digits(kind):
+    """torch makes float32 of a list of floats, which is not what tolerances below 1e-7 are asked of."""
+    sigmas, alphas = [0.9, 0.7, 1 / 3, 0.1, 0.0], [0.99, 0.9, 2 / 3, 0.1]
+    exact = Schedule.from_sigmas(torch.tensor(sigmas, dtype=torch.float64), flow=True)
+    given = Schedule.from_sigmas(kind(sigmas), flow=True)
+    tables = [
+        (given, exact),
+        (Schedule.ddim(kind(alphas), [3, 2, 0]), Schedule.ddim(torch.tensor(alphas, dtype=torch.float64), [3, 2, 0])),
+    ]
+    own = {"timesteps": kind([0.3, 0.1]), "input_scale": kind([1.0, 0.7]), "state_coef": kind([[0.9], [0.3]]),
+           "model_coef": kind([[0.1], [1 / 3]]), "noise_coef": kind([0.1, 0.0]), "signal": kind([0.1, 0.3, 1.0]),
+           "sigma": kind([1.0, 0.7, 0.1])} if kind in (list, tuple, np.array) else {}  # fmt: skip
+    if own:
+        wide = {name: torch.tensor(np.array(value, dtype=np.float64)) for name, value in own.items()}
+        tables.append((Schedule(**own), Schedule(**wide)))
+    for found, wanted in tables:
+        for name in ("timesteps", "input_scale", "state_coef", "model_coef", "noise_coef", "signal", "sigma"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
