@@ -116,21 +116,22 @@ class Environment:
 
     def _install_what_import_needs(self, device: dict[str, str]) -> None:
         """Import torch, and add the package of the library that it misses, until it misses none."""
-        missing = "cudart"  # first: without it, torch asks for all the others itself, loaded or not
+        missing, first = "cudart", True  # without it, torch asks for all the others itself, loaded or not
         while True:
             name = PACKAGE_OF.get(missing, missing).lower()
             pins = [pin for package, pin in device.items() if re.fullmatch(rf"nvidia-{name}(-cu\d+)?", package)]
-            if device and not pins:
+            if not pins and (device or not first):  # a CPU build has none of them
                 raise Skip(f"torch needs lib{missing}.so, which none of its requirements is named after")
             if pins:
                 self.install("--no-deps", *pins)
+                device = {package: pin for package, pin in device.items() if pin not in pins}
             done = self.run("-c", "import torch")
             if done.returncode == 0:
                 return
             lacking = re.search(r"lib(\w+)\.so\S*: cannot open shared object", done.stderr)
             if lacking is None:
                 raise Skip(f"import torch: {last_words(done.stderr)}")
-            missing = lacking[1]
+            missing, first = lacking[1], False
 
     def _forget_device_packages(self) -> None:
         """Take what was left out off torch's metadata: pip would add it with the next package that needs torch."""

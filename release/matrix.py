@@ -20,9 +20,26 @@ from pathlib import Path
 from environments import ROOT, Environment, Skip, say
 
 WORK = ROOT / "build" / "matrix"
-# What meets torch's, diffusers', numpy's or Python's own interfaces, and takes a second or less each.
+# What meets the interfaces of torch, diffusers, numpy and Python itself; what is mathematics or takes long is left out.
 FAST = [
     "tests/test_info.py",
+    "tests/test_import_directions.py",
+    "tests/test_copies.py",
+    "tests/test_default_device.py",
+    "tests/test_sampler.py",
+    "tests/kernels/test_ops.py",
+    "tests/kernels/test_register.py",
+    "tests/kernels/test_extension.py",
+    "tests/kernels/test_extension_arguments.py",
+    "tests/kernels/test_workspace.py",
+    "tests/engine/test_compile.py",
+    "tests/engine/test_callbacks.py",
+    "tests/schedule",
+    "tests/memory",
+    "tests/model",
+    "tests/gradient/test_gradient.py",
+    "tests/integrations",
+    "tests/cli/test_reading.py",
 ]
 TEST_PACKAGES = ("pytest", "pillow", "scipy", "torchsde", "scikit-learn", "matplotlib")
 SHOWN = ("torch", "diffusers", "transformers", "numpy")

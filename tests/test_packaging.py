@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,12 @@ def release():
     """The modules of release/, which import each other by name."""
     sys.path.insert(0, str(ROOT / "release"))
     try:
+        import environments
         import matrix
         import wheels
     finally:
         sys.path.remove(str(ROOT / "release"))
-    return matrix, wheels
+    return matrix, wheels, environments
 
 
 def test_links_of_the_description_need_no_files_beside_it(arguments):
@@ -74,7 +77,7 @@ def test_every_package_is_in_the_wheel(arguments):
 
 
 def test_pythons_that_are_claimed_are_built_and_tried(release):
-    matrix, wheels = release
+    matrix, wheels, _ = release
     assert list(wheels.PYTHONS) == CLASSIFIERS
     assert {cell.python for cell in matrix.CELLS} == set(CLASSIFIERS)
     (build,) = re.findall(r"^build = \[(.*)\]", PYPROJECT, re.M)
@@ -96,6 +99,98 @@ def test_floors_are_what_the_oldest_cell_has(release):
 
 
 def test_tests_of_the_matrix_are_there(release):
-    matrix, wheels = release
+    matrix, wheels, _ = release
     for name in (*matrix.FAST, *wheels.TESTS_OF_SDIST):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.skipif(os.environ.get("DEQDIFF_TEST_INSTALLED") != "1", reason="not the installed wheel")
+def test_smoke():
+    """What the release tries in an empty environment holds in this one."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "release" / "smoke.py")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "within" in done.stdout
+
+
+REQUIRES = {
+    "torch": {
+        "sympy": "sympy>=1.13",
+        "nvidia-cudnn-cu13": "nvidia-cudnn-cu13==9.1",
+        "nvidia-cusolver-cu12": "nvidia-cusolver-cu12==11",
+        "cuda-toolkit": "cuda-toolkit[cublas,cudart]==13.0",
+    },
+    "cuda-toolkit": {
+        "nvidia-cublas": "nvidia-cublas==13.1.*",
+        "nvidia-cuda-runtime": "nvidia-cuda-runtime==13.0.*",
+    },
+}
+
+
+class TestTorchWithoutItsLibraries:
+    """`install_torch`, with pip and the interpreter replaced."""
+
+    @pytest.fixture
+    def fake(self, release, tmp_path, monkeypatch):
+        _, _, environments = release
+        monkeypatch.setattr(environments, "TORCH_GIGABYTES", 0.0)
+
+        class Fake(environments.Environment):
+            def __init__(self, errors: list[str]) -> None:
+                self.folder, self.errors, self.installed = tmp_path, errors, []
+                self.metadata = tmp_path / "lib/python3.10/site-packages/torch-2.6.0.dist-info/METADATA"
+                self.metadata.parent.mkdir(parents=True)
+                self.metadata.write_text("Requires-Dist: sympy\nRequires-Dist: nvidia-cusolver-cu12==11\n\nabout\n")
+
+            def install(self, *requirements: str) -> None:
+                self.installed.append(requirements)
+
+            def run(self, *command, given=""):
+                error = self.errors.pop(0) if self.errors else ""
+                return subprocess.CompletedProcess(command, int(bool(error)), "", error)
+
+            def _requirements(self, package, extras=None):
+                assert package == "torch" or extras == ["cublas", "cudart"]
+                return REQUIRES[package]
+
+        return Fake
+
+    def test_only_what_import_misses_is_installed(self, fake):
+        words = "ImportError: lib{}.so.12: cannot open shared object file: No such file or directory"
+        made = fake([words.format("cudnn"), words.format("cublasLt")])
+        made.install_torch("torch==2.6.0", [])
+        assert made.installed == [
+            ("--no-deps", "torch==2.6.0"),
+            ("sympy>=1.13",),
+            ("--no-deps", "cuda-toolkit==13.0"),
+            ("--no-deps", "nvidia-cuda-runtime==13.0.*"),
+            ("--no-deps", "nvidia-cudnn-cu13==9.1"),
+            ("--no-deps", "nvidia-cublas==13.1.*"),
+        ]
+        assert made.metadata.read_text() == "Requires-Dist: sympy\n\nabout\n", "pip must not add the rest later"
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            ("ImportError: libodd.so.1: cannot open shared object file", "libodd.so, which none"),
+            ("ImportError: libcudart.so.1: cannot open shared object file", "libcudart.so, which none"),
+            ("ImportError: undefined symbol: f", "undefined symbol: f"),
+        ],
+    )
+    def test_what_cannot_be_had_is_a_reason_to_skip(self, release, fake, error, said):
+        with pytest.raises(release[2].Skip, match=said):
+            fake([error]).install_torch("torch", [])
+
+    def test_an_index_of_cpu_builds_is_left_to_pip(self, fake):
+        made = fake([])
+        made.install_torch("torch", ["--index-url", "a"])
+        assert made.installed == [("torch", "--index-url", "a")]
+
+
+def test_too_little_space_is_a_reason_to_skip(release, tmp_path):
+    environments = release[2]
+    with pytest.raises(environments.Skip, match="1e\\+09 GB needed"):
+        environments.require_space(tmp_path, 1e9)
+    environments.require_space(tmp_path, 0.0)
+    assert environments.find_python("3.99") is None
