@@ -50,6 +50,19 @@ def tool(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
+def compare_with_tracked(unpacked: Path) -> None:
+    """Raise Failed where the sdist lacks a tracked file or has one that is not; outside a checkout, nothing is known."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    tracked = {name for name in listed.stdout.split("\0") if name and not name.startswith(NOT_IN_SDIST)}
+    packed = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    made = {name for name in packed if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    wrong = sorted(tracked - packed), sorted(packed - tracked - made)
+    if tracked and wrong[0]:
+        raise Failed(f"the sdist lacks {len(wrong[0])} tracked files, {wrong[0][0]} first; see MANIFEST.in")
+    if tracked and wrong[1]:
+        raise Failed(f"the sdist has {len(wrong[1])} files that are not tracked, {wrong[1][0]} first")
+
+
 def make_sdist() -> tuple[Path, Path]:
     """The sdist in DIST, and the folder it was unpacked into; every tracked file is in it."""
     # what setuptools noted of an earlier build is added to an sdist, files that are gone or ignored included
@@ -61,11 +74,7 @@ def make_sdist() -> tuple[Path, Path]:
     with tarfile.open(sdist) as archive:
         archive.extractall(WORK / "source", filter="data")
     (unpacked,) = (WORK / "source").iterdir()
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    names = tracked.stdout.split("\0") if tracked.returncode == 0 else []
-    missing = [name for name in names if name and not name.startswith(NOT_IN_SDIST) and not (unpacked / name).exists()]
-    if missing:
-        raise Failed(f"the sdist lacks {len(missing)} tracked files, {missing[0]} first; see MANIFEST.in")
+    compare_with_tracked(unpacked)
     run(tool("twine"), "check", "--strict", sdist)
     return sdist, unpacked
 
