@@ -90,13 +90,13 @@ def build_wheel(source: Path, version: str, arch: str) -> Path:
     """One wheel in DIST, compiled for GLIBC and checked."""
     environment = Environment(WORK / f"build-{version}", version)
     environment.install(*BUILD_TOOLS)
-    tag = f"cpython-{version.replace('.', '')}-{arch}-linux-gnu"
+    suffix = f".cpython-{version.replace('.', '')}-{arch}-linux-gnu.so"
     raw = WORK / "raw" / f"{version}-{arch}"
     shutil.rmtree(raw, ignore_errors=True)
     settings = {
         "CXX": f"{sys.executable} -m ziglang c++ -target {arch}-linux-gnu.{GLIBC}",
-        "CMAKE_ARGS": f"-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR={arch}",
-        "SETUPTOOLS_EXT_SUFFIX": f".{tag}.so",
+        "CMAKE_ARGS": f"-DDEQDIFF_PROCESSOR={arch} -DPYTHON_MODULE_EXTENSION={suffix} -DPYTHON_MODULE_DEBUG_POSTFIX=",
+        "SETUPTOOLS_EXT_SUFFIX": suffix,
         "PATH": f"{environment.python.parent}{os.pathsep}{os.environ['PATH']}",
     }
     for stale in ("build", *(path.name for path in source.glob("*.egg-info"))):

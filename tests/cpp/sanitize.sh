@@ -20,7 +20,7 @@ run() {
   echo "== $name"
   cmake -S . -B "$build" "${generator[@]}" -DDEQDIFF_PYTHON=OFF -DDEQDIFF_TESTS=ON \
     -DDEQDIFF_SANITIZE="$sanitizers" "$@" > "$build.log" 2>&1 || { cat "$build.log"; return 1; }
-  cmake --build "$build" --parallel "${JOBS:-$(nproc)}" > "$build.log" 2>&1 || { cat "$build.log"; return 1; }
+  cmake --build "$build" --parallel "${JOBS:-$(nproc 2> /dev/null || echo 2)}" > "$build.log" 2>&1 || { cat "$build.log"; return 1; }
   ctest --test-dir "$build" --output-on-failure
 }
 
