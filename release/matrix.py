@@ -118,14 +118,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run the cells. Returns 0, or 1 where a test failed."""
+    """Run the cells. Returns 0, or 1 where a test failed or nothing could be tried."""
     parser = build_parser()
     args = parser.parse_args()
     unknown = sorted(set(args.cells) - {cell.name for cell in CELLS})
     if unknown:
         parser.error(f"no cell {unknown[0]!r}")
     WORK.mkdir(parents=True, exist_ok=True)
-    rows, failed = [("cell", "Python", *SHOWN, "seconds", "outcome")], False
+    rows, tried, failed = [("cell", "Python", *SHOWN, "seconds", "outcome")], 0, 0
     for cell in CELLS:
         if args.cells and cell.name not in args.cells:
             continue
@@ -137,7 +137,7 @@ def main() -> int:
             said, passed = test(environment, args.tests.split() or FAST, args.pytest_args.split(), log)
             versions = [environment.version(package) for package in SHOWN]
             rows.append((cell.name, cell.python, *versions, f"{time.monotonic() - start:.0f}", said))
-            failed |= not passed
+            tried, failed = tried + 1, failed + (not passed)
         except Skip as why:
             rows.append((cell.name, cell.python, *asked, "", f"skipped: {why}"))
         if not args.keep:
@@ -146,7 +146,7 @@ def main() -> int:
     for row in rows:
         print("  ".join(f"{value:{width}}" for value, width in zip(row, widths)).rstrip())
     print(f"logs: {WORK.relative_to(ROOT)}/")
-    return int(failed)
+    return int(failed > 0 or tried == 0)
 
 
 if __name__ == "__main__":

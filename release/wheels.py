@@ -51,7 +51,7 @@ def tool(name: str) -> str:
 
 
 def compare_with_tracked(unpacked: Path) -> None:
-    """Raise Failed where the sdist lacks a tracked file or has one that is not; outside a checkout, nothing is known."""
+    """Raise Failed where the sdist lacks a tracked file or has others; outside a checkout, nothing is known."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     tracked = {name for name in listed.stdout.split("\0") if name and not name.startswith(NOT_IN_SDIST)}
     packed = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
