@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The C++ unit tests as they are shipped, under AddressSanitizer with UndefinedBehaviorSanitizer, and under
-# ThreadSanitizer, in build/sanitize-*. Needs CMake and a C++17 compiler; Ninja is used where there is one. About three
-# minutes on two cores (JOBS: how many files are compiled at a time), most of it for the row kernels under sanitizers.
+# ThreadSanitizer, in build/sanitize-*. Needs CMake and a C++17 compiler; Ninja is used where there is one. Compiling
+# takes five to six minutes of processor time (JOBS: how many files at a time), most of it row kernels under sanitizers.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -11,7 +11,7 @@ export TSAN_OPTIONS=halt_on_error=1
 generator=()
 if command -v ninja > /dev/null; then generator=(-G Ninja); fi
 
-# With -O2 -g these take three times as long to compile; the stack traces are as good.
+# With -O2 -g the row kernels take more than twice as long to compile; the stack traces are as good.
 sanitized=(-DCMAKE_BUILD_TYPE=RelWithDebInfo "-DCMAKE_CXX_FLAGS_RELWITHDEBINFO=-O1 -g1 -DNDEBUG")
 
 run() {
