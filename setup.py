@@ -1,11 +1,14 @@
 """Builds deqdiff_fast._C with CMake. Everything declarative is in pyproject.toml.
 
-DEQDIFF_FAST_NO_EXT=1 builds a pure wheel without the extension (the reference backend serves then).
+DEQDIFF_FAST_NO_EXT=1 builds a pure wheel without the extension (the reference backend serves then). CMAKE_ARGS: more
+arguments for CMake, such as those of a cross-compiling build (release/wheels.py).
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +38,7 @@ class CMakeBuild(build_ext):
             f"-DDEQDIFF_VERSION={VERSION}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={self._pybind11()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
@@ -90,8 +94,21 @@ def subpackages(folder: str, name: str) -> dict[str, str]:
 
 
 def readme() -> str:
-    path = ROOT / "README.md"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    """README.md for a page that has no files beside it: links to files become links below DEQDIFF_FAST_URL, or text.
+
+    DEQDIFF_FAST_URL is where the files of this version can be read; the release workflow sets it to its repository.
+    """
+    path, base = ROOT / "README.md", os.environ.get("DEQDIFF_FAST_URL", "").rstrip("/")
+
+    def away(link: re.Match[str]) -> str:
+        words, target = link[1], link[2]
+        if base:
+            return f"[{words}]({base}/{target})"
+        file = target.partition("#")[0]
+        return words if file in words else f"{words} ({file})"
+
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return re.sub(r"\[([^]]*)\]\((?!https?://|#)([^)]+)\)", away, text)
 
 
 packages = {

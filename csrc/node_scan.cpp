@@ -19,7 +19,8 @@ void require_values(const char* names, const std::int32_t* values, std::int64_t 
                     const char* what) {
   bool good = true;
   for (std::int64_t k = 0; k < count; ++k) good &= values[k] >= 0 && values[k] <= most;
-  for (std::int64_t k = 0; !good; ++k) {
+  if (good) return;
+  for (std::int64_t k = 0; k < count; ++k) {
     if (values[k] >= 0 && values[k] <= most) continue;
     throw std::invalid_argument(names + std::to_string(most) + ", got " + std::to_string(values[k]) + " for " + what +
                                 " " + std::to_string(k));

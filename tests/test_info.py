@@ -30,7 +30,7 @@ def test_versions_devices_and_reasons():
 
 
 def test_arena_sizes_follow_a_solve(mixture, ddim, noise):
-    dq.DEQSampler(mixture(), ddim(10)).sample(noise(1))
+    dq.DEQSampler(mixture(), ddim(10), solver="picard").sample(noise(1))
     memory = info.collect()["memory"]
     assert memory == {**default_memory().stats(), "byte_budget": memory["byte_budget"]}
     assert memory["high_water"] >= 10 * noise(1).numel() * 4
