@@ -25,12 +25,12 @@ from .restoration.levels import Levels
 from .restoration.model import KEY, RestoringModel
 from .restoration.result import FittedNoise, Restoration
 from .restoration.slope import conditional_spectrum
-from .restoration.tolerance import looser, shares
+from .restoration.tolerance import add_up, looser, near_enough, shares
 from .restoration.unknowns import UnknownsSolver
 from .sampler import DEQSampler
 from .schedule import Schedule
 from .schedule.prior import prior_spectrum
-from .solution import Callback, Solution
+from .solution import Callback, Solution, Stats
 
 
 @methods_with_tables_on_cpu
@@ -116,15 +116,18 @@ class DEQRestorer:
         """
         task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
         known = self._coordinates.finish(torch.zeros_like(start.state), task, start.data)
-        factor = looser(known, solver.variance)
+        factor, spent = looser(known, solver.unseen, solver.variance), list[Stats]()
         while True:
-            solution = solver.with_factor(factor).sample(start.state, kwargs, start.draws, callback, progress)
+            sampler = solver.with_factor(factor)
+            solution = sampler.sample(start.state, kwargs, start.draws, callback, progress)
             found = self._end(task, start, solution, y)
             share = shares(known, found.sample)
-            if factor == 1.0 or float(share.max()) * factor <= 1.0:
+            if factor == 1.0 or near_enough(found.stats, share, factor, sampler.options.allowed(start.state.dtype)):
                 found.stats.error_estimate = found.stats.error_estimate * share
+                add_up(found.stats, spent)
                 return found
             factor = 1.0  # the unknowns are more of the sample than was expected
+            spent.append(found.stats)
 
     def serial(
         self,
@@ -223,15 +226,16 @@ class DEQRestorer:
         level = 0.0 if task.sigma is None else float(task.sigma.detach().mean())
         key = (shape, f"{level:.1g}", task.y.device)
         if key not in self._solvers:
-            spectrum = self._spectrum or prior_spectrum(shape[1:])
+            spectrum, unseen, variance = self._spectrum or prior_spectrum(shape[1:]), 1.0, 1.0
             if spectrum is not None:
                 if spectrum.shape != shape[1:]:
                     raise ValueError(
                         f"spectrum: expected that of samples of shape {shape[1:]}, which y measures, got "
                         f"{spectrum.shape}"
                     )
-                spectrum = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
-            self._solvers[key] = UnknownsSolver(self._sampler, spectrum, self._options)
+                variance = float(spectrum.variance.mean())
+                spectrum, unseen = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
+            self._solvers[key] = UnknownsSolver(self._sampler, spectrum, self._options, unseen, variance)
         return self._solvers[key]
 
     def _end(self, task: Task, start: Start, solution: Solution, y: Tensor) -> Restoration:

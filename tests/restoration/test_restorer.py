@@ -244,12 +244,15 @@ def test_bundled_model_takes_a_third_of_the_calls() -> None:
     integrations = pytest.importorskip("deqdiff_fast.integrations.diffusers")
     loaded = integrations.load_model("bundled")
     schedule, operator = integrations.ddim_schedule(loaded.scheduler, 50, clip=False), Downsample(4)
-    ramp = torch.linspace(-0.8, 0.8, 32)
-    x = torch.stack([ramp[None, :].expand(32, 32), ramp[:, None].expand(32, 32), (ramp[:, None] * ramp) - 0.2])[None]
+    spectrum = loaded.spectrum  # an image like those that the model knows, if a formless one
+    white = (
+        torch.randn(1, spectrum.variance.numel(), generator=generator(1)) * spectrum.variance.sqrt().flatten().float()
+    )
+    x = spectrum.basis().inverse(white).view(1, 3, 32, 32).clamp(-1, 1)
     rounds = {}
     with torch.no_grad():
         for solver in ("quasi-newton", "deq-ddim"):
-            restorer = dq.DEQRestorer(loaded.model, schedule, operator, solver=solver)
+            restorer = dq.DEQRestorer(loaded.model, schedule, operator, solver=solver, spectrum=spectrum)
             got = restorer.restore(operator.A(x), generator=generator())
             rounds[solver] = got.stats.rounds
             assert float(got.consistency.max()) <= 1e-4
