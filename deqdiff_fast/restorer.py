@@ -116,7 +116,9 @@ class DEQRestorer:
         """
         task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
         known = self._coordinates.finish(torch.zeros_like(start.state), task, start.data)
-        factor, spent = looser(known, solver.unseen, solver.variance), list[Stats]()
+        factor, spent = 1.0, list[Stats]()
+        if self._spectrum is not None and solver.trusted:  # what is known of images in general is too little for it
+            factor = looser(known, solver.unseen, solver.variance)
         while True:
             sampler = solver.with_factor(factor)
             solution = sampler.sample(start.state, kwargs, start.draws, callback, progress)
@@ -126,7 +128,7 @@ class DEQRestorer:
                 found.stats.error_estimate = found.stats.error_estimate * share
                 add_up(found.stats, spent)
                 return found
-            factor = 1.0  # the unknowns are more of the sample than was expected
+            factor, solver.trusted = 1.0, False  # the unknowns are more of the sample than was expected
             spent.append(found.stats)
 
     def serial(

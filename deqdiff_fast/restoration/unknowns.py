@@ -17,13 +17,14 @@ class UnknownsSolver:
         slope: (T,), of the predictions on the average.
         unseen: the part of the data's variance that is expected in the unknowns.
         variance: of the data, on the average.
+        trusted: whether samples were as `unseen` says, so far.
     """
 
     def __init__(
         self, plain: DEQSampler, spectrum: SpectralSlope | None, options: dict[str, Any], unseen: float, variance: float
     ) -> None:
         self.options = {**options, "spectrum": spectrum}
-        self.unseen, self.variance = unseen, variance
+        self.unseen, self.variance, self.trusted = unseen, variance, True
         self.slope = plain.schedule.slope(1.0 if spectrum is None else float(spectrum.variance.mean()))
         self.sampler = DEQSampler(plain.model, plain.schedule, **self.options)
         self._others = {1.0: self.sampler}
