@@ -24,8 +24,8 @@ def check(
     """Raise unless an operator is linear and its maps are what they say, on random images.
 
     Linearity, A^T by <A x, y> = <x, A^T y>, A^+ by the four identities of Penrose (Proc. Cambridge Philos. Soc.
-    51, 1955), and where `decomposed` A = U diag(s) V^T with V orthonormal. A wrong
-    operator passes with probability 0, if it is wrong by more than rounding and `Operator.cutoff` allow.
+    51, 1955), and where `decomposed` A = U diag(s) V^T with V orthonormal. A wrong operator passes with probability 0,
+    if it is wrong by more than rounding and `Operator.cutoff` allow.
 
     Args:
         operator: for as many samples as `shape` has, if it is different for each.
@@ -68,45 +68,47 @@ def _violations(operator: Operator, shape: tuple[int, ...], draw: Callable[[Shap
     rounding = 1000 * torch.finfo(x.dtype).eps
     yield "A(2 x + z) = 2 A x + A z (linearity)", _apart(operator.A(2 * x + z), 2 * image + other), rounding
     yield "<A x, y> = <x, A_adjoint y>", _skew(image, y, x, back), rounding
-    truncated, iterated = _tolerances(operator, x)
+    truncated, amplified, iterated = _tolerances(operator, x)
     if operator.decomposed:
-        yield from _decomposition(operator, x, image, truncated)
+        yield from _decomposition(operator, x, image, truncated, amplified)
     kept, fitted, w = operator.A_dagger(image), operator.A(inverse), draw(image.shape)
     yield "A A_dagger A = A", _apart(operator.A(kept), image), truncated
     yield "A_dagger A symmetric", _skew(kept, z, x, operator.A_dagger(other)), iterated
-    yield "A A_dagger symmetric", _skew(fitted, w, y, operator.A(operator.A_dagger(w))), truncated
+    yield "A A_dagger symmetric", _skew(fitted, w, y, operator.A(operator.A_dagger(w))), amplified
     yield "A_dagger A A_dagger = A_dagger", _apart(operator.A_dagger(fitted), inverse), iterated
 
 
-def _tolerances(operator: Operator, x: Tensor) -> tuple[float, float]:
-    """What identities of A_dagger may miss, those of measurements and those of images.
+def _tolerances(operator: Operator, x: Tensor) -> tuple[float, float, float]:
+    """What identities may miss: where values below the cutoff are left out, other ones of measurements, of images.
 
-    Values below the cutoff are left out, and the others amplify rounding. Conjugate gradients end at a gradient of
-    accuracy |A^T y|: an error of min(s, accuracy / s) in the measurements, at most its root, and more in the image.
+    Small singular values amplify rounding. Conjugate gradients end at a gradient of accuracy |A^T y|, with an error of
+    min(s, accuracy / s) in the measurements, at most its root, and a larger one in the image.
     """
     eps = torch.finfo(x.dtype).eps
-    allowed = max(1000 * eps, 4 * operator.cutoff(x.dtype))
+    truncated = max(1000 * eps, 4 * operator.cutoff(x.dtype))
     if not operator.decomposed:
         root = operator.accuracy**0.5
-        return max(allowed, 3 * root), max(allowed, min(0.5, 30 * root))
-    values = operator.singular_values(x.shape, x.device, compute_dtype(x.dtype)).double()
+        return max(truncated, 3 * root), max(truncated, 3 * root), max(truncated, min(0.5, 30 * root))
+    values = _host(operator.singular_values(x.shape, x.device, compute_dtype(x.dtype)))
     smallest = torch.where(values > 0, values, torch.inf).min() / values.max()
-    allowed = max(allowed, min(0.1, 20 * eps / float(smallest)))
-    return allowed, allowed
+    amplified = max(1000 * eps, min(0.1, 20 * eps / float(smallest)))
+    return max(truncated, amplified), amplified, amplified
 
 
-def _decomposition(operator: Operator, x: Tensor, image: Tensor, truncated: float) -> Iterator[Violation]:
+def _decomposition(
+    operator: Operator, x: Tensor, image: Tensor, truncated: float, amplified: float
+) -> Iterator[Violation]:
     rounding = 1000 * torch.finfo(x.dtype).eps
     values = operator.singular_values(x.shape, x.device, compute_dtype(x.dtype))
     if values.is_complex() or not bool((values >= 0).all()):
         raise ValueError(f"{_name(operator)}.singular_values: expected real numbers >= 0")
     coefficients = operator.V_adjoint(x)
     yield "V V_adjoint = 1", _apart(operator.V(coefficients), x), rounding
-    norms = (coefficients.flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))
+    norms = _norms(_host(coefficients)), _norms(_host(x))
     yield "||V_adjoint x|| = ||x||", _apart(*norms), rounding
     scaled = values * coefficients
     yield "A = U diag(s) V_adjoint", _apart(operator.U(scaled), image), truncated
-    yield "U_adjoint A = diag(s) V_adjoint", _apart(operator.U_adjoint(image), scaled), truncated
+    yield "U_adjoint A = diag(s) V_adjoint", _apart(operator.U_adjoint(image), scaled), amplified
 
 
 def _name(operator: Operator) -> str:

@@ -100,17 +100,20 @@ class Separable(Operator):
         return chosen
 
     def _of_images(self, x: Tensor, what: str) -> Decomposition:
-        check_images(x, f"{type(self).__name__}.{what}")
+        who = f"{type(self).__name__.lstrip('_')}.{what}"
+        check_images(x, who)
         found = self._decomposition(tuple(x.shape), x.device, compute_dtype(x.dtype))
         if found.values.dim() == 4 and len(found.values) not in (1, len(x)):
             raise ValueError(
-                f"{type(self).__name__}.{what}: it is for {len(found.values)} samples, {len(x)} rows came; "
-                "for_samples(index) gives the operator of some of them"
+                f"{who}: it is for {len(found.values)} samples, {len(x)} rows came; for_samples(index) gives the "
+                "operator of some of them"
             )
+        if found.values.shape[-3] not in (1, x.shape[1]):
+            raise ValueError(f"{who}: it is for {found.values.shape[-3]} channels, {x.shape[1]} came")
         return found
 
     def _of_measurements(self, y: Tensor, what: str) -> Decomposition:
-        check_images(y, f"{type(self).__name__}.{what}")
+        check_images(y, f"{type(self).__name__.lstrip('_')}.{what}")
         return self._of_images(y.new_empty(()).expand(self.input_shape(y.shape)), what)
 
     def _decomposition(self, x_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decomposition:

@@ -117,6 +117,20 @@ def test_the_size_of_the_violation_is_said() -> None:
         operators.check(NotTheInverse(), SHAPE, torch.float64)
 
 
+def test_a_coarse_cutoff_hides_no_mistake_elsewhere() -> None:
+    """What is left out of a pseudo-inverse is the cutoff's size; that it is symmetric is not for it to decide."""
+
+    class Tilted(operators.Blur):
+        def A_dagger(self, y: Tensor) -> Tensor:
+            x = super().A_dagger(y)
+            return x + 0.01 * x.flip(-1)
+
+    kernel = operators.Blur.gaussian(1.0).kernel
+    operators.check(operators.Blur(kernel, rtol=0.1), SHAPE)
+    with pytest.raises(ValueError, match=r"symmetric|A_dagger A A_dagger"):
+        operators.check(Tilted(kernel, rtol=0.1), SHAPE)
+
+
 def test_it_is_drawn_from_the_generator() -> None:
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()

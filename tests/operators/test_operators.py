@@ -171,6 +171,7 @@ REFUSED = {
     "size: expected an odd number": lambda: Blur.gaussian(1.0, size=4),
     "there are kernels for 2 samples": lambda: Blur(draw(2, 1, 3, 3)).A(torch.zeros(3, 1, 8, 8)),
     "it is for 2 samples, 3 rows came": lambda: Blur(draw(2, 1, 3, 1), "valid").A(torch.zeros(3, 1, 8, 8)),
+    "it is for 3 channels, 2 came": lambda: Blur(draw(1, 3, 3, 1), "valid").A(torch.zeros(3, 2, 8, 8)),
     "weights: expected finite numbers": lambda: operators.Colorize([0.0, 0.0]),
     "weights: there are 3, images of 4 channels": lambda: operators.Colorize().A(torch.zeros(1, 4, 2, 2)),
     "expected measurements (B, 1, H, W) of Colorize": lambda: operators.Colorize().A_dagger(torch.zeros(1, 3, 2, 2)),
