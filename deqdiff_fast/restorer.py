@@ -73,8 +73,8 @@ class DEQRestorer:
         if draft is not None:
             arguments.check_draft(draft, schedule)
             options["draft"] = self._restoring(stand_in(draft, model))
-        self._spectrum = options.pop("spectrum", None)
         self._sampler = DEQSampler(self._restoring(model), replace(schedule, clip=None), **options)
+        self._spectrum = options.pop("spectrum", None)
         self._options, self._solvers = options, dict[Any, UnknownsSolver]()
         self._checked = set[Any]()
 
@@ -117,14 +117,16 @@ class DEQRestorer:
         task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
         known = self._coordinates.finish(torch.zeros_like(start.state), task, start.data)
         factor, spent = 1.0, list[Stats]()
-        if self._spectrum is not None and solver.trusted:  # what is known of images in general is too little for it
+        steady = not (self.schedule.stochastic or self._coordinates.fresh)  # else estimates are too near for it
+        if steady and self._spectrum is not None and solver.trusted:  # images in general tell too little
             factor = looser(known, solver.unseen, solver.variance)
         while True:
             sampler = solver.with_factor(factor)
-            solution = sampler.sample(start.state, kwargs, start.draws, callback, progress)
+            solution = sampler.sample(start.state.to(y.dtype), kwargs, start.draws, callback, progress)
             found = self._end(task, start, solution, y)
             share = shares(known, found.sample)
-            if factor == 1.0 or near_enough(found.stats, share, factor, sampler.options.allowed(start.state.dtype)):
+            allowed, over = sampler.options.allowed(start.state.dtype), found.stats.stop_reason == "callback"
+            if over or factor == 1.0 or near_enough(found.stats, share, factor, allowed):
                 found.stats.error_estimate = found.stats.error_estimate * share
                 add_up(found.stats, spent)
                 return found
@@ -143,7 +145,7 @@ class DEQRestorer:
     ) -> Restoration:
         """The plain restoring chain, one model call after the other; arguments and result as for `restore`."""
         task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
-        solution = solver.sampler.serial(start.state, kwargs, start.draws, callback, progress)
+        solution = solver.sampler.serial(start.state.to(y.dtype), kwargs, start.draws, callback, progress)
         return self._end(task, start, solution, y)
 
     def fit_noise(
@@ -183,6 +185,8 @@ class DEQRestorer:
         arguments.positive("lr", lr)
         checked = check_measurements(y, self.operator, self.sigma)[0]
         shape = tuple(self.operator.input_shape(checked.shape))
+        if noise is not None:
+            check_noise_for(noise, shape, checked)
         noise, draws = draw_noise(self.schedule, shape, generator, checked, noise, self._coordinates.fresh)
         frozen = None if draws is None else FrozenNoise(draws if self._coordinates.fresh else self._drawn(draws))
         with ProgressBar(progress, "fitting", "step") as bar:

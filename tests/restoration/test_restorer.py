@@ -228,6 +228,40 @@ def test_what_is_refused(mixture: Any, ddim: Any) -> None:
             dq.DEQRestorer(model, schedule, Bare(operator), sigma=0.1, method=method)
 
 
+def test_the_model_is_called_in_the_dtype_of_the_measurements(mixture: Any, ddim: Any) -> None:
+    model, seen = mixture(SHAPE), set[torch.dtype]()
+
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        seen.add(x.dtype)
+        return model(x, t)
+
+    y = measured(operators()["average"], 0.0, dtype=torch.float32)
+    restorer = dq.DEQRestorer(watched, ddim(8), operators()["average"], solver="quasi-newton")
+    got = restorer.restore(y.bfloat16(), generator=generator()).sample
+    assert seen == {torch.bfloat16}
+    assert got.dtype == torch.bfloat16
+    expected = dq.DEQRestorer(model, ddim(8), operators()["average"]).serial(y, generator=generator()).sample
+    assert float((got.float() - expected).norm() / expected.norm()) < 0.05
+
+
+def test_a_callback_ends_a_restoration(mixture: Any, ddim: Any) -> None:
+    y = measured(operators()["average"], 0.0)
+    spectrum = dq.SpectralSlope(torch.full(SHAPE, 0.25), torch.eye(3))
+    restorer = dq.DEQRestorer(mixture(SHAPE), ddim(20), operators()["average"], solver="picard", spectrum=spectrum)
+    got = restorer.restore(y, generator=generator(), callback=lambda info: True)
+    assert got.stats.stop_reason == "callback"
+    assert got.stats.rounds == 1
+    assert not bool(got.converged.any())
+
+
+def test_a_draft_is_restored_too(mixture: Any, ddim: Any, relative_error: Any) -> None:
+    """A draft that is the model itself foretells everything."""
+    y, operator = measured(operators()["blur"], 0.1), operators()["blur"]
+    restorer = dq.DEQRestorer(mixture(SHAPE), ddim(20), operator, sigma=0.1, draft=mixture(SHAPE))
+    got, expected = (solve(y, generator=generator()) for solve in (restorer.restore, restorer.serial))
+    assert float(relative_error(got.sample, expected.sample).max()) < 1e-2
+
+
 def test_an_operator_that_is_none_is_refused(mixture: Any, ddim: Any) -> None:
     class Crooked(Bare):
         def __init__(self, operator: Operator) -> None:
