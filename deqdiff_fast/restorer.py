@@ -25,12 +25,12 @@ from .restoration.levels import Levels
 from .restoration.model import KEY, RestoringModel
 from .restoration.result import FittedNoise, Restoration
 from .restoration.slope import conditional_spectrum
-from .restoration.tolerance import looser, shares
+from .restoration.tolerance import add_up, looser, near_enough, shares
 from .restoration.unknowns import UnknownsSolver
 from .sampler import DEQSampler
 from .schedule import Schedule
 from .schedule.prior import prior_spectrum
-from .solution import Callback, Solution
+from .solution import Callback, Solution, Stats
 
 
 @methods_with_tables_on_cpu
@@ -73,8 +73,8 @@ class DEQRestorer:
         if draft is not None:
             arguments.check_draft(draft, schedule)
             options["draft"] = self._restoring(stand_in(draft, model))
-        self._spectrum = options.pop("spectrum", None)
         self._sampler = DEQSampler(self._restoring(model), replace(schedule, clip=None), **options)
+        self._spectrum = options.pop("spectrum", None)
         self._options, self._solvers = options, dict[Any, UnknownsSolver]()
         self._checked = set[Any]()
 
@@ -116,15 +116,22 @@ class DEQRestorer:
         """
         task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
         known = self._coordinates.finish(torch.zeros_like(start.state), task, start.data)
-        factor = looser(known, solver.variance)
+        factor, spent = 1.0, list[Stats]()
+        steady = not (self.schedule.stochastic or self._coordinates.fresh)  # else estimates are too near for it
+        if steady and self._spectrum is not None and solver.trusted:  # images in general tell too little
+            factor = looser(known, solver.unseen, solver.variance)
         while True:
-            solution = solver.with_factor(factor).sample(start.state, kwargs, start.draws, callback, progress)
+            sampler = solver.with_factor(factor)
+            solution = sampler.sample(start.state.to(y.dtype), kwargs, start.draws, callback, progress)
             found = self._end(task, start, solution, y)
             share = shares(known, found.sample)
-            if factor == 1.0 or float(share.max()) * factor <= 1.0:
+            allowed, over = sampler.options.allowed(start.state.dtype), found.stats.stop_reason == "callback"
+            if over or factor == 1.0 or near_enough(found.stats, share, factor, allowed):
                 found.stats.error_estimate = found.stats.error_estimate * share
+                add_up(found.stats, spent)
                 return found
-            factor = 1.0  # the unknowns are more of the sample than was expected
+            factor, solver.trusted = 1.0, False  # the unknowns are more of the sample than was expected
+            spent.append(found.stats)
 
     def serial(
         self,
@@ -138,7 +145,7 @@ class DEQRestorer:
     ) -> Restoration:
         """The plain restoring chain, one model call after the other; arguments and result as for `restore`."""
         task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
-        solution = solver.sampler.serial(start.state, kwargs, start.draws, callback, progress)
+        solution = solver.sampler.serial(start.state.to(y.dtype), kwargs, start.draws, callback, progress)
         return self._end(task, start, solution, y)
 
     def fit_noise(
@@ -178,6 +185,8 @@ class DEQRestorer:
         arguments.positive("lr", lr)
         checked = check_measurements(y, self.operator, self.sigma)[0]
         shape = tuple(self.operator.input_shape(checked.shape))
+        if noise is not None:
+            check_noise_for(noise, shape, checked)
         noise, draws = draw_noise(self.schedule, shape, generator, checked, noise, self._coordinates.fresh)
         frozen = None if draws is None else FrozenNoise(draws if self._coordinates.fresh else self._drawn(draws))
         with ProgressBar(progress, "fitting", "step") as bar:
@@ -223,15 +232,16 @@ class DEQRestorer:
         level = 0.0 if task.sigma is None else float(task.sigma.detach().mean())
         key = (shape, f"{level:.1g}", task.y.device)
         if key not in self._solvers:
-            spectrum = self._spectrum or prior_spectrum(shape[1:])
+            spectrum, unseen, variance = self._spectrum or prior_spectrum(shape[1:]), 1.0, 1.0
             if spectrum is not None:
                 if spectrum.shape != shape[1:]:
                     raise ValueError(
                         f"spectrum: expected that of samples of shape {shape[1:]}, which y measures, got "
                         f"{spectrum.shape}"
                     )
-                spectrum = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
-            self._solvers[key] = UnknownsSolver(self._sampler, spectrum, self._options)
+                variance = float(spectrum.variance.mean())
+                spectrum, unseen = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
+            self._solvers[key] = UnknownsSolver(self._sampler, spectrum, self._options, unseen, variance)
         return self._solvers[key]
 
     def _end(self, task: Task, start: Start, solution: Solution, y: Tensor) -> Restoration:

@@ -5,19 +5,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FACTORS = (4.0, 3.0, 2.0, 1.5)  # a few, so that what a planner learns of one request serves the next
+from ..solution import Stats
+
+CAUTION = 0.9
+STEP, MOST = 4, 4.0  # quarters: a few factors, so that what a planner learns of one request serves the next
 
 
-def looser(known: Tensor, variance: float) -> float:
-    """By how much the relative error of the unknowns may exceed that of the sample.
+def looser(known: Tensor, unseen: float, variance: float) -> float:
+    """By how much the relative error of the unknowns may exceed that of the sample, at a cautious guess.
 
     Args:
         known: (B, *shape), the known part of the sample.
-        variance: what is expected of the unknown part, on the average over elements.
+        unseen: the part of the data's variance that is expected in the rest.
+        variance: of the data, on the average over elements.
     """
-    share = known.detach().flatten(1).double().square().mean(1) / max(variance, 1e-12)
-    allowed = float((1 + share).sqrt().min())
-    return next((factor for factor in FACTORS if factor <= allowed), 1.0)
+    unseen = max(unseen, 1e-3)
+    size = float(known.detach().flatten(1).double().square().mean(1).min())
+    allowed = CAUTION * min(unseen**-0.5, (1 + size / (unseen * variance)) ** 0.5)
+    return min(max(int(allowed * STEP) / STEP, 1.0), MOST)
+
+
+def near_enough(stats: Stats, share: Tensor, factor: float, allowed: float) -> bool:
+    """Whether a solve that was allowed `factor` times the error, `allowed`, has made samples that are within theirs.
+
+    share: (B,), see `shares`.
+    """
+    if float(share.max()) * factor <= 1:
+        return True
+    on_nodes = 0 < stats.node_rounds == stats.rounds  # there the estimate is one of the error, not of a step
+    return on_nodes and float((stats.error_estimate * share).max()) * factor <= allowed
+
+
+def add_up(stats: Stats, spent: list[Stats]) -> None:
+    """What solves before the last one took, onto its statistics."""
+    for one in spent:
+        for name in ("rounds", "node_rounds", "model_evals", "check_evals", "model_calls", "draft_evals"):
+            setattr(stats, name, getattr(stats, name) + getattr(one, name))
+        stats.wall_seconds += one.wall_seconds
 
 
 def shares(known: Tensor, sample: Tensor) -> Tensor:

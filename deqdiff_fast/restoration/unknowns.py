@@ -15,13 +15,17 @@ class UnknownsSolver:
     Attributes:
         sampler: that of the tolerance asked for.
         slope: (T,), of the predictions on the average.
-        variance: of the unknowns, on the average.
+        unseen: the part of the data's variance that is expected in the unknowns.
+        variance: of the data, on the average.
+        trusted: whether samples were as `unseen` says, so far.
     """
 
-    def __init__(self, plain: DEQSampler, spectrum: SpectralSlope | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, plain: DEQSampler, spectrum: SpectralSlope | None, options: dict[str, Any], unseen: float, variance: float
+    ) -> None:
         self.options = {**options, "spectrum": spectrum}
-        self.variance = 1.0 if spectrum is None else float(spectrum.variance.mean())
-        self.slope = plain.schedule.slope(self.variance)
+        self.unseen, self.variance, self.trusted = unseen, variance, True
+        self.slope = plain.schedule.slope(1.0 if spectrum is None else float(spectrum.variance.mean()))
         self.sampler = DEQSampler(plain.model, plain.schedule, **self.options)
         self._others = {1.0: self.sampler}
 

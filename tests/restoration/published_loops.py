@@ -129,7 +129,7 @@ class Loop:
                 towards = off @ back.T / r
             rows = []
             for one, v in zip(x, towards):
-                jacobian = torch.autograd.functional.jacobian(lambda s: self.clean(i, s[None])[0], one)
+                jacobian = torch.autograd.functional.jacobian(lambda s: self.clean(i, s[None])[0], one, vectorize=True)
                 rows.append(v @ jacobian)
             new = x0 + sigma**2 / signal * torch.stack(rows)
             if not self.noise_level:

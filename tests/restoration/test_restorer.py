@@ -228,6 +228,40 @@ def test_what_is_refused(mixture: Any, ddim: Any) -> None:
             dq.DEQRestorer(model, schedule, Bare(operator), sigma=0.1, method=method)
 
 
+def test_the_model_is_called_in_the_dtype_of_the_measurements(mixture: Any, ddim: Any) -> None:
+    model, seen = mixture(SHAPE), set[torch.dtype]()
+
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        seen.add(x.dtype)
+        return model(x, t)
+
+    y = measured(operators()["average"], 0.0, dtype=torch.float32)
+    restorer = dq.DEQRestorer(watched, ddim(8), operators()["average"], solver="quasi-newton")
+    got = restorer.restore(y.bfloat16(), generator=generator()).sample
+    assert seen == {torch.bfloat16}
+    assert got.dtype == torch.bfloat16
+    expected = dq.DEQRestorer(model, ddim(8), operators()["average"]).serial(y, generator=generator()).sample
+    assert float((got.float() - expected).norm() / expected.norm()) < 0.05
+
+
+def test_a_callback_ends_a_restoration(mixture: Any, ddim: Any) -> None:
+    y = measured(operators()["average"], 0.0)
+    spectrum = dq.SpectralSlope(torch.full(SHAPE, 0.25), torch.eye(3))
+    restorer = dq.DEQRestorer(mixture(SHAPE), ddim(20), operators()["average"], solver="picard", spectrum=spectrum)
+    got = restorer.restore(y, generator=generator(), callback=lambda info: True)
+    assert got.stats.stop_reason == "callback"
+    assert got.stats.rounds == 1
+    assert not bool(got.converged.any())
+
+
+def test_a_draft_is_restored_too(mixture: Any, ddim: Any, relative_error: Any) -> None:
+    """A draft that is the model itself foretells everything."""
+    y, operator = measured(operators()["blur"], 0.1), operators()["blur"]
+    restorer = dq.DEQRestorer(mixture(SHAPE), ddim(20), operator, sigma=0.1, draft=mixture(SHAPE))
+    got, expected = (solve(y, generator=generator()) for solve in (restorer.restore, restorer.serial))
+    assert float(relative_error(got.sample, expected.sample).max()) < 1e-2
+
+
 def test_an_operator_that_is_none_is_refused(mixture: Any, ddim: Any) -> None:
     class Crooked(Bare):
         def __init__(self, operator: Operator) -> None:
@@ -244,12 +278,15 @@ def test_bundled_model_takes_a_third_of_the_calls() -> None:
     integrations = pytest.importorskip("deqdiff_fast.integrations.diffusers")
     loaded = integrations.load_model("bundled")
     schedule, operator = integrations.ddim_schedule(loaded.scheduler, 50, clip=False), Downsample(4)
-    ramp = torch.linspace(-0.8, 0.8, 32)
-    x = torch.stack([ramp[None, :].expand(32, 32), ramp[:, None].expand(32, 32), (ramp[:, None] * ramp) - 0.2])[None]
+    spectrum = loaded.spectrum  # an image like those that the model knows, if a formless one
+    white = (
+        torch.randn(1, spectrum.variance.numel(), generator=generator(1)) * spectrum.variance.sqrt().flatten().float()
+    )
+    x = spectrum.basis().inverse(white).view(1, 3, 32, 32).clamp(-1, 1)
     rounds = {}
     with torch.no_grad():
         for solver in ("quasi-newton", "deq-ddim"):
-            restorer = dq.DEQRestorer(loaded.model, schedule, operator, solver=solver)
+            restorer = dq.DEQRestorer(loaded.model, schedule, operator, solver=solver, spectrum=spectrum)
             got = restorer.restore(operator.A(x), generator=generator())
             rounds[solver] = got.stats.rounds
             assert float(got.consistency.max()) <= 1e-4
