@@ -4,6 +4,9 @@ Two solves for each noise. One at the default tolerance: where the solver stops 
 the sample then is from the serial chain's. One at tolerance 1e-5, watched round by round: the round from which on the
 running sample stays within the targets, 1e-2 and 1e-4 of the serial chain's (relative L2), until it is within the
 smallest. `--once` makes do with the first one, and watches that: for long chains.
+
+`--at 1e-1 5e-2 1e-2 1e-4` asks something else: what each tolerance costs at its own stopping, with the error and the
+PSNR that come of it, the evaluations that only look at the model left out.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 import deqdiff_fast as dq
 from deqdiff_fast.loop.base import Solver
 
+from . import _tolerances
 from ._chains import CHAINS
 from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
 from ._problems import Problem, add_model_arguments, load, relative_error, solvers, warm_up
@@ -38,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, nargs="+", help="T (default 20 50 100, or the problem's own)")
     parser.add_argument("--eta", type=float, nargs="+", help="default 0, or the problem's own")
     parser.add_argument("--targets", type=positive_float, nargs="+", default=TARGETS, help="errors (default 1e-2 1e-4)")
+    parser.add_argument(
+        "--at", type=positive_float, nargs="+", metavar="TOL", help="a table of these tolerances instead"
+    )
     parser.add_argument("--once", action="store_true", help="one solve for each noise, at the default tolerance")
     parser.add_argument("--noises", type=positive_int, default=3, help="noises, seeded one after the other (default 3)")
     parser.add_argument("--solvers", nargs="+", metavar="NAME", help="default: all")
@@ -54,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         from . import _plot  # refuse before the work, not after it
     facts = environment(args.device)
     warm_up(problem)
+    if args.at:
+        return _at_tolerances(args, problem, chosen, facts)
     rows: list[dict[str, Any]] = []
     for steps in args.steps:
         for eta in args.eta:
@@ -69,6 +78,20 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _plot.error_curves(rows, args.plot, f"{problem.name}, B = 1")
         note(f"wrote {args.plot}")
+    return 0
+
+
+def _at_tolerances(args: argparse.Namespace, problem: Problem, chosen: dict[str, Solver], facts: dict[str, Any]) -> int:
+    rows: list[dict[str, Any]] = []
+    for steps in args.steps:
+        for eta in args.eta:
+            suited = {
+                name: solver for name, solver in chosen.items() if _suits(name, solver, problem.schedule(steps, eta))
+            }
+            rows += _tolerances.measure(args, problem, suited, steps, eta)
+            write_json(args, facts, rows)
+    print(f"{summary(facts)}\n{problem.name}, B = 1, medians over {args.noises} noises from seed {args.seed}\n")
+    print(_tolerances.table(rows))
     return 0
 
 
