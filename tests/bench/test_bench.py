@@ -92,6 +92,23 @@ def test_rounds_of_other_chains(figures, baseline, monkeypatch, problem, steps, 
             assert run["rounds_to"][0] <= run["rounds_to"][1] <= run["rounds"]
 
 
+def test_rounds_at_tolerances(figures):
+    words = ("--at", "1e-1", "1e-4", "--solvers", "auto", "picard", "--noises", "3")
+    report, table = figures("rounds", *MIXTURE, *words)
+    rows = report["rows"]
+    assert [(row["solver"], row["tol"]) for row in rows] == [
+        (solver, tol) for solver in ("picard", "auto") for tol in (1e-1, 1e-4)
+    ]
+    for loose, tight in (rows[:2], rows[2:]):
+        assert len(loose["runs"]) == len(tight["runs"]) == 3
+        for run, other in zip(loose["runs"], tight["runs"], strict=True):
+            assert run["rounds"] <= other["rounds"]
+            assert run["error"] <= 1e-1
+            assert other["error"] <= 1e-4
+            assert other["psnr"] >= max(run["psnr"], 60)
+    assert table.count("0 of 3") == 4
+
+
 def test_a_flow_is_the_model_it_is_made_of(baseline):
     """At a trained timestep, with the prediction known: a v-model that knows its x0 and eps gives eps - x0."""
     from bench._chains import Flow
