@@ -97,7 +97,7 @@ def test_rounds_at_tolerances(figures):
     report, table = figures("rounds", *MIXTURE, *words)
     rows = report["rows"]
     assert [(row["solver"], row["tol"]) for row in rows] == [
-        (solver, tol) for solver in ("picard", "auto") for tol in (1e-1, 1e-4)
+        (solver, tol) for solver in ("picard", "quasi-newton = auto") for tol in (1e-1, 1e-4)
     ]
     for loose, tight in (rows[:2], rows[2:]):
         assert len(loose["runs"]) == len(tight["runs"]) == 3
