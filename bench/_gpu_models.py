@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import deqdiff_fast as dq
+from deqdiff_fast.integrations.diffusers import bundled_model
+from deqdiff_fast.model.stand_in import load_draft
+from deqdiff_fast.schedule.tensor_file import read_tensors
 
+from ._plain_unet import PlainUNet
 from ._problems import ABAR, TRAIN_STEPS
 
 _UNET: dict[str, Any] = {
@@ -31,37 +36,28 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 NAMES = ("bundled", *ARCHITECTURES)
 
 
-class Plain(nn.Module):
-    """A diffusers network as model(x, t) -> tensor."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = self.net(x, t, return_dict=False)[0]
-        return out
-
-
 def load(name: str, device: str) -> tuple[nn.Module, tuple[int, ...], str, dict[str, Any]]:
-    """The model, the shape of a sample, what it predicts, and what a sampler is given beside it.
+    """The model, the shape of a sample, what it predicts, and what a sampler is given beside it; without diffusers.
 
     All but "bundled" have random weights, and neither spectrum nor draft.
     """
     if name == "bundled":
-        from deqdiff_fast.integrations.diffusers import load_model
-
-        found = load_model("bundled", device=device)
-        kind = str(found.scheduler.config.prediction_type)
-        aids = {"spectrum": found.spectrum, "draft": found.draft}
-        return Plain(found.model).eval().requires_grad_(False), found.info.sample_shape, kind, aids
-    from diffusers import UNet2DModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = UNet2DModel(**ARCHITECTURES[name])
-    size = ARCHITECTURES[name]["sample_size"]
-    return Plain(net).eval().requires_grad_(False).to(device), (3, size, size), "epsilon", {}
+        folder = bundled_model()
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        net = PlainUNet(**config)
+        weights, _ = read_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        net.load_state_dict({key: value.float() for key, value in weights.items()})
+        spectrum = dq.SpectralSlope.load(folder / "spectrum.safetensors")
+        aids = {"spectrum": spectrum, "draft": load_draft(folder / "draft.safetensors", device=device)}
+    else:
+        config, scheduler, aids = ARCHITECTURES[name], {"prediction_type": "epsilon"}, {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = PlainUNet(**config)
+    size = config["sample_size"]
+    model = net.eval().requires_grad_(False).to(device)
+    return model, (config["in_channels"], size, size), scheduler["prediction_type"], aids
 
 
 def schedule(steps: int, prediction_type: str) -> dq.Schedule:

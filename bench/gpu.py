@@ -6,7 +6,8 @@ graph. Samples: the serial chain written by hand, in eager, compiled and CUDA-gr
 timesteps at once, plain and with its rounds recorded, and against `sample()` as the planner would have it. Networks
 other than the bundled one have random weights: they show the time of a round, not how many rounds a trained network
 takes. Host syncs are those that torch reports between the first and the last model call of a solve. Runs on a CPU too,
-which shows that it works and nothing else. On CUDA the figures go to bench/results/<device>.md and .json.
+which shows that it works and nothing else. Needs no diffusers. Each table is printed, and all figures are written, as
+soon as they are there: on CUDA to bench/results/<device>.md and .json, costs of rows for `bench ranks --costs` beside.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 
 from . import ROOT
 from ._common import _plain, environment, markdown, note, positive_float, positive_int, spread, summary, write_json
+from ._gpu_costs import ROWS, measure_costs
 from ._gpu_models import NAMES
 from ._gpu_samples import measure_samples
 from ._operands import OPS, PAPER_OPS, Shape
@@ -33,7 +36,7 @@ from .kernels import _shape, measure
 LARGE = Shape(8, 1000, 3072, 5)  # D T B >= 2^24
 SMALL = Shape(1, 100, 3072, 5)
 FLOOR, FASTER_EAGER, FASTER_COMPILED, STEP_SECONDS = 1.25, 10.0, 3.0, 60e-6
-PARTS = ("tests", "ops", "samples")
+PARTS = ("tests", "ops", "samples", "costs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-sample", action="store_true", help="also sample() with the compiled model: compiles some seven sizes"
     )
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default on CUDA: bench/results")
+    parser.add_argument(
+        "--rows", type=positive_int, nargs="+", default=ROWS, help="of the calls whose cost is measured"
+    )
+    out = "what is written after every part; default on CUDA: bench/results"
+    parser.add_argument("--out", "--results", dest="results", type=Path, metavar="FOLDER", help=out)
     parser.add_argument("--tune", type=Path, metavar="FILE", help="instead: time launch shapes, write the best ones")
 
 
@@ -66,23 +73,39 @@ def run(args: argparse.Namespace) -> int:
     def left() -> float:
         return float(args.seconds) - (time.monotonic() - began)
 
-    if "tests" in args.parts:
-        rows.append(_kernel_tests(args, max(1.0, left() / 2)))
-    if "ops" in args.parts:
-        rows += _ops(args, left, cuda)
-        write_json(args, facts, rows)
-    if "samples" in args.parts:
-        rows += measure_samples(args, left)
-    text = _report(args, facts, rows, cuda)
-    print(text)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "tests": lambda: [_kernel_tests(args, max(1.0, left() / 2))],
+        "ops": lambda: _ops(args, left, cuda),
+        "samples": lambda: measure_samples(args, left),
+        "costs": lambda: measure_costs(args, left),
+    }
+    for part, measured in parts.items():
+        if part in args.parts:
+            new = measured()
+            rows += new
+            print(_tables(new), flush=True)
+            _save(args, facts, rows, cuda)
+    print("\n\n".join(_judged(rows, cuda)))
+    return 0 if all(row.get("passed", True) for row in rows) else 1
+
+
+def _save(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]], cuda: bool) -> None:
+    """What there is so far: a machine that is lent may be gone before the end."""
     write_json(args, facts, rows)
     folder = args.results or (ROOT / "bench" / "results" if cuda else None)
-    if folder is not None:
-        name = re.sub(r"[^a-z0-9]+", "_", str(facts["device"]).lower()).strip("_")
-        (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-        report = {"benchmark": "gpu", "environment": facts, "rows": rows}
-        (folder / f"{name}.json").write_text(json.dumps(_plain(report), indent=1) + "\n", encoding="utf-8")
-    return 0 if all(row.get("passed", True) for row in rows) else 1
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "_", str(facts["device"]).lower()).strip("_")
+    head = f"`python -m bench gpu`, {summary(facts)}, triton {facts['triton']}"
+    text = "\n\n".join([head, _tables(rows), *_judged(rows, cuda)])
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    report = {"benchmark": "gpu", "environment": facts, "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(_plain(report), indent=1) + "\n", encoding="utf-8")
+    for row in rows:
+        if row.get("part") == "costs":  # as `bench ranks --costs` reads it
+            calls = {str(count): seconds for count, seconds in row["calls"].items()}
+            (folder / f"{name}_{row['model']}_costs.json").write_text(json.dumps({"calls": calls}) + "\n")
 
 
 def _kernel_tests(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -128,9 +151,9 @@ def _ops(args: argparse.Namespace, left: Any, cuda: bool) -> list[dict[str, Any]
     return rows
 
 
-def _report(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]], cuda: bool) -> str:
-    text = [f"`python -m bench gpu`, {summary(facts)}, triton {facts['triton']}"]
-    text += [f"Kernel tests: {row['said']}." for row in rows if row.get("part") == "tests"]
+def _tables(rows: list[dict[str, Any]]) -> str:
+    """The tables of these rows."""
+    text = [f"Kernel tests: {row['said']}." for row in rows if row.get("part") == "tests"]
     ops = [row for row in rows if row.get("part") == "ops"]
     if ops:
         header = ("op", "(B, T, D, M)", "side", "MB moved", "ms", "side / copy")
@@ -151,8 +174,26 @@ def _report(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str
             for r in samples
         ]  # fmt: skip
         text += [markdown(header, cells), "B = 1. Only the bundled network is trained; the others have random weights."]
-    text += _goals(ops, samples) if cuda else ["No CUDA device: the goals are not judged."]
+    costs = [row for row in rows if row.get("part") == "costs"]
+    if costs:
+        cells = [
+            (
+                row["model"],
+                str(count),
+                f"{1e3 * seconds:.3g}",
+                f"{seconds / count / row['calls'][min(row['calls'])]:.2f}",
+            )
+            for row in costs
+            for count, seconds in row["calls"].items()
+        ]
+        text.append(markdown(("network", "rows of a call", "ms", "a row, against a call on one"), cells))
     return "\n\n".join(text)
+
+
+def _judged(rows: list[dict[str, Any]], cuda: bool) -> list[str]:
+    if not cuda:
+        return ["No CUDA device: the goals are not judged."]
+    return _goals(*([row for row in rows if row.get("part") == part] for part in ("ops", "samples")))
 
 
 def _goals(ops: list[dict[str, Any]], samples: list[dict[str, Any]]) -> list[str]:

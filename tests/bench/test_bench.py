@@ -362,11 +362,12 @@ def test_compiled(figures, tmp_path):
     assert file.read_text(encoding="utf-8").strip() == table.strip()
 
 
-def test_gpu(figures, tmp_path):
-    """On the CPU with tiny shapes: the same code that a device runs, the graphs apart."""
+def test_gpu(figures, baseline, tmp_path, monkeypatch):
+    """On the CPU with tiny shapes: the same code that a device runs, the graphs apart; and without diffusers."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
     words = ("--shape", "2,6,40,3", "--passes", "1", "--models", "tiny", "--steps", "2", "3", "--repeats", "2")
     select = ("--select", "test_copy_rows and bad_arguments", "--compiler", "eager", "--compile-sample")
-    report, table = figures("gpu", *words, *select, "--results", tmp_path)
+    report, table = figures("gpu", *words, *select, "--rows", "1", "3", "--out", tmp_path)
     parts = {part: [row for row in report["rows"] if row["part"] == part] for part in ("tests", "ops", "samples")}
     assert parts["tests"][0]["passed"] is True
     assert "1 passed" in parts["tests"][0]["said"]
@@ -380,8 +381,30 @@ def test_gpu(figures, tmp_path):
         assert row["rounds"] <= row["steps"] or row["way"] == "sample, planned"
         assert row["way"] in table
     assert "goals are not judged" in table
-    assert (tmp_path / "cpu.md").read_text(encoding="utf-8").strip() == table.strip()
+    kept = (tmp_path / "cpu.md").read_text(encoding="utf-8")
+    assert all(line in table for line in kept.splitlines()[1:])
+    (costs,) = (row for row in report["rows"] if row["part"] == "costs")
+    read = baseline._rank_prediction.read_costs(tmp_path / "cpu_tiny_costs.json")
+    assert [read(int(rows)) for rows in costs["calls"]] == pytest.approx(list(costs["calls"].values()))
     assert json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"] == report["rows"]
+
+
+def test_the_plain_network_is_the_one_of_diffusers(baseline):
+    """Of the benchmark's architectures, and the bundled weights."""
+    diffusers = pytest.importorskip("diffusers")
+    models = baseline._gpu_models
+    x, t = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 900])
+    with torch.no_grad():
+        for config in models.ARCHITECTURES.values():
+            theirs, own = diffusers.UNet2DModel(**config).eval(), models.PlainUNet(**config).eval()
+            own.load_state_dict(theirs.state_dict())
+            size = config["sample_size"]
+            torch.testing.assert_close(own(x[..., :size, :size], t), theirs(x[..., :size, :size], t).sample)
+        own, shape, kind, aids = models.load("bundled", "cpu")
+        found = dq.integrations.diffusers.load_model("bundled")
+        torch.testing.assert_close(own(x, t), found.model(x, t).sample, rtol=1e-4, atol=1e-5)
+    assert (shape, kind) == (found.info.sample_shape, found.scheduler.config.prediction_type)
+    assert set(aids) == {"spectrum", "draft"}
 
 
 def test_refusals(baseline, tmp_path, capsys):
