@@ -3,9 +3,10 @@
     python examples/app.py                     # then open the address that it prints
     python examples/app.py --model FOLDER      # another diffusers folder; it can be changed on the page, too
 
-The two run one after the other, rounds first: at the same time each would slow the other down. A solve waits while the
-page's pictures are made, so that its clock counts the solver alone. What a model's first solve does to check the model
-is counted; sample again to be without. Visitors can have any folder opened as a model: keep the page to yourself.
+The two run one after the other, rounds first: at the same time each would slow the other down. A solve stands still
+while its pictures are made and drawn, and its clock with it; so it takes longer than its clock says. The checks of a
+model's first solve are counted; sample again to be without. This page shows, `deqdiff-fast bench` measures.
+Visitors can have any folder opened as a model: keep the page to yourself.
 
 The solves are in app_solves.py.
 
@@ -25,9 +26,9 @@ import deqdiff_fast as dq
 
 WRONG = (dq.DeqDiffError, ValueError, OSError, ImportError)  # what is said on the page
 ABOUT = """# The whole chain at once
-In rounds, then by the serial chain from the same noise. A solve waits while its pictures are made, so that the clocks
-count the solver alone, and what a browser on the same machine takes from it. The serial chain's picture is what it
-predicts of the clean one. Solver "auto" makes rounds here, even where the planner would take the serial chain.
+In rounds, then by the serial chain from the same noise. A solve stands still while its pictures are made and drawn, and
+its clock with it. The serial chain's picture is what it predicts of the clean one. Solver "auto" makes rounds here,
+even where the planner would take the serial chain.
 """
 
 
@@ -68,7 +69,7 @@ def build(model: str) -> gr.Blocks:
         status = gr.Textbox(label="how it goes", lines=3, interactive=False)
         with gr.Row():
             left, right = gr.Image(label="rounds", format="png"), gr.Image(label="serial chain", format="png")
-            plot = gr.Plot(label="relative error, by time", format="png")
+            plot = gr.Plot(show_label=False, format="png")
         gr.Markdown("## The noise behind a picture")
         with gr.Row():
             with gr.Column():

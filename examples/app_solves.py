@@ -25,7 +25,8 @@ from deqdiff_fast.integrations.diffusers import LoadedModel, ddim_schedule, load
 
 SOLVERS = ("auto", "draft", "quasi-newton", "triangular", "anderson", "picard", "deq-ddim")
 Curve = list[tuple[float, float]]  # (seconds, error)
-SERIAL_PICTURES = 50  # at most, of the serial chain
+SERIAL_PICTURES = 20  # at most, of the serial chain
+DRAWING = 0.15  # seconds that a browser on this machine is given for a picture before the solve goes on
 CUDA = torch.cuda.is_available()
 
 
@@ -69,6 +70,7 @@ class Watched:
         try:
             while (moment := self._news.get()) is not None:
                 yield moment
+                self.stop.wait(DRAWING)
                 self._seen.release()
         except GeneratorExit:  # nobody looks any more
             self.stop.set()
@@ -169,11 +171,13 @@ def curve(moments: list[Moment], reference: Tensor | None = None) -> Curve:
     return [(m.seconds, error) for m, error in zip(moments, errors) if 0 < error < math.inf]
 
 
-def chart(curves: dict[str, Curve], tol: float) -> Figure:
+def chart(curves: dict[str, Curve], tol: float) -> Figure | None:
+    if not any(curves.values()):
+        return None
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in curves.items():
-        axes.semilogy(*zip(*points) if points else ([], []), "o-", markersize=3, label=name)
+        axes.semilogy([x for x, _ in points], [y for _, y in points], "o-", markersize=3, label=name)
     axes.axhline(tol, color="grey", linestyle=":", label="tolerance")
     axes.set(xlabel="seconds", ylabel="relative error")
     axes.legend()
