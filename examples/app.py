@@ -43,6 +43,8 @@ def build(model: str) -> gr.Blocks:
             yield from solve(*fields, stop)
         except WRONG as error:
             yield View(f"{type(error).__name__}: {error}", (None,) * blank)
+        finally:
+            stops.pop(request.session_hash, None)
 
     def on_sample(name, seed, steps, tol, solver, request: gr.Request):
         for view in views(compare, (name, seed, steps, tol, solver), 2, request):
@@ -54,7 +56,7 @@ def build(model: str) -> gr.Blocks:
 
     def on_stop(request: gr.Request):
         if request.session_hash in stops:
-            stops.pop(request.session_hash).set()
+            stops[request.session_hash].set()
 
     with gr.Blocks(title="deqdiff_fast", analytics_enabled=False) as page:
         gr.Markdown(ABOUT)
@@ -82,7 +84,6 @@ def build(model: str) -> gr.Blocks:
         start.click(on_sample, [name, seed, steps, tol, solver], [status, left, right, plot], **quiet)
         find.click(on_invert, [name, steps, tol, file, scale], [found, *pictures], **quiet)
         end.click(on_stop, queue=False)
-        page.unload(on_stop)
     return page
 
 

@@ -227,7 +227,8 @@ def compare(
         yield View(said, (left, right))
         return
     error, share = relative_error(rounds.result.sample, reference), rounds.seconds / serial.seconds
-    said += f"\nRelative error of the rounds' picture: {error:.1e}. They took {share:.2f} of the serial chain's time."
+    above = ", above the tolerance" if error > tol else ""
+    said += f"\nRelative error of the rounds: {error:.1e}{above}. They took {share:.2f} of the serial chain's time."
     curves = {"rounds": curve(rounds.moments, reference), "serial chain": curve(serial.moments, reference)}
     curves["rounds, estimated"] = curve(rounds.moments)
     yield View(said, (left, to_picture(reference)), chart(curves, tol))
