@@ -101,14 +101,14 @@ def readme() -> str:
     path, base = ROOT / "README.md", os.environ.get("DEQDIFF_FAST_URL", "").rstrip("/")
 
     def away(link: re.Match[str]) -> str:
-        words, target = link[1], link[2]
+        picture, words, target = link.groups()
         if base:
-            return f"[{words}]({base}/{target})"
+            return f"{picture}[{words}]({base}/{target}{'?raw=true' if picture else ''})"
         file = target.partition("#")[0]
         return words if file in words else f"{words} ({file})"
 
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return re.sub(r"\[([^]]*)\]\((?!https?://|#)([^)]+)\)", away, text)
+    return re.sub(r"(!?)\[([^]]*)\]\((?!https?://|#)([^)]+)\)", away, text)
 
 
 packages = {

@@ -55,6 +55,7 @@ def test_links_of_the_description_need_no_files_beside_it(arguments):
     assert relative == []
     assert "(docs/how-it-works.md)" in text, "what was a link still says which file is meant"
     assert "#what-the-estimate-says" not in text
+    assert "![" not in text, "a picture is named by its words alone"
 
 
 def test_links_of_the_description_lead_to_the_files(arguments):
@@ -63,8 +64,9 @@ def test_links_of_the_description_lead_to_the_files(arguments):
     links = [link for link in LINK.findall(arguments(address)["long_description"]) if link.startswith(address)]
     assert len(links) > 10
     for link in links:
-        path = link.removeprefix(address + "/").partition("#")[0]
+        path = link.removeprefix(address + "/").partition("#")[0].removesuffix("?raw=true")
         assert (ROOT / path).exists(), link
+        assert path.endswith(".png") == link.endswith("?raw=true"), "a picture is the file, not a page about it"
 
 
 def test_every_package_is_in_the_wheel(arguments):
