@@ -38,8 +38,8 @@ def build(model: str) -> gr.Blocks:
 
     def views(solve: Callable[..., Iterator[View]], fields: tuple, blank: int, request: gr.Request) -> Iterator[View]:
         stop = stops[request.session_hash] = threading.Event()
-        yield View("begun", (None,) * blank)
         try:
+            yield View("begun", (None,) * blank)
             yield from solve(*fields, stop)
         except WRONG as error:
             yield View(f"{type(error).__name__}: {error}", (None,) * blank)
