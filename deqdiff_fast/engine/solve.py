@@ -101,7 +101,7 @@ def solve_rounds(
     options, in_reach = with_tolerance_in_reach(options, rows, request.noise.dtype)
     solution = _rounds(system, options, request, stats, started, head, monitor)
     if rows.solves == 1:
-        warn_of_dominant_entries(system, solution.sample)
+        warn_of_dominant_entries(solution.sample, options.norm(request.noise))
     stats.check_evals += system.check_evals
     if not in_reach and not stats.finished_serially:
         solution.converged &= False

@@ -23,7 +23,8 @@ GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the estimate three rounds before
-NOISY = 1.0  # times the tolerance: what the noise of every step may leave between as many nodes as there may be
+NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
+NOISY = 1.5  # times the tolerance: what the noise of every step may leave between as many nodes as there may be
 LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
 LARGEST_ESTIMATE = 3.0  # an estimate that says nothing, times the sample
 
@@ -169,20 +170,27 @@ class NodeRounds:
         """Which samples are left to rounds on all timesteps.
 
         Those that do not get better, or for which no number of nodes that is allowed will do: where the chain adds
-        noise on its way, that is foretold as soon as the first grids are through. And those whose estimate was larger
+        noise on its way, that is foretold a round after the first grids. And those whose estimate was larger
         than the sample once: the model decides something there, and what errors it amplifies is not told.
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
-        nodes, room = len(self.chain.grid.nodes), most_nodes(self.steps)
-        rough = settled.tolist() if nodes >= room else [False] * self.batch
-        if self.problem.drift is not None and len(trace) == len(self.sizes):
-            left = walk_between(self.steps, room) / max(walk_between(self.steps, nodes), 1e-9)
-            rough = (found.interpolation * left > NOISY * tol).tolist()
+        most = len(self.chain.grid.nodes) >= most_nodes(self.steps)
+        rough = settled.tolist() if most else [False] * self.batch
+        if self.problem.drift is not None and len(trace) == len(self.sizes) + 1:
+            rough = self._too_noisy(found)
         for b, done in enumerate(self.done):
             stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
             diverged = len(trace) > UNTOLD and float(trace[-1][b]) > LARGEST_ESTIMATE
             self.hopeless[b] = self.hopeless[b] or (not done and (rough[b] or stalled or diverged))
+
+    def _too_noisy(self, found: Estimate) -> list[bool]:
+        """For which samples as many nodes as there may be would leave too much of what the noise of every step does."""
+        nodes, most = len(self.chain.grid.nodes), min(most_nodes(self.steps), int(NEARLY_ALL * self.steps))
+        if nodes >= most:
+            return [nodes >= NEARLY_ALL * self.steps] * self.batch
+        left = walk_between(self.steps, most) / walk_between(self.steps, nodes)
+        return (found.interpolation * left > NOISY * self.problem.tol).tolist()
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is neither done nor hopeless wants more nodes."""

@@ -142,6 +142,22 @@ def test_a_norm_that_a_few_entries_make_is_told_once(mixture, ddim, noise, caplo
     assert not [record for record in caplog.records if "weight=" in record.getMessage()]
 
 
+def test_smooth_pictures_are_no_reason_to_warn(ddim, caplog):
+    """Few coefficients of a spectrum make nearly all of their norm; few pixels do not."""
+    axis = torch.linspace(0, 3, 16)
+    picture = (axis.sin()[:, None] + axis.cos() + 2).expand(3, 16, 16)
+
+    def model(x, t):
+        signal = ABAR[t].sqrt()[:, None, None, None].to(x)
+        return (x - signal * picture) / (1 - ABAR[t]).sqrt()[:, None, None, None].to(x)
+
+    spectrum = dq.SpectralSlope.fit(picture + 0.1 * torch.randn(16, 3, 16, 16))
+    with caplog.at_level(logging.WARNING, "deqdiff_fast"):
+        for given in (spectrum, None):
+            dq.DEQSampler(model, ddim(20), solver="quasi-newton", spectrum=given).sample(torch.randn(1, 3, 16, 16))
+    assert not [record for record in caplog.records if "weight=" in record.getMessage()]
+
+
 @pytest.mark.parametrize(
     ("weight", "error", "match"),
     [
