@@ -84,7 +84,7 @@ def test_ours_are_the_serial_chain_in_fewer_calls(figures):
     rows = {(row["method"], row["setting"]): row for row in report["rows"]}
     assert len(rows) == 5
     for method in ("ours ddnm", "ours ddrm"):
-        parallel, serial = rows[method, "parallel"], rows[method, "serial"]
+        parallel, serial = rows[method, "parallel, temperature 1"], rows[method, "serial, temperature 1"]
         assert parallel["unconverged"] == 0
         assert parallel["from_serial"] <= 1e-2
         assert parallel["sequential_calls"] < serial["sequential_calls"] == 25
