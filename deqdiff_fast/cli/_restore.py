@@ -11,7 +11,6 @@ from ._numbers import factor, fraction, positive_float, positive_int, seed
 from ._operators import NAMES as OPERATORS
 from ._operators import make_operator, operator_name
 from ._output import CommandError, check_folder, check_picture, require_pillow
-from ._sample import SPACINGS
 
 PICTURES = {"measurement": "measurement.png", "restored": "restored.png", "truth": "truth.png"}
 
@@ -54,14 +53,9 @@ def add_parser(commands: Any) -> None:
         "--eta", type=fraction, default=0.85, help="0: deterministic, 1: as random as DDPM (default 0.85)"
     )
     parser.add_argument(
-        "--spacing", choices=(*SPACINGS, "model"), default="quad",
-        help="of the timesteps; 'quad' has most of them where there is little noise, 'model' is the model's own "
-        "(default quad)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--temperature", type=factor, default=0.25, metavar="FACTOR",
+        "--temperature", type=factor, default=1.0, metavar="FACTOR",
         help="of all noise that is drawn: 1 for a sample of what may be behind the measurement, 0 for none, near the "
-        "mean of all that may be, with the least error (default 0.25)",
+        "mean of all that may be, with the least error (default 1)",
     )  # fmt: skip
     parser.add_argument("--seed", type=seed, default=0, help="of all noise, random masks and sensing (default 0)")
     parser.add_argument("--tol", type=positive_float, help="relative error against the serial chain (default 1e-2)")
@@ -94,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from ._run import load_problem
 
     problem = load_problem(
-        args.model, steps=args.steps, eta=args.eta, spacing=None if args.spacing == "model" else args.spacing,
-        clip=False if args.spacing == "quad" else None, seed=args.seed, device=args.device, dtype=args.dtype,
+        args.model, steps=args.steps, eta=args.eta, seed=args.seed, device=args.device, dtype=args.dtype,
         max_batch=args.max_batch,
     )  # fmt: skip
     shape = problem.info.sample_shape
