@@ -46,9 +46,9 @@ class DEQRestorer:
         sigma: standard deviation of the noise in the measurements, in their units: a number, (B,), or None to
             estimate it from measurements that are images.
         method: "ddnm", "ddrm", "pigdm", "diffpir", or a method object.
-        temperature: factor of all noise, initial (also `noise=`) and the steps': 1 for samples of the posterior, 0 for
-            none, a deterministic restoration near its mean. Of Gaussian data it is E[x|y] + temperature (x - E[x|y]),
-            with (1 + temperature^2) times the least squared error (Freirich et al. 2021, arXiv 2107.02555).
+        temperature: factor of all noise, initial (also `noise=`) and the steps': 1 as the schedule says, for samples,
+            0 for none, near their mean; between them a line where the model is linear. Less has a smaller squared error
+            (Freirich et al. 2021, arXiv 2107.02555), but takes more rounds.
         **options: of `DEQSampler`: solver, tol, max_rounds, window, gradient, max_batch and so on.
 
     Raises:
