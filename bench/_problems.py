@@ -13,6 +13,7 @@ from torch import Tensor
 
 import deqdiff_fast as dq
 from deqdiff_fast.loop.base import Solver
+from deqdiff_fast.schedule import timesteps
 from deqdiff_fast.solver import NAMED, resolve
 
 from ._common import positive_int
@@ -45,7 +46,7 @@ class Problem:
 
     name: str
     model: Callable[..., Any]
-    schedule: Callable[[int, float], dq.Schedule]
+    schedule: Callable[..., dq.Schedule]  # of steps, eta and, where a benchmark varies it, the spacing
     shape: tuple[int, ...]
     device: str
     spectrum: dq.SpectralSlope | None = None
@@ -85,9 +86,8 @@ def load(args: argparse.Namespace) -> Problem:
     if args.model == "mixture":
         shape = (3, args.size, args.size)
 
-        def mixture_schedule(steps: int, eta: float) -> dq.Schedule:
-            timesteps = torch.arange(steps).flip(0) * (TRAIN_STEPS // steps)
-            return dq.Schedule.ddim(ABAR, timesteps, eta=eta)
+        def mixture_schedule(steps: int, eta: float, spacing: str | None = None) -> dq.Schedule:
+            return dq.Schedule.ddim(ABAR, timesteps(TRAIN_STEPS, steps, spacing or "leading"), eta=eta)
 
         return Problem("mixture", Mixture(shape), mixture_schedule, shape, args.device)
     from deqdiff_fast.integrations.diffusers import ddim_schedule, load_model
@@ -96,8 +96,8 @@ def load(args: argparse.Namespace) -> Problem:
     if loaded.info.conditional:
         raise ValueError(f"--model {args.model}: it needs {loaded.info.conditional}; the benchmarks give x and t only")
 
-    def schedule(steps: int, eta: float) -> dq.Schedule:
-        return ddim_schedule(loaded.scheduler, steps, eta=eta)
+    def schedule(steps: int, eta: float, spacing: str | None = None) -> dq.Schedule:
+        return ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing)
 
     return Problem(
         Path(args.model).name, loaded.model, schedule, loaded.info.sample_shape, args.device,

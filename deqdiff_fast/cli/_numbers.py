@@ -29,6 +29,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def factor(text: str) -> float:
+    """A number >= 0."""
+    value = _number(text)
+    if not 0 <= value < MAX_FLOAT:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0 and below {MAX_FLOAT:g}, got {text!r}")
+    return value
+
+
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
     value = _number(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..restoration import NAMED
-from ._numbers import fraction, positive_float, positive_int, seed
+from ._numbers import factor, fraction, positive_float, positive_int, seed
 from ._operators import NAMES as OPERATORS
 from ._operators import make_operator, operator_name
 from ._output import CommandError, check_folder, check_picture, require_pillow
@@ -52,6 +52,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--eta", type=fraction, default=0.85, help="0: deterministic, 1: as random as DDPM (default 0.85)"
     )
+    parser.add_argument(
+        "--temperature", type=factor, default=1.0, metavar="FACTOR",
+        help="of all noise that is drawn: 1 for a sample of what may be behind the measurement, 0 for none, near the "
+        "mean of all that may be, with the least error (default 1)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=seed, default=0, help="of all noise, random masks and sensing (default 0)")
     parser.add_argument("--tol", type=positive_float, help="relative error against the serial chain (default 1e-2)")
     parser.add_argument("--serial", action="store_true", help="one step after the other")
@@ -92,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
     problem.check_room(len(y))
     options = {name: value for name, value in problem.kwargs.items() if value is not None}
     restorer = DEQRestorer(
-        problem.model, problem.schedule, operator, sigma=args.sigma, method=args.method, tol=args.tol, **options
-    )
+        problem.model, problem.schedule, operator, sigma=args.sigma, method=args.method, temperature=args.temperature,
+        tol=args.tol, **options,
+    )  # fmt: skip
     with torch.no_grad():
         result = restore(problem, restorer, y, args)
     write(result, operator, y, truth, args.out)

@@ -25,7 +25,7 @@ def resolve(method: str | Method) -> Method:
             raise ValueError(f"method: expected one of {', '.join(map(repr, NAMED))} or an object, got {method!r}")
         return NAMED[method]()
     if isinstance(method, type) or not callable(getattr(method, "restored", None)):
-        raise TypeError(f"method: expected a name or an object such as DiffPIR(weight=8.0), got {method!r}")
+        raise TypeError(f"method: expected a name or an object such as DiffPIR(weight=4.0), got {method!r}")
     return method
 
 

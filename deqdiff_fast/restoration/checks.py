@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ def noise_level(sigma: Any) -> Tensor | None:
     if level.dim() > 1 or not bool((level.isfinite() & (level >= 0)).all()):
         raise ValueError(f"sigma: expected finite values >= 0, one or (B,), got {sigma!r}")
     return level
+
+
+def noise_factor(temperature: Any) -> float:
+    """A finite number >= 0. Raises ValueError for anything else."""
+    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not number or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+    return float(temperature)
 
 
 def check_measurements(y: Any, operator: Operator, sigma: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -27,14 +27,15 @@ class DiffPIR:
     """Restoration by proximal steps, for any operator and schedule.
 
     Args:
-        weight: the paper's lambda, 1 to 25 there, of the prediction against the measurement. The smaller, the more of
-            the measurement's noise stays, above all of blurs; the larger, the less is left of the measurement.
+        weight: the paper's lambda, 1 to 25 there, of the prediction against the measurement. At 1, x0' is what is to be
+            expected of a clean sample that is Gaussian around the predicted one, of variance nu_i^2. The larger, the
+            less is left of the measurement.
 
     Raises:
         ValueError: a weight that is not finite and > 0.
     """
 
-    weight: float = 8.0
+    weight: float = 1.0
     needs_vjp = False
 
     def __post_init__(self) -> None:

@@ -84,13 +84,37 @@ def test_ours_are_the_serial_chain_in_fewer_calls(figures):
     rows = {(row["method"], row["setting"]): row for row in report["rows"]}
     assert len(rows) == 5
     for method in ("ours ddnm", "ours ddrm"):
-        parallel, serial = rows[method, "parallel"], rows[method, "serial"]
+        parallel, serial = rows[method, "parallel, temperature 1"], rows[method, "serial, temperature 1"]
         assert parallel["unconverged"] == 0
         assert parallel["from_serial"] <= 1e-2
         assert parallel["sequential_calls"] < serial["sequential_calls"] == 25
         assert serial["evaluations"] == 25
         assert parallel["psnr"] > rows["A_dagger y", ""]["psnr"] + 1
         assert method in table
+
+
+def test_ours_serially_are_compared_at_equal_evaluations(figures):
+    pytest.importorskip("deepinv")
+    pytest.importorskip("torchmetrics")
+    words = (
+        "--model",
+        "mixture",
+        "--size",
+        "8",
+        "--count",
+        "2",
+        "--steps",
+        "6",
+        "--evaluations",
+        "6",
+        "12",
+        "--serial",
+    )
+    report, table = figures("restoration", *words, "--operators", "inpaint", "--methods", "diffpir", "DDRM")
+    rows = [row for row in report["rows"] if row["method"] != "A_dagger y"]
+    assert [row["evaluations"] for row in rows] == [6, 6, 12]
+    assert rows[0]["setting"] == "serial, temperature 0.25"
+    assert "the best at no more evaluations (6 and 6)" in table
 
 
 def test_theirs_run_within_their_evaluations(figures):
@@ -114,7 +138,10 @@ def test_what_ran_is_compared(baseline, capsys):
 
     rows = [row("ours ddnm", "parallel", 20.0, 60.0), row("deepinv DDRM", "", 19.0, 50.0)]
     assert restoration._compare(rows, check=True) == 0
-    assert "+1.00 dB from deepinv DDRM" in capsys.readouterr().out
+    assert (
+        "ours ddnm parallel +1.00 dB from deepinv DDRM, the best at no more evaluations (60 and 50)"
+        in capsys.readouterr().out
+    )
     rows.append(row("deepinv DPS", "", 20.4, 100.0))
     assert restoration._compare(rows, check=False) == 0
     assert restoration._compare(rows, check=True) == 1

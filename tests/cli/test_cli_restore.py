@@ -48,6 +48,30 @@ def test_restore_of_a_measurement_alone(folder, capsys):
     assert np.abs(blocks - np.asarray(Image.open(small))).max() < 12  # values outside of [0, 255] are cut
 
 
+def test_restore_at_temperature_zero_is_the_same_for_every_seed(folder):
+    small, found = draw(folder / "small.png", (8, 8)), []
+    words = [
+        "restore",
+        small,
+        "--operator",
+        "sr4",
+        "--sigma",
+        "0.05",
+        "--steps",
+        "4",
+        "--method",
+        "diffpir",
+        "--serial",
+    ]
+    for temperature, seed in (("0", "1"), ("0", "2"), ("1", "2")):
+        assert main([*words, "--temperature", temperature, "--seed", seed, "--out", "found"]) == 0
+        found.append(np.asarray(Image.open(folder / "found" / "restored.png")).astype(int))
+    assert np.array_equal(found[0], found[1])
+    assert np.abs(found[2] - found[0]).max() > 2
+    with pytest.raises(SystemExit):
+        main([*words, "--temperature", "-1"])
+
+
 def test_mistakes_are_one_line(folder, capsys):
     small = draw(folder / "small.png", (8, 8))
     for words, message in (
