@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (expected and text):
             text = f"{type(error).__name__}: {text} (--debug shows where)"
         print(f"deqdiff-fast: error: {text}", file=sys.stderr)
+        _devices.let_the_first_speak()
         return _flushed(getattr(error, "status", 2 if expected else 1))
 
 

@@ -6,12 +6,15 @@ import argparse
 import logging
 import os
 import sys
+import time
 from typing import Any
 
 import torch
 
 from ._numbers import positive_int
 from ._output import CommandError
+
+PATIENCE = 10.0  # seconds in which the first process has said what is wrong, if it is wrong there too
 
 
 def add_option(parser: Any) -> None:
@@ -42,6 +45,13 @@ def writes() -> bool:
     return not launched() or os.environ.get("RANK", "0") == "0"
 
 
+def let_the_first_speak() -> None:
+    """Called by a process that is about to fail: the launcher ends all others with it, and only the first one, which
+    mostly fails for the same reason, is heard."""
+    if launched() and not writes():
+        time.sleep(PATIENCE)
+
+
 def own_device(name: str) -> str:
     """The device of this process, where the user has left that open. Raises CommandError where there are too few."""
     if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
@@ -67,7 +77,10 @@ def launch(words: list[str], count: int) -> int:
     try:
         run.main([*own, *words])
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
+        number, failure = error.get_first_failure()
+        status = failure.exitcode
+        if number != 0:  # what it said is not shown
+            print(f"deqdiff-fast: error: process {number} of {count} failed, status {status}", file=sys.stderr)
         return status if status > 0 else 1
     except SignalException as error:
         raise KeyboardInterrupt from error

@@ -52,6 +52,20 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines() == ["deqdiff-fast: error: nowhere.png: there is no such file"]
 
 
+def test_the_first_process_has_time_to_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher ends it as soon as another one has failed, with its message unsaid."""
+    slept: list[float] = []
+    monkeypatch.setattr(_devices.time, "sleep", slept.append)
+    _devices.let_the_first_speak()
+    for name, value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("TORCHELASTIC_RUN_ID", "x")):
+        monkeypatch.setenv(name, value)
+    _devices.let_the_first_speak()
+    assert not slept
+    monkeypatch.setenv("RANK", "1")
+    _devices.let_the_first_speak()
+    assert slept == [_devices.PATIENCE]
+
+
 def test_devices_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _devices.own_device("auto") == "auto"
     assert _devices.to_be_launched(argparse.Namespace(devices=2))
