@@ -64,8 +64,15 @@ class RowRecord:
 
     def compare(self, system: System, noise: Tensor) -> None:
         """Compare, at other timesteps every time; raises ModelOutputError."""
-        with torch.no_grad():
-            worst = _difference(system, noise, self.looks)
+        worst = 0.0
+        for most in (MOST_SAMPLES, 1):  # where memory is short: the solve itself makes its calls smaller
+            try:
+                with torch.no_grad():
+                    worst = _difference(system, noise, self.looks, most)
+                break
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
         self.rounding, self.looks = max(self.rounding, worst), self.looks + 1
         self.next_look = max(2, self.next_look)
 
@@ -128,14 +135,14 @@ def with_tolerance_in_reach(options: Options, record: RowRecord, dtype: torch.dt
     return replace(options, tol=floor, on_failure="raise" if options.on_failure == "raise" else "warn"), False
 
 
-def _difference(system: System, noise: Tensor, number: int) -> float:
+def _difference(system: System, noise: Tensor, number: int, most: int) -> float:
     """The largest relative difference between rows of a batch of several timesteps and those of a call on one, as the
-    serial chain makes it; other timesteps for every number."""
+    serial chain makes it; other timesteps for every number. most: samples of which all are compared."""
     steps, batch = system.num_steps, system.batch
     at = sorted({int((number + k / LEVELS) * (1 if number == 0 else GOLDEN) % 1 * steps) for k in range(LEVELS)})
     at = at if len(at) > 1 else sorted({at[0], (at[0] + steps // 2) % steps, steps - 1})
     at.reverse()  # from the image's end: t[0] is another one's then
-    few = batch <= MOST_SAMPLES and len(at) * batch <= (system.max_batch or len(at) * batch)
+    few = batch <= most and len(at) * batch <= (system.max_batch or len(at) * batch)
     levels = [
         _Level.of(system, noise, i, list(range(batch)) if few else [(k + number + 1) % batch]) for k, i in enumerate(at)
     ]

@@ -90,6 +90,20 @@ def test_a_few_evaluations_in_a_few_solves(mixture, ddim, noise):
     assert max(looked) == (3 + 2) * 2
 
 
+@pytest.mark.parametrize("room", [1, 3, 5])
+def test_a_lack_of_memory_is_the_solves_own_affair(mixture, ddim, noise, relative_error, room):
+    plain = mixture()
+
+    def small(x, t):
+        if len(x) > room:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(x, t)
+
+    out = dq.DEQSampler(small, ddim(12), solver="picard").sample(noise(4))
+    assert out.converged.all()
+    assert relative_error(out.sample, dq.DEQSampler(plain, ddim(12)).serial(noise(4)).sample).max() < 1e-2
+
+
 def test_what_is_recorded_is_on_the_chain(mixture, ddim, noise):
     model, recording = mixture(), dq.Recording()
     stats = dq.DEQSampler(model, ddim(12), solver="picard").record(recording).sample(noise(1)).stats
