@@ -6,6 +6,7 @@ import gc
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from problems import random_problem
@@ -23,6 +24,16 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+def overflows(sampler: dq.DEQSampler, noise: Any, kwargs: Any, generator: torch.Generator) -> bool:
+    """Whether the serial chain is not finite either."""
+    try:
+        with torch.no_grad():
+            sampler.serial(noise, kwargs, generator)
+    except dq.NonFiniteError:
+        return True
+    return False
+
+
 def run(solves: int, seed: int) -> list[str]:
     """A pool of samplers, one of which is replaced by a new one now and then. Returns complaints."""
     if not Path("/proc/self/statm").is_file():
@@ -38,9 +49,14 @@ def run(solves: int, seed: int) -> list[str]:
             item = (problem, dq.DEQSampler(problem.model, problem.chain.schedule, **settings))
             pool = [*pool[-SAMPLERS + 1 :], item]
         problem, sampler = draw.choice(pool)
-        with torch.no_grad():
-            found = sampler.sample(draw.choice(problem.noises), problem.kwargs, torch.Generator().manual_seed(k))
-        wrong += not bool(found.sample.isfinite().all())
+        asked = (draw.choice(problem.noises), problem.kwargs)
+        try:
+            with torch.no_grad():
+                found = sampler.sample(*asked, torch.Generator().manual_seed(k))
+            wrong += not bool(found.sample.isfinite().all())
+        except dq.NonFiniteError:
+            wrong += not overflows(sampler, *asked, torch.Generator().manual_seed(k))
+            pool.remove((problem, sampler))
         if k % max(1, solves // 20) == 0:
             gc.collect()
             marks.append(resident())
