@@ -84,7 +84,8 @@ class DEQRestorer:
         self._checked = set[Any]()
 
     def _restoring(self, model: Model) -> RestoringModel:
-        variant = (self.method.name, type(self.operator).__name__, self.noisy)
+        sigma = None if self.sigma is None else tuple(self.sigma.flatten().tolist())  # decides what is smooth in time
+        variant = (repr(self.method), type(self.operator).__name__, sigma)
         return RestoringModel(
             model, self.method, self._coordinates, self.operator, self.schedule, self._levels, variant
         )
