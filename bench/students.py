@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    problem, facts, pairs = load(args), environment(args.device), Pairs(args.pairs)
+    problem, facts, folder = load(args), environment(args.device), Pairs(args.pairs)
+    pairs = [folder[k] for k in range(len(folder))]  # in memory: reading is no part of training
     script = _script()
     makers: dict[str, Callable[..., Any]] = {
         "GET": script.build,
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _trained(
-    args: argparse.Namespace, script: ModuleType, pairs: Pairs, name: str, make: Callable[..., Any]
+    args: argparse.Namespace, script: ModuleType, pairs: list[dict[str, Any]], name: str, make: Callable[..., Any]
 ) -> Any:  # fmt: skip
     """The training of train_get.py, at its end."""
     out = args.out / name

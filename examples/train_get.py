@@ -61,8 +61,9 @@ def build(pairs: torch.utils.data.Dataset, args: argparse.Namespace) -> GET:
         settings["classes"] = args.classes or 1 + max(int(pairs[k]["condition"]) for k in range(len(pairs)))
     scale = torch.stack([item["noise"] for item in first]).std().item()
     settings["noise_scale"] = 1.0 if 0.9 < scale < 1.1 else scale
-    size = args.size if args.width is None else GETSize(args.width, 2, 2, 4, 4)
-    return GET(tuple(first[0]["noise"].shape), size=size, patch=args.patch, gradient=args.gradient, **settings)
+    size = args.size if args.width is None else GETSize(args.width, *args.depth, 4, 4)
+    settings |= {"patch": args.patch, "gradient": args.gradient, "max_steps": args.equilibrium_steps}
+    return GET(tuple(first[0]["noise"].shape), size=size, **settings)
 
 
 def order_of_epoch(count: int, epoch: int, seed: int) -> Tensor:
@@ -104,9 +105,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/student"))
     parser.add_argument("--size", default="T", help="T, M, S, B or B+ of the paper (default T)")
     parser.add_argument("--width", type=int, help="a small model of this width in the place of --size")
+    parser.add_argument("--depth", type=int, nargs=2, default=(2, 2), metavar=("INJECTION", "EQUILIBRIUM"),
+                        help="blocks of a model of --width (default 2 2)")  # fmt: skip
     parser.add_argument("--patch", type=int, default=2)
     parser.add_argument("--classes", type=int, default=0, help="number of labels (default: the largest one there + 1)")
     parser.add_argument("--gradient", default="implicit", help="of the equilibrium (default implicit)")
+    parser.add_argument("--equilibrium-steps", type=int, default=16, help="at most, in training (default 16)")
     parser.add_argument("--loss", choices=tuple(LOSSES), default="l1")
     parser.add_argument("--steps", type=int, help="of the optimizer")
     parser.add_argument("--minutes", type=float, help="in all, in the place of --steps")
