@@ -7,11 +7,9 @@ import inspect
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
-
 from ...sampler import DEQSampler
 from ...schedule import Schedule
-from .families import Family, family_of
+from .components import denoisers
 from .intercepted_loop import InterceptedLoop
 from .proxies import installed
 
@@ -48,7 +46,7 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
         ValueError: a bad option. The pipeline's call raises it for arguments that are not supported, before any work,
             and NotAffineError for schedulers that are not. DeqDiffError: its loop does what cannot be solved.
     """
-    family_of(pipe)
+    denoisers(pipe)
     DEQSampler(lambda x, t: x, Schedule.ddim([0.9, 0.5], [1, 0]), **options)
     _leave(pipe)
     pipe.__class__ = _class_of(type(pipe))
@@ -96,10 +94,8 @@ def _derived(base: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _SETTINGS not in vars(self):
             return plain(self, *args, **kwargs)
-        family = family_of(self)
-        bound = inspect.signature(plain).bind(self, *args, **kwargs)
-        check_arguments(self, family, bound)
-        loop = InterceptedLoop(self, family, vars(self)[_SETTINGS], bound.arguments)
+        components = denoisers(self)
+        loop = InterceptedLoop(self, components, vars(self)[_SETTINGS], given_arguments(self, args, kwargs))
         vars(self)["last_solution"] = None
         vars(self).pop("_num_timesteps", None)
         with installed(self, loop.proxies()):
@@ -120,20 +116,8 @@ def _derived(base: type) -> type:
     return type(base)(base.__name__, (base,), own)
 
 
-def check_arguments(pipe: Any, family: Family, bound: inspect.BoundArguments) -> None:
-    """Refuse what the loop would not honour; fills in the defaults of what was not passed."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    given = dict(list(bound.arguments.items())[1:])  # without self
-    extra = next((name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD), "")
-    given |= given.pop(extra, {})
-    for name, value in given.items():
-        default = parameters[name].default if name in parameters else None
-        if name in family.options or value is None or value is default:
-            continue
-        if not isinstance(value, (torch.Tensor, list, tuple)) and bool(value == default):
-            continue
-        raise ValueError(
-            f"{name}: {type(pipe).__name__} cannot honour it while its loop is solved in parallel; leave it out, or "
-            "use the plain pipeline: restore(pipe)"
-        )
+def given_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of a pipeline's call by name, with the defaults of what was not passed."""
+    bound = inspect.signature(plain_class(pipe).__call__).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])  # without self
