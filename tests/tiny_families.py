@@ -117,7 +117,9 @@ def chroma() -> Family:
         joint_attention_dim=16, axes_dims_rope=(4, 4, 8), approximator_hidden_dim=16, approximator_layers=1,
         approximator_num_channels=16,
     )  # fmt: skip
-    return "ChromaPipeline", FLOW, {"transformer": model}, prompts(16, masks=True) | {"height": 64, "width": 64}
+    given = prompts(16, masks=True)
+    given |= {name: value.bool() for name, value in given.items() if "mask" in name}
+    return "ChromaPipeline", FLOW, {"transformer": model}, given | {"height": 64, "width": 64}
 
 
 def ltx() -> Family:

@@ -139,13 +139,16 @@ def test_a_scheduler_that_is_not_affine_is_refused_with_the_reason(make, tiny):
     assert type(vars(pipe)["scheduler"]) is diffusers.DPMSolverMultistepScheduler
 
 
-def test_guidance_that_is_not_known_is_noticed_and_not_replaced(make, tiny, monkeypatch):
+def test_guidance_that_is_not_known_is_noticed_and_not_replaced(make, tiny, relative_error, monkeypatch):
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion as module
 
-    pipe = parallel(make("sd"))
-    monkeypatch.setattr(module, "rescale_noise_cfg", lambda cfg, text, guidance_rescale: cfg * 0.9)
+    given = tiny.arguments("sd", guidance_rescale=0.5)
+    monkeypatch.setattr(module, "rescale_noise_cfg", lambda cfg, text, guidance_rescale: cfg.abs() * 0.9)
     with pytest.raises(dq.DeqDiffError, match="combines its model's outputs"):
-        tiny.call(pipe, **tiny.arguments("sd", guidance_rescale=0.5))
+        tiny.call(parallel(make("sd")), **given)
+    monkeypatch.setattr(module, "rescale_noise_cfg", lambda cfg, text, guidance_rescale: cfg * 0.9 - 0.3 * text)
+    reference, ours = (tiny.call(pipe, **given)[0] for pipe in (make("sd"), parallel(make("sd"))))
+    assert relative_error(ours, reference).max() < 1e-3  # linear, whatever it is
 
 
 def test_the_pipeline_stays_what_it_was(make, tiny, tmp_path):

@@ -41,17 +41,10 @@ class GuidedModel:
             output = call.component.module(*args, **kwargs)
             leaves.append(tree_leaves(output) if call.component.auxiliary else [])
             if not call.component.auxiliary:
-                parts += parts_of(unwrap_output(output), copies, x.shape[1:])
+                parts += call.placement.parts(unwrap_output(output), x.shape[1:])
         return self.combination(parts)
 
     def copies(self, call: Call) -> int:
         """How often the samples occur in the batch of one call: twice where guidance takes both halves at once."""
         return int(call.x.shape[0]) // self.batch
 
-
-def parts_of(output: Tensor, copies: int, shape: torch.Size) -> list[Tensor]:
-    """The halves of an output, each (n, *shape): without a predicted variance, or what follows the state's tokens."""
-    for dim, size in enumerate(shape, 1):
-        if output.dim() == len(shape) + 1 and output.shape[dim] > size:
-            output = output.narrow(dim, 0, size)
-    return list(output.chunk(copies))

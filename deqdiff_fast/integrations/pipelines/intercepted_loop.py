@@ -100,6 +100,9 @@ class InterceptedLoop:
             call = Call.record(component, args, kwargs, self.outputs.links)
         except (KeyError, ValueError) as error:
             raise self._unknown(f"calls its {component.name} ({error})") from error
+        if self.chain is not None and self.chain.ended(call, self.index):
+            self.chain, self.index, self.parts, self.fresh = None, 0, 0, None
+            self._before_steps()
         if self.chain is not None and not self.calls and (change := self._change(call)):
             self._take_over(change)
             return component.module(*args, **kwargs)
@@ -215,7 +218,7 @@ class InterceptedLoop:
             if not (alike and solved.placement.holds(call.x, source) and fits(solved, call, problem, self.index)):
                 return True
         own = guided[: len(guided) // problem.halves]
-        parts = output_parts(self.calls, self.outputs, problem.start)
+        parts = output_parts(problem.model.calls, self.outputs, problem.start)
         return not (is_tiled(guided, own) and problem.model.combination.still(parts, own, hints, self.hints))
 
     def _change(self, call: Call) -> str:

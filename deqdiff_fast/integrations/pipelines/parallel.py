@@ -16,6 +16,7 @@ from .proxies import installed
 Pipe = TypeVar("Pipe")
 _CLASSES: WeakKeyDictionary[type, type] = WeakKeyDictionary()  # of a pipeline class: ours, derived from it
 _SETTINGS = "_deqdiff_options"
+_DEPRECATED = ("callback", "callback_steps", "mask_feature")  # taken by pipelines in **kwargs
 
 
 def parallelize(pipe: Pipe, **options: Any) -> Pipe:
@@ -117,7 +118,14 @@ def _derived(base: type) -> type:
 
 
 def given_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of a pipeline's call by name, with the defaults of what was not passed."""
-    bound = inspect.signature(plain_class(pipe).__call__).bind(pipe, *args, **kwargs)
+    """Those of a pipeline's call by name, with the defaults of what was not passed. Raises ValueError for what the
+    pipeline would ignore."""
+    signature = inspect.signature(plain_class(pipe).__call__)
+    bound = signature.bind(pipe, *args, **kwargs)
+    extra = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
+    for name in bound.arguments.get(extra, {}):
+        if name not in _DEPRECATED:
+            raise ValueError(f"{name}: {type(pipe).__name__} has no such argument")
     bound.apply_defaults()
-    return dict(list(bound.arguments.items())[1:])  # without self
+    given = dict(list(bound.arguments.items())[1:])  # without self
+    return given | given.pop(extra, {})

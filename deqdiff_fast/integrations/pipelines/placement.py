@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +21,13 @@ class Placement:
     """The dimension along which the state is a part of the input, and where it begins."""
     mask: Tensor | None = None
     """Where the input is the state, if that is no block."""
+    tokens: bool = False
+    """Whether it is the state's places one after the other, with channels last."""
 
     def fill(self, state: Tensor, rows: Tensor) -> Tensor:
         """The input for state: (n, *shape); rows: (copies * n,), which of the recorded rows its own belong to."""
-        whole = torch.cat([state.to(self.dtype)] * self.copies)
+        own = _as_tokens(state) if self.tokens else state
+        whole = torch.cat([own.to(self.dtype)] * self.copies)
         if self.rest is None:
             return whole
         rest = self.rest.index_select(0, rows)
@@ -36,15 +40,37 @@ class Placement:
 
     def holds(self, whole: Tensor, state: Tensor) -> bool:
         """Whether `whole` is what `fill` makes of the B samples of a state."""
-        if whole.dim() != state.dim() or len(whole) != self.copies * len(state):
+        if len(whole) != self.copies * len(state) or (self.rest is not None and len(whole) != len(self.rest)):
             return False
         expected = self.fill(state, torch.arange(len(whole), device=whole.device))
         return expected.shape == whole.shape and torch.equal(expected, whole)
 
+    def parts(self, output: Tensor, shape: torch.Size) -> list[Tensor]:
+        """The halves of a model's output as the state lies in its input, each (n, *shape): without a predicted
+        variance, or what follows the state's tokens."""
+        if self.tokens and output.dim() == 3:
+            start = self.block[1] if self.block is not None else 0
+            places = math.prod(shape[1:])
+            output = output.narrow(1, start, places).mT.unflatten(-1, shape[1:])
+        for dim, size in enumerate(shape, 1):
+            if output.dim() == len(shape) + 1 and output.shape[dim] > size:
+                output = output.narrow(dim, 0, size)
+        return list(output.chunk(self.copies))
+
+
+def _as_tokens(state: Tensor) -> Tensor:
+    """(n, C, ...) as (n, places, C)."""
+    return state.flatten(2).mT
+
 
 def locate(whole: Tensor, state: Tensor) -> Placement | None:
     """Where `state` lies in `whole`; None where it does not, or in several places."""
-    if whole.dim() != state.dim() or not len(state) or len(whole) % len(state) or not whole.is_floating_point():
+    if not len(state) or len(whole) % len(state) or not whole.is_floating_point():
+        return None
+    if whole.dim() == 3 and state.dim() > 3:
+        found = locate(whole, _as_tokens(state))
+        return None if found is None or found.mask is not None else replace(found, tokens=True)
+    if whole.dim() != state.dim():
         return None
     copies, tiled = len(whole) // len(state), torch.cat([state.to(whole.dtype)] * (len(whole) // len(state)))
     apart = [d for d in range(1, whole.dim()) if whole.shape[d] != tiled.shape[d]]

@@ -12,7 +12,7 @@ from ..._types import unwrap_output
 from .calls import Call
 from .combination import Combination, find_combination
 from .first_step import FirstStep, is_tiled, place, read_first_step
-from .guided_model import GuidedModel, parts_of
+from .guided_model import GuidedModel
 from .outputs import StepOutputs
 from .problem import DenoisingProblem
 from .timestep_rule import exclude, find_rule
@@ -92,7 +92,8 @@ def output_parts(calls: list[Call], outputs: StepOutputs, start: Tensor) -> list
     parts: list[Tensor] = []
     for call, given in zip(calls, outputs.given):
         if not call.component.auxiliary:
-            parts += parts_of(unwrap_output(given), len(call.x) // len(start), start.shape[1:])
+            assert call.placement is not None
+            parts += call.placement.parts(unwrap_output(given), start.shape[1:])
     return parts
 
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ..._types import unwrap_output
 from .fingerprint import Fingerprint
-from .guided_model import parts_of
 from .outputs import StepOutputs
 from .problem import DenoisingProblem
 
@@ -49,7 +48,8 @@ def own_output(problem: DenoisingProblem, outputs: StepOutputs) -> Tensor:
     for number, call in enumerate(problem.model.calls):
         real = outputs.real(number)
         if not call.component.auxiliary:
-            parts += parts_of(unwrap_output(real), problem.model.copies(call), problem.start.shape[1:])
+            assert call.placement is not None
+            parts += call.placement.parts(unwrap_output(real), problem.start.shape[1:])
     return problem.model.combination(parts)
 
 

@@ -16,6 +16,7 @@ from .lockstep import Lockstep
 from .placement import locate
 from .problem import DenoisingProblem
 from .random_state import RandomState
+from .recording import fits
 
 # of networks, by the kind and length of chains: the steps at which an earlier one had another model
 _CHANGES: WeakKeyDictionary[Any, dict[Any, set[int]]] = WeakKeyDictionary()
@@ -46,6 +47,12 @@ class SolvedChain:
         self.problem = self.lockstep.problem = problem
         self.changes.add(index)
         self.known = index
+
+    def ended(self, call: Call, index: int) -> bool:
+        """Whether a call after the last step begins another loop: some pipelines have one for each picture."""
+        first = self.problem.model.calls[0]
+        same = index >= len(self.problem.timesteps) and call.component is first.component
+        return same and fits(first, call, self.problem, 0)
 
     def lies_in(self, call: Call, source: Tensor) -> bool:
         """Whether an input of another kind than was solved for is made of the state, too."""
