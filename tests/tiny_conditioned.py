@@ -7,13 +7,10 @@ from typing import Any
 
 import diffusers
 import torch
+from tiny_families import DPM, EULER, FLOW, LENGTH, Family, draw
 
-FLOW, DPM, EULER, DDIM = (
-    "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "DDIMScheduler",
-)  # fmt: skip
-Family = tuple[str, str, dict[str, Any], dict[str, Any]]  # class, scheduler, components, arguments
+DDIM = "DDIMScheduler"
 SIZE = 8  # of pictures and latents: the decoder has one block
-LENGTH = 6  # tokens
 CROSS = {
     "sample_size": SIZE, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
     "attention_head_dim": 4, "cross_attention_dim": 16, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -21,10 +18,6 @@ CROSS = {
 UP = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
 XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
 NO_CHECKER = {"requires_safety_checker": False}
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(100 + seed))
 
 
 def picture(seed: int = 7, batch: int = 2, size: int = SIZE) -> torch.Tensor:
@@ -128,7 +121,7 @@ def flux_controlnet() -> Family:
 
 
 def svd() -> Family:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     model = diffusers.UNetSpatioTemporalConditionModel(
         block_out_channels=(32, 64), layers_per_block=1, sample_size=SIZE, in_channels=8, out_channels=4,
@@ -144,8 +137,6 @@ def svd() -> Family:
         block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",), latent_channels=4
     )
     parts = {"vae": vae, "image_encoder": encoder, "unet": model}
-    from transformers import CLIPImageProcessor
-
     parts["feature_extractor"] = CLIPImageProcessor(crop_size=8, size=8)
     given = {"image": picture(), "height": SIZE, "width": SIZE, "num_frames": 3}
     return "StableVideoDiffusionPipeline", EULER, parts, given
@@ -201,7 +192,9 @@ def sd3_skipped_layers() -> Family:
 
 
 def audioldm2() -> Family:
-    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel
+    from transformers import (
+        GPT2Config, GPT2LMHeadModel, SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel,
+    )  # fmt: skip
 
     model = diffusers.AudioLDM2UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=8, sample_size=SIZE, in_channels=4,
@@ -220,6 +213,7 @@ def audioldm2() -> Family:
         given[name] = torch.ones(2, LENGTH, dtype=torch.long)
     second = T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     parts = {"vae": decoder(), "unet": model, "vocoder": vocoder, "text_encoder_2": second}
+    parts["language_model"] = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
     return "AudioLDM2Pipeline", DDIM, parts, given
 
 

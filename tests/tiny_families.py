@@ -1,8 +1,9 @@
 """More diffusers pipelines, tiny, with random weights and conditions: without text encoders and, where the pipeline does
-without one, without a decoder. Each is (class, components, arguments of a call that makes two samples)."""
+without one, without a decoder."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import diffusers
 import torch
 
 FLOW, DPM, EULER = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"
-Family = tuple[str, str, dict[str, Any], dict[str, Any]]  # class, scheduler, components, arguments
+# the pipeline's class, its scheduler's, its components (with a point: attributes), arguments of a call for two samples
+Family = tuple[str, str, dict[str, Any], dict[str, Any]]
 LENGTH = 6  # tokens
 
 
@@ -82,7 +84,6 @@ def hunyuan_dit() -> Family:
 
 
 def kolors() -> Family:
-    torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
         cross_attention_dim=16, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -215,6 +216,21 @@ def animatediff() -> Family:
     )
     given = prompts(16) | {"height": 64, "width": 64, "num_frames": 4, "guidance_scale": 3.0}
     return "AnimateDiffPipeline", "DDIMScheduler", {"unet": unet, "motion_adapter": motion}, given
+
+
+def assemble(kind: str, parts: dict[str, Any], rule: Any) -> Any:
+    """The pipeline, without what is not among `parts`."""
+    pipeline = getattr(diffusers, kind)
+    wanted = list(inspect.signature(pipeline.__init__).parameters.items())[1:]
+    given = {name: None for name, p in wanted if p.default is p.empty} | parts | {"scheduler": rule}
+    pipe = pipeline(**{name: value for name, value in given.items() if not name.startswith(".")})
+    for name, value in parts.items():
+        if name.startswith("."):
+            setattr(pipe, name[1:], value)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipe
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {

@@ -44,6 +44,17 @@ class GuidedModel:
                 parts += call.placement.parts(unwrap_output(output), x.shape[1:])
         return self.combination(parts)
 
+    def __str__(self) -> str:
+        """How the loop was understood: the calls of a step, and what becomes of their outputs."""
+        said = []
+        for call in self.calls:
+            assert call.rule is not None
+            rows = f" on {self.copies(call)} rows a sample" if self.copies(call) > 1 else ""
+            part = " beside what stays" if call.placement is not None and call.placement.rest is not None else ""
+            said.append(f"{call.component.name}(x{part}, {call.rule.name}){rows}")
+        calls = ", ".join(f"{said.count(each)} {each}" if said.count(each) > 1 else each for each in dict.fromkeys(said))
+        return f"{calls}: {self.combination}"
+
     def copies(self, call: Call) -> int:
         """How often the samples occur in the batch of one call: twice where guidance takes both halves at once."""
         return int(call.x.shape[0]) // self.batch

@@ -51,7 +51,7 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
     DEQSampler(lambda x, t: x, Schedule.ddim([0.9, 0.5], [1, 0]), **options)
     _leave(pipe)
     pipe.__class__ = _class_of(type(pipe))
-    vars(pipe).update({_SETTINGS: options, "last_solution": None})
+    vars(pipe).update({_SETTINGS: options, "last_solution": None, "last_recording": []})
     return pipe
 
 
@@ -62,7 +62,8 @@ def restore(pipe: Pipe) -> Pipe:
         The same object.
     """
     _leave(pipe)
-    vars(pipe).pop("last_solution", None)
+    for name in ("last_solution", "last_recording"):
+        vars(pipe).pop(name, None)
     return pipe
 
 
@@ -97,7 +98,7 @@ def _derived(base: type) -> type:
             return plain(self, *args, **kwargs)
         components = denoisers(self)
         loop = InterceptedLoop(self, components, vars(self)[_SETTINGS], given_arguments(self, args, kwargs))
-        vars(self)["last_solution"] = None
+        vars(self).update({"last_solution": None, "last_recording": []})
         vars(self).pop("_num_timesteps", None)
         with installed(self, loop.proxies()):
             result = plain(self, *args, **kwargs)

@@ -86,6 +86,7 @@ class SolvedChain:
         self.known = stop
         self.solution = solution if self.solution is None else _together(self.solution, solution)
         self.pipe.last_solution = self.solution
+        self.pipe.last_recording.append(f"steps {index} to {stop - 1}: {problem.model}")
 
 
 def _together(before: Solution, after: Solution) -> Solution:
