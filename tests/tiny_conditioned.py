@@ -64,6 +64,12 @@ def sd_inpaint_plain() -> Family:
     return kind, rule, parts, given | {"strength": 0.8}
 
 
+def flux_inpaint() -> Family:
+    parts = {"vae": decoder(shift_factor=0.06), "transformer": flux_transformer()}
+    given = prompts(pooled=16, negative=False) | {"image": picture(), "mask_image": mask(), "strength": 0.9}
+    return "FluxInpaintPipeline", FLOW, parts, given | {"height": SIZE, "width": SIZE}
+
+
 def controlnet(**config: Any) -> Any:
     own = {name: value for name, value in CROSS.items() if name != "sample_size"}
     model = diffusers.ControlNetModel(**own, conditioning_embedding_out_channels=(4,), **config)
@@ -271,7 +277,7 @@ def ltx_image() -> Family:
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "sd-inpaint": sd_inpaint, "sd-inpaint-plain": sd_inpaint_plain, "sd-controlnet": sd_controlnet,
-    "sdxl-controlnet": sdxl_controlnet, "flux-kontext": flux_kontext, "flux-fill": flux_fill,
+    "sdxl-controlnet": sdxl_controlnet, "flux-kontext": flux_kontext, "flux-fill": flux_fill, "flux-inpaint": flux_inpaint,
     "flux-controlnet": flux_controlnet, "svd": svd, "marigold": marigold,
     "marigold-in-turn": marigold_in_turn, "sd-ip-adapter": sd_ip_adapter, "sd-perturbed": sd_perturbed,
     "sd3-skipped-layers": sd3_skipped_layers, "audioldm2": audioldm2, "wan-image": wan_image,

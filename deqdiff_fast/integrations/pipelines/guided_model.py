@@ -12,6 +12,7 @@ from ..._types import unwrap_output
 from ...model.padding import is_compiled
 from .calls import Call
 from .combination import Combination
+from .overwriting import FixedOutputs
 
 
 class GuidedModel:
@@ -20,8 +21,10 @@ class GuidedModel:
     x: (n, *shape); t: (n,) the scheduler's timesteps; rows: (n,) which of the B samples each row belongs to.
     """
 
-    def __init__(self, calls: list[Call], combination: Combination, batch: int) -> None:
-        self.calls, self.combination, self.batch = calls, combination, batch
+    def __init__(
+        self, calls: list[Call], combination: Combination, batch: int, fixed: FixedOutputs | None = None
+    ) -> None:
+        self.calls, self.combination, self.batch, self.fixed = calls, combination, batch, fixed
         denoisers = [call.component.module for call in calls if not call.component.auxiliary]
         self.base_model = denoisers[0]  # what is learned of it outlives this call of the pipeline
         compiled = any(is_compiled(call.component.module) for call in calls)
@@ -42,7 +45,8 @@ class GuidedModel:
             leaves.append(tree_leaves(output) if call.component.auxiliary else [])
             if not call.component.auxiliary:
                 parts += call.placement.parts(unwrap_output(output), x.shape[1:])
-        return self.combination(parts)
+        output = self.combination(parts)
+        return output if self.fixed is None else self.fixed.put(output, t, rows)
 
     def __str__(self) -> str:
         """How the loop was understood: the calls of a step, and what becomes of their outputs."""
@@ -53,7 +57,7 @@ class GuidedModel:
             part = " beside what stays" if call.placement is not None and call.placement.rest is not None else ""
             said.append(f"{call.component.name}(x{part}, {call.rule.name}){rows}")
         calls = ", ".join(f"{said.count(each)} {each}" if said.count(each) > 1 else each for each in dict.fromkeys(said))
-        return f"{calls}: {self.combination}"
+        return f"{calls}: {self.combination}" + (", where the mask leaves it" if self.fixed is not None else "")
 
     def copies(self, call: Call) -> int:
         """How often the samples occur in the batch of one call: twice where guidance takes both halves at once."""

@@ -28,6 +28,7 @@ from .custom_parts import custom_parts, needs_serial
 from .fingerprint import Fingerprint
 from .first_step import bring_back, is_tiled
 from .outputs import StepOutputs
+from .overwriting import Noising
 from .proxies import DenoiserProxy, Output, scheduler_proxy
 from .recording import Unknown, first_problem, fits, next_model, output_parts, read_step
 from .row_check import own_output, row_fault
@@ -57,11 +58,12 @@ class InterceptedLoop:
         self.fresh: Any = None  # the scheduler before the first step
         self.before: Fingerprint | None = None  # of networks with parts of a user's own, before the first call
         self.hints: list[float] = []
+        self.noising: Noising | None = None  # since the last step
         parts: dict[str, Any] = {
             name: DenoiserProxy(component.module, _denoise=partial(self.denoise, component))
             for name, component in components.items()
         }
-        parts["scheduler"] = scheduler_proxy(self.scheduler, self.step, self.scale)
+        parts["scheduler"] = scheduler_proxy(self.scheduler, self.step, self.scale, self.noised)
         self.monitor = ChangeMonitor(pipe, parts, self.modules, self.scheduler, has_callbacks(arguments))
         if reason := needs_serial(self.modules, self.scheduler):
             self._refuse(reason)
@@ -74,7 +76,7 @@ class InterceptedLoop:
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """In place of the scheduler's `scale_model_input`: random numbers in the first step, to see where they go."""
         if not self.serial and self.chain is not None:
-            if not is_tiled(sample, self.chain.states[min(self.index, len(self.chain.states) - 1)]):
+            if not self._same_latents(sample):
                 self._take_over("other latents")
             elif change := self.monitor.changed():
                 self._take_over(change)
@@ -90,6 +92,10 @@ class InterceptedLoop:
         own = torch.Generator("cpu").manual_seed(0)
         self.marker = torch.randn(sample.shape, generator=own, device="cpu").to(sample.device, sample.dtype)
         return self.marker
+
+    def noised(self, name: str, args: tuple[Any, ...], result: Tensor) -> None:
+        """After the scheduler's `add_noise` or `scale_noise`."""
+        self.noising = Noising(name, args, result)
 
     def denoise(self, component: Component, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In place of a network."""
@@ -133,6 +139,7 @@ class InterceptedLoop:
         self.chain.lockstep.advance(timestep, sample, kwargs)
         self.index += 1
         self.calls, self.scaled, self.outputs, self.marker = [], None, StepOutputs(), None
+        self.noising = None
         self.hints = numbers(self.pipe, self.arguments)
         self.monitor.remember(self.chain.problem, self.index)
         state = torch.cat([self.chain.states[self.index]] * self.chain.problem.halves)
@@ -185,6 +192,9 @@ class InterceptedLoop:
                     self._refuse(fault)
                     return first.sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
             sample, self.chain = first.sample, self._solved_chain(problem)
+            whole = all(call.placement is None or call.placement.rest is None for call in self.calls)
+            if self.arguments.get("mask_image") is not None and whole and not self.chain.changes:
+                self.chain.changes.add(1)  # it will write over a part of what it is given
         elif self._differs(guided, hints):
             problem, states = self.chain.problem, self.chain.states
             source = states[self.index] if self.scaled is None else self.scaled[1][: len(problem.start)]
@@ -229,14 +239,23 @@ class InterceptedLoop:
             return "more timesteps"
         source = self.chain.states[self.index] if self.scaled is None else self.scaled[1][: len(problem.start)]
         assert solved.placement is not None
-        if not solved.placement.holds(call.x, source) and (self.monitor.active or not self.chain.lies_in(call, source)):
-            return "other latents"
+        if not solved.placement.holds(call.x, source) and (self.scaled is not None or not self._same_latents(call.x)):
+            if self.monitor.active or not self.chain.lies_in(call, source):
+                return "other latents"
         if self.monitor.active:
             if numbers(self.pipe, self.arguments) != self.hints:
                 return "other guidance"
             if call.component is solved.component and not solved.same_extra(call):
                 return "other conditions"
         return self.monitor.changed() if self.scaled is None else ""
+
+    def _same_latents(self, sample: Tensor) -> bool:
+        """Whether the loop goes on with the state that it was given, or writes over a part of every state."""
+        assert self.chain is not None
+        chain = self.chain
+        same = is_tiled(sample, chain.states[min(self.index, len(chain.states) - 1)])
+        own = sample[: len(chain.problem.start)]
+        return same or (is_tiled(sample, own) and chain.overwrite(own, self.index, self.noising))
 
     def _take_over(self, change: str, within: bool = False) -> None:
         """Leave the rest to the scheduler, which is where the loop is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,8 @@ from ...solution import RoundInfo, Solution
 from .calls import Call
 from .chain_part import chain_part
 from .lockstep import Lockstep
+from .guided_model import GuidedModel
+from .overwriting import Noising, Overwriting, can_be_fixed, find_overwriting, fixed_outputs
 from .placement import locate
 from .problem import DenoisingProblem
 from .random_state import RandomState
@@ -39,6 +42,7 @@ class SolvedChain:
         self.states[0] = start
         self.known = 0
         self.solution: Solution | None = None
+        self.overwriting: Overwriting | None = None
         self.lockstep = Lockstep(scheduler, problem, self.states, self.noises)
         self.changes = _CHANGES.setdefault(problem.model.base_model, {}).setdefault((kind, steps), set())
 
@@ -47,6 +51,24 @@ class SolvedChain:
         self.problem = self.lockstep.problem = problem
         self.changes.add(index)
         self.known = index
+
+    def overwrite(self, sample: Tensor, index: int, noising: Noising | None) -> bool:
+        """Whether the loop writes over a part of every state, as it has done before step `index`; then the rest is
+        solved anew. sample: (B, *shape), what it goes on with."""
+        if self.overwriting is not None or index < 1 or index >= len(self.problem.timesteps):
+            return False
+        state = self.states[index]
+        if sample.shape != state.shape or not can_be_fixed(self.problem.schedule):
+            return False
+        self.overwriting = find_overwriting(
+            sample, state, index, noising, self.lockstep.scheduler, self.problem.timesteps
+        )
+        if self.overwriting is None:
+            return False
+        self.states[index] = sample
+        self.changes.add(index)
+        self.known = index
+        return True
 
     def ended(self, call: Call, index: int) -> bool:
         """Whether a call after the last step begins another loop: some pipelines have one for each picture."""
@@ -69,6 +91,11 @@ class SolvedChain:
             batch = len(problem.start)
             own = [None if noise is None else noise[:batch] for noise in self.noises]
             schedule, frozen = chain_part(schedule, index, stop, self.states, self.lockstep.outputs, own)
+        if self.overwriting is not None:
+            times = problem.timesteps[index:stop]
+            fixed = fixed_outputs(schedule, frozen, self.overwriting, times, index)
+            model = problem.model
+            problem = replace(problem, model=GuidedModel(model.calls, model.combination, model.batch, fixed))
         front = [0]
 
         def on_round(info: RoundInfo) -> bool:
@@ -83,6 +110,9 @@ class SolvedChain:
         solution.trajectory = None
         if solution.stats.stop_reason == "callback":  # interrupted: the pipeline goes on with what is final by now
             self.states[index + 1] = self.states[index + front[0]]
+        if self.overwriting is not None:
+            self.overwriting.write(self.states, index + 1)
+            solution.sample = self.states[stop]
         self.known = stop
         self.solution = solution if self.solution is None else _together(self.solution, solution)
         self.pipe.last_solution = self.solution
