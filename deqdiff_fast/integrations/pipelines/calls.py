@@ -50,14 +50,14 @@ class Call:
         given = {**dict(zip(component.names, args)), **kwargs}
         # of its own: some pipelines write into them
         extra = tree_map(lambda value: links.get(id(value), value) if isinstance(value, Tensor) else value, given)
-        x, timestep = extra.pop(component.names[0]), extra.pop("timestep")
+        x, timestep = extra.pop(component.names[0]), extra.pop(component.time)
         call = cls(component, x, timestep, extra, len(args))
         call._values = [value.clone() if isinstance(value, Tensor) else value for value in tree_leaves(extra)]
         return call
 
     def arrange(self, x: Tensor, timestep: Any, extra: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) for other values in the convention of this call, on which wrappers of a model may rely."""
-        named = {self.component.names[0]: x, "timestep": timestep, **extra}
+        named = {self.component.names[0]: x, self.component.time: timestep, **extra}
         return tuple(named.pop(name) for name in self.component.names[: self.positional]), named
 
     def same_extra(self, other: Call) -> bool:

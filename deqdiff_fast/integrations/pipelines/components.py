@@ -20,6 +20,7 @@ class Component:
     name: str
     module: Any
     names: tuple[str, ...]
+    time: str
     auxiliary: bool
     """Whether its outputs are further inputs of a denoiser, as those of a ControlNet."""
 
@@ -29,9 +30,9 @@ def denoisers(pipe: Any) -> dict[str, Component]:
     found = {}
     parts = vars(pipe) if hasattr(pipe, "__dict__") else {}
     for name, module in parts.items():
-        names = _arguments(module) if isinstance(module, nn.Module) else ()
-        if _TIME in names:
-            found[name] = Component(name, module, names, "controlnet_cond" in names)
+        part = component_of(name, module) if isinstance(module, nn.Module) else None
+        if part is not None:
+            found[name] = part
     if not hasattr(parts.get("scheduler"), "step") or all(part.auxiliary for part in found.values()):
         raise TypeError(
             "pipe: expected a diffusers pipeline with a scheduler and a network whose forward takes a timestep, got "
@@ -41,11 +42,17 @@ def denoisers(pipe: Any) -> dict[str, Component]:
     return found
 
 
-def _arguments(module: nn.Module) -> tuple[str, ...]:
-    """Of the nearest class whose `forward` names a timestep: a user's own may pass everything on."""
-    module = getattr(module, "_orig_mod", module)  # compiled
-    for kind in type(module).__mro__:
-        names = tuple(inspect.signature(vars(kind)["forward"]).parameters)[1:] if "forward" in vars(kind) else ()
+def component_of(name: str, module: nn.Module, any_names: bool = False) -> Component | None:
+    """None where its `forward` takes no timestep; any_names: the second argument is one, whatever its name.
+
+    The nearest class counts whose `forward` names a timestep: a user's own may pass everything on.
+    """
+    plain = getattr(module, "_orig_mod", module)  # compiled
+    forwards = [vars(kind)["forward"] for kind in type(plain).__mro__ if "forward" in vars(kind)]
+    found = [tuple(inspect.signature(forward).parameters)[1:] for forward in forwards]
+    for names in found:
         if _TIME in names:
-            return names
-    return ()
+            return Component(name, module, names, _TIME, "controlnet_cond" in names)
+    if any_names and found and len(found[0]) > 1 and type(plain).forward is not nn.Module.forward:
+        return Component(name, module, found[0], found[0][1], False)
+    return None
