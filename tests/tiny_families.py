@@ -1,5 +1,5 @@
-"""More diffusers pipelines, tiny, with random weights and conditions: without text encoders and, where the pipeline does
-without one, without a decoder."""
+"""More diffusers pipelines, tiny, with random weights and conditions: without text encoders and, where the pipeline
+does without one, without a decoder."""
 
 from __future__ import annotations
 
@@ -96,7 +96,8 @@ def kolors() -> Family:
 def cogview4() -> Family:
     model = diffusers.CogView4Transformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        text_embed_dim=16, time_embed_dim=8, condition_dim=4, pos_embed_max_size=16, sample_size=8, rope_axes_dim=(8, 8),
+        text_embed_dim=16, time_embed_dim=8, condition_dim=4, pos_embed_max_size=16, sample_size=8,
+        rope_axes_dim=(8, 8),
     )  # fmt: skip
     return "CogView4Pipeline", FLOW, {"transformer": model}, prompts(16) | {"height": 64, "width": 64}
 

@@ -102,6 +102,5 @@ def test_refusals(start):
     assert type(model) is Denoiser
     own, model = scheduler(RULES[0]), Denoiser()
     with pytest.raises(dq.DeqDiffError, match="combines"), torch.no_grad(), loop(own, model):
-        for t in own.timesteps:
-            x = own.step(model(x, t).tanh(), t, x).prev_sample
+        own.step(model(x, own.timesteps[0]).tanh(), own.timesteps[0], x)
     assert type(own) is diffusers.DDIMScheduler

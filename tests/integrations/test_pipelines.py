@@ -84,7 +84,6 @@ def test_the_same_latents_as_the_untouched_pipeline(make, tiny, relative_error, 
 
 def test_every_family_is_covered(make, tiny):
     assert {name for name, *_ in CASES} == set(tiny.BUILDERS)
-    pass
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])

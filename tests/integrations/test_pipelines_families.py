@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -35,20 +39,41 @@ def plain_and_parallel(make, tiny):
 
 
 FAMILIES = [
-    "pixart-sigma", "sana", "lumina2", "auraflow", "hunyuan-dit", "kolors", "cogview4", "qwen-image", "chroma", "ltx",
-    "cogvideox", "wan", "wan2.2", "hunyuan-video", "mochi", "stable-audio", "animatediff", "sd-inpaint",
-    "sd-inpaint-plain", "sd-controlnet", "sdxl-controlnet", "flux-kontext", "flux-fill", "flux-inpaint", "flux-controlnet", "svd",
-    "marigold", "marigold-in-turn", "sd-ip-adapter", "sd-perturbed", "sd3-skipped-layers", "audioldm2", "wan-image",
-    "cogvideox-image", "ltx-image",
+    "pixart-sigma", "sana", "lumina2", "auraflow", "hunyuan-dit", "kolors", "cogview4", "qwen-image", "chroma",
+    "ltx", "cogvideox", "wan", "wan2.2", "hunyuan-video", "mochi", "stable-audio", "animatediff", "sd-inpaint",
+    "sd-inpaint-plain", "sd-controlnet", "sdxl-controlnet", "flux-kontext", "flux-fill", "flux-inpaint",
+    "flux-controlnet", "svd", "marigold", "marigold-in-turn", "sd-ip-adapter", "sd-perturbed", "sd3-skipped-layers",
+    "audioldm2", "wan-image", "cogvideox-image", "ltx-image",
 ]  # fmt: skip
+
+
+OLDER = [
+    "ddim", "ddpm", "dit", "sd", "sd-img2img", "sdxl", "sdxl-img2img", "sd3", "sd3-img2img", "flux", "flux-img2img",
+]  # fmt: skip
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "pipelines.md"
+MARKS = "<!-- table -->", "<!-- end -->"
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[dict[str, str]]:
+    """Rows of the page's table; DEQDIFF_WRITE_TABLE=1 writes what was seen into the page."""
+    seen: dict[str, str] = {}
+    yield seen
+    if os.environ.get("DEQDIFF_WRITE_TABLE"):
+        before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        lines = (f"diffusers {diffusers.__version__}:", "", "| test | pipeline | scheduler | how its loop was read |")
+        table = "\n".join((*lines, "| --- | --- | --- | --- |", *seen.values()))
+        PAGE.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def test_all_builders_are_tested(tiny):
     assert set(tiny.MORE) == set(FAMILIES)
+    assert set(tiny.BUILDERS) == set(OLDER)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_same_latents_as_the_untouched_pipeline(plain_and_parallel, tiny, relative_error, name):
+@pytest.mark.parametrize("name", [*OLDER, *FAMILIES])
+def test_the_same_latents_as_the_untouched_pipeline(plain_and_parallel, tiny, relative_error, rows, name):
     reference, ours, pipe = plain_and_parallel(name)
     assert ours.shape == reference.shape
     assert reference.isfinite().all()
@@ -59,6 +84,11 @@ def test_the_same_latents_as_the_untouched_pipeline(plain_and_parallel, tiny, re
     again = tiny.call(pipe, **tiny.arguments(name))[0]  # with what the first call has shown
     assert relative_error(again, reference).max() < 1e-3
     assert pipe.last_solution.stats.finished_serially == 0
+    kinds = type(pipe).__name__, type(pipe.scheduler).__name__.removesuffix("Scheduler")
+    rows[name] = f"| {name} | {kinds[0]} | {kinds[1]} | {'; '.join(pipe.last_recording)} |"
+    page = PAGE.read_text(encoding="utf-8")
+    if f"diffusers {diffusers.__version__}:" in page and not os.environ.get("DEQDIFF_WRITE_TABLE"):
+        assert rows[name] in page
 
 
 OPTIONS = [

@@ -74,7 +74,7 @@ class Call:
             if isinstance(value, Link):
                 return outputs[value.call][value.leaf]
             if isinstance(value, Tensor) and value.dim() and value.shape[0] > total and value.shape[0] % total == 0:
-                return value.unflatten(0, (total, -1)).index_select(0, rows.to(value.device)).flatten(0, 1)
+                return _blocks(value, total).index_select(0, rows.to(value.device)).flatten(0, 1)
             return select_rows(value, total, rows)
 
         own = {name: value for name, value in self.extra.items() if name not in SHARED}
@@ -101,9 +101,14 @@ class Call:
         return ""
 
 
+def _blocks(leaf: Tensor, total: int) -> Tensor:
+    """(total * m, ...) as (total, m, ...)."""
+    return leaf.reshape(total, len(leaf) // total, *leaf.shape[1:])
+
+
 def _in_blocks(leaf: Tensor, total: int) -> bool:
     """Whether each of the `total` rows has a block of equal ones, one for each frame of a video."""
-    blocks = leaf.unflatten(0, (total, -1))
+    blocks = _blocks(leaf, total)
     return bool((blocks == blocks[:, :1]).all())
 
 

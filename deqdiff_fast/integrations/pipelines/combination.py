@@ -7,12 +7,14 @@ over the last dimension (Lumina-Image 2, Qwen-Image). Its numbers are those of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..._devices import float64
 from ...model.guidance import combine
 
 _TOLERANCE = 8  # in units of the dtype's rounding: the same operations on the same numbers
@@ -58,8 +60,8 @@ class Combination:
     def matches(self, parts: list[Tensor], guided: Tensor) -> bool:
         """Whether the loop has made `guided` of the parts."""
         ours = self(parts)
-        size = sum(abs(w) * part.float().norm() for w, part in zip(self._sizes(), parts))
-        return bool((ours.float() - guided.float()).norm() <= _TOLERANCE * torch.finfo(self.dtype).eps * size)
+        size = sum(abs(w) * float64(part).norm() for w, part in zip(self._sizes(), parts))
+        return bool((float64(ours) - float64(guided)).norm() <= _TOLERANCE * torch.finfo(self.dtype).eps * size)
 
     def still(self, parts: list[Tensor], guided: Tensor, hints: list[float], before: list[float]) -> bool:
         """Whether a later step makes the same of its outputs: of half precision numbers alone do not show it."""
@@ -104,8 +106,8 @@ def find_combination(parts: list[Tensor], guided: Tensor, hints: list[float]) ->
 
 
 def _candidates(parts: list[Tensor], guided: Tensor, hints: list[float], near: float) -> Iterator[Combination]:
-    known = [part.double() for part in parts]
-    total, kind = guided.double(), guided.dtype
+    known = [float64(part) for part in parts]
+    total, kind = float64(guided), guided.dtype
     weights = _fit(known, total, ())[:, 0]
     plain = tuple(_rounded(float(w), hints, near) for w in weights)
     if len(parts) == 2:
@@ -153,11 +155,12 @@ def _fit(parts: list[Tensor], guided: Tensor, dims: tuple[int, ...]) -> Tensor:
     wanted = guided.permute(*dims, *rest).reshape(_count(guided, dims), -1, 1)
     normal = table.mT @ table
     floor = 1e-300 * torch.eye(len(parts), dtype=normal.dtype, device=normal.device)
-    return torch.linalg.solve(normal + floor, table.mT @ wanted)[..., 0].T.cpu()
+    weights: Tensor = torch.linalg.solve(normal + floor, table.mT @ wanted)[..., 0].T.cpu()
+    return weights
 
 
 def _count(value: Tensor, dims: tuple[int, ...]) -> int:
-    return int(torch.tensor([value.shape[d] for d in dims], device="cpu").prod()) if dims else 1
+    return math.prod(value.shape[d] for d in dims)
 
 
 def _rounded(value: float, hints: list[float], near: float) -> float:

@@ -56,10 +56,10 @@ class GuidedModel:
             rows = f" on {self.copies(call)} rows a sample" if self.copies(call) > 1 else ""
             part = " beside what stays" if call.placement is not None and call.placement.rest is not None else ""
             said.append(f"{call.component.name}(x{part}, {call.rule.name}){rows}")
-        calls = ", ".join(f"{said.count(each)} {each}" if said.count(each) > 1 else each for each in dict.fromkeys(said))
+        counts = {each: said.count(each) for each in said}
+        calls = ", ".join(f"{count} {each}" if count > 1 else each for each, count in counts.items())
         return f"{calls}: {self.combination}" + (", where the mask leaves it" if self.fixed is not None else "")
 
     def copies(self, call: Call) -> int:
         """How often the samples occur in the batch of one call: twice where guidance takes both halves at once."""
         return int(call.x.shape[0]) // self.batch
-

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ...errors import DeqDiffError
 from ...schedule.probe import next_state
-from ...solution import Solution, Stats
 from .calls import Call
 from .change_monitor import ChangeMonitor, has_callbacks, numbers
 from .components import Component
@@ -29,9 +28,11 @@ from .fingerprint import Fingerprint
 from .first_step import bring_back, is_tiled
 from .outputs import StepOutputs
 from .overwriting import Noising
+from .placement import locate
 from .proxies import DenoiserProxy, Output, scheduler_proxy
-from .recording import Unknown, first_problem, fits, next_model, output_parts, read_step
+from .recording import Unknown, differs, first_problem, next_model, read_step
 from .row_check import own_output, row_fault
+from .serial_steps import with_serial_steps
 from .solved_chain import SolvedChain
 
 _LOG = logging.getLogger("deqdiff_fast")
@@ -149,22 +150,9 @@ class InterceptedLoop:
         """After the pipeline's call: what the scheduler did itself belongs to the solution, too."""
         if not self.serial or not self.index:
             return
-        sample = self.last
-        half = sample[: len(sample) // 2]
-        if self.chain.problem.halves > 1 if self.chain is not None else len(half) and is_tiled(sample, half):
-            sample = half
+        halves = self.chain.problem.halves if self.chain is not None else None
         solution = self.chain.solution if self.chain is not None else None
-        if solution is None:
-            stats = Stats(solver="serial", window=1, stop_reason="serial")
-            stats.error_estimate = torch.zeros(len(sample), dtype=torch.float64, device="cpu")
-            solution = Solution(sample, torch.ones(len(sample), dtype=torch.bool, device="cpu"), stats)
-            self.pipe.last_solution = solution
-        stats, steps = solution.stats, self.index - self.taken_over_at
-        stats.finished_serially += steps
-        stats.model_evals += steps * len(sample)
-        stats.model_calls += steps
-        if steps:
-            solution.sample = sample
+        self.pipe.last_solution = with_serial_steps(solution, self.last, halves, self.index - self.taken_over_at)
 
     def _before_steps(self) -> None:
         if self.fresh is None:
@@ -180,14 +168,13 @@ class InterceptedLoop:
         where the loop is to go on serially."""
         hints = numbers(self.pipe, self.arguments)
         if self.chain is None:
-            first, combination = read_step(
-                self.calls, self.outputs, self.scaled, self.marker, sample, guided, hints
-            )
+            first, combination = read_step(self.calls, self.outputs, self.scaled, self.marker, sample, guided, hints)
             first.timestep, first.output, first.step_kwargs = timestep, guided, kwargs
             first.count = vars(self.pipe).get("_num_timesteps")
             problem = first_problem(self.fresh, first, combination, self.outputs, self.kind)
             if self.before is not None:
-                self.before, fault = None, row_fault(problem, self.outputs, self.before, self.custom)
+                fault = row_fault(problem, self.outputs, self.before, self.custom)
+                self.before = None
                 if fault:
                     self._refuse(fault)
                     return first.sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
@@ -195,12 +182,11 @@ class InterceptedLoop:
             whole = all(call.placement is None or call.placement.rest is None for call in self.calls)
             if self.arguments.get("mask_image") is not None and whole and not self.chain.changes:
                 self.chain.changes.add(1)  # it will write over a part of what it is given
-        elif self._differs(guided, hints):
-            problem, states = self.chain.problem, self.chain.states
-            source = states[self.index] if self.scaled is None else self.scaled[1][: len(problem.start)]
-            problem = next_model(
-                problem, self.calls, self.outputs, source, guided, hints, self.index, self.kind
-            )
+        elif differs(
+            self.chain.problem, self.calls, self.outputs, self._source(), guided, hints, self.hints, self.index
+        ):
+            problem, source = self.chain.problem, self._source()
+            problem = next_model(problem, self.calls, self.outputs, source, guided, hints, self.index, self.kind)
             self.chain.change(problem, self.index)
             self.parts += 1
             if self.parts >= _MOST_PARTS:
@@ -215,33 +201,17 @@ class InterceptedLoop:
         monitored = problem.start.device.type == "cpu" or self.monitor.active
         return SolvedChain(self.pipe, self.scheduler, problem, self.options, self.kind, monitored)
 
-    def _differs(self, guided: Tensor, hints: list[float]) -> bool:
-        """Whether the calls of this step are others than those that were solved for, or are made something else of."""
-        assert self.chain is not None
-        problem = self.chain.problem
-        if len(self.calls) != len(problem.model.calls):
-            return True
-        source = self.chain.states[self.index] if self.scaled is None else self.scaled[1][: len(problem.start)]
-        for call, solved in zip(self.calls, problem.model.calls):
-            assert solved.placement is not None
-            alike = call.component is solved.component and solved.same_extra(call)
-            if not (alike and solved.placement.holds(call.x, source) and fits(solved, call, problem, self.index)):
-                return True
-        own = guided[: len(guided) // problem.halves]
-        parts = output_parts(problem.model.calls, self.outputs, problem.start)
-        return not (is_tiled(guided, own) and problem.model.combination.still(parts, own, hints, self.hints))
-
     def _change(self, call: Call) -> str:
         """What a callback has changed, or the loop where it cannot be solved anew, seen at the first call of a step."""
         assert self.chain is not None
         problem, solved = self.chain.problem, self.chain.problem.model.calls[0]
         if self.index >= len(problem.timesteps):
             return "more timesteps"
-        source = self.chain.states[self.index] if self.scaled is None else self.scaled[1][: len(problem.start)]
+        source = self._source()
         assert solved.placement is not None
-        if not solved.placement.holds(call.x, source) and (self.scaled is not None or not self._same_latents(call.x)):
-            if self.monitor.active or not self.chain.lies_in(call, source):
-                return "other latents"
+        known = solved.placement.holds(call.x, source) or (self.scaled is None and self._same_latents(call.x))
+        if not known and (self.monitor.active or locate(call.x, source) is None):
+            return "other latents"
         if self.monitor.active:
             if numbers(self.pipe, self.arguments) != self.hints:
                 return "other guidance"
@@ -256,6 +226,12 @@ class InterceptedLoop:
         same = is_tiled(sample, chain.states[min(self.index, len(chain.states) - 1)])
         own = sample[: len(chain.problem.start)]
         return same or (is_tiled(sample, own) and chain.overwrite(own, self.index, self.noising))
+
+    def _source(self) -> Tensor:
+        """(B, *shape), what the inputs of this step are made of."""
+        assert self.chain is not None
+        state = self.chain.states[self.index]
+        return state if self.scaled is None else self.scaled[1][: len(state)]
 
     def _take_over(self, change: str, within: bool = False) -> None:
         """Leave the rest to the scheduler, which is where the loop is."""

@@ -19,9 +19,7 @@ _NO_EFFECT = 1e-9  # of a model output's coefficient: the output cannot be read 
 class Lockstep:
     """Steps `scheduler` along solved states (T + 1, B, *shape) with the model outputs that these states contain."""
 
-    def __init__(
-        self, scheduler: Any, problem: DenoisingProblem, states: Tensor, noises: list[Tensor | None]
-    ) -> None:
+    def __init__(self, scheduler: Any, problem: DenoisingProblem, states: Tensor, noises: list[Tensor | None]) -> None:
         self.scheduler, self.problem, self.states, self.noises = scheduler, problem, states, noises
         self.outputs: list[Tensor] = []
 

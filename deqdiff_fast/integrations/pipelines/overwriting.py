@@ -1,8 +1,8 @@
 """Loops that write over a part of every state: inpainting with a model that knows nothing of masks.
 
-After step i such a loop puts the noised picture y_{i+1} where the mask says so (SDEdit and RePaint's first half; Lugmayr
-et al. 2022, arXiv 2201.09865, equation 8). There the states are known beforehand, and the model's output does not count:
-it is replaced by the one from which the scheduler's own recursion makes y_{i+1}, so that the chain stays a chain.
+After step i such a loop puts the noised picture y_{i+1} where the mask says so (Lugmayr et al. 2022, arXiv 2201.09865,
+equation 8). There the states are known beforehand, and the model's output does not count: it is replaced by the one
+from which the scheduler's own recursion makes y_{i+1}, so that the chain stays a chain.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._devices import float64
 from ..._types import FrozenNoise
 from ...schedule import Schedule
 
@@ -79,7 +80,7 @@ def find_overwriting(
             args = list(noising.args)
             args[place] = torch.as_tensor(timesteps[k]).reshape(1).to(torch.as_tensor(args[place]).device)
             picture = getattr(own, noising.name)(*args)
-        if torch.broadcast_shapes(picture.shape, state.shape) != state.shape:
+        if picture.shape[1:] != state.shape[1:] or len(picture) not in (1, len(state)):
             return None
         pictures.append(picture.to(state.dtype).expand(state.shape))
     found = Overwriting(sample == state, torch.stack(pictures))
@@ -91,7 +92,7 @@ def find_overwriting(
 def can_be_fixed(schedule: Schedule) -> bool:
     """Whether the recursion can be solved for an output, and the timestep says which one it is."""
     own = schedule.model_coef[:, 0].abs()
-    return schedule.clip is None and len(schedule.timesteps.unique()) == len(own) and bool((own > 1e-9).all())
+    return schedule.clip is None and len(set(schedule.timesteps.tolist())) == len(own) and bool((own > 1e-9).all())
 
 
 def fixed_outputs(
@@ -99,17 +100,17 @@ def fixed_outputs(
 ) -> FixedOutputs:
     """Those for a part of a chain that begins at step `first`."""
     steps, own = schedule.num_steps, schedule.model_coef[:, 0]
-    pictures = overwriting.pictures[first : first + steps + 1].double()
+    pictures = float64(overwriting.pictures[first : first + steps + 1])
     drawn = iter(noise.draws) if noise is not None else iter(())
     assert schedule.draws is not None
     outputs: list[Tensor] = []
     for i in range(steps):
         rest = pictures[i + 1].clone()
         if bool(schedule.draws[i]) and noise is not None:
-            rest -= float(schedule.noise_coef[i]) * next(drawn).double()
+            rest -= float(schedule.noise_coef[i]) * float64(next(drawn))
         for lag in range(min(schedule.lags, i + 1)):
             rest -= float(schedule.state_coef[i, lag]) * pictures[i - lag]
             if lag:
                 rest -= float(schedule.model_coef[i, lag]) * outputs[i - lag]
         outputs.append(rest / float(own[i]))
-    return FixedOutputs(overwriting.mask, timesteps, torch.stack(outputs).to(overwriting.pictures.dtype))
+    return FixedOutputs(overwriting.mask, timesteps, torch.stack(outputs).to(overwriting.pictures))

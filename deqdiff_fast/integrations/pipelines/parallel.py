@@ -28,13 +28,12 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
     serially; what cannot be solved in parallel at all (caches, hooks that count calls) is left to the pipeline's own
     loop, with a warning in the log, or with on_failure="raise" refused. Setting `pipe._interrupt` ends a running
     solve after its round. `pipe.last_solution` is the `Solution` of the last call (without its trajectory), None
-    before the first.
+    before the first; `pipe.last_recording` says how its loop was understood.
     Calling it again replaces the options; `restore(pipe)` undoes it.
 
     Args:
-        pipe: DDIMPipeline, DDPMPipeline, DiTPipeline, or a text-to-image or image-to-image pipeline of Stable
-            Diffusion, Stable Diffusion XL, Stable Diffusion 3 or Flux, with any scheduler that
-            `Schedule.from_diffusers` takes.
+        pipe: any whose loop is understood from its first step, with any scheduler that `Schedule.from_diffusers`
+            takes: "Does it work with my pipeline?" in the documentation.
         **options: those of `DEQSampler` (solver, tol, max_rounds, window, on_failure, max_batch, group ...). A row
             of `max_batch` is one sample at one timestep, and is two rows of the model's call where guidance takes both
             halves at once.
@@ -43,9 +42,9 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
         The same object.
 
     Raises:
-        TypeError: another pipeline, or an unknown option.
-        ValueError: a bad option. The pipeline's call raises it for arguments that are not supported, before any work,
-            and NotAffineError for schedulers that are not. DeqDiffError: its loop does what cannot be solved.
+        TypeError: no pipeline with a network that takes a timestep, or an unknown option.
+        ValueError: a bad option. The pipeline's call raises it for arguments that it would ignore, NotAffineError for
+            schedulers that are not, DeqDiffError where its loop does what is not understood: before a step is made.
     """
     denoisers(pipe)
     DEQSampler(lambda x, t: x, Schedule.ddim([0.9, 0.5], [1, 0]), **options)
@@ -128,5 +127,6 @@ def given_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if name not in _DEPRECATED:
             raise ValueError(f"{name}: {type(pipe).__name__} has no such argument")
     bound.apply_defaults()
-    given = dict(list(bound.arguments.items())[1:])  # without self
-    return given | given.pop(extra, {})
+    given: dict[str, Any] = dict(list(bound.arguments.items())[1:])  # without self
+    further: dict[str, Any] = given.pop(extra, {})
+    return given | further

@@ -51,7 +51,7 @@ class Placement:
         if self.tokens and output.dim() == 3:
             start = self.block[1] if self.block is not None else 0
             places = math.prod(shape[1:])
-            output = output.narrow(1, start, places).mT.unflatten(-1, shape[1:])
+            output = output.narrow(1, start, places).mT.reshape(len(output), -1, *shape[1:])
         for dim, size in enumerate(shape, 1):
             if output.dim() == len(shape) + 1 and output.shape[dim] > size:
                 output = output.narrow(dim, 0, size)

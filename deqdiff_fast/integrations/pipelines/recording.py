@@ -59,6 +59,34 @@ def read_step(
     raise Unknown("combines its model's outputs" if placed else "prepares its model's input")
 
 
+def differs(
+    problem: DenoisingProblem,
+    calls: list[Call],
+    outputs: StepOutputs,
+    source: Tensor,
+    guided: Tensor,
+    hints: list[float],
+    before: list[float],
+    index: int,
+) -> bool:
+    """Whether the calls of step `index` are others than those that were solved for, or are made something else of.
+
+    Args:
+        source: (B, *shape), what the inputs of that step are made of.
+        hints, before: the numbers that the pipeline keeps now, and after the last step.
+    """
+    if len(calls) != len(problem.model.calls):
+        return True
+    for call, solved in zip(calls, problem.model.calls):
+        assert solved.placement is not None
+        alike = call.component is solved.component and solved.same_extra(call)
+        if not (alike and solved.placement.holds(call.x, source) and fits(solved, call, problem, index)):
+            return True
+    own = guided[: len(guided) // problem.halves]
+    parts = output_parts(problem.model.calls, outputs, problem.start)
+    return not (is_tiled(guided, own) and problem.model.combination.still(parts, own, hints, before))
+
+
 def next_model(
     problem: DenoisingProblem,
     calls: list[Call],

@@ -13,10 +13,9 @@ from ...sampler import DEQSampler
 from ...solution import RoundInfo, Solution
 from .calls import Call
 from .chain_part import chain_part
-from .lockstep import Lockstep
 from .guided_model import GuidedModel
+from .lockstep import Lockstep
 from .overwriting import Noising, Overwriting, can_be_fixed, find_overwriting, fixed_outputs
-from .placement import locate
 from .problem import DenoisingProblem
 from .random_state import RandomState
 from .recording import fits
@@ -75,10 +74,6 @@ class SolvedChain:
         first = self.problem.model.calls[0]
         same = index >= len(self.problem.timesteps) and call.component is first.component
         return same and fits(first, call, self.problem, 0)
-
-    def lies_in(self, call: Call, source: Tensor) -> bool:
-        """Whether an input of another kind than was solved for is made of the state, too."""
-        return locate(call.x, source) is not None
 
     def solve_from(self, index: int) -> None:
         """The states after step `index`, where they are not known."""
