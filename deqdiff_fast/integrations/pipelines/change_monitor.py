@@ -28,9 +28,11 @@ class ChangeMonitor:
     parts: {name: proxy} as put into the pipeline; active: whether there is anybody who could change more than those.
     """
 
-    def __init__(self, pipe: Any, parts: dict[str, Any], denoisers: list[Any], scheduler: Any, active: bool) -> None:
+    def __init__(
+        self, pipe: Any, parts: dict[str, Any], denoisers: torch.nn.ModuleList, scheduler: Any, active: bool
+    ) -> None:
         self.pipe, self.parts, self.scheduler = pipe, parts, scheduler
-        self.denoisers = torch.nn.ModuleList(denoisers)
+        self.denoisers = denoisers
         self.active = active
         self.model: Fingerprint | None = None
         self.rule: Fingerprint | None = None

@@ -21,7 +21,7 @@ KNOWN = {
 _SCHEDULER_METHODS = ("step", "scale_model_input")
 
 
-def needs_serial(denoisers: list[nn.Module], scheduler: Any) -> str:
+def needs_serial(denoisers: nn.ModuleList, scheduler: Any) -> str:
     """Why the loop must be left alone, known without a call; empty where it need not."""
     for denoiser in denoisers:
         if getattr(denoiser, "is_cache_enabled", False):
@@ -39,7 +39,7 @@ def needs_serial(denoisers: list[nn.Module], scheduler: Any) -> str:
     return ""
 
 
-def custom_parts(denoisers: list[nn.Module]) -> list[str]:
+def custom_parts(denoisers: nn.ModuleList) -> list[str]:
     """The parts of models that come from elsewhere than the libraries they are made of."""
     return list(dict.fromkeys(part for denoiser in denoisers for part in _custom_parts(denoiser)))
 

@@ -46,7 +46,7 @@ class InterceptedLoop:
         self, pipe: Any, components: dict[str, Component], options: dict[str, Any], arguments: dict[str, Any]
     ) -> None:
         self.pipe, self.options, self.arguments = pipe, options, arguments
-        self.modules = [component.module for component in components.values()]
+        self.modules = torch.nn.ModuleList([component.module for component in components.values()])
         self.scheduler = vars(pipe)["scheduler"]
         self.kind = type(pipe)
         self.chain: SolvedChain | None = None
@@ -65,14 +65,11 @@ class InterceptedLoop:
             for name, component in components.items()
         }
         parts["scheduler"] = scheduler_proxy(self.scheduler, self.step, self.scale, self.noised)
+        self.proxies = parts  # what to put in the place of the pipeline's components
         self.monitor = ChangeMonitor(pipe, parts, self.modules, self.scheduler, has_callbacks(arguments))
         if reason := needs_serial(self.modules, self.scheduler):
             self._refuse(reason)
         self.custom = [] if self.serial else custom_parts(self.modules)
-
-    def proxies(self) -> dict[str, Any]:
-        """What to put in the place of the pipeline's components."""
-        return self.monitor.parts
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """In place of the scheduler's `scale_model_input`: random numbers in the first step, to see where they go."""
@@ -158,8 +155,7 @@ class InterceptedLoop:
         if self.fresh is None:
             self.fresh = copy.deepcopy(self.scheduler)
             if self.custom and not self.serial:
-                modules = torch.nn.ModuleList(self.modules)
-                self.before = Fingerprint(*modules, only=modules)
+                self.before = Fingerprint(*self.modules, only=self.modules)
 
     def _follow(
         self, guided: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]
@@ -173,7 +169,7 @@ class InterceptedLoop:
             first.count = vars(self.pipe).get("_num_timesteps")
             problem = first_problem(self.fresh, first, combination, self.outputs, self.kind)
             if self.before is not None:
-                fault = row_fault(problem, self.outputs, self.before, self.custom)
+                fault = row_fault(problem, self.outputs, self.modules, self.before, self.custom)
                 self.before = None
                 if fault:
                     self._refuse(fault)
@@ -182,17 +178,15 @@ class InterceptedLoop:
             whole = all(call.placement is None or call.placement.rest is None for call in self.calls)
             if self.arguments.get("mask_image") is not None and whole and not self.chain.changes:
                 self.chain.changes.add(1)  # it will write over a part of what it is given
-        elif differs(
-            self.chain.problem, self.calls, self.outputs, self._source(), guided, hints, self.hints, self.index
-        ):
-            problem, source = self.chain.problem, self._source()
-            problem = next_model(problem, self.calls, self.outputs, source, guided, hints, self.index, self.kind)
-            self.chain.change(problem, self.index)
-            self.parts += 1
-            if self.parts >= _MOST_PARTS:
-                self._take_over("another model in every step", within=True)
-                output = own_output(problem, self.outputs)
-                return sample, torch.cat([output] * problem.halves)
+        else:
+            step = self.calls, self.outputs, self._source(), guided, hints
+            if differs(self.chain.problem, *step, self.hints, self.index):
+                problem = next_model(self.chain.problem, *step, self.index, self.kind)
+                self.chain.change(problem, self.index)
+                self.parts += 1
+                if self.parts >= _MOST_PARTS:
+                    self._take_over("another model in every step", within=True)
+                    return sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
         self.chain.solve_from(self.index)
         return sample, None
 

@@ -27,7 +27,7 @@ def invert(
     """Find the latents from which a text-to-image pipeline makes an image: what to pass as its `latents`.
 
     Args:
-        pipe: a pipeline of Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or Flux, parallelized or not, with
+        pipe: a text-to-image pipeline (Stable Diffusion, Stable Diffusion XL, 3, Flux), parallelized or not, with
             its scheduler as it is; guidance, multistep rules and noise are part of the chain that is inverted.
         image: anything that the pipeline's image processor takes (PIL, arrays, tensors in [0, 1]), one or a batch, or
             latents (B, C, h, w), with as many channels as the pipeline's decoder wants.
@@ -124,7 +124,7 @@ def record(pipe: Any, components: dict[str, Component], arguments: dict[str, Any
     bar = vars(pipe).get("_progress_bar_config")
     pipe.set_progress_bar_config(disable=True)
     try:
-        with installed(pipe, loop.proxies()):
+        with installed(pipe, loop.proxies):
             plain(pipe, **arguments)
     except _Recorded:
         pass

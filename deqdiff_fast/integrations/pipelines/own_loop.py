@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...sampler import DEQSampler
@@ -30,7 +31,8 @@ def parallel_loop(scheduler: Any, model: nn.Module, **options: Any) -> Iterator[
 
     The loop is left as it is. Its first step is recorded (how it calls the model, guidance, what it gives to
     `scheduler.step`), then the whole chain is solved, and the remaining steps hand out the solved states. What the loop
-    does otherwise than in its first step is noticed, as in a pipeline, and solved anew or made serially.
+    does otherwise than in its first step is noticed, as in a pipeline, and solved anew or made serially. Nothing is
+    differentiated within the block.
 
     ```python
     scheduler.set_timesteps(50)
@@ -63,13 +65,14 @@ def parallel_loop(scheduler: Any, model: nn.Module, **options: Any) -> Iterator[
     own = OwnLoop()
     vars(own).update(scheduler=_shadow(scheduler), model=component.module)
     loop = InterceptedLoop(own, {"model": component}, options, {"callback": True})  # anything may happen in between
-    proxies = loop.proxies()
+    proxies = loop.proxies
     vars(own).update(proxies)
     kinds = type(scheduler), type(model)
     scheduler.__class__ = _redirected(kinds[0], proxies["scheduler"], _methods(proxies["scheduler"]))
     model.__class__ = _redirected(kinds[1], proxies["model"], ("__call__",))
     try:
-        yield own
+        with torch.no_grad():
+            yield own
     finally:
         scheduler.__class__, model.__class__ = kinds
     loop.finish()

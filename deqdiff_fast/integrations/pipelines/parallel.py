@@ -99,7 +99,7 @@ def _derived(base: type) -> type:
         loop = InterceptedLoop(self, components, vars(self)[_SETTINGS], given_arguments(self, args, kwargs))
         vars(self).update({"last_solution": None, "last_recording": []})
         vars(self).pop("_num_timesteps", None)
-        with installed(self, loop.proxies()):
+        with installed(self, loop.proxies):
             result = plain(self, *args, **kwargs)
         loop.finish()
         return result

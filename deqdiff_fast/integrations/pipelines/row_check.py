@@ -15,19 +15,20 @@ _TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3}  # relative: above what 
 _HALF = 2e-2  # that of the other dtypes
 
 
-def row_fault(problem: DenoisingProblem, outputs: StepOutputs, before: Fingerprint, parts: list[str]) -> str:
+def row_fault(
+    problem: DenoisingProblem, outputs: StepOutputs, modules: nn.ModuleList, before: Fingerprint, parts: list[str]
+) -> str:
     """What forbids it, empty if nothing does.
 
     The first calls are the loop's own, so that what counts calls has counted right if the loop goes on serially.
 
     Args:
         outputs: of the first step, of which the real ones are asked for.
-        before: of the networks before any call.
+        modules, before: the networks, and their fingerprint before any call.
         parts: names of those that are not known.
     """
     named = ", ".join(parts[:3]) + (f" and {len(parts) - 3} more" if len(parts) > 3 else "")
     output = own_output(problem, outputs)
-    modules = nn.ModuleList({id(call.component.module): call.component.module for call in problem.model.calls}.values())
     if Fingerprint(*modules, only=modules) != before:
         return f"{named}: it keeps something from one call to the next"
     try:
