@@ -55,7 +55,8 @@ class InterceptedLoop:
         self.outputs = StepOutputs()
         self.scaled: tuple[Tensor, Tensor] | None = None  # of the current step: before and after scaling
         self.marker: Tensor | None = None  # what the loop was given in the place of its first scaled input
-        self.index, self.serial, self.taken_over_at, self.parts = 0, False, 0, 0
+        self.index, self.serial, self.taken_over_at = 0, False, 0
+        self.changed_at: list[int] = []  # the steps from which on the loop had another model
         self.fresh: Any = None  # the scheduler before the first step
         self.before: Fingerprint | None = None  # of networks with parts of a user's own, before the first call
         self.hints: list[float] = []
@@ -105,7 +106,7 @@ class InterceptedLoop:
         except (KeyError, ValueError) as error:
             raise self._unknown(f"calls its {component.name} ({error})") from error
         if self.chain is not None and self.chain.ended(call, self.index):
-            self.chain, self.index, self.parts, self.fresh = None, 0, 0, None
+            self.chain, self.index, self.changed_at, self.fresh = None, 0, [], None
             self._before_steps()
         if self.chain is not None and not self.calls and (change := self._change(call)):
             self._take_over(change)
@@ -183,8 +184,8 @@ class InterceptedLoop:
             if differs(self.chain.problem, *step, self.hints, self.index):
                 problem = next_model(self.chain.problem, *step, self.index, self.kind)
                 self.chain.change(problem, self.index)
-                self.parts += 1
-                if self.parts >= _MOST_PARTS:
+                self.changed_at.append(self.index)
+                if len(self.changed_at) >= _MOST_PARTS or self.index - 1 in self.changed_at:
                     self._take_over("another model in every step", within=True)
                     return sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
         self.chain.solve_from(self.index)
