@@ -66,15 +66,20 @@ def run(args: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     more_logging.set_verbosity_error()
     tiny = _tiny_pipelines()
-    names = args.families or list(tiny.BUILDERS)
-    if missing := [name for name in names if name not in tiny.BUILDERS]:
-        raise ValueError(f"--families: expected some of {', '.join(tiny.BUILDERS)}, got {', '.join(missing)}")
+    known = [*tiny.BUILDERS, *tiny.MORE]
+    names = args.families or known
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"--families: expected some of {', '.join(known)}, got {', '.join(missing)}")
     facts, rows = environment(args.device), []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            for rule in _schedulers(name):
+            for rule in _schedulers(name, tiny):
                 note(f"{name}, {rule} ...")
-                pipe = tiny.build(name, Path(folder), rule).to(args.device)
+                try:
+                    pipe = tiny.build(name, Path(folder), rule).to(args.device)
+                except ImportError as error:
+                    note(f"{name} left out: {str(error).strip().splitlines()[0]}")
+                    continue
                 watch = Stopwatch(getattr(pipe, "unet", None) or pipe.transformer, args.device)
                 for steps in args.steps:
                     given = tiny.arguments(name, num_inference_steps=steps)
@@ -89,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
         "parallel: model, ms", "outside, ms",
     )  # fmt: skip
     print(markdown(header, [_cells(row) for row in rows]))
+    print("\nHow each was recognised, by the calls of its loop (x: the state; u, c: without and with a prompt):\n")
+    seen = {row["family"]: row["recognised"] for row in rows}
+    print(markdown(("family", "steps and calls"), [(name, "; ".join(said)) for name, said in seen.items()]))
     print(
         f"\nMedians of {args.repeats} calls with (smallest..largest). Outside: the whole call without its denoiser, so"
     )
@@ -107,7 +115,9 @@ def _tiny_pipelines() -> ModuleType:
     return module
 
 
-def _schedulers(name: str) -> tuple[str, ...]:
+def _schedulers(name: str, tiny: ModuleType) -> tuple[str, ...]:
+    if name in tiny.MORE:
+        return (tiny.MORE[name]()[1],)
     if name.startswith(("sd3", "flux")):
         return FLOW
     return {"ddim": SCHEDULERS[:1], "ddpm": ("DDPMScheduler",), "dit": SCHEDULERS[:2]}.get(name, SCHEDULERS)
@@ -118,6 +128,7 @@ def measure(args: argparse.Namespace, pipe: Any, watch: Stopwatch, call: Callabl
     plain, reference = _timed(args, watch, call)
     parallelize(pipe, solver=args.solver, tol=args.tol)
     parallel, sample = _timed(args, watch, call)
+    recognised = list(pipe.last_recording)
     stats, steps = pipe.last_solution.stats, vars(pipe).get("_num_timesteps") or len(pipe.scheduler.timesteps)
     restore(pipe)
     return {
@@ -126,6 +137,7 @@ def measure(args: argparse.Namespace, pipe: Any, watch: Stopwatch, call: Callabl
         "finished_serially": stats.finished_serially,
         "evaluations": stats.model_evals / (len(sample) * steps),
         "error": float(relative_error(sample, reference).max()),
+        "recognised": recognised,
         "plain": plain,
         "parallel": parallel,
     }

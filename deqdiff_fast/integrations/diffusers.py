@@ -16,6 +16,7 @@ from ..model.draft import Draft
 from ..model.stand_in import load_draft
 from ..schedule import Schedule, SpectralSlope, timesteps
 from .pipelines import invert as invert
+from .pipelines.own_loop import parallel_loop as parallel_loop
 from .pipelines.parallel import parallelize as parallelize
 from .pipelines.parallel import restore as restore
 

@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import deqdiff_fast as dq  # noqa: E402
-from deqdiff_fast.integrations.pipelines.calls import GuidedModel  # noqa: E402
+from deqdiff_fast.integrations.pipelines.guided_model import GuidedModel  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 diffusers.utils.logging.set_verbosity_error()

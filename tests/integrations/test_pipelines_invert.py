@@ -132,8 +132,6 @@ def test_refusals(make, tiny, images, tmp_path):
         invert(pipe, images, "a cat", num_images_per_prompt=2)
     with pytest.raises(ValueError, match="tol"):
         invert(pipe, images, "a cat", tol=0.0)
-    with pytest.raises(ValueError, match="ip_adapter_image"):
-        invert(pipe, images, "a cat", ip_adapter_image=images)
     with pytest.raises(ValueError, match="nonsense"):
         invert(pipe, images, "a cat", nonsense=1)
     with pytest.raises(dq.NotConvergedError, match="not reproduced"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .fingerprint import Fingerprint
 from .problem import DenoisingProblem
 from .random_state import RandomState
@@ -14,14 +16,23 @@ def has_callbacks(arguments: dict[str, Any]) -> bool:
     return any(arguments.get(name) is not None for name in ("callback_on_step_end", "callback"))
 
 
+def numbers(pipe: Any, arguments: dict[str, Any]) -> list[float]:
+    """Those that a call was given and that the pipeline keeps, the scale of its guidance among them."""
+    found = (*arguments.values(), *vars(pipe).values())
+    return [float(value) for value in found if isinstance(value, (int, float)) and not isinstance(value, bool)]
+
+
 class ChangeMonitor:
     """Compares model, scheduler and generators before a step with what they were after the last one.
 
     parts: {name: proxy} as put into the pipeline; active: whether there is anybody who could change more than those.
     """
 
-    def __init__(self, pipe: Any, parts: dict[str, Any], denoiser: Any, scheduler: Any, active: bool) -> None:
-        self.pipe, self.parts, self.denoiser, self.scheduler = pipe, parts, denoiser, scheduler
+    def __init__(
+        self, pipe: Any, parts: dict[str, Any], denoisers: torch.nn.ModuleList, scheduler: Any, active: bool
+    ) -> None:
+        self.pipe, self.parts, self.scheduler = pipe, parts, scheduler
+        self.denoisers = denoisers
         self.active = active
         self.model: Fingerprint | None = None
         self.rule: Fingerprint | None = None
@@ -51,4 +62,4 @@ class ChangeMonitor:
         return "other weights or settings of the model" if self._of_model() != self.model else ""
 
     def _of_model(self) -> Fingerprint:
-        return Fingerprint(self.denoiser, only=self.denoiser, before=self.model)
+        return Fingerprint(*self.denoisers, only=self.denoisers, before=self.model)

@@ -21,15 +21,16 @@ KNOWN = {
 _SCHEDULER_METHODS = ("step", "scale_model_input")
 
 
-def needs_serial(denoiser: nn.Module, scheduler: Any) -> str:
+def needs_serial(denoisers: nn.ModuleList, scheduler: Any) -> str:
     """Why the loop must be left alone, known without a call; empty where it need not."""
-    if getattr(denoiser, "is_cache_enabled", False):
-        cache = type(getattr(denoiser, "_cache_config", None)).__name__
-        return f"{type(denoiser).__name__}.enable_cache({cache}) keeps something from one step for the next"
-    for name, module in denoiser.named_modules():
-        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
-            if getattr(hook, "_is_stateful", False):
-                return f"the hook {type(hook).__name__} at {name or 'the model'} keeps something between steps"
+    for denoiser in denoisers:
+        if getattr(denoiser, "is_cache_enabled", False):
+            cache = type(getattr(denoiser, "_cache_config", None)).__name__
+            return f"{type(denoiser).__name__}.enable_cache({cache}) keeps something from one step for the next"
+        for name, module in denoiser.named_modules():
+            for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+                if getattr(hook, "_is_stateful", False):
+                    return f"the hook {type(hook).__name__} at {name or 'the model'} keeps something between steps"
     for method in _SCHEDULER_METHODS:
         function = getattr(type(scheduler), method, None)
         replaced = function is not None and not _known(function) and _known(type(scheduler))
@@ -38,9 +39,9 @@ def needs_serial(denoiser: nn.Module, scheduler: Any) -> str:
     return ""
 
 
-def custom_parts(denoiser: nn.Module) -> list[str]:
-    """The parts of a model that come from elsewhere than the libraries it is made of."""
-    return list(dict.fromkeys(_custom_parts(denoiser)))
+def custom_parts(denoisers: nn.ModuleList) -> list[str]:
+    """The parts of models that come from elsewhere than the libraries they are made of."""
+    return list(dict.fromkeys(part for denoiser in denoisers for part in _custom_parts(denoiser)))
 
 
 def _custom_parts(denoiser: nn.Module) -> Iterator[str]:

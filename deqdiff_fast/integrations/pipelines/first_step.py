@@ -1,14 +1,15 @@
-"""What a loop does in its first step: where the state went that it gave to scheduler and model."""
+"""What a loop does in a step: where the state went that it gave to scheduler and networks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .calls import Call
+from .placement import locate
 
 
 @dataclass
@@ -29,9 +30,9 @@ class FirstStep:
 def read_first_step(
     calls: list[Call], scaled: tuple[Tensor, Tensor] | None, marker: Tensor | None, sample: Tensor, halves: int
 ) -> FirstStep | None:
-    """What the calls of the model and the sample that is stepped are made of; None where they are made otherwise.
+    """What the calls of the networks and the sample that is stepped are made of; None where they are made otherwise.
 
-    Writes the real inputs into `calls`.
+    Writes into `calls` where the state lies in their inputs, and the real inputs.
 
     Args:
         scaled: what the loop gave to `scale_model_input`, and what that returns.
@@ -44,14 +45,30 @@ def read_first_step(
     rows = len(sample) // halves
     start = raw[:rows] if step_scaled else sample[:rows]
     real = after[: len(sample)] if step_scaled else sample
-    fed = [marker is not None and is_tiled(call.x, marker) for call in calls]
-    known = all(seen or is_tiled(call.x, start) for seen, call in zip(fed, calls))
-    if not (is_tiled(raw, start) and is_tiled(real, real[:rows]) and known and any(fed) == all(fed)):
+    if not (is_tiled(raw, start) and is_tiled(real, real[:rows])):
         return None
-    for call, seen in zip(calls, fed):
-        source = after if seen else start
-        call.x = torch.cat([source] * (len(call.x) // len(source)))
-    return FirstStep(calls, start, real, any(fed), step_scaled)
+    for call in calls:
+        if call.fed:
+            assert call.placement is not None
+            call.placement = replace(call.placement, copies=len(call.x) // rows)
+        elif not place(call, start):
+            return None
+    fed = [call.fed for call in calls]
+    return FirstStep(calls, start, real, any(fed), step_scaled) if any(fed) == all(fed) else None
+
+
+def bring_back(call: Call, marker: Tensor, after: Tensor) -> None:
+    """Put what the scheduler has scaled into an input that was given random numbers for it."""
+    call.placement = locate(call.x, marker)
+    if call.placement is not None and call.placement.mask is None:  # what else there is might be random, too
+        call.x = call.placement.fill(after, torch.arange(len(call.x), device=call.x.device))
+        call.fed = True
+
+
+def place(call: Call, state: Tensor) -> bool:
+    """Find `state` in an input; False: it is not there."""
+    call.placement = locate(call.x, state)
+    return call.placement is not None
 
 
 def is_tiled(whole: Tensor, part: Tensor) -> bool:

@@ -1,16 +1,18 @@
 """One call of a pipeline, in which the pipeline's own code runs its loop over a chain that is solved in parallel.
 
-The loop's first step says what the chain is: the proxies record how the pipeline calls its model and its scheduler, the
-chain is solved, and the remaining steps hand out the solved states, so that callbacks, progress bar, interruption and
-decoding are the pipeline's. In place of predictions and scaled inputs the loop is given fixed random numbers: what it
-makes of them must be what we make of them. The scheduler itself is stepped along, and where a callback changes anything
-that the chain depends on, it takes over. What cannot be solved in parallel at all is left to the pipeline's own loop.
+The loop's first step says what the chain is: the proxies record how the pipeline calls its networks and its scheduler,
+the chain is solved, and the remaining steps hand out the solved states, so that callbacks, progress bar, interruption
+and decoding are the pipeline's. In place of predictions and scaled inputs the loop is given fixed random numbers: what
+it makes of them must be what we make of them. Where the loop goes on in another way (guidance ends, another network for
+low noise), the rest is solved anew. The scheduler itself is stepped along, and where a callback changes anything that
+the chain depends on, it takes over. What cannot be solved in parallel at all is left to the pipeline's own loop.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,55 +20,62 @@ from torch import Tensor
 
 from ...errors import DeqDiffError
 from ...schedule.probe import next_state
-from ...solution import RoundInfo, Solution, Stats
 from .calls import Call
-from .change_monitor import ChangeMonitor, has_callbacks
+from .change_monitor import ChangeMonitor, has_callbacks, numbers
+from .components import Component
 from .custom_parts import custom_parts, needs_serial
-from .families import Family
-from .first_step import is_tiled, read_first_step
-from .lockstep import Lockstep
-from .problem import DenoisingProblem
+from .fingerprint import Fingerprint
+from .first_step import bring_back, is_tiled
+from .outputs import StepOutputs
+from .overwriting import Noising
+from .placement import locate
 from .proxies import DenoiserProxy, Output, scheduler_proxy
-from .random_state import RandomState
-from .row_check import row_fault
+from .recording import Unknown, differs, first_problem, next_model, read_step
+from .row_check import own_output, row_fault
+from .serial_steps import with_serial_steps
+from .solved_chain import SolvedChain
 
 _LOG = logging.getLogger("deqdiff_fast")
-_PROBE_TOLERANCE = 8  # in units of the dtype's rounding: the same operations on the same numbers
-_SCALED = -1  # the number of the probe that stands for a scaled input
+_MOST_PARTS = 4  # of a chain that are solved, each with another model; the rest is made serially
 
 
 class InterceptedLoop:
     """The state machine behind the proxies of one pipeline call."""
 
-    def __init__(self, pipe: Any, family: Family, options: dict[str, Any], arguments: dict[str, Any]) -> None:
-        self.pipe, self.family, self.options, self.arguments = pipe, family, options, arguments
-        self.denoiser, self.scheduler = vars(pipe)[family.denoiser], vars(pipe)["scheduler"]
-        self.problem: DenoisingProblem | None = None
-        self.solution: Solution | None = None
-        self.states = torch.empty(0)  # (T + 1, B, *shape); the scheduler's last one where it steps serially
+    def __init__(
+        self, pipe: Any, components: dict[str, Component], options: dict[str, Any], arguments: dict[str, Any]
+    ) -> None:
+        self.pipe, self.options, self.arguments = pipe, options, arguments
+        self.modules = torch.nn.ModuleList([component.module for component in components.values()])
+        self.scheduler = vars(pipe)["scheduler"]
+        self.kind = type(pipe)
+        self.chain: SolvedChain | None = None
+        self.last = torch.empty(0)  # the scheduler's last state where it steps serially
         self.calls: list[Call] = []  # those of the current step
+        self.outputs = StepOutputs()
         self.scaled: tuple[Tensor, Tensor] | None = None  # of the current step: before and after scaling
-        self.probes: dict[int, Tensor] = {}
+        self.marker: Tensor | None = None  # what the loop was given in the place of its first scaled input
         self.index, self.serial, self.taken_over_at = 0, False, 0
+        self.changed_at: list[int] = []  # the steps from which on the loop had another model
         self.fresh: Any = None  # the scheduler before the first step
-        self.lockstep: Lockstep | None = None
-        parts = {
-            family.denoiser: DenoiserProxy(self.denoiser, _denoise=self.denoise),
-            "scheduler": scheduler_proxy(self.scheduler, self.step, self.scale),
+        self.before: Fingerprint | None = None  # of networks with parts of a user's own, before the first call
+        self.hints: list[float] = []
+        self.noising: Noising | None = None  # since the last step
+        parts: dict[str, Any] = {
+            name: DenoiserProxy(component.module, _denoise=partial(self.denoise, component))
+            for name, component in components.items()
         }
-        self.monitor = ChangeMonitor(pipe, parts, self.denoiser, self.scheduler, has_callbacks(arguments))
-        if reason := needs_serial(self.denoiser, self.scheduler):
+        parts["scheduler"] = scheduler_proxy(self.scheduler, self.step, self.scale, self.noised)
+        self.proxies = parts  # what to put in the place of the pipeline's components
+        self.monitor = ChangeMonitor(pipe, parts, self.modules, self.scheduler, has_callbacks(arguments))
+        if reason := needs_serial(self.modules, self.scheduler):
             self._refuse(reason)
-
-    def proxies(self) -> dict[str, Any]:
-        """What to put in the place of the pipeline's components."""
-        return self.monitor.parts
+        self.custom = [] if self.serial else custom_parts(self.modules)
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """In place of the scheduler's `scale_model_input`: random numbers in the first step, to see where they go."""
-        if not self.serial and self.problem is not None:
-            state = self.states[min(self.index, len(self.states) - 1)]
-            if not is_tiled(sample, state):
+        if not self.serial and self.chain is not None:
+            if not self._same_latents(sample):
                 self._take_over("other latents")
             elif change := self.monitor.changed():
                 self._take_over(change)
@@ -74,165 +83,154 @@ class InterceptedLoop:
         scaled: Tensor = self.scheduler.scale_model_input(sample, timestep)
         if self.serial:
             return scaled
-        if self.problem is None and self.scaled is not None and not torch.equal(self.scaled[0], sample):
+        if self.chain is None and self.scaled is not None and not torch.equal(self.scaled[0], sample):
             raise self._unknown("scales its model's input")
         self.scaled = sample, scaled
-        return scaled if self.problem is not None else self._probe(sample.shape, sample, _SCALED)
+        if self.chain is not None:
+            return scaled
+        own = torch.Generator("cpu").manual_seed(0)
+        self.marker = torch.randn(sample.shape, generator=own, device="cpu").to(sample.device, sample.dtype)
+        return self.marker
 
-    def denoise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In place of the model."""
+    def noised(self, name: str, args: tuple[Any, ...], result: Tensor) -> None:
+        """After the scheduler's `add_noise` or `scale_noise`."""
+        self.noising = Noising(name, args, result)
+
+    def denoise(self, component: Component, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In place of a network."""
         if self.serial:
-            return self.denoiser(*args, **kwargs)
+            return component.module(*args, **kwargs)
         self._before_steps()
-        call = Call.record(self.family, args, kwargs)
-        if self.problem is not None and (change := self._change(call)):
+        try:
+            call = Call.record(component, args, kwargs, self.outputs.links)
+        except (KeyError, ValueError) as error:
+            raise self._unknown(f"calls its {component.name} ({error})") from error
+        if self.chain is not None and self.chain.ended(call, self.index):
+            self.chain, self.index, self.changed_at, self.fresh = None, 0, [], None
+            self._before_steps()
+        if self.chain is not None and not self.calls and (change := self._change(call)):
             self._take_over(change)
-            return self.denoiser(*args, **kwargs)
-        number = len(self.calls)
+            return component.module(*args, **kwargs)
         self.calls.append(call)
-        shape = (call.x.shape[0], self.family.channels(self.denoiser, call.x), *call.x.shape[2:])
-        probe = self._probe(shape, call.x, number)
-        return Output(sample=probe) if call.extra.get("return_dict", True) else (probe,)
+        if self.marker is not None and self.scaled is not None:
+            bring_back(call, self.marker, self.scaled[1])
+        output = self.outputs.next(call)
+        if output is None:
+            raise self._unknown(f"takes something without rows from its {component.name}")
+        return output
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the scheduler's `step`."""
-        if not self.serial and self.problem is not None and not self.calls:
+        if not self.serial and self.chain is not None and not self.calls:
             self._take_over("another model")
         if self.serial:
             return self._step_serially(model_output, timestep, sample, *args, **kwargs)
-        if args:
+        if args or not isinstance(sample, Tensor) or not isinstance(model_output, Tensor):
             raise self._unknown("passes arguments to its scheduler")
         as_dict = kwargs.pop("return_dict", True)
-        if self.problem is None:
-            sample = self._begin(model_output, timestep, sample, kwargs)
-        assert self.problem is not None
-        self._check_guidance(model_output)
-        if self.solution is None:
-            fault, output = row_fault(self.denoiser, self.problem, custom_parts(self.denoiser))
-            if fault:
-                self._refuse(fault)
-                return self._step_serially(output, timestep, sample, return_dict=as_dict, **kwargs)
-            self.solution = self._solve()
-        assert self.lockstep is not None
-        self.lockstep.advance(timestep, sample, kwargs)
+        try:
+            sample, own = self._follow(model_output, timestep, sample, kwargs)
+        except Unknown as error:
+            raise self._unknown(str(error)) from error
+        if own is not None:
+            return self._step_serially(own, timestep, sample, return_dict=as_dict, **kwargs)
+        assert self.chain is not None
+        self.chain.lockstep.advance(timestep, sample, kwargs)
         self.index += 1
-        self.calls, self.scaled = [], None
-        self.monitor.remember(self.problem, self.index)
-        state = torch.cat([self.states[self.index]] * self.problem.halves)
+        self.calls, self.scaled, self.outputs, self.marker = [], None, StepOutputs(), None
+        self.noising = None
+        self.hints = numbers(self.pipe, self.arguments)
+        self.monitor.remember(self.chain.problem, self.index)
+        state = torch.cat([self.chain.states[self.index]] * self.chain.problem.halves)
         return Output(prev_sample=state) if as_dict else (state,)
 
     def finish(self) -> None:
         """After the pipeline's call: what the scheduler did itself belongs to the solution, too."""
         if not self.serial or not self.index:
             return
-        guidance = self.family.guidance(self.pipe, self.arguments)
-        doubled = self.family.doubled and guidance.scale > 1
-        sample = self.states[: len(self.states) // 2] if doubled else self.states
-        if self.solution is None:
-            stats = Stats(solver="serial", window=1, stop_reason="serial")
-            stats.error_estimate = torch.zeros(len(sample), dtype=torch.float64, device="cpu")
-            self.solution = Solution(sample, torch.ones(len(sample), dtype=torch.bool, device="cpu"), stats)
-            self.pipe.last_solution = self.solution
-        stats, steps = self.solution.stats, self.index - self.taken_over_at
-        stats.finished_serially += steps
-        stats.model_evals += steps * len(sample)
-        stats.model_calls += steps
-        if steps:
-            self.solution.sample = sample
+        halves = self.chain.problem.halves if self.chain is not None else None
+        solution = self.chain.solution if self.chain is not None else None
+        self.pipe.last_solution = with_serial_steps(solution, self.last, halves, self.index - self.taken_over_at)
 
     def _before_steps(self) -> None:
         if self.fresh is None:
             self.fresh = copy.deepcopy(self.scheduler)
+            if self.custom and not self.serial:
+                self.before = Fingerprint(*self.modules, only=self.modules)
 
-    def _begin(self, output: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """From what was recorded in the first step to the problem; returns the sample that is really stepped."""
-        guidance = self.family.guidance(self.pipe, self.arguments)
-        halves = 2 if self.family.doubled and guidance.scale > 1 else 1
-        first = read_first_step(self.calls, self.scaled, self.probes.get(_SCALED), sample, halves)
-        if first is None:
-            raise self._unknown("prepares its model's input")
-        first.timestep, first.output, first.step_kwargs = timestep, output, kwargs
-        first.count = vars(self.pipe).get("_num_timesteps")
-        self.problem = DenoisingProblem.build(self.denoiser, self.fresh, self.family, guidance, first)
-        if not all(self._on_time(call) for call in self.calls):
-            raise self._unknown("passes timesteps to its model")
-        return first.sample
+    def _follow(
+        self, guided: Tensor, timestep: Any, sample: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What this step is made of, solved where it is not yet: the sample that is really stepped, and the real output
+        where the loop is to go on serially."""
+        hints = numbers(self.pipe, self.arguments)
+        if self.chain is None:
+            first, combination = read_step(self.calls, self.outputs, self.scaled, self.marker, sample, guided, hints)
+            first.timestep, first.output, first.step_kwargs = timestep, guided, kwargs
+            first.count = vars(self.pipe).get("_num_timesteps")
+            problem = first_problem(self.fresh, first, combination, self.outputs, self.kind)
+            if self.before is not None:
+                fault = row_fault(problem, self.outputs, self.modules, self.before, self.custom)
+                self.before = None
+                if fault:
+                    self._refuse(fault)
+                    return first.sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
+            sample, self.chain = first.sample, self._solved_chain(problem)
+            whole = all(call.placement is None or call.placement.rest is None for call in self.calls)
+            if self.arguments.get("mask_image") is not None and whole and not self.chain.changes:
+                self.chain.changes.add(1)  # it will write over a part of what it is given
+        else:
+            step = self.calls, self.outputs, self._source(), guided, hints
+            if differs(self.chain.problem, *step, self.hints, self.index):
+                problem = next_model(self.chain.problem, *step, self.index, self.kind)
+                self.chain.change(problem, self.index)
+                self.changed_at.append(self.index)
+                if len(self.changed_at) >= _MOST_PARTS or self.index - 1 in self.changed_at:
+                    self._take_over("another model in every step", within=True)
+                    return sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
+        self.chain.solve_from(self.index)
+        return sample, None
 
-    def _solve(self) -> Solution:
-        problem = self.problem
-        assert problem is not None
-        random = RandomState(problem.generator, problem.start.device)
-        noises = problem.noises()
-        random.restore()  # the scheduler draws them once more while it is stepped along
-        front = [0]
-
-        def on_round(info: RoundInfo) -> bool:
-            front[0] = int(info.front.min())
-            return bool(getattr(self.pipe, "_interrupt", False))
-
-        # on a GPU a callback costs a wait every round: it is worth that only where someone may interrupt
+    def _solved_chain(self, problem: Any) -> SolvedChain:
+        """Its first part not solved yet; a method so that it can be recorded only."""
         monitored = problem.start.device.type == "cpu" or self.monitor.active
-        solution = problem.sampler(self.options).sample(
-            problem.start, problem.rows(), problem.frozen(noises), on_round if monitored else None,
-            return_trajectory=True,
-        )  # fmt: skip
-        assert solution.trajectory is not None
-        self.states, solution.trajectory = solution.trajectory, None
-        if solution.stats.stop_reason == "callback":  # interrupted: the pipeline goes on with what is final by now
-            self.states[1] = self.states[front[0]]
-        self.lockstep = Lockstep(self.scheduler, problem, self.states, noises)
-        self.pipe.last_solution = solution
-        return solution
-
-    def _probe(self, shape: tuple[int, ...], like: Tensor, number: int) -> Tensor:
-        if number not in self.probes:
-            own = torch.Generator("cpu").manual_seed(number - _SCALED)
-            drawn = torch.randn(shape, generator=own, device="cpu")
-            self.probes[number] = drawn.to(like.device, like.dtype)
-        return self.probes[number]
-
-    def _check_guidance(self, guided: Tensor) -> None:
-        """What the pipeline computes from the probes must be what our guidance computes from them."""
-        problem = self.problem
-        assert problem is not None
-        parts: list[Tensor] = []
-        for number, call in enumerate(self.calls):
-            parts += problem.model.parts(self.probes[number], problem.model.copies(call), problem.start.shape[1])
-        ours = torch.cat([problem.model.guidance.combine(parts)] * problem.halves)
-        if ours.shape == guided.shape:
-            apart, size = (ours - guided).float().norm(), ours.float().norm()
-            if bool(apart <= _PROBE_TOLERANCE * torch.finfo(ours.dtype).eps * size):
-                return
-        raise self._unknown("combines its model's outputs")
+        return SolvedChain(self.pipe, self.scheduler, problem, self.options, self.kind, monitored)
 
     def _change(self, call: Call) -> str:
-        """What differs between this call and what was solved for; empty if nothing does."""
-        problem = self.problem
-        assert problem is not None
-        number = len(self.calls)
+        """What a callback has changed, or the loop where it cannot be solved anew, seen at the first call of a step."""
+        assert self.chain is not None
+        problem, solved = self.chain.problem, self.chain.problem.model.calls[0]
         if self.index >= len(problem.timesteps):
             return "more timesteps"
-        if number >= len(problem.model.calls):
-            return "another model call"
-        solved = problem.model.calls[number]
-        if call.x.shape != solved.x.shape or self.family.guidance(self.pipe, self.arguments) != problem.model.guidance:
-            return "other guidance"
-        if not is_tiled(call.x, self.states[self.index] if self.scaled is None else self.scaled[1]):
+        source = self._source()
+        assert solved.placement is not None
+        known = solved.placement.holds(call.x, source) or (self.scaled is None and self._same_latents(call.x))
+        if not known and (self.monitor.active or locate(call.x, source) is None):
             return "other latents"
-        if not solved.same_extra(call):
-            return "other conditions"
-        if not self._on_time(call):
-            return "another timestep"
-        return self.monitor.changed() if number == 0 and self.scaled is None else ""
+        if self.monitor.active:
+            if numbers(self.pipe, self.arguments) != self.hints:
+                return "other guidance"
+            if call.component is solved.component and not solved.same_extra(call):
+                return "other conditions"
+        return self.monitor.changed() if self.scaled is None else ""
 
-    def _on_time(self, call: Call) -> bool:
-        assert self.problem is not None
-        expected = self.family.model_timestep(self.problem.timesteps[self.index], call.x)
-        return bool((torch.as_tensor(call.timestep, device=expected.device) == expected).all())
+    def _same_latents(self, sample: Tensor) -> bool:
+        """Whether the loop goes on with the state that it was given, or writes over a part of every state."""
+        assert self.chain is not None
+        chain = self.chain
+        same = is_tiled(sample, chain.states[min(self.index, len(chain.states) - 1)])
+        own = sample[: len(chain.problem.start)]
+        return same or (is_tiled(sample, own) and chain.overwrite(own, self.index, self.noising))
 
-    def _take_over(self, change: str) -> None:
+    def _source(self) -> Tensor:
+        """(B, *shape), what the inputs of this step are made of."""
+        assert self.chain is not None
+        state = self.chain.states[self.index]
+        return state if self.scaled is None else self.scaled[1][: len(state)]
+
+    def _take_over(self, change: str, within: bool = False) -> None:
         """Leave the rest to the scheduler, which is where the loop is."""
-        if self.calls:
+        if self.calls and not within:
             raise self._unknown(f"changes its model's inputs within a step ({change})")
         _LOG.info("step %d comes with %s than were solved for; the chain goes on serially", self.index, change)
         self.serial, self.taken_over_at = True, self.index
@@ -247,7 +245,7 @@ class InterceptedLoop:
 
     def _step_serially(self, *args: Any, **kwargs: Any) -> Any:
         result = self.scheduler.step(*args, **kwargs)
-        self.states = next_state(result)
+        self.last = next_state(result)
         self.index += 1
         return result
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...inverter import DEQInverter, Inversion
 from ...schedule import Schedule
-from .families import Family, family_of
+from .components import Component, denoisers
 from .intercepted_loop import InterceptedLoop
-from .parallel import check_arguments, plain_class
+from .parallel import given_arguments, plain_class
 from .problem import DenoisingProblem
 from .proxies import installed
 from .random_state import RandomState
@@ -27,7 +27,7 @@ def invert(
     """Find the latents from which a text-to-image pipeline makes an image: what to pass as its `latents`.
 
     Args:
-        pipe: a pipeline of Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or Flux, parallelized or not, with
+        pipe: a text-to-image pipeline (Stable Diffusion, Stable Diffusion XL, 3, Flux), parallelized or not, with
             its scheduler as it is; guidance, multistep rules and noise are part of the chain that is inverted.
         image: anything that the pipeline's image processor takes (PIL, arrays, tensors in [0, 1]), one or a batch, or
             latents (B, C, h, w), with as many channels as the pipeline's decoder wants.
@@ -46,7 +46,7 @@ def invert(
         TypeError: another pipeline.
         ValueError: an argument that is not supported. And as `DEQInverter`.
     """
-    family = family_of(pipe)
+    components = denoisers(pipe)
     takes = set(inspect.signature(plain_class(pipe).__call__).parameters)
     if not {"latents", "prompt"} <= takes or "image" in takes:
         raise TypeError(f"pipe: expected a text-to-image pipeline that takes latents, got {type(pipe).__name__}")
@@ -65,7 +65,7 @@ def invert(
             if "prompt" in name and isinstance(text, str):
                 texts[name] = [text] * len(target)
         arguments = {"num_inference_steps": num_inference_steps, "generator": generator, "latents": target}
-        problem = record(pipe, family, size | texts | arguments | {"output_type": "latent"})
+        problem = record(pipe, components, size | texts | arguments | {"output_type": "latent"})
         scale = float((problem.start * target).sum() / target.square().sum())
         if not torch.allclose(problem.start, scale * target, rtol=1e-3, atol=1e-5 * scale):
             raise ValueError(f"latents: {type(pipe).__name__} does more to them than a multiplication by a number")
@@ -108,21 +108,23 @@ class _Recorded(Exception):
 
 
 class _Recorder(InterceptedLoop):
-    def _solve(self) -> Any:
+    problem: DenoisingProblem | None = None
+
+    def _solved_chain(self, problem: DenoisingProblem) -> Any:
+        self.problem = problem
         raise _Recorded
 
 
-def record(pipe: Any, family: Family, arguments: dict[str, Any]) -> DenoisingProblem:
-    """What a call of the pipeline would compute; its denoiser is called only where it has parts of a user's own."""
+def record(pipe: Any, components: dict[str, Component], arguments: dict[str, Any]) -> DenoisingProblem:
+    """What a call of the pipeline would compute; its networks are called only where it is not known what they return,
+    or where they have parts of a user's own."""
     plain = plain_class(pipe).__call__
-    bound = inspect.signature(plain).bind(pipe, **arguments)
-    check_arguments(pipe, family, bound)
-    loop = _Recorder(pipe, family, {"on_failure": "raise"}, bound.arguments)
+    loop = _Recorder(pipe, components, {"on_failure": "raise"}, given_arguments(pipe, (), arguments))
     vars(pipe).pop("_num_timesteps", None)
     bar = vars(pipe).get("_progress_bar_config")
     pipe.set_progress_bar_config(disable=True)
     try:
-        with installed(pipe, loop.proxies()):
+        with installed(pipe, loop.proxies):
             plain(pipe, **arguments)
     except _Recorded:
         pass

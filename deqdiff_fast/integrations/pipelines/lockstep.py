@@ -19,12 +19,9 @@ _NO_EFFECT = 1e-9  # of a model output's coefficient: the output cannot be read 
 class Lockstep:
     """Steps `scheduler` along solved states (T + 1, B, *shape) with the model outputs that these states contain."""
 
-    def __init__(self, scheduler: Any, problem: DenoisingProblem, states: Tensor, noises: list[Tensor]) -> None:
-        self.scheduler, self.problem, self.states = scheduler, problem, states
+    def __init__(self, scheduler: Any, problem: DenoisingProblem, states: Tensor, noises: list[Tensor | None]) -> None:
+        self.scheduler, self.problem, self.states, self.noises = scheduler, problem, states, noises
         self.outputs: list[Tensor] = []
-        drawn = iter(noises)
-        assert problem.schedule.draws is not None
-        self.noises = [next(drawn) if draws else None for draws in problem.schedule.draws.tolist()]
 
     def advance(self, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]) -> None:
         """The next step; arguments as the loop passes them to the scheduler."""

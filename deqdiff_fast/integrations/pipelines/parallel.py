@@ -7,17 +7,16 @@ import inspect
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
-
 from ...sampler import DEQSampler
 from ...schedule import Schedule
-from .families import Family, family_of
+from .components import denoisers
 from .intercepted_loop import InterceptedLoop
 from .proxies import installed
 
 Pipe = TypeVar("Pipe")
 _CLASSES: WeakKeyDictionary[type, type] = WeakKeyDictionary()  # of a pipeline class: ours, derived from it
 _SETTINGS = "_deqdiff_options"
+_DEPRECATED = ("callback", "callback_steps", "mask_feature")  # taken by pipelines in **kwargs
 
 
 def parallelize(pipe: Pipe, **options: Any) -> Pipe:
@@ -29,13 +28,12 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
     serially; what cannot be solved in parallel at all (caches, hooks that count calls) is left to the pipeline's own
     loop, with a warning in the log, or with on_failure="raise" refused. Setting `pipe._interrupt` ends a running
     solve after its round. `pipe.last_solution` is the `Solution` of the last call (without its trajectory), None
-    before the first.
+    before the first; `pipe.last_recording` says how its loop was understood.
     Calling it again replaces the options; `restore(pipe)` undoes it.
 
     Args:
-        pipe: DDIMPipeline, DDPMPipeline, DiTPipeline, or a text-to-image or image-to-image pipeline of Stable
-            Diffusion, Stable Diffusion XL, Stable Diffusion 3 or Flux, with any scheduler that
-            `Schedule.from_diffusers` takes.
+        pipe: any whose loop is understood from its first step, with any scheduler that `Schedule.from_diffusers`
+            takes: "Does it work with my pipeline?" in the documentation.
         **options: those of `DEQSampler` (solver, tol, max_rounds, window, on_failure, max_batch, group ...). A row
             of `max_batch` is one sample at one timestep, and is two rows of the model's call where guidance takes both
             halves at once.
@@ -44,15 +42,15 @@ def parallelize(pipe: Pipe, **options: Any) -> Pipe:
         The same object.
 
     Raises:
-        TypeError: another pipeline, or an unknown option.
-        ValueError: a bad option. The pipeline's call raises it for arguments that are not supported, before any work,
-            and NotAffineError for schedulers that are not. DeqDiffError: its loop does what cannot be solved.
+        TypeError: no pipeline with a network that takes a timestep, or an unknown option.
+        ValueError: a bad option. The pipeline's call raises it for arguments that it would ignore, NotAffineError for
+            schedulers that are not, DeqDiffError where its loop does what is not understood: before a step is made.
     """
-    family_of(pipe)
+    denoisers(pipe)
     DEQSampler(lambda x, t: x, Schedule.ddim([0.9, 0.5], [1, 0]), **options)
     _leave(pipe)
     pipe.__class__ = _class_of(type(pipe))
-    vars(pipe).update({_SETTINGS: options, "last_solution": None})
+    vars(pipe).update({_SETTINGS: options, "last_solution": None, "last_recording": []})
     return pipe
 
 
@@ -63,7 +61,8 @@ def restore(pipe: Pipe) -> Pipe:
         The same object.
     """
     _leave(pipe)
-    vars(pipe).pop("last_solution", None)
+    for name in ("last_solution", "last_recording"):
+        vars(pipe).pop(name, None)
     return pipe
 
 
@@ -96,13 +95,11 @@ def _derived(base: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _SETTINGS not in vars(self):
             return plain(self, *args, **kwargs)
-        family = family_of(self)
-        bound = inspect.signature(plain).bind(self, *args, **kwargs)
-        check_arguments(self, family, bound)
-        loop = InterceptedLoop(self, family, vars(self)[_SETTINGS], bound.arguments)
-        vars(self)["last_solution"] = None
+        components = denoisers(self)
+        loop = InterceptedLoop(self, components, vars(self)[_SETTINGS], given_arguments(self, args, kwargs))
+        vars(self).update({"last_solution": None, "last_recording": []})
         vars(self).pop("_num_timesteps", None)
-        with installed(self, loop.proxies()):
+        with installed(self, loop.proxies):
             result = plain(self, *args, **kwargs)
         loop.finish()
         return result
@@ -120,20 +117,16 @@ def _derived(base: type) -> type:
     return type(base)(base.__name__, (base,), own)
 
 
-def check_arguments(pipe: Any, family: Family, bound: inspect.BoundArguments) -> None:
-    """Refuse what the loop would not honour; fills in the defaults of what was not passed."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    given = dict(list(bound.arguments.items())[1:])  # without self
-    extra = next((name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD), "")
-    given |= given.pop(extra, {})
-    for name, value in given.items():
-        default = parameters[name].default if name in parameters else None
-        if name in family.options or value is None or value is default:
-            continue
-        if not isinstance(value, (torch.Tensor, list, tuple)) and bool(value == default):
-            continue
-        raise ValueError(
-            f"{name}: {type(pipe).__name__} cannot honour it while its loop is solved in parallel; leave it out, or "
-            "use the plain pipeline: restore(pipe)"
-        )
+def given_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of a pipeline's call by name, with the defaults of what was not passed. Raises ValueError for what the
+    pipeline would ignore."""
+    signature = inspect.signature(plain_class(pipe).__call__)
+    bound = signature.bind(pipe, *args, **kwargs)
+    extra = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
+    for name in bound.arguments.get(extra, {}):
+        if name not in _DEPRECATED:
+            raise ValueError(f"{name}: {type(pipe).__name__} has no such argument")
     bound.apply_defaults()
+    given: dict[str, Any] = dict(list(bound.arguments.items())[1:])  # without self
+    further: dict[str, Any] = given.pop(extra, {})
+    return given | further

@@ -12,14 +12,13 @@ from torch import Tensor
 from ..._devices import tables_on_cpu
 from ..._types import FrozenNoise
 from ...errors import NotAffineError
-from ...sampler import DEQSampler
 from ...schedule import Schedule
 from ...schedule.from_diffusers import scheduler_fields
 from ...schedule.probe import StepRange, chain_timesteps, step_accepts
-from .calls import GuidedModel
+from .combination import Combination
 from .draws import record_draws
-from .families import Family, Guidance
 from .first_step import FirstStep
+from .guided_model import GuidedModel
 
 _CACHE_SIZE = 16
 _CACHE: OrderedDict[Any, Schedule] = OrderedDict()
@@ -36,16 +35,14 @@ class DenoisingProblem:
     timesteps: Tensor  # (T,), the scheduler's own
 
     @classmethod
-    def build(
-        cls, denoiser: Any, scheduler: Any, family: Family, guidance: Guidance, first: FirstStep
-    ) -> DenoisingProblem:
+    def build(cls, scheduler: Any, first: FirstStep, combination: Combination) -> DenoisingProblem:
         """The problem of a loop that is at its first step. Raises ValueError or NotAffineError where it is none that
         can be solved in parallel."""
         step_range = _step_range(scheduler, first.timestep, first.count)
         options = {k: v for k, v in first.step_kwargs.items() if k in step_accepts(scheduler)}
         step_range = step_range._replace(scaled=first.step_scaled)
         schedule = _schedule(scheduler, step_range, options, first.input_scaled)
-        model = GuidedModel(denoiser, family, first.calls, guidance, len(first.start))
+        model = GuidedModel(first.calls, combination, len(first.start))
         return cls(model, schedule, scheduler, first, scheduler.timesteps[step_range.start : step_range.stop])
 
     @property
@@ -64,30 +61,28 @@ class DenoisingProblem:
         given = self.first.step_kwargs.get("generator")
         return given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
 
-    def noises(self) -> list[Tensor]:
-        """Drawn by the scheduler's own code, for all that it steps; advances the generators."""
+    def noises(self) -> list[Tensor | None]:
+        """Drawn by the scheduler's own code for each step, for all that it steps; advances the generators."""
         first = self.first
         assert self.schedule.draws is not None
-        if not bool(self.schedule.draws.any()):
-            return []
+        draws = self.schedule.draws.tolist()
+        if not any(draws):
+            return [None] * len(draws)
         found = record_draws(
             self.scheduler, self.timesteps, first.sample, first.output, first.step_kwargs, first.input_scaled
         )
-        if len(found) != int(self.schedule.draws.sum()):
+        if len(found) != sum(draws):
             raise NotAffineError(
                 f"{type(self.scheduler).__name__} draws noise in {len(found)} steps for this pipeline, and in "
-                f"{int(self.schedule.draws.sum())} for random numbers"
+                f"{sum(draws)} for random numbers"
             )
-        return found
+        drawn = iter(found)
+        return [next(drawn) if draw else None for draw in draws]
 
-    def frozen(self, noises: list[Tensor]) -> FrozenNoise | None:
+    def frozen(self, noises: list[Tensor | None]) -> FrozenNoise | None:
         """The part of `noises` that counts, for a sampler; None for a chain without noise."""
-        whole = [noise[: len(self.start)] for noise in noises]
+        whole = [noise[: len(self.start)] for noise in noises if noise is not None]
         return FrozenNoise(torch.stack(whole)) if self.schedule.stochastic else None
-
-    def sampler(self, options: dict[str, Any]) -> DEQSampler:
-        """That of the model along the schedule."""
-        return DEQSampler(self.model, self.schedule, **options)
 
     def rows(self) -> dict[str, Tensor]:
         """model_kwargs of the sampler."""

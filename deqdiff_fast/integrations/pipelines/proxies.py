@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .overwriting import NOISING
+
 
 class Proxy:
     """Looks like `target` to `isinstance`, reads and writes its attributes, and may have some of its own."""
@@ -48,8 +50,14 @@ class DenoiserProxy(Proxy):
         return self._denoise(args, kwargs)
 
 
-def scheduler_proxy(scheduler: Any, step: Callable[..., Any], scale: Callable[[Tensor, Any], Tensor]) -> Proxy:
-    """Its `step` and `scale_model_input` are ours; pipelines look at the signature of the first."""
+def scheduler_proxy(
+    scheduler: Any,
+    step: Callable[..., Any],
+    scale: Callable[[Tensor, Any], Tensor],
+    noised: Callable[[str, tuple[Any, ...], Tensor], Any],
+) -> Proxy:
+    """Its `step` and `scale_model_input` are ours; pipelines look at the signature of the first. `noised` is told of
+    calls of the methods that add noise: their names, arguments and results."""
 
     @functools.wraps(scheduler.step)
     def own_step(*args: Any, **kwargs: Any) -> Any:
@@ -58,6 +66,18 @@ def scheduler_proxy(scheduler: Any, step: Callable[..., Any], scale: Callable[[T
     own: dict[str, Any] = {"step": own_step}
     if hasattr(scheduler, "scale_model_input"):
         own["scale_model_input"] = scale
+
+    def told(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(scheduler, name))
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = getattr(scheduler, name)(*args, **kwargs)
+            if not kwargs:
+                noised(name, args, result)
+            return result
+
+        return method
+
+    own |= {name: told(name) for name in NOISING if hasattr(scheduler, name)}
     return Proxy(scheduler, **own)
 
 

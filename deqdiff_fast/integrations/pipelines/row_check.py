@@ -1,14 +1,13 @@
-"""Whether a denoiser with parts of a user's own may be called on many timesteps at once."""
+"""Whether denoisers with parts of a user's own may be called on many timesteps at once."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..._types import unwrap_output
 from .fingerprint import Fingerprint
+from .outputs import StepOutputs
 from .problem import DenoisingProblem
 
 _LEVELS = 6  # timesteps at which one batch is compared with calls of their own
@@ -16,36 +15,43 @@ _TOLERANCE = {torch.float64: 2e-3, torch.float32: 2e-3}  # relative: above what 
 _HALF = 2e-2  # that of the other dtypes
 
 
-def row_fault(denoiser: Any, problem: DenoisingProblem, parts: list[str]) -> tuple[str, Tensor]:
-    """What forbids it, empty if nothing does, and the loop's own output of its first step where that was asked for.
+def row_fault(
+    problem: DenoisingProblem, outputs: StepOutputs, modules: nn.ModuleList, before: Fingerprint, parts: list[str]
+) -> str:
+    """What forbids it, empty if nothing does.
 
     The first calls are the loop's own, so that what counts calls has counted right if the loop goes on serially.
 
     Args:
-        parts: names of those that are not known; without any nothing is called.
+        outputs: of the first step, of which the real ones are asked for.
+        modules, before: the networks, and their fingerprint before any call.
+        parts: names of those that are not known.
     """
-    if not parts:
-        return "", torch.empty(0)
     named = ", ".join(parts[:3]) + (f" and {len(parts) - 3} more" if len(parts) > 3 else "")
-    before = Fingerprint(denoiser, only=denoiser)
-    own, outputs = problem.model, []
-    for call in own.calls:
-        args, kwargs = call.arrange(call.x, call.timestep, call.further, call.extra)
-        outputs += own.parts(unwrap_output(denoiser(*args, **kwargs)), own.copies(call), problem.start.shape[1])
-    output = own.guidance.combine(outputs)
-    whole = torch.cat([output] * problem.halves)
-    if Fingerprint(denoiser, only=denoiser) != before:
-        return f"{named}: it keeps something from one call to the next", whole
+    output = own_output(problem, outputs)
+    if Fingerprint(*modules, only=modules) != before:
+        return f"{named}: it keeps something from one call to the next"
     try:
         worst = _difference(problem, output)
     except Exception as error:
-        return f"{named}: a call on several timesteps at once fails ({type(error).__name__}: {error})", whole
+        return f"{named}: a call on several timesteps at once fails ({type(error).__name__}: {error})"
     if not worst <= _TOLERANCE.get(output.dtype, _HALF):
         return (
             f"{named}: a call on several timesteps at once differs from separate ones by {worst:.1e} (relative); its "
             "rows are not independent, or it reads one timestep for all of them"
-        ), whole
-    return "", whole
+        )
+    return ""
+
+
+def own_output(problem: DenoisingProblem, outputs: StepOutputs) -> Tensor:
+    """What the loop itself would give to its scheduler in the step of `outputs`: (B, *shape)."""
+    parts: list[Tensor] = []
+    for number, call in enumerate(problem.model.calls):
+        real = outputs.real(number)
+        if not call.component.auxiliary:
+            assert call.placement is not None
+            parts += call.placement.parts(unwrap_output(real), problem.start.shape[1:])
+    return problem.model.combination(parts)
 
 
 def _difference(problem: DenoisingProblem, output: Tensor) -> float:
