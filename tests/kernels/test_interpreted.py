@@ -49,4 +49,5 @@ def test_every_file_with_triton_tests_is_in_a_group():
     others = {file.stem.removeprefix("test_") for file in HERE.glob("test_*.py")} - listed
     assert others == {
         "config", "extension", "extension_arguments", "interpreted", "inverse_scan", "outdated_extension", "register",
+        "repeats",
     }  # fmt: skip
