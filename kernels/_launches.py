@@ -1,8 +1,8 @@
-"""Launches made once: a call on the tensors and numbers of an earlier one goes to its compiled kernels at once.
+"""Launches made once for all calls of an op on tensors alike: later ones go to the compiled kernels at once.
 
 The first call checks its arguments, chooses a backend, lays out scratch memory and has Triton bind and specialise what
-a kernel takes. All of that comes out the same for the same tensors, so the compiled kernels are kept with what they
-were launched with: addresses in the place of tensors, so that no memory is held on to.
+a kernel takes. All of that follows from the sizes, types and alignment of the tensors and from the numbers, so the
+compiled kernels are kept with their arguments, an argument's number in the place of every address.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         launches = getattr(_noting, "launches", None)
         if launches is not None:
             rest = (named[name] for name in kernel.arg_names[len(args) :])
-            launches.append((compiled, (*grid, 1, 1)[:3], (*args, *rest)))
+            launches.append((compiled, (*grid, 1, 1)[:3], [*args, *rest]))
 
     return launch
 
@@ -38,44 +38,44 @@ class Repeats:
     """The launches of the calls of one op."""
 
     def __init__(self) -> None:
-        self._kept: dict[Any, Any] = {}
+        self._kept: dict[Any, list[Any]] = {}
         _every.add(self)
 
     def run(self, args: Sequence[Any]) -> bool:
-        """Launch what a call with these arguments has launched before; whether there was one."""
-        found = self._kept.get(_key(args)) if self._kept else None
-        if found is None:
+        """Launch what a call like this one has launched before; whether there was one."""
+        if not self._kept:
             return False
-        known, launches = found
-        for reference, layout in known:
-            tensor = reference()
-            if tensor is None or layout != _layout(tensor):
-                return False
+        key, addresses = _key(args)
+        launches = self._kept.get(key)
+        if launches is None:
+            return False
         with torch.cuda.device_of(args[0]):
-            for launch, given in launches:
+            for launch, given, slots in launches:
+                given = given.copy()
+                for slot, number, offset in slots:
+                    given[slot] = addresses[number] + offset
                 launch(*given)
         return True
 
     @contextmanager
     def note(self, args: Sequence[Any]) -> Iterator[None]:
-        """Keep what is launched meanwhile, for calls with these arguments; not where it goes to memory beside them."""
+        """Keep what is launched meanwhile, unless it goes to other memory than that of the arguments."""
         launches = _noting.launches = list[Any]()
         try:
             yield
         finally:
             _noting.launches = None
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        theirs = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        kept = []
+        (key, _), kept = _key(args), []
         for compiled, grid, given in launches:
-            used = (value for value in given if isinstance(value, Tensor))
-            if compiled is None or any(tensor.untyped_storage().data_ptr() not in theirs for tensor in used):
-                return  # interpreted, or with scratch memory and dense copies that are gone by the next call
-            addresses = tuple(value.data_ptr() if isinstance(value, Tensor) else value for value in given)
-            kept.append((compiled[grid], addresses))
+            slots = [(slot, *_place(value, args)) for slot, value in enumerate(given) if isinstance(value, Tensor)]
+            if compiled is None or torch.version.hip or any(number is None for _, number, _ in slots):
+                return  # interpreted, specialised by the size of storages too, or with memory of one call
+            rest = [None if isinstance(value, Tensor) else value for value in given]
+            kept.append((compiled[grid], rest, slots))
         if len(self._kept) >= MOST:
             self._kept.clear()
-        self._kept[_key(args)] = [(weakref.ref(tensor), _layout(tensor)) for tensor in tensors], kept
+        if key is not None:
+            self._kept[key] = kept
 
 
 def forget() -> None:
@@ -84,11 +84,27 @@ def forget() -> None:
         repeats._kept.clear()
 
 
-def _key(args: Sequence[Any]) -> tuple[Any, ...]:
-    """Equal for the same tensors, as objects, and equal numbers."""
-    return tuple([id(arg) if isinstance(arg, Tensor) else arg for arg in args])
+def _key(args: Sequence[Any]) -> tuple[tuple[Any, ...] | None, list[int]]:
+    """Equal for calls whose launches differ in addresses alone, None where that is not known; and the addresses."""
+    found, addresses = list[Any](), list[int]()
+    for arg in args:
+        address = 0
+        if type(arg) is Tensor:
+            address = arg.data_ptr()
+            dense = arg.is_contiguous() and not arg.is_neg()
+            found += (arg.shape, arg.dtype, arg.get_device(), address & 15, dense)
+        elif isinstance(arg, Tensor):
+            return None, addresses
+        else:
+            found.append(arg)
+        addresses.append(address)
+    return tuple(found), addresses
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """What the owner of a tensor may have changed about it."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+def _place(tensor: Tensor, args: Sequence[Any]) -> tuple[int | None, int]:
+    """Which argument a kernel was given, and how many bytes into it, for parts of a workspace."""
+    number = next((k for k, arg in enumerate(args) if arg is tensor), None)
+    last, address = args[-1], tensor.data_ptr()
+    if number is None and isinstance(last, Tensor) and 0 <= address - last.data_ptr() < last.nbytes:
+        return len(args) - 1, address - last.data_ptr()
+    return number, 0

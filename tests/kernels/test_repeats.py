@@ -1,4 +1,4 @@
-"""What the second call of an op on the same tensors does on a GPU, with Triton's launches stubbed."""
+"""What the second call of an op on tensors alike does on a GPU, with Triton's launches stubbed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(jit.JITFunction, "run", run)
     monkeypatch.setattr(_backends, "_obstacle", lambda *_: "")
-    return seen
+    _launches.forget()
+    yield seen
+    _launches.forget()
 
 
 @pytest.fixture
@@ -85,26 +87,64 @@ def test_auto_and_by_name_are_the_same_call(launched, checks):
     assert len(checks) == 2
 
 
-def test_another_call_is_checked(launched, checks):
-    """Other numbers, tensors, shapes; the same tensor in another place or layout."""
+def test_other_tensors_alike_are_launched_on(launched, checks):
+    """Addresses are those of the call, in the workspace as well."""
+    for op in LAUNCHED:
+        call(op, given_to(op))
+        first = [*launched]
+        del launched[:]
+        given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given_to(op).items()}
+        call(op, given)
+        assert len(checks) == 1, op
+        assert {how for how, *_ in launched} == {"again"}
+        again = [*launched]
+        _launches.forget()
+        del launched[:], checks[:]
+        call(op, given)
+        assert [entry[1:] for entry in again] == [(*e[1:3], addresses(e[3])) for e in launched]
+        assert len(first) == len(again)
+        del launched[:], checks[:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"column": 2},
+        {"ridge": 1e-3},
+        {"drift": None},
+        {"slope": torch.zeros(4, 6)},
+        {"slope": torch.zeros(4, 1, dtype=torch.float64)},
+        {"slope": torch.zeros(5)[1:, None]},
+        {"workspace": torch.zeros((1 << 20) + 1, dtype=torch.uint8)},
+    ],
+    ids=["column", "ridge", "no drift", "shape", "dtype", "alignment", "size of the workspace"],
+)
+def test_another_call_is_checked(launched, checks, change):
     given = given_to("newton_scan")
     call("newton_scan", given)
-    call("newton_scan", given, column=2)
-    call("newton_scan", given, drift=given["drift"].clone())
-    call("newton_scan", given, drift=None)
-    assert len(checks) == 4
-    call("newton_scan", given, column=2)
-    assert len(checks) == 4
-    moved = given["states"].clone()
-    given["states"].data = moved
-    call("newton_scan", given)
-    assert len(checks) == 5
+    call("newton_scan", given, **change)
+    assert len(checks) == 2
     assert launched[-1][0] == "bound"
     call("newton_scan", given)
-    assert launched[-1][3]["states"] == moved.data_ptr()
-    given["states"].resize_(1, 1, 1)
-    with pytest.raises(ValueError, match="states: expected shape"):
-        call("newton_scan", given)
+    assert len(checks) == 2
+
+
+def test_what_is_wrong_is_refused(launched):
+    given = given_to("newton_scan")
+    call("newton_scan", given)
+    for name, value in (("predictions", given["predictions"][1:]), ("lo", given["lo"].long()), ("ridge", -1.0)):
+        with pytest.raises(ValueError, match=name):
+            call("newton_scan", given, **{name: value})
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, torch._neg_view, lambda t: t.T.contiguous().T])
+def test_tensors_of_another_kind(launched, checks, kind):
+    """Those that say something else of themselves, and those that are copied: checked every time."""
+    given = given_to("newton_scan")
+    call("newton_scan", given)
+    for _ in range(2):
+        call("newton_scan", given, slope=kind(torch.zeros(4, 6)).requires_grad_(False))
+    assert len(checks) == 3
 
 
 @pytest.mark.parametrize("change", ["workspace", "not dense"])
