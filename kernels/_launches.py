@@ -45,8 +45,11 @@ class Repeats:
         """Launch what a call like this one has launched before; whether there was one."""
         if not self._kept:
             return False
-        key, addresses = _key(args)
-        launches = self._kept.get(key)
+        try:
+            key, addresses = _key(args)
+            launches = self._kept.get(key)
+        except (RuntimeError, TypeError):  # what has no address and what is no number: refused by the checks
+            launches = None
         if launches is None:
             return False
         with torch.cuda.device_of(args[0]):
@@ -74,7 +77,7 @@ class Repeats:
             kept.append((compiled[grid], rest, slots))
         if len(self._kept) >= MOST:
             self._kept.clear()
-        if key is not None:
+        if key is not None and kept:
             self._kept[key] = kept
 
 

@@ -37,8 +37,9 @@ class NodeChain:
         self.remainder = self.states.new_zeros(self.states[1:].shape)
         self._scan(self.remainder, self.states)
         self.history = NodeHistory(
-            problem.history + 1, self.states[1:], problem.ridge, problem.floor, problem.draft is not None
-        )
+            problem.history + 1, self.states[1:], problem.ridge, problem.floor, problem.draft is not None,
+            problem.backend,
+        )  # fmt: skip
         self.surprise = torch.zeros_like(self.remainder)
         self.moved = 1.0  # relative, by the sweeps of the last round
         if problem.guess is not None:

@@ -132,6 +132,9 @@ def test_another_call_is_checked(launched, checks, change):
 def test_what_is_wrong_is_refused(launched):
     given = given_to("newton_scan")
     call("newton_scan", given)
+    for bad in ([1.0], torch.zeros(4, 1).to_sparse(), None):
+        with pytest.raises(ValueError, match=r"slope: expected a (dense )?tensor"):
+            call("newton_scan", given, slope=bad)
     for name, value in (("predictions", given["predictions"][1:]), ("lo", given["lo"].long()), ("ridge", -1.0)):
         with pytest.raises(ValueError, match=name):
             call("newton_scan", given, **{name: value})
