@@ -82,9 +82,4 @@ def hidden_in_backward(backward: Function) -> Function:
 
 def float64(value: Tensor) -> Tensor:
     """In float64; on the CPU where the device has no such numbers (MPS)."""
-    return value.to(float64_device(value.device), torch.float64)
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Where numbers of that device are in float64."""
-    return device if device.type != "mps" else torch.device("cpu")
+    return value.double() if value.device.type != "mps" else value.cpu().double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._devices import float64, float64_device
+from .._devices import float64
 from ..kernels import secant_fit
 from .node_grid import Transfer
 
@@ -97,14 +97,15 @@ class NodeHistory:
         else:
             dr -= self.draft[1:] - self.draft[0]
         self.dz, self.dr = (secants.flatten(1, 2).transpose(0, 1) for secants in (dz, dr))  # (n B, H, D)
-        gram, there = torch.bmm(self.dz, self.dz.transpose(1, 2)), float64_device(dz.device)
-        self.fit = torch.empty(gram.shape, dtype=torch.float64, device=there)
-        guess_error = None if self.guess_error is None else self.guess_error.flatten().to(there)
-        secant_fit(
-            self.fit, gram.to(there), self.z[0].norm(dim=2).flatten().to(there), self.count.flatten().to(there),
-            self.ridges[1:].flatten(1).to(there), guess_error, self.floor, SHORTEST, GUESSED_RIDGE / 2, NONLINEAR,
-            backend=self.backend,
+        gram, guess_error = torch.bmm(self.dz, self.dz.transpose(1, 2)), self.guess_error
+        rows = (
+            gram, self.z[0].norm(dim=2).flatten(), self.count.flatten(), self.ridges[1:].flatten(1),
+            None if guess_error is None else guess_error.flatten(),
         )  # fmt: skip
+        place = torch.device("cpu") if gram.device.type == "mps" else gram.device  # MPS has no float64
+        there = (row if row is None or row.device == place else row.to(place) for row in rows)
+        self.fit = torch.empty(gram.shape, dtype=torch.float64, device=place)
+        secant_fit(self.fit, *there, self.floor, SHORTEST, GUESSED_RIDGE / 2, NONLINEAR, backend=self.backend)
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
         """out <- base + the secants' part for states that have moved on: (n, B, D) each."""
