@@ -183,6 +183,21 @@ def test_other_launch_shapes(launched, monkeypatch):
     assert launched[1][3]["BLOCK"] == 4 * launched[0][3]["BLOCK"]
 
 
+def test_a_triton_with_other_compiled_kernels(launched, checks, monkeypatch):
+    """Then every call is made from the start."""
+    given = given_to("newton_scan")
+    call("newton_scan", given)
+    (repeats,) = [r for r in _launches._every if r._kept]
+    monkeypatch.setattr(repeats, "works", True)
+    for kept in repeats._kept.values():
+        kept[0] = lambda: None, *kept[0][1:]
+    for _ in range(2):
+        call("newton_scan", given)
+    assert len(checks) == 3
+    assert {how for how, *_ in launched} == {"bound"}
+    assert not repeats.works
+
+
 def test_no_more_are_kept_than_a_solve_needs(launched):
     given = given_to("newton_scan")
     for k in range(2 * _launches.MOST):
