@@ -38,7 +38,7 @@ def launches_stubbed() -> Iterator[None]:
         yield
     finally:
         JITFunction.run, _backends._obstacle = run, obstacle
-        _launches.forget()
+        _launches.reset()
 
 
 def measure_calls(repeats: int = 200, passes: int = 20) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def measure_calls(repeats: int = 200, passes: int = 20) -> list[dict[str, Any]]:
             operands = Fused(Inputs(shape, torch.float32, "cpu"), "triton")
             for op in OPS:
                 call = getattr(operands, op)
-                first = min(_seconds(call, 1, _launches.forget) for _ in range(passes))
+                first = min(_seconds(call, 1, _launches.reset) for _ in range(passes))
                 again = min(_seconds(call, repeats) for _ in range(passes))
                 rows.append({"op": op, "shape": shape, "first": first, "again": again})
     return rows

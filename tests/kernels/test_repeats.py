@@ -38,9 +38,9 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(jit.JITFunction, "run", run)
     monkeypatch.setattr(_backends, "_obstacle", lambda *_: "")
-    _launches.forget()
+    _launches.reset()
     yield seen
-    _launches.forget()
+    _launches.reset()
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_other_tensors_alike_are_launched_on(launched, checks):
         assert len(checks) == 1, op
         assert {how for how, *_ in launched} == {"again"}
         again = [*launched]
-        _launches.forget()
+        _launches.reset()
         del launched[:], checks[:]
         call(op, given)
         assert [entry[1:] for entry in again] == [(*e[1:3], addresses(e[3])) for e in launched]
@@ -177,10 +177,19 @@ def test_other_launch_shapes(launched, monkeypatch):
     given = given_to("node_scan")
     call("node_scan", given)
     monkeypatch.setattr(_config, "TABLE", {"cpu": _config.DEFAULT | {"node_scan": _config.Config(4)}})
-    _launches.forget()
+    _launches.reset()
     call("node_scan", given)
     assert [entry[0] for entry in launched] == ["bound", "bound"]
     assert launched[1][3]["BLOCK"] == 4 * launched[0][3]["BLOCK"]
+
+
+def test_a_tensor_that_is_given_twice(launched, checks):
+    """Nothing is kept of that, for another call may give two."""
+    given = given_to("mark_converged")
+    call("mark_converged", given, previous=given["sq_norm"])
+    call("mark_converged", given)
+    assert len(checks) == 2
+    assert launched[-1][3]["previous"] is given["previous"]
 
 
 def test_a_triton_with_other_compiled_kernels(launched, checks, monkeypatch):
@@ -214,7 +223,7 @@ def test_on_a_device(op):
     for _ in range(3):
         call(op, again)
     for _ in range(3):
-        _launches.forget()
+        _launches.reset()
         call(op, anew)
     for name, value in anew.items():
         if isinstance(value, torch.Tensor) and name != "workspace":
