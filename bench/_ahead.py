@@ -29,6 +29,7 @@ from deqdiff_fast.kernels.newton_scan import _triton_linear as linear
 from deqdiff_fast.kernels.newton_scan import _triton_prepare as prepare
 from deqdiff_fast.kernels.newton_scan import _triton_products as products
 from deqdiff_fast.kernels.node_scan import _triton as nodes
+from deqdiff_fast.kernels.secant_fit import _triton as fits
 
 NVIDIA = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -37,14 +38,15 @@ WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest 
 HISTORY = 5
 TABLES = (
     "state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat", "gains",
-    "products", "gamma", "previous", "strict", "decision", "remainder_coef",
+    "products", "gamma", "previous", "strict", "decision", "remainder_coef", "size", "ridges", "guess_error",
 )  # fmt: skip
 STREAMS = (
     "exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source", "remainder",
 )  # fmt: skip
 HISTORIES = ("g", "z", "e")
-SETTINGS = ("ridge", "floor", "stale", "undamped", "freeze", "finish")
-SINGLE = ("weights", "newton_norms", "window_bounds", "mark_converged")  # one warp a program
+INTEGERS = ("lo", "hi", "filled", "previous_bounds", "first", "last", "start", "classes", "count")
+SETTINGS = ("ridge", "floor", "stale", "undamped", "freeze", "finish", "shortest", "guessed", "nonlinear")
+SINGLE = ("weights", "newton_norms", "window_bounds", "mark_converged", "secant_fit")  # one warp a program
 
 
 def cases():
@@ -92,6 +94,9 @@ def cases():
     yield linear.newton_norms_kernel, "fp32", {"SPAN": 64}, "newton_norms"
     for ring in (2, 4, 8):
         yield prepare.newton_weights_kernel, "fp32", {"RING": ring, "P": ring if ring > 2 else 1, "SPAN": 8}, "weights"
+    for columns in (3, 7):
+        fitted = {"H": columns, "P": columns + 1, "GUESSED": True}
+        yield fits.secant_fit_kernel, "fp32", fitted, "secant_fit"
     yield scan.ddim_norms_kernel, "fp32", {"K": 2, "AT": 0, "ROWS": 16, "SPAN": 64}, "norms"
     for scope in ("timestep", "trajectory", "triangular"):
         shape = _config.TABLE["sm_90"]["anderson_solve"]
@@ -103,7 +108,7 @@ def cases():
 def label(case) -> str:
     kernel, storage, constants, _ = case
     detail = "-".join(
-        f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING", "CLASSES")
+        f"{k}{v}".lower() for k, v in constants.items() if k in ("L", "DAMPED", "SCOPE", "RING", "CLASSES", "H")
     )
     return f"{kernel.fn.__name__}-{storage}-{detail}"
 
@@ -135,8 +140,8 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
     )
     if storage == "mixed":
         types |= dict.fromkeys(HISTORIES, "*bf16")
-    types |= dict.fromkeys(("lo", "hi", "filled", "previous_bounds", "first", "last", "start", "classes"), "*i32")
-    types |= {"secant_weights": "*fp64", "rows": "*i64"}
+    types |= dict.fromkeys(INTEGERS, "*i32")
+    types |= {"secant_weights": "*fp64", "fit": "*fp64", "rows": "*i64"}
     types |= dict.fromkeys(SETTINGS, "fp64")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     hints = [n for n, kind in signature.items() if kind.startswith("*") or (n == "D" and aligned)]

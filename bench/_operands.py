@@ -14,8 +14,11 @@ from torch import Tensor
 import deqdiff_fast as dq
 from deqdiff_fast.kernels import (
     anderson_step,
+    anderson_step_bytes,
     ddim_update,
+    ddim_update_bytes,
     newton_scan,
+    newton_scan_bytes,
     node_scan,
 )
 
@@ -105,7 +108,8 @@ class Fused:
         self.filled = torch.zeros(t, b, dtype=torch.int32, device=device)
         self.z, self.e = (torch.zeros(m + 1, t, b, d, dtype=inputs.dtype, device=device) for _ in range(2))
         self._nodes(shape)
-        self.round = 0
+        self.round, self.workspace = 0, None
+        self._make_workspace()
 
     def _nodes(self, shape: Shape) -> None:
         """Coefficients by class, every timestep a node; the model's part from nodes on both sides."""
@@ -120,29 +124,43 @@ class Fused:
         classes = torch.randperm(d, generator=torch.Generator().manual_seed(0)).remainder_(kinds).int().to(device)
         self.nodes = (*tables, start, classes)
 
+    def _make_workspace(self) -> None:
+        """Scratch memory for the ops, as a solve has it; other launch shapes may need more of it."""
+        shape, stored, device = self.inputs.shape, self.inputs.dtype, self.states.device
+        t, b, d, m = shape.steps, shape.batch, shape.size, shape.history
+        room = max(
+            ddim_update_bytes(t, b, d, stored, device, self.backend),
+            anderson_step_bytes(t, b, d, m, stored, stored, device, self.backend),
+            newton_scan_bytes(t, b, d, m, 1, stored, stored, device, self.backend),
+        )
+        if room > (0 if self.workspace is None else len(self.workspace)):
+            self.workspace = torch.empty(room, dtype=torch.uint8, device=device)
+
     def prepare(self) -> None:
         """What the model does between two rounds: new predictions."""
+        self._make_workspace()
         self.round += 1
         self.predictions.copy_(self.inputs.predictions(self.round))
 
     def ddim_update(self, backend: str | None = None) -> None:
         ddim_update(
             self.states, self.predictions, self.inputs.state_coef, self.inputs.model_coef, self.lo, self.hi, *self.sums,
-            backend=backend or self.backend,
+            workspace=self.workspace, backend=backend or self.backend,
         )  # fmt: skip
 
     def anderson_step(self, backend: str | None = None) -> None:
         anderson_step(
             self.states, self.predictions, self.inputs.state_coef, self.inputs.model_coef, self.lo, self.hi, *self.sums,
             self.f, self.g, self.gram, self.filled, self.round % self.inputs.shape.history, scope=self.scope,
-            ridge=RIDGE, relative_ridge=self.relative, damping=1.0, stale=float("inf"), backend=backend or self.backend,
+            ridge=RIDGE, relative_ridge=self.relative, damping=1.0, stale=float("inf"), workspace=self.workspace,
+            backend=backend or self.backend,
         )  # fmt: skip
 
     def newton_scan(self, backend: str | None = None) -> None:
         newton_scan(
             self.states, self.predictions, self.inputs.state_coef, self.inputs.model_coef, self.inputs.slope, self.lo,
             self.hi, *self.sums, self.z, self.e, self.filled, self.round % (self.inputs.shape.history + 1),
-            backend=backend or self.backend,
+            workspace=self.workspace, backend=backend or self.backend,
         )  # fmt: skip
 
     def node_scan(self, backend: str | None = None) -> None:

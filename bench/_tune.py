@@ -16,6 +16,7 @@ import torch
 
 from deqdiff_fast.kernels import _config
 from deqdiff_fast.kernels._config import Config
+from deqdiff_fast.kernels._launches import reset
 
 from ._common import markdown, note
 from ._operands import HISTORY_OPS, Fused, Inputs, Shape
@@ -60,6 +61,7 @@ def tune(args: argparse.Namespace) -> int:
             table[kernel] = config
             note(f"{kernel}: {config} ...")
             try:
+                reset()
                 operands.prepare()
                 getattr(operands, op)()
             except (RuntimeError, ValueError) as error:  # more registers or shared memory than there are
@@ -79,6 +81,7 @@ def tune(args: argparse.Namespace) -> int:
 def _use(table: dict[str, Config], kernel: str, config: Config, operands: Fused) -> Callable[[], None]:
     def prepare() -> None:
         table[kernel] = config
+        reset()
         operands.prepare()
 
     return prepare

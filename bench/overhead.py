@@ -12,6 +12,7 @@ import torch
 import deqdiff_fast as dq
 
 from ._common import environment, markdown, note, positive_int, spread, summary, write_json
+from ._op_calls import calls_table, measure_calls
 from ._problems import Problem, add_model_arguments, load, solvers
 
 TARGET = 0.03
@@ -80,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     )
     print(markdown(header, [_cells(row) for row in rows]))
     print(f"\nMedians with (smallest..largest). Target: outside / whole <= {TARGET:.0%}.")
-    write_json(args, facts, rows)
+    calls = measure_calls()
+    print(f"\n{calls_table(calls)}")
+    write_json(args, facts, rows + [row | {"shape": str(row["shape"])} for row in calls])
     return 1 if args.check and not all(_holds(row) for row in rows) else 0
 
 

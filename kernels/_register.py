@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from . import _backends
 from ._checks import Arguments, check_types, check_windows
+from ._launches import Repeats
 
 _ARGUMENT = re.compile(r"(Tensor|int|float|bool|str)(\(\w+!\))?(\??) (\w+)")
 # What the C++ form takes in float64, and in float32 unless the states are float64; other tensors as they are stored.
@@ -62,7 +63,7 @@ class register:
     ) -> None:  # fmt: skip
         self.package, self.reference, self.cpp, self.triton = package, reference, cpp, triton
         self.validate, self.storage, self.cpp_serves = validate, storage, cpp_serves
-        self.check_values = check_values
+        self.check_values, self.repeats = check_values, Repeats()
         self.name, _, arguments = schema.partition("(")
         found = _ARGUMENT.findall(arguments)
         self.names = tuple(name for *_, name in found)
@@ -84,7 +85,7 @@ class register:
     def __call__(self, backend: str, *args: Any) -> None:
         if backend == "auto" and _backends.dispatched(args[0]):
             self.op(*args)
-        else:
+        elif backend not in ("auto", "triton") or not self.repeats.run(args):
             self.run(backend, *args)
 
     def check(self, given: Arguments) -> None:
@@ -166,7 +167,8 @@ class register:
     def _run_triton(self, given: Arguments) -> None:
         module = importlib.import_module("._triton", self.package)  # not before it is needed: it imports Triton
         dense = [value.contiguous().resolve_neg() if isinstance(value, Tensor) else value for value in given.values()]
-        with torch.cuda.device_of(given[self.names[0]]):  # Triton launches on the current device
+        # Triton launches on the current device
+        with torch.cuda.device_of(given[self.names[0]]), self.repeats.note(tuple(given.values())):
             module.launch(*dense)
         for (name, original), used in zip(given.items(), dense):
             if used is not original and name in self.written:

@@ -37,6 +37,7 @@ BUDGET = {
     "newton_norms_kernel": 128, "newton_advance_kernel": 255, "window_bounds_kernel": 128, "active_rows_kernel": 64,
     "mark_converged_kernel": 64, "copy_rows_kernel": 64, "gains_kernel": 64, "products_kernel": 255,
     "recursion_kernel": 128, "corrected_scan_kernel": 128, "node_scan_kernel": 136,
+    "secant_fit_kernel": 96,
 }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def node_problem(
     return NodeProblem(
         chain, None if classes is None else classes.to(device),
         cached(schedule, "density", lambda: density(schedule)), start, drift,
-        partial(ask, system, lease), None if system.draft is None else partial(ask_draft, system),
+        partial(ask, system, lease), None if system.draft is None else partial(ask_draft, system, {}),
         tol, settings.history, settings.ridge, settings.floor, backend,
         lambda what, make: cached(schedule, (what, slope, system.dtype, device), make), spots,
     )  # fmt: skip
@@ -104,9 +104,11 @@ def ask(
         system.evaluate(states[:, None], out, Rows(flat, 0, system.num_steps, len(flat), slot), lease, round)
 
 
-def ask_draft(system: System, states: Tensor, nodes: tuple[int, ...]) -> Tensor:
-    """`NodeProblem.draft`."""
+def ask_draft(system: System, numbers: dict[tuple[int, ...], Tensor], states: Tensor, nodes: tuple[int, ...]) -> Tensor:
+    """`NodeProblem.draft`; numbers: nodes as tensors on the device, where they were met before."""
     assert system.draft is not None
+    if nodes not in numbers:
+        numbers[nodes] = torch.tensor(nodes, device=system.device)
     rows = system.from_basis(states.flatten(0, 1)).view_as(states)
-    found = system.draft.rows(rows, torch.tensor(nodes, device=system.device)).to(states.dtype)
+    found = system.draft.rows(rows, numbers[nodes]).to(states.dtype)
     return system.to_basis(found.flatten(0, 1)).view_as(states)

@@ -22,10 +22,13 @@ class DraftCalls:
 
     def rows(self, states: Tensor, steps: Tensor) -> Tensor:
         """(n, B, D) states at timesteps steps: (n,) -> (n, B, D) predictions."""
-        step, sample = steps.repeat_interleave(self.model.batch), self._sample.repeat(len(steps))
-        flat = states.flatten(0, 1)
+        step, sample, flat = steps, self._sample, states.flatten(0, 1)
+        if self.model.batch > 1:
+            step = steps[:, None].expand(-1, self.model.batch).flatten()
+        if self.model.model_kwargs:
+            sample = self._sample.repeat(len(steps))
         chunks = [self._predict(flat[a:b], step[a:b], sample[a:b]) for a, b in self.model.chunks(len(flat))]
-        return torch.cat(chunks).view_as(states)
+        return (chunks[0] if len(chunks) == 1 else torch.cat(chunks)).view_as(states)
 
     def _predict(self, states: Tensor, step: Tensor, sample: Tensor) -> Tensor:
         self.evals += len(states)

@@ -37,8 +37,9 @@ class NodeChain:
         self.remainder = self.states.new_zeros(self.states[1:].shape)
         self._scan(self.remainder, self.states)
         self.history = NodeHistory(
-            problem.history + 1, self.states[1:], problem.ridge, problem.floor, problem.draft is not None
-        )
+            problem.history + 1, self.states[1:], problem.ridge, problem.floor, problem.draft is not None,
+            problem.backend,
+        )  # fmt: skip
         self.surprise = torch.zeros_like(self.remainder)
         self.moved = 1.0  # relative, by the sweeps of the last round
         if problem.guess is not None:
@@ -140,11 +141,12 @@ class NodeChain:
         """Sweeps of the draft over all nodes at once, until they move the sample no more; whether they have settled."""
         assert self.answers is not None
         moved, bound = float("inf"), max(SETTLED * self.problem.tol, LOOSE * self.moved)
+        if base is not None and self.history.draft is not None:  # by what the model said other than the draft
+            off = self.history.e[0] - self.history.draft[0]
+            extra = off if extra is None else off.add_(extra)
         for _ in range(SWEEPS):
             states, last = self.states[:-1], self.states[-1].clone()
-            torch.sub(self.answers.at(states, STILL * bound), self.slope * states, out=out)
-            if base is not None and self.history.draft is not None:
-                out.add_(self.history.e[0]).sub_(self.history.draft[0])
+            torch.addcmul(self.answers.at(states, STILL * bound), self.slope, states, value=-1, out=out)
             if extra is not None:
                 out.add_(extra)
             self._scan(out, self.states)

@@ -1,4 +1,4 @@
-"""What a draft says at the nodes, asked again only where the states have moved since."""
+"""What a draft says at the nodes, on the CPU asked again only where the states have moved since."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class DraftAnswers:
 
     def at(self, states: Tensor, little: float) -> Tensor:
         """The draft at (n, B, D) states; little: what a state may have moved, relative to its size, and yet count as
-        the same. What is returned is not to be written to."""
+        the same. What is returned is not to be written to. A device is asked for all: a few rows take it as long, and
+        to know which they are the host would have to wait."""
+        if states.device.type != "cpu":
+            return self.draft(states, self.nodes)
         if self._states is None or self._said is None:
             self._states, self._said = states.clone(), self.draft(states, self.nodes)
             return self._said

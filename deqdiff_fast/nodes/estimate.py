@@ -34,6 +34,12 @@ class Estimate(NamedTuple):
     node_surprise: Tensor  # (n, B) parts of the first, or what they do to the next state where that is more
     node_roughness: Tensor  # (n, B) parts of the second, each by the same rule
 
+    def on_host(self) -> Estimate:
+        """The same on the CPU; the one wait for a device in a round."""
+        values = torch.cat([value.flatten() for value in self]).cpu()
+        parts = torch.split(values, [value.numel() for value in self])
+        return Estimate(*(part.view(value.shape) for part, value in zip(parts, self)))
+
     def shortfall(self, before: Estimate) -> Tensor:
         """(B,) >= 1: this round's step against the one that was foretold in the round before.
 

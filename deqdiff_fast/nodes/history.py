@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._devices import float64
+from ..kernels import secant_fit
 from .node_grid import Transfer
 
 SHORTEST = 0.02  # step worth keeping, relative to the longest: stretched that much, it says little
@@ -25,15 +26,18 @@ class NodeHistory:
         ridge: of the fit, on normalised columns.
         floor: shortest step worth keeping, relative to the state.
         drafted: whether a draft's predictions are kept too; secants are then those of the difference to it.
+        backend: of the op that fits them.
     """
 
-    def __init__(self, columns: int, like: Tensor, ridge: float, floor: float, drafted: bool = False) -> None:
+    def __init__(
+        self, columns: int, like: Tensor, ridge: float, floor: float, drafted: bool = False, backend: str = "auto"
+    ) -> None:
         n, batch, numel = like.shape
-        self.ridge, self.floor = ridge, floor
+        self.ridge, self.floor, self.backend = ridge, floor, backend
         self.z = like.new_zeros(columns, n, batch, numel)
         self.e, self.draft = torch.zeros_like(self.z), torch.zeros_like(self.z) if drafted else None
         self.ridges = torch.full((columns, n, batch), ridge, dtype=like.dtype, device=like.device)
-        self.count = torch.zeros(n, batch, dtype=torch.int64, device=like.device)
+        self.count = torch.zeros(n, batch, dtype=torch.int32, device=like.device)
         self.dz: Tensor | None = None
         self.guess_error: Tensor | None = None  # (n, B), of the ends that were interpolated
 
@@ -67,7 +71,7 @@ class NodeHistory:
             old, new: the states as they are now at these nodes and at the others, (n, B, D) and (m, B, D).
             slopes: at these nodes and at the others.
         """
-        found = NodeHistory(len(self.z), new, self.ridge, self.floor, self.draft is not None)
+        found = NodeHistory(len(self.z), new, self.ridge, self.floor, self.draft is not None, self.backend)
         before, after = slopes
         for h in range(len(self.z)):
             torch.sub(new, _through(transfer.plain, old - self.z[h]), out=found.z[h])
@@ -85,33 +89,23 @@ class NodeHistory:
 
     def prepare(self, slope: Tensor) -> None:
         """Secants and their Gram matrices, for slopes (n, 1, D or 1)."""
-        columns, n, batch, numel = self.z.shape
-        if columns == 1:
+        if len(self.z) == 1:
             return
-        self.dz = (self.z[1:] - self.z[0]).permute(1, 2, 0, 3).reshape(n * batch, columns - 1, numel)
-        rest = self.e[1:] - self.e[0]
-        rest -= slope * (self.z[1:] - self.z[0]) if self.draft is None else self.draft[1:] - self.draft[0]
-        self.dr = rest.permute(1, 2, 0, 3).reshape(n * batch, columns - 1, numel)
-        gram = float64(torch.bmm(self.dz, self.dz.transpose(1, 2)))
-        norm, size = gram.diagonal(dim1=1, dim2=2).sqrt(), float64(self.z[0].norm(dim=2)).view(-1, 1)
-        column = torch.arange(1, columns, device=norm.device)
-        longest = norm.amax(1, keepdim=True)
-        keep = (
-            (norm > self.floor * size)
-            & (norm > SHORTEST * longest)
-            & (column < self.count.view(-1, 1).to(norm.device))
-            & norm.isfinite()
-        )
-        ridges = float64(self.ridges[1:]).permute(1, 2, 0).reshape(n * batch, columns - 1)
-        if self.guess_error is not None:  # against what the step may have changed beside the slope
-            error = float64(self.guess_error).view(-1, 1) / (NONLINEAR * norm).clamp_min(1e-300)
-            guessed = ridges > GUESSED_RIDGE / 2
-            ridges = torch.where(guessed, torch.maximum(ridges, error.square()), ridges)
-        self.scale = torch.where(keep, 1 / norm.clamp_min(1e-300), 0)
-        system = gram.nan_to_num(0.0, 0.0, 0.0) * self.scale[:, :, None] * self.scale[:, None]
-        system.diagonal(dim1=1, dim2=2).add_(torch.where(keep, ridges, 1.0))
-        factor, _ = torch.linalg.cholesky_ex(system)
-        self.inverse = torch.cholesky_inverse(factor)
+        dz, dr = self.z[1:] - self.z[0], self.e[1:] - self.e[0]
+        if self.draft is None:
+            dr.addcmul_(slope, dz, value=-1)
+        else:
+            dr -= self.draft[1:] - self.draft[0]
+        self.dz, self.dr = (secants.flatten(1, 2).transpose(0, 1) for secants in (dz, dr))  # (n B, H, D)
+        gram, guess_error = torch.bmm(self.dz, self.dz.transpose(1, 2)), self.guess_error
+        rows = (
+            gram, self.z[0].norm(dim=2).flatten(), self.count.flatten(), self.ridges[1:].flatten(1),
+            None if guess_error is None else guess_error.flatten(),
+        )  # fmt: skip
+        place = torch.device("cpu") if gram.device.type == "mps" else gram.device  # MPS has no float64
+        there = (row if row is None or row.device == place else row.to(place) for row in rows)
+        self.fit = torch.empty(gram.shape, dtype=torch.float64, device=place)
+        secant_fit(self.fit, *there, self.floor, SHORTEST, GUESSED_RIDGE / 2, NONLINEAR, backend=self.backend)
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
         """out <- base + the secants' part for states that have moved on: (n, B, D) each."""
@@ -120,8 +114,7 @@ class NodeHistory:
             return
         dz = self.dz
         moved = (states - self.z[0]).view(len(dz), -1, 1)
-        along = float64(torch.bmm(dz, moved)) * self.scale[..., None]
-        weights = (torch.bmm(self.inverse, along) * self.scale[..., None]).nan_to_num_(0.0, 0.0, 0.0).to(dz)
+        weights = torch.bmm(self.fit, float64(torch.bmm(dz, moved))).nan_to_num_(0.0, 0.0, 0.0).to(dz)
         numel = dz.shape[2]
         torch.baddbmm(base.reshape(-1, 1, numel), weights.transpose(1, 2), self.dr, out=out.view(-1, 1, numel))
 

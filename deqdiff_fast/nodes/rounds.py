@@ -48,7 +48,7 @@ class NodeRounds:
         self.rough: bool | None = None  # as far as spots have shown
         self.evaluated, self.check_evals = set[int](), 0
         self.safety = 1 + SCATTER / problem.start.shape[1] ** 0.5
-        self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype, device=problem.start.device)
+        self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype)
         self.rate: Tensor | None = None
         self.missed: Tensor | None = None  # by interpolation, as spots have just shown
         self.chain = NodeChain(problem, equidistribute(problem.density, self.sizes[0]))
@@ -64,12 +64,12 @@ class NodeRounds:
             changed = self._change_nodes(round, found)
             asked = None if changed else asked
             self._ask(asked, round)
-            before, found = found, self._advance()
+            before, found = found, self._advance().on_host()
             if before is not None and chain.draft is not None and round > UNTOLD + 2 and _grows(found, before):
                 chain.forget_draft()  # what it makes of the secants grows
             latest = self._estimate_error(found, before if round > UNTOLD else None, changed)
             if asked is not None:  # nothing is new of samples that were not asked about
-                latest = torch.where(asked.any(0).cpu() | latest.isnan(), latest, total)
+                latest = torch.where(asked.any(0) | latest.isnan(), latest, total)
             total = latest
             trace.append(total.nan_to_num(float("inf")))
             if bool(total.isnan().any()):
@@ -81,6 +81,7 @@ class NodeRounds:
             if stopped or self.rough or all(self._over()):
                 break
             asked = self._nodes_to_evaluate(found, before)
+            asked = None if bool(asked.all()) else asked
         return NodeOutcome(
             chain.grid, chain.states, chain.remainder, self.done, total, trace, len(self.evaluated), stopped, broken,
             self.rough, self.check_evals,
@@ -109,21 +110,22 @@ class NodeRounds:
         problem, chain, batch = self.problem, self.chain, self.batch
         nodes, device = chain.grid.nodes, problem.start.device
         states = chain.states[:-1].flatten(0, 1)
-        rows = (torch.tensor(nodes)[:, None] * batch + torch.arange(batch)).to(device)
-        slots = torch.arange(rows.numel(), device=device).view(rows.shape)
+        rows = torch.tensor(nodes)[:, None] * batch + torch.arange(batch)
+        slots = torch.arange(rows.numel()).view(rows.shape)
         rows, slots = (rows.flatten(), slots.flatten()) if asked is None else (rows[asked], slots[asked])
         spots = spots_along(chain, problem.spots) if round == len(self.sizes) else None
         if spots is not None:
-            other = torch.tensor(spots.timesteps, device=device) * batch + problem.spots.sample
-            rows, slots = torch.cat([rows, other]), torch.cat([slots, len(states) + torch.arange(len(other)).to(slots)])
+            other = torch.tensor(spots.timesteps) * batch + problem.spots.sample
+            rows, slots = torch.cat([rows, other]), torch.cat([slots, len(states) + torch.arange(len(other))])
             states = torch.cat([states, spots.states.flatten(0, 1)])
             self.evaluated.update(spots.timesteps)
             self.check_evals = len(spots.timesteps)
+        rows, slots = torch.stack([rows, slots]).to(device).unbind()
         answers = torch.empty_like(states)
         problem.ask(states, rows, slots, answers, round)
         self.evaluated.update(nodes)
         count = len(nodes) * batch
-        chain.learn(asked, answers[:count].view_as(chain.remainder))
+        chain.learn(None if asked is None else asked.to(device), answers[:count].view_as(chain.remainder))
         if spots is not None:
             self.missed = missed_at(spots, chain, answers[count:].view_as(spots.states))
 
@@ -136,7 +138,7 @@ class NodeRounds:
         )
 
     def _estimate_error(self, found: Estimate, before: Estimate | None, changed: bool) -> Tensor:
-        """(B,) float64 on the host: the estimate of the error. The one wait for a device in a round.
+        """(B,) float64: the estimate of the error.
 
         changed: whether there are other nodes than in the round before: what interpolation had missed there makes this
         step, and the next one, no measure of how fast rounds converge.
@@ -149,13 +151,11 @@ class NodeRounds:
             total = found.total(self.rate, self.shortfall) * self.safety
         broken = ~(found.step + found.interpolation).isfinite()
         total = total.masked_fill(broken, float("nan"))
-        if self.missed is None:
-            return total.cpu().double()
-        unseen = self.missed - SPOT_FACTOR * found.interpolation[self.problem.spots.sample]
-        self.missed = None
-        *told, beyond = torch.cat([total, unseen[None]]).cpu().double().tolist()
-        self.rough = not beyond <= SPOT_SLACK * self.problem.tol
-        return torch.tensor(told, dtype=torch.float64)
+        if self.missed is not None:
+            unseen = self.missed.cpu() - SPOT_FACTOR * found.interpolation[self.problem.spots.sample]
+            self.rough = not float(unseen) <= SPOT_SLACK * self.problem.tol
+            self.missed = None
+        return total.double()
 
     def _note_done(self, trace: list[Tensor]) -> None:
         """Which samples are good enough; an estimate that has fallen all of a sudden is believed the second time."""
@@ -212,7 +212,7 @@ class NodeRounds:
         if before is not None:
             little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
-        return asked & ~torch.tensor(self._over(), device=asked.device)
+        return asked & ~torch.tensor(self._over())
 
 
 def walk_between(steps: int, nodes: int) -> float:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launches import launcher
 from ..stopping import TINY_OF
 
 
@@ -82,8 +83,8 @@ def launch(
 ) -> None:  # fmt: skip
     """The op on contiguous tensors: two launches."""
     steps, batch = sq_diff.shape
-    window_bounds_kernel[(batch,)](
+    launcher(window_bounds_kernel, (batch,))(
         sq_diff, sq_norm, lo, hi, previous_bounds, decision, steps, batch, width, freeze, finish,
         TINY=TINY_OF[sq_norm.dtype], SPAN=128, num_warps=1,
     )  # fmt: skip
-    active_rows_kernel[(1,)](lo, hi, rows, steps, batch, len(rows), SPAN=1024, num_warps=4)
+    launcher(active_rows_kernel, (1,))(lo, hi, rows, steps, batch, len(rows), SPAN=1024, num_warps=4)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
+from .._launches import launcher
 from .._triton_rows import chunk_of, scan_row, scan_start, window
 from .._workspace import ProblemSize, cut
 from . import layout
@@ -137,18 +138,18 @@ def launch(
     blocks, entries = partials.shape[2:]
     chunks = chunks or _config.scan_chunks(blocks * batch, rows, device)
     mixed = f.dtype != states.dtype
-    anderson_scan_kernel[(blocks * batch * chunks,)](
+    launcher(anderson_scan_kernel, (blocks * batch * chunks,))(
         states, predictions, drift, state_coef, model_coef, lo, hi, f, g, filled, partials, steps, batch, size, width,
         column, chunks, L=state_coef.shape[1], DRIFT=drift is not None, M=history, K=entries, MIXED=mixed, BLOCK=block,
         num_warps=scan.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    anderson_solve_kernel[(triton.cdiv(rows, solve.rows) * batch,)](
+    launcher(anderson_solve_kernel, (triton.cdiv(rows, solve.rows) * batch,))(
         partials, lo, hi, gram, filled, alpha, sq_diff, sq_norm, steps, batch, width, blocks, column, ridge, stale,
         SCOPE=scope, RELATIVE=relative_ridge, M=history, P=triton.next_power_of_2(history), K=entries,
         ROWS=solve.rows, PRIOR=solve.prior, num_warps=solve.num_warps * gram.element_size() // 4, enable_fp_fusion=True,
     )  # fmt: skip
     block = mix.block(narrow if damping != 1.0 else f.element_size())
-    anderson_mix_kernel[(triton.cdiv(size, block) * batch * rows,)](
+    launcher(anderson_mix_kernel, (triton.cdiv(size, block) * batch * rows,))(
         states, lo, hi, f, g, filled, alpha, steps, batch, size, width, column, 1.0 - damping,
         M=history, DAMPED=damping != 1.0, MIXED=mixed, BLOCK=block, num_warps=mix.num_warps, enable_fp_fusion=True,
     )  # fmt: skip

@@ -111,7 +111,8 @@ def anderson_solve_kernel(
     slot, row = (i % W).to(tl.int64) * B + b, i.to(tl.int64) * B + b
     inner = valid[:, None] & (age_of(slots, column, M)[None, :] < count[:, None])
     tl.store(gram + slot[:, None] * (M * M) + column * M + slots[None, :], fresh, mask=inner)
-    tl.store(gram + slot[:, None] * (M * M) + slots[None, :] * M + column, fresh, mask=inner)
+    above = inner & (slots != column)[None, :]
+    tl.store(gram + slot[:, None] * (M * M) + slots[None, :] * M + column, fresh, mask=above)
     if SCOPE != "timestep":
         until = begin if SCOPE == "triangular" else last
         others = tl.zeros((P, P), ACC)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
+from .._launches import launcher
 
 
 @triton.jit(do_not_specialize=["R", "S"])
@@ -31,6 +32,6 @@ def launch(target: Tensor, source: Tensor, first: Tensor, last: Tensor) -> None:
     rows, batch, size = target.shape
     config = _config.config("copy_rows", target.device)
     block = config.block(target.element_size())
-    copy_rows_kernel[(triton.cdiv(size, block) * batch * rows,)](
+    launcher(copy_rows_kernel, (triton.cdiv(size, block) * batch * rows,))(
         target, source, first, last, rows, batch, size, source.shape[0], BLOCK=block, num_warps=config.num_warps
     )

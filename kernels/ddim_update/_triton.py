@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
+from .._launches import launcher
 from .._triton_rows import chunk_of, scan_row, scan_start, window
 from .._workspace import ProblemSize, cut
 from . import layout
@@ -92,7 +93,7 @@ def launch_norms(
 ) -> None:
     """sq_diff, sq_norm <- sums over blocks of entries `entry` and `entry + 1` of partials (T, B, blocks, K)."""
     steps, batch, blocks, entries = partials.shape
-    ddim_norms_kernel[(batch * triton.cdiv(rows, 16),)](
+    launcher(ddim_norms_kernel, (batch * triton.cdiv(rows, 16),))(
         partials, lo, hi, sq_diff, sq_norm, steps, batch, blocks, K=entries, AT=entry, ROWS=16, SPAN=64, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -111,7 +112,7 @@ def launch(
     partials = cut(plan, workspace, states.device)["partials"]
     blocks = partials.shape[2]
     chunks = chunks or _config.scan_chunks(blocks * batch, steps, states.device)
-    ddim_update_kernel[(blocks * batch * chunks,)](
+    launcher(ddim_update_kernel, (blocks * batch * chunks,))(
         states, predictions, drift, state_coef, model_coef, lo, hi, partials, steps, batch, size, chunks,
         L=state_coef.shape[1], DRIFT=drift is not None, BLOCK=block, num_warps=config.num_warps,
         enable_fp_fusion=True,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launches import launcher
 from ..stopping import FIRST_RATE, MAX_RATE, MIN_RATE, TINY_OF
 
 
@@ -43,7 +44,7 @@ def mark_converged_kernel(
 def launch(sq_diff: Tensor, sq_norm: Tensor, previous: Tensor, strict: Tensor, freeze: float, floor: float) -> None:
     """The op on contiguous tensors: one launch."""
     count = sq_diff.numel()
-    mark_converged_kernel[(triton.cdiv(count, 128),)](
+    launcher(mark_converged_kernel, (triton.cdiv(count, 128),))(
         sq_diff, sq_norm, previous, strict, count, strict.numel(), freeze, floor, MIN_RATE=MIN_RATE, MAX_RATE=MAX_RATE,
         FIRST_RATE=FIRST_RATE, TINY=TINY_OF[sq_norm.dtype], SPAN=128, num_warps=1,
     )  # fmt: skip

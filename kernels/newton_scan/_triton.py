@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
+from .._launches import launcher
 from .._triton_rows import combined, drift_row, known_row, larger, older_columns, own_column, slope_row, window
 from .._workspace import ProblemSize, cut
 from . import by_products, secant_layout
@@ -126,11 +127,11 @@ def launch(
     span = advance.block(narrow if pairs < 8 else partials.element_size())
     chunks = chunks or _config.scan_chunks(blocks * batch, rows, device)
     shape = {"L": lags, "DRIFT": drift is not None, "MIXED": exact is not None, "RING": ring, "P": pairs}
-    newton_prepare_kernel[(blocks * batch * chunks,)](
+    launcher(newton_prepare_kernel, (blocks * batch * chunks,))(
         states, predictions, drift, *tables[1:], z, e, filled, e_hat, exact, partials, steps, batch, numel, width,
         column, chunks, **shape, BLOCK=block, num_warps=prepare.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    newton_weights_kernel[(batch * rows,)](
+    launcher(newton_weights_kernel, (batch * rows,))(
         partials, lo, hi, filled, secant_weights, sq_diff, steps, batch, width, blocks, ridge, floor, RING=ring,
         P=pairs, SPAN=8, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
@@ -140,7 +141,7 @@ def launch(
         )  # fmt: skip
         launch_norms(scratch["norms"], lo, hi, sq_diff, sq_norm, width)
         return
-    newton_advance_kernel[(batch,)](
+    launcher(newton_advance_kernel, (batch,))(
         states, predictions, drift, *tables, z, e, secant_weights, e_hat, exact, sq_diff, sq_norm, steps, batch, numel,
         width, column, **shape, SPECTRAL=slope.shape[1] > 1, BLOCK=span, num_warps=advance.num_warps, num_stages=1,
         enable_fp_fusion=True,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
+from .._launches import launcher
 from .._triton_rows import combined, drift_row, known_row, larger, own_column, scan_start, slope_row, window
 from .._workspace import ProblemSize, cut
 from . import linear_layout
@@ -84,7 +85,7 @@ def newton_norms_kernel(partials, lo, hi, sq_diff, sq_norm, T, B, W, blocks, SPA
 def launch_norms(partials: Tensor, lo: Tensor, hi: Tensor, sq_diff: Tensor, sq_norm: Tensor, width: int) -> None:
     """sq_diff, sq_norm <- sums over blocks of partials (T, B, blocks, 3)."""
     steps, batch, blocks, _ = partials.shape
-    newton_norms_kernel[(batch * min(steps, width),)](
+    launcher(newton_norms_kernel, (batch * min(steps, width),))(
         partials, lo, hi, sq_diff, sq_norm, steps, batch, width, blocks, SPAN=64, num_warps=1, enable_fp_fusion=True
     )
 
@@ -100,7 +101,7 @@ def launch_linear(
         "partials"
     ]
     width = steps if rings[0] is None else rings[0].shape[1]
-    newton_linear_kernel[(partials.shape[2] * batch,)](
+    launcher(newton_linear_kernel, (partials.shape[2] * batch,))(
         states, predictions, drift, *tables, *rings, partials, steps, batch, size, width, L=lags,
         DRIFT=drift is not None, SPECTRAL=slope.shape[1] > 1, RING=0 if rings[0] is None else 1,
         BLOCK=config.block(states.element_size()), num_warps=config.num_warps, enable_fp_fusion=True,

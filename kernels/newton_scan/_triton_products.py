@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launches import launcher
 from .._triton_rows import drift_row, known_row, older_columns, slope_row, window
 
 TILE, SPAN = 32, 32  # entries of a tile, so that nothing spills; elements of D at a time
@@ -173,17 +174,17 @@ def launch_products(
     spectral, pairs, entries = tables[0].shape[1] > 1, secant_weights.shape[-1], gamma.shape[-1]
     blocks = partials.shape[2]
     shape = {"SPECTRAL": spectral, "enable_fp_fusion": True}
-    gains_kernel[(triton.cdiv(size, 128),)](*tables[:3], gains, steps, size, BLOCK=128, num_warps=1, **shape)
-    products_kernel[(triton.cdiv(width, TILE // entries) ** 2 * batch,)](
+    launcher(gains_kernel, (triton.cdiv(size, 128),))(*tables[:3], gains, steps, size, BLOCK=128, num_warps=1, **shape)
+    launcher(products_kernel, (triton.cdiv(width, TILE // entries) ** 2 * batch,))(
         states, predictions, drift, *tables, z, e, secant_weights, gains, products, steps, batch, size, width, column,
         DRIFT=drift is not None, RING=ring, P=pairs, Q=entries, ROWS=TILE // entries, SPAN=SPAN, num_warps=4,
         num_stages=2, **shape,
     )  # fmt: skip
-    recursion_kernel[(batch,)](
+    launcher(recursion_kernel, (batch,))(
         *tables[3:], secant_weights, products, gamma, steps, batch, width, P=pairs, Q=entries, SPAN=512, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
-    corrected_scan_kernel[(blocks * batch,)](
+    launcher(corrected_scan_kernel, (blocks * batch,))(
         states, predictions, drift, *tables, z, e, secant_weights, gamma, sq_diff, partials, steps, batch, size, width,
         column, DRIFT=drift is not None, RING=ring, P=pairs, Q=entries, BLOCK=block, num_warps=warps, **shape,
     )  # fmt: skip

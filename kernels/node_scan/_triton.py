@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _config
+from .._launches import launcher
 from .._triton_rows import drift_row, known_row
 
 
@@ -127,7 +128,7 @@ def launch(
     config = _config.config("node_scan", states.device)
     block = config.block(states.element_size())
     if batch:
-        node_scan_kernel[(triton.cdiv(size, block) * batch,)](
+        launcher(node_scan_kernel, (triton.cdiv(size, block) * batch,))(
             states, remainder, state_coef, remainder_coef, start, classes, drift, len(start), nodes, batch,
             size, state_coef.shape[3], L=lags, S=stencil, CLASSES=classes is not None, DRIFT=drift is not None,
             BLOCK=block, num_warps=config.num_warps, enable_fp_fusion=True,

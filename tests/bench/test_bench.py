@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
+from deqdiff_fast.kernels import available_backends
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "bench" / "__main__.py").is_file(), reason="bench/ is not beside the tests")
@@ -171,9 +172,11 @@ def test_a_false_promise_fails_the_calibration(baseline):
 
 def test_overhead(figures):
     report, table = figures("overhead", *MIXTURE, "--repeats", "2", "--solvers", "auto")
-    (row,) = report["rows"]
+    row, *calls = report["rows"]
     assert len(row["runs"]) == 2
     assert "quasi-newton" in table
+    measured = available_backends()["triton"] != "triton is not installed; install it with: pip install triton"
+    assert ({call["op"] for call in calls} == {"ddim_update", "anderson_step", "newton_scan", "node_scan"}) == measured
     assert all(0 < run["model"] < run["seconds"] and 0 < run["share"] < 1 for run in row["runs"])
 
 

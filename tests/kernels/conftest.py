@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+import races
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
 
     interpreter.GridExecutor.__call__ = _launch_afresh
     interpreter.InterpretedFunction.__call__ = _call_patched
+    races.install(interpreter)
 
 
 def _nan(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -62,6 +62,20 @@ def _nodes(normal: Any) -> dict[str, Any]:
     }
 
 
+def _secants(normal: Any) -> dict[str, Any]:
+    """Rows with all, some and none of their secants."""
+    columns = normal(NODES, COLUMNS, SIZE)
+    return {
+        "fit": torch.zeros(NODES, COLUMNS, COLUMNS, dtype=torch.float64),
+        "gram": columns @ columns.transpose(1, 2),
+        "size": normal(NODES).abs(),
+        "count": torch.tensor([4, 3, 2, 1, 4], dtype=torch.int32),
+        "ridges": torch.full((COLUMNS, NODES), 1e-6).scatter_(0, torch.tensor([[0, 1, 2, 0, 1]]), 1e-2),
+        "guess_error": 0.1 * normal(NODES).abs(),
+        "floor": 1e-5, "shortest": 0.02, "guessed": 5e-3, "nonlinear": 0.3,
+    }  # fmt: skip
+
+
 def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The arguments of `op`, in the order of its schema."""
     draw = torch.Generator().manual_seed(0)
@@ -83,6 +97,7 @@ def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
             "weight": slope.clone(), "sq_miss": scan["sq_diff"], **_rings(normal, "z", "e"), **inverse,
         },
         "node_scan": _nodes(normal),
+        "secant_fit": _secants(normal),
         **_stopping(scan),
     }  # fmt: skip
     schema = getattr(torch.ops.deqdiff_fast, op).default._schema
@@ -90,6 +105,6 @@ def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 OPS = (
-    "ddim_update", "anderson_step", "newton_scan", "inverse_scan", "node_scan", "mark_converged", "advance_window",
-    "copy_rows",
+    "ddim_update", "anderson_step", "newton_scan", "inverse_scan", "node_scan", "secant_fit", "mark_converged",
+    "advance_window", "copy_rows",
 )  # fmt: skip

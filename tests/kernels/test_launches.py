@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import kernel_operands
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from deqdiff_fast.kernels import (
     mark_converged,
     newton_scan,
     node_scan,
+    secant_fit,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -104,3 +106,8 @@ def test_triton_others_are_one_or_two(launches, problem):
     tables = [torch.ones(5, 1, columns, 1, device=device) for columns in (1, 4)]
     node_scan(run.states, run.predictions, *tables, torch.zeros(5, dtype=torch.int32, device=device), **ON)
     assert launches == ["node_scan_kernel"]
+    launches.clear()
+    given = kernel_operands.operands("secant_fit")
+    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    secant_fit(**given, **ON)
+    assert launches == ["secant_fit_kernel"]

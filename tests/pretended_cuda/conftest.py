@@ -144,6 +144,8 @@ def device(monkeypatch):
             args = (CUDA, args[0].dtype)
         if isinstance(self, There) and args and isinstance(args[0], (str, torch.device)) and not on_cuda(args[0]):
             return to(mode.read(self), *args[1:], **kwargs)
+        if isinstance(self, There) and args and args[0] in (CUDA, "cuda:0") and args[1:] in ((), (self.dtype,)):
+            return self  # it is there
         return to(self, *args, **kwargs)
 
     def made(plain):
