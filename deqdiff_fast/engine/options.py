@@ -59,6 +59,8 @@ class Options:
     draft: Model | None = None
     certify: str = "estimate"
     weight: Weight | None = None
+    shard_states: bool = False
+    offload: bool = False
     learned: dict[str, int] = field(default_factory=dict)
     """What solves have told of the model, see `BatchedModel.learned`."""
     unshared: dict[Any, Any] = field(default_factory=dict)
@@ -66,7 +68,7 @@ class Options:
 
     @classmethod
     def check(
-        cls, model: Model, schedule: Schedule, solver: str | Solver, memory: SolverMemory | None, **given: Any
+        cls, model: Model, schedule: Schedule, solver: str | Solver, memory: SolverMemory | str | None, **given: Any
     ) -> Options:
         """Raises ValueError or TypeError, naming the argument, what was expected and what came."""
         arguments.check_model(model)
@@ -90,7 +92,10 @@ class Options:
             raise ValueError(
                 "solver: slope='spectral' needs DEQSampler(spectrum=SpectralSlope...) to take the slope from"
             )
-        arguments.check_memory(memory)
+        pool = None if isinstance(memory, str) else memory
+        arguments.check_memory(pool)
+        if isinstance(memory, str):
+            arguments.choice("memory", memory, ("device", "offload"))
         window = arguments.window(given["window"])
         resolved.check(schedule.num_steps, schedule.lags, window)
         return cls(
@@ -107,7 +112,9 @@ class Options:
             graph_cache=GraphCache(graphs),
             deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
             spectrum=spectrum,
-            memory=memory if memory is not None else default_memory(),
+            memory=default_memory() if pool is None else pool,
+            offload=pool is None and memory == "offload",
+            shard_states=arguments.choice("shard_states", given["shard_states"], (True, False)),
             draft=draft,
             certify=arguments.choice("certify", given["certify"], ("estimate", "full")),
             weight=Weight.given(given["weight"], spectrum is not None or isinstance(resolved.slope, SpectralSlope)),
@@ -124,6 +131,11 @@ class Options:
         """Those that the model's rows are shared out over, if any."""
         found: Ranks | None = getattr(self.model, "deqdiff_ranks", None)
         return found
+
+    @property
+    def node_only(self) -> bool:
+        """Whether there is memory for rounds on nodes alone."""
+        return self.shard_states or self.offload
 
     @property
     def knowledge(self) -> dict[Any, Any]:

@@ -71,7 +71,7 @@ def spots_along(chain: NodeChain, wanted: Spots) -> SpotStates | None:
     drift = None
     if problem.drift is not None:
         own = problem.drift[:, sample : sample + 1]
-        drift = composite_drift(problem.chain, problem.classes, tables.targets, own)
+        drift = composite_drift(problem.chain, problem.classes, tables.targets, own, like.device)
     states = like.new_empty(len(tables.targets) + 1, *like.shape)
     states[0] = like
     node_scan(
@@ -91,9 +91,9 @@ def missed_at(spots: SpotStates, chain: NodeChain, answers: Tensor) -> Tensor:
     found = answers - per_element(tables.slope, classes) * spots.states
     known = chain.base()[:, at].flatten(1)
     found -= torch.mm(tables.transfer.scaled[tables.among], known).view_as(found)
-    sizes = chain.states[:, at].norm(dim=2)
     into = found.new_zeros(len(chain.grid.nodes), *found.shape[1:])
-    far = into.index_add(0, tables.interval, found * per_element(tables.influence, classes)).norm(dim=2) / sizes[-1]
-    near = into.index_add(0, tables.interval, found * per_element(tables.local, classes)).norm(dim=2) / sizes[1:]
-    missed: Tensor = torch.maximum(far, near).norm()
+    far = into.index_add(0, tables.interval, found * per_element(tables.influence, classes)).norm(dim=2)
+    near = into.index_add(0, tables.interval, found * per_element(tables.local, classes)).norm(dim=2)
+    far, near, sizes = problem.elements.norms(far, near, chain.states[:, at].norm(dim=2))
+    missed: Tensor = torch.maximum(far / sizes[-1], near / sizes[1:]).norm()
     return missed

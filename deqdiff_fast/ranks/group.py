@@ -85,6 +85,17 @@ class Ranks:
             self._make(begin, place.device, 2 * (self.size - 1) * place.nbytes // self.size)
             values.copy_(place)
 
+    def swap(self, out: Tensor, own: Tensor, taken: list[int], given: list[int]) -> None:
+        """given[k] elements of `own` to every rank k, in order, and taken[k] of each into `out`, of one dimension.
+
+        Raises RankError as `gather`."""
+        device = self.device_for(own.device)
+        place, there = (out, own) if own.device == device else (torch.empty_like(out, device=device), own.to(device))
+        begin = partial(dist.all_to_all_single, place, there, taken, given, async_op=True)
+        self._make(begin, device, (own.numel() - given[self.rank]) * own.element_size())
+        if place is not out:
+            out.copy_(place)
+
     def _make(self, begin: Callable[..., Any], device: torch.device, sent: int) -> None:
         """One exchange, and the count of it."""
         group = self._group()
