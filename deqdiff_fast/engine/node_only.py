@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,8 +72,8 @@ def solve_on_nodes(
     """
     limit, rewind = options.round_limit(), rewinder(request.generator, system.device)
     checked = checked_timesteps(options, request.noise, system.model_kwargs)
-    skipped, made = checked.skip_nodes(), None if head is None else head.work.chain
-    nodes = None if skipped else NodeSolve(system, options, request, made, checked)
+    skipped, begun = checked.skip_nodes(), None if head is None else head.work.chain
+    nodes = None if skipped else NodeSolve(system, options, request, begun, checked)
     if head is not None:
         head.work.lease.release()
     if nodes is None:
@@ -96,6 +97,9 @@ def solve_on_nodes(
         return solution
     nodes.lease.release()
     rewind()
+    callback, made = request.callback, nodes.rounds
+    if callback is not None:
+        request = replace(request, callback=lambda info: callback(replace(info, round=info.round + made)))
     return _note_serial(serially(system, options, request), stats, started, nodes)
 
 
