@@ -17,7 +17,7 @@ from ..errors import RankError
 from ..memory import Lease, MemoryPlan
 from ..nodes.elements import Elements
 from ..ranks.faults import attempt, raise_on_all
-from ..ranks.group import Ranks
+from ..ranks.group import Ranks, bits, number
 from ..ranks.sharded import unshared
 from ..ranks.shares import share_of
 from .system import System
@@ -111,13 +111,14 @@ class SharedElements(Elements):
         asked = Rows(mine, 0, local.num_steps, stop - start, slots)
         done = attempt(lambda: local.evaluate(states[:, None], predictions, asked, lease, round))
         limit = local.learned.get("max_batch", NO_LIMIT)
-        table = ranks.exchange([done.status, limit])
+        table = ranks.exchange([done.status, limit, bits(ranks.now())])
+        ranks.stamp = number(table[0][2])
         try:
-            raise_on_all(ranks, [status for status, _ in table], done, local.times[mine // local.batch])
+            raise_on_all(ranks, [row[0] for row in table], done, local.times[mine // local.batch])
         except RankError as error:
             error.round = round or None
             raise
-        self._learn(min(rows for _, rows in table))
+        self._learn(min(row[1] for row in table))
         self._exchange(lease, parts, predictions, forward=False)
 
     def _learn(self, limit: int) -> None:
