@@ -51,8 +51,8 @@ class Planner:
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
         kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)
         self._tol, self._nodes = tol, begins_on_nodes(options, schedule.num_steps, warm=False)
-        kind = (*kind, self._nodes, options.shard_states, options.offload)
-        self._kind = (*kind, None if options.draft is None else id(options.draft))
+        draft = None if options.draft is None else id(options.draft)
+        self._kind = (*kind, self._nodes, draft, options.shard_states, options.offload)
 
     def __reduce__(self) -> tuple[Any, ...]:
         clock = None if isinstance(self.clock, SharedClock) else self.clock

@@ -53,8 +53,8 @@ def begin_together(
             message = f"rank {rank} was called with other {' and other '.join(other)} than rank 0; all ranks must be "
             raise ranks.agreed(RankError(f"{message}called with the same", rank=rank))
     looking, least = max(row[1] for row in table), min(row[2] for row in table)
-    for other in ranks.others:
-        rows = other.exchange([looking, least])
+    for along in ranks.others:
+        rows = along.exchange([looking, least])
         looking, least = max(row[0] for row in rows), min(row[1] for row in rows)
     ranks.usable = math.inf if least >= _MOST_BYTES else float(least)
     return AgreedCallback(ranks, callback) if looking else None

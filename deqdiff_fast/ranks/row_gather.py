@@ -99,10 +99,8 @@ class RowGather:
         ranks, row_bytes = self.ranks, form.bytes
         size = message_bytes(rows, ranks.size, row_bytes)
         own, out = self._buffers(ranks.device_for(seen.device), size)
-        header = own[:HEADER].view(torch.int64)
-        header.copy_(
-            torch.tensor([status, rows, 0, ranks.messages, bits(ranks.now())], dtype=torch.int64, device="cpu")
-        )
+        header, now = own[:HEADER].view(torch.int64), bits(ranks.now())
+        header.copy_(torch.tensor([status, rows, 0, ranks.messages, now], dtype=torch.int64, device="cpu"))
         header[2].copy_(seen)
         if isinstance(done.value, Tensor) and status == 0:
             place = own[HEADER : HEADER + len(done.value) * row_bytes].view(form.dtype)

@@ -1,4 +1,4 @@
-"""Run by the four processes of test_mesh.py: timesteps over one dimension of a mesh, the model itself over the other."""
+"""Run by the four processes of test_mesh.py: timesteps over one dimension of a mesh, the model over the other."""
 
 from __future__ import annotations
 

@@ -77,8 +77,10 @@ def other_coordinates_chains_and_guesses() -> None:
     spectrum = dq.SpectralSlope.fit(samples)
     near = sampler(model, schedule(), False).serial(x).sample + 0.1 * x.flip(0)
     for options, call in (
-        ({"spectrum": spectrum}, {}), ({"weight": torch.linspace(0, 2, 8)}, {}), ({"spectrum": spectrum}, {"init": near}),
-    ):  # fmt: skip
+        ({"spectrum": spectrum}, {}),
+        ({"weight": torch.linspace(0, 2, 8)}, {}),
+        ({"spectrum": spectrum}, {"init": near}),
+    ):
         shared, alone = both(model, schedule(), x, None, call, tol=1e-3, **options)
         assert shared.stats.rounds == shared.stats.node_rounds
         assert apart(shared.sample, alone.sample) < 1e-12
