@@ -144,9 +144,11 @@ class Options:
         return self.unshared if shared is None else shared
 
     def recorded(self, recording: Recording) -> Options:
-        """The same, the model's predictions kept; nothing is recorded as a CUDA graph. Raises TypeError."""
+        """The same, the model's predictions kept; nothing is recorded as a CUDA graph. Raises TypeError, ValueError."""
         if not isinstance(recording, Recording):
             raise TypeError(f"recording: expected a deqdiff_fast.Recording, got {type(recording).__name__}")
+        if self.shard_states:
+            raise ValueError("recording: expected a sampler without shard_states, whose ranks see some rows each")
         model, graphs = RecordedModel(self.model, recording), GraphCache(False)
         return replace(copy(self), model=model, cuda_graph=False, graph_cache=graphs)
 
