@@ -24,6 +24,7 @@ BENCHMARKS = {
     "overhead": "share of a solve's time that is spent outside the model",
     "guesses": "rounds with a guess of the sample, as a one-step student makes it, and without",
     "pairs": "pairs a second for training students, against plain loops over batches",
+    "students": "a one-step student against the teacher's short chains and a plain transformer of its size and time",
     "zoo": "small models of many kinds, trained here: rounds, evaluations, error, and seconds against a plain loop",
     "pipelines": "diffusers pipelines: rounds and evaluations against steps, and what surrounds the model",
     "ranks": "one sample on two processes against one and a plain loop; a prediction for more devices",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
+from deqdiff_fast.distillation import GET
 
 from ._common import environment, markdown, note, positive_int, summary, write_json
 from ._problems import Problem, add_model_arguments, load, relative_error
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--steps", type=positive_int, nargs="+", default=STEPS, help="T (default 50 100)")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="errors of guesses (default 0.1 0.3)")
+    parser.add_argument("--student", type=Path, help="a GET's file: its samples as further guesses")
     parser.add_argument("--noises", type=positive_int, default=3, help="noises, seeded one after the other (default 3)")
 
 
@@ -58,6 +61,8 @@ def _guesses(
             found[f"{share:.0%} {name}"] = exact + share * exact.norm() / way.norm() * way
     two = dq.DEQSampler(problem.model, problem.schedule(2, 0.0))
     found["2 steps"] = lambda noise: two.serial(noise).sample
+    if args.student is not None:
+        found["student"] = GET.load(args.student, device=args.device)
     return found
 
 

@@ -16,7 +16,7 @@ from .engine.begin import begun
 from .engine.node_only import check_options
 from .engine.options import Options
 from .engine.sample_guess import Init, resolve_init
-from .engine.solve import Request, solve_parallel, solve_serially
+from .engine.solve import Request, solve_parallel, solve_serially, without_other_states
 from .gradient import Gradient, Problem, Unrolled
 from .gradient import resolve as resolve_gradient
 from .gradient.adjoint_solve import adjoint_solve
@@ -158,7 +158,9 @@ class DEQSampler:
             progress: whether to show a bar.
             init: (B, *shape) guess of the sample, or a one-step student that makes it, init(noise, **model_kwargs); for
                 fewer rounds, the result does not depend on it. `Unrolled` gradients do without.
-            init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem.
+            init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem. Where it
+                starts at other noises, solvers on nodes take its sample as `init`: between two neighbours a model may
+                decide, and the states of one fit the other everywhere but there.
             return_trajectory: whether the solution holds all states.
 
         Returns:
@@ -202,6 +204,7 @@ class DEQSampler:
         return solution
 
     def _solve(self, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
+        request = without_other_states(request, self.options)
         if self.options.planned:
             return solve_planned(self.planner, request, model_kwargs)
         system = self.options.system(request.noise, model_kwargs)

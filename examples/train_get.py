@@ -8,6 +8,8 @@ PAIRS is a folder that `deqdiff-fast pairs` has made. Runs on a CPU or a GPU, in
 Interrupt it whenever you like: `--resume` goes on from the last checkpoint, with the same order of the pairs.
 Further losses go into LOSSES: functions of (sample, target), say a perceptual one of a package of your own.
 
+On a CPU `--minutes` are minutes of processor time: a student on a busy machine is trained as long as on an idle one.
+
 Needs: torch, pillow, tqdm (`pip install deqdiff_fast[diffusers]`).
 """
 
@@ -18,6 +20,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,8 +61,9 @@ def build(pairs: torch.utils.data.Dataset, args: argparse.Namespace) -> GET:
         settings["classes"] = args.classes or 1 + max(int(pairs[k]["condition"]) for k in range(len(pairs)))
     scale = torch.stack([item["noise"] for item in first]).std().item()
     settings["noise_scale"] = 1.0 if 0.9 < scale < 1.1 else scale
-    size = args.size if args.width is None else GETSize(args.width, 2, 2, 4, 4)
-    return GET(tuple(first[0]["noise"].shape), size=size, patch=args.patch, gradient=args.gradient, **settings)
+    size = args.size if args.width is None else GETSize(args.width, *args.depth, 4, 4)
+    settings |= {"patch": args.patch, "gradient": args.gradient, "max_steps": args.equilibrium_steps}
+    return GET(tuple(first[0]["noise"].shape), size=size, **settings)
 
 
 def order_of_epoch(count: int, epoch: int, seed: int) -> Tensor:
@@ -73,7 +77,7 @@ def update_average(average: GET, model: GET, step: int, decay: float) -> None:
 
 
 @torch.no_grad()
-def relative_error(model: GET, pairs: torch.utils.data.Dataset, rows: list[int], device: torch.device) -> float:
+def relative_error(model: Callable, pairs: torch.utils.data.Dataset, rows: list[int], device: torch.device) -> float:
     """Of samples against the teacher's, L2 over each sample, the mean of them."""
     errors = []
     for k in range(0, len(rows), 32):
@@ -95,15 +99,18 @@ def picture(model: GET, batch: tuple[Tensor, ...], path: Path) -> None:
     found.resize((found.width * 3, found.height * 3), Image.NEAREST).save(path)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path, help="folder that `deqdiff-fast pairs` has made")
     parser.add_argument("--out", type=Path, default=Path("runs/student"))
     parser.add_argument("--size", default="T", help="T, M, S, B or B+ of the paper (default T)")
     parser.add_argument("--width", type=int, help="a small model of this width in the place of --size")
+    parser.add_argument("--depth", type=int, nargs=2, default=(2, 2), metavar=("INJECTION", "EQUILIBRIUM"),
+                        help="blocks of a model of --width (default 2 2)")  # fmt: skip
     parser.add_argument("--patch", type=int, default=2)
     parser.add_argument("--classes", type=int, default=0, help="number of labels (default: the largest one there + 1)")
     parser.add_argument("--gradient", default="implicit", help="of the equilibrium (default implicit)")
+    parser.add_argument("--equilibrium-steps", type=int, default=16, help="at most, in training (default 16)")
     parser.add_argument("--loss", choices=tuple(LOSSES), default="l1")
     parser.add_argument("--steps", type=int, help="of the optimizer")
     parser.add_argument("--minutes", type=float, help="in all, in the place of --steps")
@@ -117,21 +124,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: torch's default")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if (args.steps is None) == (args.minutes is None):
         parser.error("give one of --steps and --minutes")
     return args
 
 
 class Training:
-    """Weights, their average, the optimizer, and how far it is."""
+    """Weights, their average, the optimizer, and how far it is.
 
-    def __init__(self, args: argparse.Namespace, pairs: torch.utils.data.Dataset) -> None:
+    make: another model for the pairs, in the place of a GET; its `save(path, **facts)` is called, too.
+    """
+
+    def __init__(self, args: argparse.Namespace, pairs: torch.utils.data.Dataset, make: Callable = build) -> None:
         self.args, self.pairs, self.device = args, pairs, torch.device(args.device)
         self.trained_on = max(1, len(pairs) - args.held_out)
         self.held_out = list(range(self.trained_on, len(pairs)))
-        self.model = build(pairs, args).to(self.device)
-        self.average = build(pairs, args).to(self.device).requires_grad_(False).eval()
+        self.clock = time.thread_time if self.device.type == "cpu" else time.monotonic
+        self.model = make(pairs, args).to(self.device)
+        self.average = make(pairs, args).to(self.device).requires_grad_(False).eval()
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
         self.step, self.seconds, self.losses, self.errors = 0, 0.0, [], {}
@@ -170,6 +181,20 @@ class Training:
         order = order_of_epoch(self.trained_on, epoch, self.args.seed)
         return order[place * batch : (place + 1) * batch].tolist()
 
+    def run(self) -> None:
+        """Train until it is over, with a bar, checkpoints and pictures."""
+        left = "{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+        with tqdm(total=100, unit="%", bar_format=left) as bar:
+            while self.done() < 1:
+                start = self.clock()
+                self.losses.append(self.advance())
+                self.seconds += self.clock() - start
+                recent = sum(self.losses[-100:]) / len(self.losses[-100:])
+                bar.update(round(100 * min(1.0, self.done()) - bar.n, 2))
+                bar.set_postfix(step=self.step, loss=f"{recent:.4f}")
+                if self.step % self.args.save_every == 0 or self.done() >= 1:
+                    self.save()
+
     def advance(self) -> float:
         """One step of the optimizer; returns the loss."""
         noise, target, condition = batch_of(self.pairs, self.rows(), self.device)
@@ -199,16 +224,7 @@ def main() -> None:
     training = Training(args, load_pairs(args.pairs))
     size = sum(p.numel() for p in training.model.parameters())
     print(f"{size / 1e6:.1f} M parameters, {training.trained_on} pairs, {training.device}")
-    with tqdm(total=100, unit="%", bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}") as bar:
-        while training.done() < 1:
-            clock = time.monotonic()
-            training.losses.append(training.advance())
-            training.seconds += time.monotonic() - clock
-            recent = sum(training.losses[-100:]) / len(training.losses[-100:])
-            bar.update(round(100 * min(1.0, training.done()) - bar.n, 2))
-            bar.set_postfix(step=training.step, loss=f"{recent:.4f}")
-            if training.step % args.save_every == 0 or training.done() >= 1:
-                training.save()
+    training.run()
     if training.errors:
         last = max(training.errors)
         print(f"relative error on {len(training.held_out[:256])} held-out pairs: {training.errors[last]:.3f}")

@@ -119,6 +119,11 @@ class NodeSolve:
         return [done and not self.certify_all for done in self._outcome.done]
 
     @property
+    def doubted(self) -> list[bool]:
+        """Which samples are not done, whose states are a guess."""
+        return [not done for done in self._outcome.done]
+
+    @property
     def stopped(self) -> bool:
         """Whether `report` asked for the end."""
         return self.outcome is not None and self.outcome.stopped

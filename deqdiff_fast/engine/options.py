@@ -167,6 +167,12 @@ class Options:
         solver, finish = self.solver, self.tolerance(dtype)
         return StoppingRule(solver.freeze * finish / solver.safety, finish, self.floor(dtype), solver.by_step)
 
+    @property
+    def first_window(self) -> int:
+        """How many timesteps are solved at a time, where no plan says otherwise."""
+        steps = self.schedule.num_steps
+        return steps if self.window == "auto" else min(int(self.window), steps)
+
     @staticmethod
     def floor(dtype: torch.dtype) -> float:
         """What rounding alone leaves of a residual."""

@@ -116,23 +116,27 @@ def _record(system: System, options: Options, noise: Tensor) -> RowRecord:
 
 
 def with_tolerance_in_reach(options: Options, record: RowRecord, dtype: torch.dtype) -> tuple[Options, bool]:
-    """The same options, or those with the tolerance that the model's rounding allows; whether it is the one asked for.
+    """The same options, or those with the tolerance that rounding allows; whether it is the one asked for.
 
     Where it is not, that is said once in the log, and nothing is finished serially.
     """
-    schedule, tol = options.schedule, options.allowed(dtype)
+    schedule, tol, least = options.schedule, options.allowed(dtype), options.floor(dtype)
     weight: Tensor = cached(schedule, "prediction weight", lambda: prediction_weight(schedule))
     floor = SEVERAL * record.rounding * float(weight.norm())
-    if floor <= tol:
+    asked = tol if options.tol is None else options.tol
+    if max(floor, least) <= asked:
         return options, True
     if not record.told:
         record.told = True
+        why = f"the states are {str(dtype).removeprefix('torch.')}, whose rounding"
+        if floor > least:
+            why = f"the model's predictions depend on the size of a batch by {record.rounding:.1e}, which"
         _log.warning(
-            "tol = %.1e is out of reach: the model's predictions depend on the size of a batch by %.1e, which moves "
-            "the sample by about %.1e; rounds end there. Use a dtype with more digits, or sampler.serial",
-            tol, record.rounding, floor,
+            "tol = %.1e is out of reach: %s moves the sample by about %.1e; rounds end there. "
+            "Use a dtype with more digits, or sampler.serial",
+            asked, why, max(floor, least),
         )  # fmt: skip
-    return replace(options, tol=floor, on_failure="raise" if options.on_failure == "raise" else "warn"), False
+    return replace(options, tol=max(floor, tol), on_failure="raise" if options.on_failure == "raise" else "warn"), False
 
 
 def _difference(system: System, noise: Tensor, number: int, most: int) -> float:

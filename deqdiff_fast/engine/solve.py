@@ -59,6 +59,18 @@ class Request:
     init: Tensor | None = None  # a guess of the sample, (B, *shape)
 
 
+def without_other_states(request: Request, options: Options) -> Request:
+    """The same request; of a trajectory that starts at other noises only the sample is kept, as a guess, where there
+    are rounds on nodes: what a model decides between two neighbours is seen there, by how far their states differ.
+    """
+    states, noise = request.init_trajectory, request.noise
+    if states is None or not begins_on_nodes(options, options.first_window, warm=False):
+        return request
+    off, size = ((x.flatten(1).norm(dim=1)) for x in (states[0] - noise, noise))
+    other = bool((off > options.floor(noise.dtype) * size).any())
+    return replace(request, init=states[-1], init_trajectory=None) if other else request
+
+
 @dataclass
 class Head:
     """The first `front` steps of a chain, made already in a workspace of their own, which is released when taken."""
@@ -76,8 +88,7 @@ def lookahead_policy(system: System, request: Request) -> Lookahead | None:
 def solve_parallel(system: System, options: Options, request: Request) -> Solution:
     """All timesteps (or a window of them) at once, round after round. Raises what `DEQSampler.sample` raises."""
     started = time.perf_counter()
-    window = system.num_steps if options.window == "auto" else min(int(options.window), system.num_steps)
-    stats = Stats(solver=options.solver.name, window=window)
+    stats = Stats(solver=options.solver.name, window=options.first_window)
     if system.batch == 0:
         return no_samples(request.noise, stats)
     return solve_rounds(system, options, request, stats, started)
@@ -143,6 +154,7 @@ def _rounds(
             max_rounds=0 if over else limit, start=0 if head is None else head.front,
             final=nodes.final if nodes is not None and nodes.usable else None,
             rounds_before=0 if nodes is None else nodes.rounds, warm=warm, device=device,
+            doubted=_doubted(nodes, warm, system.batch),
         )  # fmt: skip
         outcome = iterate(task)
         work.system.model_evals -= outcome.padding
@@ -176,6 +188,13 @@ def _begin_on_nodes(
 def _is_over(nodes: NodeSolve, monitor: Monitor | None) -> bool:
     """Whether no rounds on all timesteps follow."""
     return nodes.finished or nodes.stopped or (monitor is not None and monitor.leaves_nodes())
+
+
+def _doubted(nodes: NodeSolve | None, warm: bool, batch: int) -> list[bool] | None:
+    """The samples that begin with a guess that may be near, and that nothing is known of: see `StoppingRule.hold`."""
+    if nodes is not None:
+        return nodes.doubted if nodes.usable else None
+    return [True] * batch if warm else None
 
 
 def _set_up(

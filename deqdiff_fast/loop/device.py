@@ -8,6 +8,7 @@ upper bound of the number of active rows, which never grows, and whether to stop
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .._types import Rows
 from .device_state import AsyncReadback, DeviceState
@@ -26,6 +27,7 @@ class DeviceLoop:
         self.sliding = chain.window < chain.num_steps
         self.state = task.device.state or DeviceState.make(chain, task.device.pad(self.window.count))
         self.state.start(chain, self.window)
+        self.doubted = None if task.doubted is None else torch.tensor(task.doubted, device=chain.states.device)
         self.active = self.window.count  # when the round that was read last began
         self.readback = AsyncReadback(self.state.decision)
         self.period = task.solver.period
@@ -50,17 +52,20 @@ class DeviceLoop:
         self.queued.append(count)
         rows = Rows(self.state.rows[:count], 0, self.chain.num_steps, count)
         task.device.replay(("model", count), lambda: task.evaluate(rows, round))
-        if self.period:
+        doubted = round == task.rounds_before + 1 and task.doubted is not None
+        if self.period and not doubted:
             task.device.replay(("step", round % self.period), lambda: self.step(round))
         else:
-            self.step(round)
+            self.step(round, self.doubted if doubted else None)
         self.readback.enqueue(self.state.decision)
 
-    def step(self, round: int) -> None:
-        """The solver's step and its consequences, for predictions that are there."""
+    def step(self, round: int, doubted: Tensor | None = None) -> None:
+        """The solver's step and its consequences, for predictions that are there; doubted: see `StoppingRule.hold`."""
         task, chain, state = self.task, self.chain, self.state
         task.solver.step(chain, task.memory, round)
         self.rule.mark_converged(chain, state.previous, state.strict)
+        if doubted is not None:
+            self.rule.hold(chain, doubted)
         self.rule.advance_on_device(chain, state)
         task.solver.settle(chain, task.memory, round, state.previous_bounds[0], chain.lo)
         if self.sliding:

@@ -40,6 +40,8 @@ def iterate_on_host(task: Task) -> Progress:
         task.evaluate(window.rows(), progress.rounds)
         solver.step(chain, task.memory, progress.rounds)
         rule.mark_converged(chain, previous, strict)
+        if task.doubted is not None and progress.rounds == task.rounds_before + 1:
+            rule.hold(chain, torch.tensor(task.doubted, device=chain.states.device))
         residual = relative_steps(chain).cpu()
         broken = _check_finite(task, residual, lo, hi, progress.rounds)
         worst = rule.advance(window, residual.t().tolist())

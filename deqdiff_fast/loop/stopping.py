@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..kernels import advance_window, mark_converged
@@ -21,6 +22,8 @@ from ..kernels.stopping import MAX_RATE, TINY_OF
 from .base import Chain, Solver
 from .device_state import DeviceState
 from .window import Window
+
+HELD = 1.01  # times `finish`: the step of a sample that is not to end
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,19 @@ class StoppingRule:
         mark_converged(
             chain.sq_diff, chain.sq_norm, previous, strict, self.freeze, self.floor, backend=chain.backend
         )  # fmt: skip
+
+    def hold(self, chain: Chain, samples: Tensor) -> None:
+        """Keep samples from ending in the first round after a guess that was near, unless all their rows are final.
+
+        One short step tells nothing of the next one: a model that amplifies errors where the guess was made without it
+        takes longer steps afterwards. The last row of such a sample counts as one that has moved by more than `finish`.
+
+        Args:
+            samples: (B,) bool.
+        """
+        longest = (chain.sq_diff / chain.sq_norm.clamp_min(TINY_OF[chain.sq_norm.dtype])).amax(0)
+        least = (HELD * self.finish) ** 2 * (samples & (longest > self.freeze**2)) * chain.sq_norm[-1]
+        torch.maximum(chain.sq_diff[-1], least, out=chain.sq_diff[-1])
 
     def advance(self, window: Window, residual: list[list[float]]) -> list[float]:
         """Slide a window past what has converged; residual[b][i], Inf from a broken row on.

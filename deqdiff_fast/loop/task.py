@@ -77,6 +77,8 @@ class Task:
     """Which samples are solved already, where the window holds all timesteps; None for none."""
     warm: bool = False
     """Whether the states hold a trajectory that the caller gave."""
+    doubted: list[bool] | None = None
+    """Which samples do not end by a short step in the first round, see `StoppingRule.hold`; None for none."""
     device: DeviceWork = field(default_factory=DeviceWork)
 
     def first_window(self) -> Window:

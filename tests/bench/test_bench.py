@@ -285,6 +285,26 @@ def test_guesses(figures):
             assert all(run["guess"] == pytest.approx(float(name.split("%")[0]) / 100, rel=1e-3) for run in runs)
 
 
+def test_students(figures, tmp_path):
+    """Two of them trained for a moment; the errors are those of the samples, and the pairs are the teacher's."""
+    make = dq.distillation.Pairs.make
+    problem = importlib.import_module("bench._problems")
+    schedule = dq.Schedule.ddim(problem.ABAR, dq.schedule.timesteps(1000, 6))
+    make(problem.Mixture((3, 8, 8)), schedule, (3, 8, 8), 24, tmp_path / "pairs", method="serial", batch=8)
+    given = ("--model", "mixture", "--size", "8", "--pairs", tmp_path / "pairs", "--held-out", "8", "--minutes", "0.01")
+    ours = ("--out", tmp_path / "out", "--grid", tmp_path / "grid.png")
+    report, table = figures("students", *given, "--steps", "6", *ours, "--train", "--width", "16", "--batch", "8")
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["teacher, DDIM, 6 steps"]["error"] < 1e-4
+    assert rows["teacher, DDIM, 4 steps"]["error"] < rows["teacher, DDIM, 1 steps"]["error"]
+    sizes = [rows[f"{name}, training"]["parameters"] for name in ("GET", "transformer")]
+    assert 0.7 < sizes[0] / sizes[1] < 1.4
+    assert all(f"GET, {steps} equilibrium steps" in table for steps in (1, 32))
+    assert (tmp_path / "grid.png").stat().st_size > 0
+    with pytest.raises(AssertionError, match="--steps 5: the samples of these pairs are not of that chain"):
+        figures("students", *given, "--steps", "5", *ours, "--train", "--width", "16", "--batch", "8")
+
+
 def test_pairs(figures):
     turns = ("--turns", "2", "--pairs", "16", "--batches", "4", "8", "--clock", "cpu")
     report, table = figures("pairs", "--model", "mixture", "--size", "8", "--steps", "12", *turns)

@@ -151,3 +151,16 @@ def test_rounding_is_not_refused_and_bounds_the_tolerance(mixture, ddim, noise, 
 def test_honest_models_pass(mixture, ddim, noise, dtype):
     assert dq.DEQSampler(mixture(), ddim(20), solver="picard").sample(noise(2).to(dtype)).converged.all()
     assert LARGEST[torch.float32] > 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "reached"), [(torch.float32, False), (torch.float64, True)])
+def test_a_tolerance_below_the_rounding_of_the_states(caplog, mixture, ddim, noise, dtype, reached):
+    """The sample is as good as it can be, and is not called converged."""
+    sampler = dq.DEQSampler(mixture(), ddim(20), solver="quasi-newton", tol=1e-9)
+    with caplog.at_level(logging.WARNING):
+        found = sampler.sample(noise(2).to(dtype))
+    assert found.converged.tolist() == [reached] * 2
+    assert (found.stats.stop_reason == "rounding") is not reached
+    assert ("tol = 1.0e-09 is out of reach: the states are float32" in caplog.text) is not reached
+    off = (found.sample - sampler.serial(noise(2).to(dtype)).sample).norm() / found.sample.norm()
+    assert off < (1e-9 if reached else 1e-5)
