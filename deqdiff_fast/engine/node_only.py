@@ -32,10 +32,9 @@ def check_options(options: Options) -> None:
     if not asked:
         return
     schedule, solver = options.schedule, options.solver
-    window = schedule.num_steps if options.window == "auto" else int(options.window)
     if options.shard_states and options.ranks is None:
         raise ValueError("shard_states: expected a group whose ranks the states are shared out over, got none")
-    if options.draft is not None or not begins_on_nodes(options, window, warm=False):
+    if options.draft is not None or not begins_on_nodes(options, options.first_window, warm=False):
         raise ValueError(
             f"{asked[0]}: expected rounds on nodes: solver 'auto' or 'quasi-newton' with nodes and a slope, no draft, "
             f"window 'auto', more than {UNTOLD} rounds, and a chain of {FEWEST_STEPS} timesteps at least and one or "
