@@ -68,7 +68,7 @@ def test_other_coordinates_chains_and_guesses(ddim, noise, relative_error, karra
 def test_the_plan_is_what_it_takes(ddim, noise, peak_bytes, monkeypatch):
     """The history on the device, all that there is at a time; with it on the host, what the pool has lent for it is
     what is planned there, and the rest what is planned for the device."""
-    monkeypatch.setattr(placement, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(placement, "PIECE_BYTES", 1 << 19)
     start, spent = noise(1, (12288,)), {}
     for memory in ("device", "offload"):
         sampler = dq.DEQSampler(smooth, ddim(20), solver="quasi-newton", memory=memory, max_batch=4)
@@ -82,7 +82,7 @@ def test_the_plan_is_what_it_takes(ddim, noise, peak_bytes, monkeypatch):
             sampler.sample(start)
         spent[memory] = count.peak - history
         assert 0.25 * planned < spent[memory] <= planned  # for half of the nodes, unless these do not suffice
-        assert 0.4 * kept <= history <= kept
+        assert 0.4 * kept <= history <= 1.01 * kept  # each piece to a multiple of 256 bytes
     assert spent["offload"] < 0.35 * spent["device"]
 
 

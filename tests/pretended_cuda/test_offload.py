@@ -52,7 +52,7 @@ def model(x, t):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_what_is_on_the_device_and_what_waits(device, monkeypatch, ddim, eta):
-    monkeypatch.setattr(placement, "PIECE_BYTES", 1 << 19)
+    monkeypatch.setattr(placement, "PIECE_BYTES", 1 << 17)
     device.watch(monkeypatch, NodeRounds, "_advance", "nodes")
     device.watch(monkeypatch, NodeRounds, "_estimate_error", "estimate")
     device.watch(monkeypatch, NodeChain, "learn", "nodes")
