@@ -41,13 +41,13 @@ class Placement:
     @classmethod
     def of(cls, system: System, options: Options) -> Placement:
         """As the options say."""
-        memory, at_once = options.memory, None
+        memory, piece = options.memory, None
         if options.offload:
             rows = most_nodes(system.num_steps) * system.batch
-            at_once = max(PIECE_BYTES // (rows * _kept(system, options.solver)), 1)
-        elements = Elements(at_once)
+            piece = max(PIECE_BYTES // (rows * _kept(system, options.solver)), 1)
+        elements = Elements(piece)
         if options.shard_states and options.ranks is not None and options.ranks.size > 1:
-            elements = SharedElements(system, options.ranks, at_once)
+            elements = SharedElements(system, options.ranks, piece)
 
         def host(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Lease:
             plan = MemoryPlan()

@@ -30,11 +30,11 @@ class SharedElements(Elements):
 
     Args:
         system: whose model is shared out over the ranks.
-        at_once: see `Elements`.
+        piece: see `Elements`.
     """
 
-    def __init__(self, system: System, ranks: Ranks, at_once: int | None = None) -> None:
-        super().__init__(at_once)
+    def __init__(self, system: System, ranks: Ranks, piece: int | None = None) -> None:
+        super().__init__(piece)
         self.ranks, self.system, self.total = ranks, system, system.numel
         self.shares = [share_of(self.total, ranks.size, rank) for rank in range(ranks.size)]
         start, stop = self.shares[ranks.rank]

@@ -11,11 +11,11 @@ class Elements:
     """All elements are here: sums and norms over them are whole.
 
     Args:
-        at_once: how many to work on at a time in what takes memory of its own, None for all.
+        piece: how many to work on at a time in what takes memory of its own, None for all.
     """
 
-    def __init__(self, at_once: int | None = None) -> None:
-        self.at_once = at_once
+    def __init__(self, piece: int | None = None) -> None:
+        self.piece = piece
 
     def numel(self, own: int) -> int:
         """Elements of a whole state, of which `own` are here."""
@@ -31,7 +31,7 @@ class Elements:
 
     def pieces(self, own: int) -> list[slice]:
         """What to work on one after the other."""
-        size = self.at_once or own
+        size = self.piece or own
         return [slice(first, min(first + size, own)) for first in range(0, own, size)]
 
 

@@ -22,9 +22,9 @@ def host(tensors):
     return made
 
 
-def both(gaussian, slope, at_once=None, columns=COLUMNS):
+def both(gaussian, slope, piece=None, columns=COLUMNS):
     like = gaussian(NODES, BATCH, SIZE)
-    kept = HostHistory(columns, like, 1e-9, 1e-9, Elements(at_once), slope, host)
+    kept = HostHistory(columns, like, 1e-9, 1e-9, Elements(piece), slope, host)
     return NodeHistory(columns, like, 1e-9, 1e-9), kept
 
 
@@ -65,11 +65,11 @@ def agree(histories, slope, gaussian, **near):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("rounds", [1, 2, 4, 7])
-@pytest.mark.parametrize("at_once", [None, 1, 4])
-def test_in_pieces_and_without_rounding_it_is_the_same(gaussian, monkeypatch, at_once, rounds, masked):
+@pytest.mark.parametrize("piece", [None, 1, 4])
+def test_in_pieces_and_without_rounding_it_is_the_same(gaussian, monkeypatch, piece, rounds, masked):
     monkeypatch.setattr(host_history, "STORED", torch.float64)
     slope = gaussian(NODES, 1, SIZE, seed=3)
-    histories = both(gaussian, slope, at_once)
+    histories = both(gaussian, slope, piece)
     push_all(gaussian, histories, rounds, masked)
     agree(histories, slope, gaussian, rtol=1e-6, atol=1e-6)
 
