@@ -1,4 +1,4 @@
-"""One sample on two processes of one thread, against one process and the author's loop; and what more would take."""
+"""One sample on several processes of one thread, against one and the author's loop; and what more would take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +22,7 @@ from deqdiff_fast.ranks.group import Ranks
 
 from ._common import environment, markdown, note, positive_int, spread, summary, write_json
 from ._problems import Problem, add_model_arguments, load, relative_error
-from ._rank_prediction import DEVICES, LINKS, predict, read_costs
+from ._rank_prediction import DEVICES, LINKS, Link, predict, read_costs
 from .planner import author_loop
 
 FIGURES = ("loop", "one", "two", "path", "loop_cpu", "one_cpu", "error", "rounds")
@@ -33,13 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=positive_int, nargs="+", default=[50, 100, 1000], help="T (default 50 100 1000)"
     )
     parser.add_argument("--noises", type=positive_int, default=12, help="noises, one timing with each (default 12)")
+    parser.add_argument("--devices", type=positive_int, default=2, metavar="N", help="processes (default 2)")
+    parser.add_argument(
+        "--delay", type=float, nargs="+", default=[], metavar="MS", help="times with so many ms before every exchange"
+    )
     parser.add_argument("--costs", type=Path, metavar="FILE", help="predict from these row costs, not from those here")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.device != "cpu":
-        raise ValueError(f"--device: two processes of one thread are measured on the CPU, got {args.device}")
+        raise ValueError(f"--device: processes of one thread are measured on the CPU, got {args.device}")
     if args.worker is not None:
         return _work(args)
     known = environment(args.device)
@@ -47,12 +53,17 @@ def run(args: argparse.Namespace) -> int:
     note(summary(known))
     with tempfile.TemporaryDirectory() as folder:
         found = _launch(args, Path(folder) / "found.json")
-    rows = found["rows"]
+    rows, here = found["rows"], Curve({int(n): s for n, s in found["calls"].items()})
+    costs = given or here
     write_json(args, known, rows)
-    header = ("T", "loop s", "1 process s", "2 processes s", "1 / 2", "loop / 2", "critical path: 1 / 2", "loop / 2",
-              "predicted 1 / 2", "error", "rounds")  # fmt: skip
-    print(markdown(header, [_cells(row, Curve({int(n): s for n, s in found["calls"].items()})) for row in rows]))
-    costs = given or Curve({int(n): s for n, s in found["calls"].items()})
+    n = args.devices
+    header = ("T", "loop s", "1 process s", f"{n} processes s", f"1 / {n}", f"loop / {n}", f"critical path: 1 / {n}",
+              f"loop / {n}", f"predicted 1 / {n}", "error", "rounds")  # fmt: skip
+    print(markdown(header, [_cells(row, here, n) for row in rows]))
+    if args.delay:
+        print("\nWith a delay before every exchange:\n")
+        header = ("T", "ms", "exchanges", "s", "s without", "more ms an exchange", "predicted s", "predicted s without")
+        print(markdown(header, [line for row in rows for line in _delayed_cells(row, costs, args.devices)]))
     print("\nPrediction, not measured: the serial loop's time over that of a solve, " + ("given" if given else "these"))
     print("row costs, on so many devices:\n")
     table = [
@@ -64,19 +75,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace, file: Path) -> dict[str, Any]:
-    """What two processes have found, started by torch's launcher."""
+    """What the processes have found, started by torch's launcher."""
     from torch.distributed import run as torchrun
 
     os.environ["OMP_NUM_THREADS"] = "1"
     words = ["--steps", *map(str, args.steps), "--noises", str(args.noises), "--seed", str(args.seed)]
     words += ["--model", args.model, *(["--alone"] if args.alone else []), "--threads", "1", "--worker", str(file)]
-    torchrun.main(["--standalone", "--nproc-per-node=2", "-m", "bench", "ranks", *words])
+    words += ["--delay", *map(str, args.delay)] if args.delay else []
+    torchrun.main(["--standalone", f"--nproc-per-node={args.devices}", "-m", "bench", "ranks", *words])
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
 def _work(args: argparse.Namespace) -> int:
-    """One of the two processes. The first one alone makes what is compared with."""
+    """One of the processes. The first one alone makes what is compared with."""
     problem = load(args)
     ranks, found = Ranks.of("world"), {"calls": {}, "rows": []}
     if ranks.rank == 0:
@@ -106,14 +118,24 @@ def _measure(args: argparse.Namespace, problem: Problem, steps: int, ranks: Rank
         dq.DEQSampler(problem.model, schedule, group="world", **options),
     )
     loop = author_loop(problem, schedule)
-    row: dict[str, Any] = {"T": steps, "row_bytes": 4 * torch.Size(problem.shape).numel()}
+    row: dict[str, Any] = {
+        "exchanges": [],
+        "delayed": {ms: [] for ms in args.delay},
+        "T": steps,
+        "row_bytes": 4 * torch.Size(problem.shape).numel(),
+    }
     row |= {
         name: [] for name in ("loop", "one", "two", "path", "loop_cpu", "one_cpu", "rest", "calls", "error", "rounds")
     }
     with torch.no_grad():
         for seed in range(-2, args.noises):  # the first two prepare
             noise = problem.noise(range(args.seed + seed + 2, args.seed + seed + 3))
+            before = ranks.messages
             segments, solution, seconds = _segments(lambda noise=noise: two.sample(noise), ranks)
+            row["exchanges"] += [ranks.messages - before - 1] if seed >= 0 else []  # one is of `_segments`
+            for ms, taken in row["delayed"].items():
+                with _delayed(ranks, ms / 1000):
+                    taken += [_timed(lambda noise=noise: two.sample(noise))[1]] if seed >= 0 else []
             distributed.barrier()
             if ranks.rank == 0 and seed >= 0:
                 reference, loop_seconds, loop_cpu = _timed(lambda noise=noise: loop(noise))
@@ -149,14 +171,32 @@ def _segments(work: Any, ranks: Ranks) -> tuple[float, Any, float]:
         plain(out, own)
         marks.append(time.thread_time())
 
-    ranks.gather = gather  # type: ignore[method-assign]
-    try:
+    with _in_place_of_gather(ranks, gather):
         result, seconds, _ = _timed(work)
-    finally:
-        del ranks.gather
     marks.append(time.thread_time())
     own = [round(1e9 * (stop - start)) for start, stop in zip(marks[::2], marks[1::2])]
     return sum(map(max, zip(*ranks.exchange(own)))) / 1e9, result, seconds
+
+
+@contextmanager
+def _in_place_of_gather(ranks: Ranks, gather: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Every exchange but sums is made by it."""
+    ranks.gather = gather  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del ranks.gather
+
+
+def _delayed(ranks: Ranks, seconds: float) -> AbstractContextManager[None]:
+    """A network that takes so long before the first byte arrives; this machine's own takes some 0.1 ms."""
+    plain = ranks.gather
+
+    def gather(out: Tensor, own: Tensor) -> None:
+        time.sleep(seconds)
+        plain(out, own)
+
+    return _in_place_of_gather(ranks, gather)
 
 
 def _call_seconds(problem: Problem, rows: int) -> float:
@@ -173,10 +213,25 @@ def _speedup(row: dict[str, Any], costs: Curve, size: int, link: str, here: bool
     return row["T"] * costs(1) / predict(calls, rest, costs, size, LINKS[link], row["row_bytes"])
 
 
-def _cells(row: dict[str, Any], costs: Curve) -> tuple[str, ...]:
+def _delayed_cells(row: dict[str, Any], costs: Curve, devices: int) -> Iterator[tuple[str, ...]]:
+    """What a delay adds to a solve, by the clock and by the model of cost, which knows of one exchange a call."""
+    calls, count, plain = row["calls"][0], median(row["exchanges"]), LINKS["pcie"]
+    rest = max(median(row["one_cpu"]) - sum(map(costs, calls)), 0.0)
+    without = predict(calls, rest, costs, devices, plain, row["row_bytes"])
+    for ms, taken in row["delayed"].items():
+        slow = Link(plain.latency + float(ms) / 1000, plain.bandwidth)
+        more = [1000 * (late - soon) / count for late, soon in zip(taken, row["two"])]
+        found = predict(calls, rest, costs, devices, slow, row["row_bytes"])
+        yield (
+            str(row["T"]), f"{float(ms):g}", f"{count:g}", spread(taken), spread(row["two"]), spread(more),
+            f"{found:.3f}", f"{without:.3f}",
+        )  # fmt: skip
+
+
+def _cells(row: dict[str, Any], costs: Curve, devices: int) -> tuple[str, ...]:
     over = lambda a, b: spread([x / y for x, y in zip(row[a], row[b])])  # noqa: E731
     rest = max(median(row["one_cpu"]) - sum(map(costs, row["calls"][0])), 0.0)
-    alone, both = (predict(row["calls"][0], rest, costs, n, LINKS["pcie"], row["row_bytes"]) for n in (1, 2))
+    alone, both = (predict(row["calls"][0], rest, costs, n, LINKS["pcie"], row["row_bytes"]) for n in (1, devices))
     return (
         str(row["T"]), *(f"{median(row[name]):.2f}" for name in ("loop", "one", "two")), over("one", "two"),
         over("loop", "two"), over("one_cpu", "path"), over("loop_cpu", "path"), f"{alone / both:.2f}",

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ._devices import methods_with_tables_on_cpu
 from ._types import Backend, Generators, Model, OnFailure
 from .engine.begin import begun
+from .engine.node_only import check_options
 from .engine.options import Options
 from .engine.sample_guess import Init, resolve_init
 from .engine.solve import Request, solve_parallel, solve_serially, without_other_states
@@ -68,9 +69,14 @@ class DEQSampler:
         weight: of the norm in which `tol` and all errors are meant, the root of the sum of weight times squared error:
             broadcastable to a sample, >= 0, zero for entries that nobody reads (padding, what is known). No spectrum is
             used then.
-        memory: a `SolverMemory` of one's own; by default all samplers share one pool.
+        memory: "offload" keeps the history of rounds on nodes in (on CUDA: pinned) memory of the host, most of it in
+            bfloat16, for states so large that the device has no room for it; or a `SolverMemory` of one's own, by
+            default ("device", None) all samplers share one pool.
         group: a torch.distributed ProcessGroup, a DeviceMesh of one dimension, or "world": every model call is shared
             out over its ranks, which all call with the same arguments and get the same bits, see `sharded`.
+        shard_states: with a group, every rank holds its share of each state's elements only; for large states. Both
+            this and "offload" are for rounds on nodes (solver "auto" or "quasi-newton"), what these leave is made
+            serially; there are no gradients, drafts and trajectories.
 
     Raises:
         TypeError: unknown arguments. ValueError: bad values.
@@ -95,14 +101,17 @@ class DEQSampler:
         draft: Model | None = None,
         certify: Literal["estimate", "full"] = "estimate",
         weight: Tensor | None = None,
-        memory: SolverMemory | None = None,
+        memory: SolverMemory | Literal["device", "offload"] | None = None,
         group: Any = None,
+        shard_states: bool = False,
     ) -> None:
         self.options = Options.check(
             model, schedule, solver, memory, tol=tol, max_rounds=max_rounds, window=window, backend=backend,
             on_failure=on_failure, max_batch=max_batch, cuda_graph=cuda_graph,
             deterministic=deterministic, spectrum=spectrum, draft=draft, certify=certify, weight=weight, group=group,
+            shard_states=shard_states,
         )  # fmt: skip
+        check_options(self.options)
         self.gradient, self.planner = resolve_gradient(gradient), Planner(self.options)
         self.model, self.schedule, self.solver = self.options.model, self.options.schedule, self.options.solver
 
@@ -178,6 +187,11 @@ class DEQSampler:
         if not (noise.requires_grad or parameters or kwargs):
             return self._solve(request, model_kwargs)
         options, keep, request.return_trajectory = self.options, request.return_trajectory, True
+        if options.node_only:
+            raise NotImplementedError(
+                "gradients: expected none with shard_states or memory='offload', for they need all timesteps; call "
+                "under torch.no_grad(), or model.requires_grad_(False)"
+            )
         solution = self.gradient.attach(
             Problem(
                 options.system(noise, model_kwargs), noise, parameters,
@@ -197,29 +211,18 @@ class DEQSampler:
         return solve_parallel(system, self.options, request)
 
     def serial(
-        self,
-        noise: Tensor,
-        model_kwargs: dict[str, Any] | None = None,
-        generator: Generators = None,
-        callback: Callback | None = None,
-        progress: bool = False,
-        *,
-        return_trajectory: bool = False,
-    ) -> Solution:
+        self, noise: Tensor, model_kwargs: dict[str, Any] | None = None, generator: Generators = None,
+        callback: Callback | None = None, progress: bool = False, *, return_trajectory: bool = False,
+    ) -> Solution:  # fmt: skip
         """The plain chain, one model call after the other; arguments and result as for `sample`."""
         request = Request(noise, generator, callback, progress, return_trajectory=return_trajectory)
         with _begun(self.options, ("serial",), request, model_kwargs):
             return solve_serially(self.options.system(noise, model_kwargs, serial=True), self.options, request)
 
     def plan(
-        self,
-        shape: tuple[int, ...],
-        *,
-        batch: int = 1,
-        model_kwargs: dict[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Plan:
+        self, shape: tuple[int, ...], *, batch: int = 1, model_kwargs: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ) -> Plan:  # fmt: skip
         """What `sample` would do with `batch` samples of that shape, and why; `print` it. Calls no model.
 
         shape: of one sample. model_kwargs: as `sample` would get them. dtype, device: of the noise; those of the
@@ -235,14 +238,9 @@ class DEQSampler:
         return self.planner.plan(self.planner.workload(noise, model_kwargs))
 
     def warmup(
-        self,
-        shape: tuple[int, ...],
-        *,
-        batch: int = 1,
-        model_kwargs: dict[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Plan | None:
+        self, shape: tuple[int, ...], *, batch: int = 1, model_kwargs: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ) -> Plan | None:  # fmt: skip
         """Do ahead of the first `sample` what it would have to do: compile, capture, measure.
 
         A compiled model (torch.compile) is called with every batch size that it can meet later, so that nothing is

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..restoration import NAMED
+from . import _devices
 from ._numbers import factor, fraction, positive_float, positive_int, seed
 from ._operators import NAMES as OPERATORS
 from ._operators import make_operator, operator_name
@@ -62,6 +63,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--serial", action="store_true", help="one step after the other")
     parser.add_argument("--max-batch", type=positive_int, help="most rows in one model call")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    _devices.add_option(parser)
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("restored"), metavar="FOLDER", help="default restored")
     parser.set_defaults(run=run)
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
     problem = load_problem(
         args.model, steps=args.steps, eta=args.eta, seed=args.seed, device=args.device, dtype=args.dtype,
-        max_batch=args.max_batch,
+        max_batch=args.max_batch, group=_devices.group_of(args),
     )  # fmt: skip
     shape = problem.info.sample_shape
     operator = make_operator(args.operator, shape, width=args.width, mask=args.mask, seed=args.seed)
@@ -102,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     with torch.no_grad():
         result = restore(problem, restorer, y, args)
-    write(result, operator, y, truth, args.out)
+    if _devices.writes():
+        write(result, operator, y, truth, args.out)
     print(summary(args, result, truth))
     return 0
 

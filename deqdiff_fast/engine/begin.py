@@ -11,6 +11,7 @@ import torch
 from ..ranks.agreement import begin_together
 from ..ranks.digests import random_state, software, weights_digest
 from . import arguments
+from .node_only import check_request
 from .options import Options
 from .solve import Request
 
@@ -40,6 +41,7 @@ def begun(
 
     def check() -> None:
         options.check_request(request.noise, model_kwargs, request.generator, reverse)
+        check_request(options, request)
         arguments.check_trajectory(request.init_trajectory, request.noise, options.schedule.num_steps)
         arguments.check_callback(request.callback)
 
@@ -61,7 +63,7 @@ def _facts(
     """All that must be the same on all ranks, by its name in `_NAMES`."""
     noise, model, schedule = request.noise, options.model, options.schedule
     named = ("solver", "tol", "max_rounds", "window", "backend", "on_failure", "max_batch", "deterministic")
-    settings = [getattr(options, name) for name in (*named, "spectrum", "certify")]
+    settings = [getattr(options, name) for name in (*named, "spectrum", "certify", "shard_states", "offload")]
     settings.append(options.learned.get("max_batch"))
     inputs = (noise, *getattr(model, "conditioning_tensors", list)())
     gradients = (torch.is_grad_enabled(), [tensor.requires_grad for tensor in inputs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .._types import Generators, Rows
 from ..loop.base import Chain
-from ..memory import Lease, MemoryPlan, SolverMemory
+from ..memory import Lease
 from ..nodes.composite import LinearChain
 from ..nodes.grid import density
 from ..nodes.problem import NodeProblem, Spots
@@ -18,9 +19,8 @@ from ..nodes.rounds import most_nodes
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
 from ..schedule.noise import discard_draws, fill_drift
+from .placement import Placement
 from .system import System
-
-ITERATES = 8  # states, remainders, answers, surprises and what is made of them in a round, old and new
 
 
 def linear_chain(schedule: Schedule, slope: SpectralSlope | str | None) -> tuple[LinearChain, Tensor | None]:
@@ -35,63 +35,41 @@ def linear_chain(schedule: Schedule, slope: SpectralSlope | str | None) -> tuple
     return LinearChain(schedule.state_coef, schedule.model_coef, slopes, unit), classes
 
 
-def lease_for(system: System, memory: SolverMemory) -> Lease:
-    """What model calls at nodes and the noise of the chain need."""
-    return memory.lease(leased(system), system.device)
-
-
-def leased(system: System) -> MemoryPlan:
-    """The tensors of that lease."""
-    plan, steps = MemoryPlan(), system.num_steps
-    rows = most_nodes(steps) * system.batch
-    system.plan(plan, min(rows, system.max_batch or rows))
-    if system.schedule.stochastic:
-        plan.add("drift", (steps, system.batch, system.numel), system.dtype)
-    return plan
-
-
-def node_bytes(system: System, settings: Any) -> int:
-    """Memory of the rounds on nodes, in bytes: the lease, then columns, secants and iterates at the nodes.
-
-    Columns are held twice while they are moved to other nodes. settings: `node_problem`'s.
-    """
-    columns = (2 if system.draft is None else 3) * (settings.history + 1)
-    tensors: int = 2 * columns + 2 * settings.history + ITERATES + system.schedule.stochastic
-    size: int = most_nodes(system.num_steps) * system.batch * system.numel * system.dtype.itemsize
-    held: int = leased(system).layout()[1]
-    return held + tensors * size
-
-
 def node_problem(
-    system: System, lease: Lease, noise: Tensor, generator: Generators, tol: float, settings: Any, backend: str,
+    place: Placement, lease: Lease, noise: Tensor, generator: Generators, tol: float, settings: Any, backend: str,
     slope: SpectralSlope | str | None, made: Chain | None, spots: Spots,
 ) -> NodeProblem:  # fmt: skip
     """The problem of one solve.
 
-    settings: history, ridge and floor of the secants. made: a chain whose noise was drawn already. spots: asked
-    beside the nodes.
+    place, lease: its memory. settings: history, ridge and floor of the secants. made: a chain whose noise was drawn
+    already. spots: asked beside the nodes.
     """
-    schedule, device = system.schedule, system.device
+    system, schedule, device = place.system, place.system.schedule, place.system.device
     chain, classes = cached(schedule, ("linear", slope), lambda: linear_chain(schedule, slope))  # a spectrum: itself
-    drift = lease.get("drift")
+    drift = place.drift(lease)
     if made is None:
-        start = system.to_basis(noise.detach().reshape(system.batch, -1).to(system.dtype))
+        start = place.own(system.to_basis(noise.detach().reshape(system.batch, -1).to(system.dtype)))
     else:
-        start = made.states[0].clone()
+        start = place.own(made.states[0].clone())
     if drift is not None and made is not None and made.drift is not None:
-        drift.copy_(made.drift)
-    elif drift is not None:
+        drift.copy_(place.own(made.drift))
+    elif drift is not None and drift.device == device and place.shared is None:
         fill_drift(drift, schedule, tuple(noise.shape), generator, noise.dtype)
         if system.basis is not None:
             system.basis.forward(drift.flatten(0, 1))
+    elif drift is not None:  # one step's after the other
+        part: Callable[[Tensor], Tensor] = lambda z: place.own(system.to_basis(z.to(system.dtype)))  # noqa: E731
+        fill_drift(drift, schedule, tuple(noise.shape), generator, noise.dtype, device, part)
     elif made is None:
         discard_draws(schedule, tuple(noise.shape), generator, noise.dtype, device)
     return NodeProblem(
-        chain, None if classes is None else classes.to(device),
+        chain, None if classes is None else place.own(classes.to(device)),
         cached(schedule, "density", lambda: density(schedule)), start, drift,
-        partial(ask, system, lease), None if system.draft is None else partial(ask_draft, system, {}),
+        partial(ask, system, lease) if place.shared is None else partial(place.shared.ask, lease),
+        None if system.draft is None else partial(ask_draft, system, {}),
         tol, settings.history, settings.ridge, settings.floor, backend,
         lambda what, make: cached(schedule, (what, slope, system.dtype, device), make), spots,
+        elements=place.elements, host=place.host,
     )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ from ..nodes.rounds import UNTOLD, NodeRounds
 from ..solution import Solution, Stats
 from .checked_timesteps import CheckedTimesteps
 from .initial_guess import linear_scan
-from .node_problem import lease_for, node_problem
+from .node_problem import node_problem
 from .options import Options
+from .placement import Placement
 from .sample_guess import sample_guess
 from .system import System
 from .workspace import Workspace
@@ -56,13 +57,14 @@ class NodeSolve:
     ) -> None:
         self.system = system
         self.certify_all = options.certify == "full" or request.return_trajectory
-        self.lease = lease_for(system, options.memory)
+        self.place = Placement.of(system, options)
+        self.lease = options.memory.lease(self.place.plan(), system.device)
         noise, solver, tol = request.noise, options.solver, options.allowed(request.noise.dtype)
         self.checked = checked
         spots = Spots() if self.certify_all else checked.spots(tol, system.batch)
         with torch.no_grad():
             self.problem = node_problem(
-                system,
+                self.place,
                 self.lease,
                 noise,
                 request.generator,
@@ -74,7 +76,8 @@ class NodeSolve:
                 spots,
             )
             if request.init is not None:
-                self.problem.guess = sample_guess(system, self.problem.chain, request.init, options.slope(noise))
+                guess = sample_guess(system, self.problem.chain, request.init, options.slope(noise))
+                self.problem.guess = guess._replace(sample=self.place.own(guess.sample))
         self.outcome: NodeOutcome | None = None
 
     def run(self, limit: int, report: RoundReport | None = None, work: Workspace | None = None) -> None:
@@ -146,10 +149,10 @@ class NodeSolve:
 
     def _begin(self, work: Workspace) -> None:
         chain, problem = work.chain, self.problem
-        chain.states[0].copy_(problem.start)
+        chain.states[0].copy_(self.place.whole(problem.start))
         chain.sq_diff.zero_(), chain.sq_norm.zero_()
         if chain.drift is not None and problem.drift is not None:
-            chain.drift.copy_(problem.drift)
+            chain.drift.copy_(self.place.whole(problem.drift))
 
     def _fill(self, work: Workspace, nodes: tuple[int, ...], remainder: Tensor) -> None:
         self._begin(work)
@@ -158,7 +161,7 @@ class NodeSolve:
             torch.tensor(nodes), torch.arange(chain.num_steps), problem.chain.unit
         ).to(chain.states)
         weights: Tensor = problem.cache(("all", nodes), make)
-        torch.mm(weights, remainder.flatten(1), out=chain.predictions.flatten(1))
+        torch.mm(weights, self.place.whole(remainder).flatten(1), out=chain.predictions.flatten(1))
         linear_scan(chain, chain.slope, torch.zeros_like(chain.lo), torch.full_like(chain.hi, chain.num_steps))
         chain.predictions.addcmul_(chain.slope[:, None], chain.states[:-1])
 
@@ -181,7 +184,7 @@ class NodeSolve:
         stats.residual_trace = torch.stack(trace)
         stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
         stats.draft_evals = 0 if system.draft is None else system.draft.evals
-        sample = system.from_basis(self._outcome.states[-1]).view(system.batch, *system.shape).to(system.model_dtype)
+        sample = system.from_basis(self.place.whole(self._outcome.states[-1])).view(system.batch, *system.shape)
         self.lease.release()
         stats.wall_seconds = time.perf_counter() - started
-        return Solution(sample, torch.ones(system.batch, dtype=torch.bool), stats)
+        return Solution(sample.to(system.model_dtype), torch.ones(system.batch, dtype=torch.bool), stats)

@@ -59,6 +59,8 @@ class Options:
     draft: Model | None = None
     certify: str = "estimate"
     weight: Weight | None = None
+    shard_states: bool = False
+    offload: bool = False
     learned: dict[str, int] = field(default_factory=dict)
     """What solves have told of the model, see `BatchedModel.learned`."""
     unshared: dict[Any, Any] = field(default_factory=dict)
@@ -66,7 +68,7 @@ class Options:
 
     @classmethod
     def check(
-        cls, model: Model, schedule: Schedule, solver: str | Solver, memory: SolverMemory | None, **given: Any
+        cls, model: Model, schedule: Schedule, solver: str | Solver, memory: SolverMemory | str | None, **given: Any
     ) -> Options:
         """Raises ValueError or TypeError, naming the argument, what was expected and what came."""
         arguments.check_model(model)
@@ -90,7 +92,10 @@ class Options:
             raise ValueError(
                 "solver: slope='spectral' needs DEQSampler(spectrum=SpectralSlope...) to take the slope from"
             )
-        arguments.check_memory(memory)
+        pool = None if isinstance(memory, str) else memory
+        arguments.check_memory(pool)
+        if isinstance(memory, str):
+            arguments.choice("memory", memory, ("device", "offload"))
         window = arguments.window(given["window"])
         resolved.check(schedule.num_steps, schedule.lags, window)
         return cls(
@@ -107,7 +112,9 @@ class Options:
             graph_cache=GraphCache(graphs),
             deterministic=arguments.choice("deterministic", given["deterministic"], (True, False)),
             spectrum=spectrum,
-            memory=memory if memory is not None else default_memory(),
+            memory=default_memory() if pool is None else pool,
+            offload=pool is None and memory == "offload",
+            shard_states=arguments.choice("shard_states", given["shard_states"], (True, False)),
             draft=draft,
             certify=arguments.choice("certify", given["certify"], ("estimate", "full")),
             weight=Weight.given(given["weight"], spectrum is not None or isinstance(resolved.slope, SpectralSlope)),
@@ -126,15 +133,22 @@ class Options:
         return found
 
     @property
+    def node_only(self) -> bool:
+        """Whether there is memory for rounds on nodes alone."""
+        return self.shard_states or self.offload
+
+    @property
     def knowledge(self) -> dict[Any, Any]:
         """What all samplers of the model have learned of it."""
         shared = shared_with_model(self.model)
         return self.unshared if shared is None else shared
 
     def recorded(self, recording: Recording) -> Options:
-        """The same, the model's predictions kept; nothing is recorded as a CUDA graph. Raises TypeError."""
+        """The same, the model's predictions kept; nothing is recorded as a CUDA graph. Raises TypeError, ValueError."""
         if not isinstance(recording, Recording):
             raise TypeError(f"recording: expected a deqdiff_fast.Recording, got {type(recording).__name__}")
+        if self.shard_states:
+            raise ValueError("recording: expected a sampler without shard_states, whose ranks see some rows each")
         model, graphs = RecordedModel(self.model, recording), GraphCache(False)
         return replace(copy(self), model=model, cuda_graph=False, graph_cache=graphs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from ..solver.picard import Picard
 from .checked_timesteps import checked_timesteps
 from .conclude import conclude
 from .dominant_entries import warn_of_dominant_entries
+from .node_only import solve_on_nodes
 from .node_solve import NodeSolve, begins_on_nodes
 from .options import Options
 from .plain_chain import PlainChain
@@ -93,14 +95,9 @@ def solve_parallel(system: System, options: Options, request: Request) -> Soluti
 
 
 def solve_rounds(
-    system: System,
-    options: Options,
-    request: Request,
-    stats: Stats,
-    started: float,
-    head: Head | None = None,
+    system: System, options: Options, request: Request, stats: Stats, started: float, head: Head | None = None,
     monitor: Monitor | None = None,
-) -> Solution:
+) -> Solution:  # fmt: skip
     """By rounds over `stats.window` timesteps.
 
     Args:
@@ -110,7 +107,8 @@ def solve_rounds(
     """
     rows = check_rows(system, options, request.noise)
     options, in_reach = with_tolerance_in_reach(options, rows, request.noise.dtype)
-    solution = _rounds(system, options, request, stats, started, head, monitor)
+    make = partial(solve_on_nodes, serially=solve_serially) if options.node_only else _rounds
+    solution = make(system, options, request, stats, started, head, monitor)
     if rows.solves == 1:
         warn_of_dominant_entries(solution.sample, options.norm(request.noise))
     stats.check_evals += system.check_evals

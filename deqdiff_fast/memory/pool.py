@@ -40,13 +40,13 @@ class Lease:
     safe to touch: their memory goes to another lease only when the last of them is gone.
     """
 
-    def __init__(self, memory: SolverMemory, plan: MemoryPlan, device: torch.device) -> None:
+    def __init__(self, memory: SolverMemory, plan: MemoryPlan, device: torch.device, pinned: bool = False) -> None:
         self._entries = plan.entries()
         self._offsets, total = plan.layout()
         self._memory = memory
         self.nbytes = max(total, 1)
         self.device = device
-        self._arena_lease, slab, self.generation = memory._take(self.nbytes, device)
+        self._arena_lease, slab, self.generation = memory._take(self.nbytes, device, pinned)
         self._slab: Tensor | None = slab
 
     @property
@@ -141,9 +141,10 @@ class SolverMemory:
             return default_memory, ()
         return partial(type(self), poison=self._poison), (self._byte_budget,)
 
-    def lease(self, plan: MemoryPlan, device: torch.device | str = "cpu") -> Lease:
-        """Memory for the plan's tensors on `device`. Raises MemoryError (torch.OutOfMemoryError on CUDA)."""
-        return Lease(self, plan, torch.device(device))
+    def lease(self, plan: MemoryPlan, device: torch.device | str = "cpu", *, pinned: bool = False) -> Lease:
+        """Memory for the plan's tensors on `device`; pinned: of the host, from where a CUDA device can copy without
+        waiting for it. Raises MemoryError (torch.OutOfMemoryError on CUDA)."""
+        return Lease(self, plan, torch.device(device), pinned)
 
     def stats(self) -> dict[str, int]:
         """Counters of what was leased.
@@ -167,14 +168,14 @@ class SolverMemory:
         if self._arena is not None:
             self._arena.trim()
 
-    def _take(self, nbytes: int, device: torch.device) -> tuple[Any, Tensor, int]:
+    def _take(self, nbytes: int, device: torch.device, pinned: bool) -> tuple[Any, Tensor, int]:
         """The arena's lease, where there is one, the slab: (nbytes,) uint8, and the lease's number."""
-        if device.type == "cpu" and self._arena is not None:
+        if device.type == "cpu" and self._arena is not None and not pinned:
             arena_lease = self._arena.lease(nbytes)
             return arena_lease, torch.frombuffer(arena_lease, dtype=torch.uint8), arena_lease.generation
         if device.type == "cpu":  # torch aligns host memory to 64 bytes only
-            slab = _host_bytes(nbytes + ALIGNMENT)
-            slab = slab[-slab.data_ptr() % ALIGNMENT :][:nbytes]
+            slab = _host_bytes(nbytes if pinned else nbytes + ALIGNMENT, pinned)
+            slab = slab if pinned else slab[-slab.data_ptr() % ALIGNMENT :][:nbytes]
         else:
             slab = torch.empty(nbytes, dtype=torch.uint8, device=device)
         if self._poison:
@@ -202,9 +203,9 @@ class SolverMemory:
             return counters[f"{prefix}leases"]
 
 
-def _host_bytes(count: int) -> Tensor:
+def _host_bytes(count: int, pinned: bool) -> Tensor:
     try:
-        return torch.empty(count, dtype=torch.uint8)
+        return torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
     except RuntimeError as error:
         raise MemoryError(f"solver memory: {error}") from error
 

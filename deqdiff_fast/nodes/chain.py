@@ -11,7 +11,8 @@ from ..kernels import node_scan
 from .draft_answers import DraftAnswers
 from .drift import composite_drift
 from .guess import spread_gap
-from .history import NodeHistory
+from .history import History, NodeHistory
+from .host_history import HostHistory
 from .node_grid import NodeGrid, Transfer, per_element
 from .problem import NodeProblem
 
@@ -36,10 +37,12 @@ class NodeChain:
         self._use(self._grid(nodes))
         self.remainder = self.states.new_zeros(self.states[1:].shape)
         self._scan(self.remainder, self.states)
-        self.history = NodeHistory(
-            problem.history + 1, self.states[1:], problem.ridge, problem.floor, problem.draft is not None,
-            problem.backend,
-        )  # fmt: skip
+        kept = (problem.history + 1, self.states[1:], problem.ridge, problem.floor)
+        self.history: History
+        if problem.host is None:
+            self.history = NodeHistory(*kept, problem.draft is not None, problem.elements, problem.backend)
+        else:
+            self.history = HostHistory(*kept, problem.elements, self.slope, problem.host, problem.backend)
         self.surprise = torch.zeros_like(self.remainder)
         self.moved = 1.0  # relative, by the sweeps of the last round
         if problem.guess is not None:
@@ -65,7 +68,8 @@ class NodeChain:
         self.drift = None
         self.answers = None if self.draft is None else DraftAnswers(self.draft, grid.nodes)
         if problem.drift is not None:
-            self.drift = composite_drift(problem.chain, problem.classes, grid.nodes, problem.drift)
+            kinds, device = problem.classes, problem.start.device
+            self.drift = composite_drift(problem.chain, kinds, grid.nodes, problem.drift, device)
 
     def _scan(self, remainder: Tensor, out: Tensor) -> None:
         """States that follow from the remainders at the nodes."""
@@ -92,15 +96,17 @@ class NodeChain:
         """What the model said at the nodes, (n, B, D); asked: (n, B) bool, where it was asked, None for everywhere."""
         states = self.states[:-1]
         draft = None if self.answers is None else self.answers.at(states, STILL * SETTLED * self.problem.tol)
-        surprise = answers - self.slope * states - self.remainder
-        self.surprise = surprise if asked is None else torch.where(asked[..., None], surprise, self.surprise)
+        surprise = torch.addcmul(answers, self.slope, states, value=-1).sub_(self.remainder)
         if self.history.guess_error is None:
-            self.history.guess_error = surprise.norm(dim=2)
+            (self.history.guess_error,) = self.problem.elements.norms(surprise.norm(dim=2))
+        if asked is not None:
+            torch.where(asked[..., None], surprise, self.surprise, out=surprise)
+        self.surprise = surprise
         self.history.push(asked, states, answers, draft)
 
     def base(self) -> Tensor:
         """(n, B, D): the remainders as the model last gave them."""
-        return self.history.e[0] - self.slope * self.history.z[0]
+        return self.history.base(self.slope)
 
     def advance(self) -> Tensor:
         """The chain with what is known now. Returns (n, B): the step at each node against the last one, at most 1."""
@@ -110,7 +116,7 @@ class NodeChain:
             self._correct(self.base(), self.remainder)
         else:
             self._sweep(self.base(), self.remainder)
-        made, before = (self.states[:-1] - history.z[0]).norm(dim=2), history.moved()
+        made, before = self.problem.elements.norms(history.distance(self.states[:-1]), history.moved())
         return torch.where(before > 0, made / before, (made > 0).to(made)).nan_to_num_(1.0).clamp_max_(1.0)
 
     def _correct(self, base: Tensor, out: Tensor) -> None:
@@ -141,7 +147,9 @@ class NodeChain:
         """Sweeps of the draft over all nodes at once, until they move the sample no more; whether they have settled."""
         assert self.answers is not None
         moved, bound = float("inf"), max(SETTLED * self.problem.tol, LOOSE * self.moved)
-        if base is not None and self.history.draft is not None:  # by what the model said other than the draft
+        if (
+            base is not None and isinstance(self.history, NodeHistory) and self.history.draft is not None
+        ):  # by what the model said other than the draft
             off = self.history.e[0] - self.history.draft[0]
             extra = off if extra is None else off.add_(extra)
         for _ in range(SWEEPS):

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .elements import ALL_ELEMENTS, Elements, joined
 from .node_grid import NodeGrid, per_element
 
 SLOWEST = 0.9  # rate of surprises that are not taken to end at all
@@ -64,6 +65,7 @@ def estimate(
     remainder: Tensor,
     states: Tensor,
     last: Tensor,
+    elements: Elements = ALL_ELEMENTS,
 ) -> Estimate:
     """The estimate of a round.
 
@@ -73,18 +75,38 @@ def estimate(
         remainder: (n, B, D) at the nodes.
         states: (n + 1, B, D), of the nodes and the sample.
         last: (B, D), the sample of the round before.
+        elements: which D are.
     """
-    sizes, sample = states.norm(dim=2).clamp_min(torch.finfo(states.dtype).tiny), states[-1]
-    size, expected = sizes[-1], surprise * shrinking[..., None]
-    weighted = expected * per_element(grid.influence, classes)
-    here = expected.mul_(per_element(grid.local, classes)).norm(dim=2) / sizes[1:]
-    missed = torch.mm(grid.leave_one_out, remainder.flatten(1)).view_as(remainder)
-    rough_here = (missed * per_element(grid.local_excess, classes)).norm(dim=2) / sizes[1:]
-    rough = torch.maximum(missed.mul_(per_element(grid.excess, classes)).norm(dim=2) / size, rough_here)
+    own = joined(
+        [
+            _lengths(grid, None if classes is None else classes[at], shrinking,
+                     surprise[..., at], remainder[..., at], states[..., at], last[..., at])
+            for at in elements.pieces(states.shape[2])
+        ]
+    )  # fmt: skip
+    sizes, together, weighted, here, rough, rough_here, step = elements.norms(*own)
+    sizes = sizes.clamp_min(torch.finfo(states.dtype).tiny)
+    size, rough = sizes[-1], torch.maximum(rough / sizes[-1], rough_here / sizes[1:])
     return Estimate(
-        weighted.sum(0).norm(dim=1) / size,
+        together / size,
         rough.norm(dim=0),
-        (sample - last).norm(dim=1) / size,
-        torch.maximum(weighted.norm(dim=2) / size, here),
+        step / size,
+        torch.maximum(weighted / size, here / sizes[1:]),
         rough,
     )
+
+
+def _lengths(
+    grid: NodeGrid, classes: Tensor | None, shrinking: Tensor, surprise: Tensor, remainder: Tensor, states: Tensor,
+    last: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """L2 over elements: of the states; of the next step of the sample, and each node's part in it; of what that does to
+    the next state; of what interpolation misses, in the sample and in the next state; of this step of the sample."""
+    expected = surprise * shrinking[..., None]
+    weighted = expected * per_element(grid.influence, classes)
+    together, parts = weighted.sum(0).norm(dim=1), weighted.norm(dim=2)
+    here = expected.mul_(per_element(grid.local, classes)).norm(dim=2)
+    missed = torch.mm(grid.leave_one_out, remainder.flatten(1)).view_as(remainder)
+    rough_here = (missed * per_element(grid.local_excess, classes)).norm(dim=2)
+    rough = missed.mul_(per_element(grid.excess, classes)).norm(dim=2)
+    return states.norm(dim=2), together, parts, here, rough, rough_here, (states[-1] - last).norm(dim=1)

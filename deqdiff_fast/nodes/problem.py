@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from .composite import LinearChain
+from .elements import ALL_ELEMENTS, Elements
 from .guess import SampleGuess
+from .host_history import HostMemory
 from .node_grid import NodeGrid
 
 Ask = Callable[[Tensor, Tensor, Tensor, Tensor, int], None]
@@ -45,6 +47,8 @@ class NodeProblem:
         history, ridge, floor: of the secants, see `QuasiNewton`.
         spots: to be asked beside the nodes.
         guess: of the sample, or None.
+        elements: which of a state are here: these D.
+        host: where the history is kept, None: with the states.
     """
 
     chain: LinearChain
@@ -62,6 +66,8 @@ class NodeProblem:
     cache: Cache
     spots: Spots
     guess: SampleGuess | None = None
+    elements: Elements = ALL_ELEMENTS
+    host: HostMemory | None = None
 
 
 @dataclass

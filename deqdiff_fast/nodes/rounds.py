@@ -47,7 +47,7 @@ class NodeRounds:
         self.done, self.hopeless = [False] * self.batch, [False] * self.batch
         self.rough: bool | None = None  # as far as spots have shown
         self.evaluated, self.check_evals = set[int](), 0
-        self.safety = 1 + SCATTER / problem.start.shape[1] ** 0.5
+        self.safety = 1 + SCATTER / problem.elements.numel(problem.start.shape[1]) ** 0.5
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype)
         self.rate: Tensor | None = None
         self.missed: Tensor | None = None  # by interpolation, as spots have just shown
@@ -134,8 +134,9 @@ class NodeRounds:
         chain, last = self.chain, self.chain.states[-1].clone()
         shrinking = chain.advance()
         return estimate(
-            chain.grid, self.problem.classes, chain.surprise, shrinking, chain.remainder, chain.states, last
-        )
+            chain.grid, self.problem.classes, chain.surprise, shrinking, chain.remainder, chain.states, last,
+            self.problem.elements,
+        )  # fmt: skip
 
     def _estimate_error(self, found: Estimate, before: Estimate | None, changed: bool) -> Tensor:
         """(B,) float64: the estimate of the error.

@@ -18,6 +18,7 @@ from ..kernels import node_scan
 from .chain import NodeChain
 from .composite import LinearChain
 from .drift import composite_drift
+from .elements import joined
 from .grid import adjoint
 from .node_grid import Transfer, per_element
 from .problem import Spots
@@ -71,7 +72,7 @@ def spots_along(chain: NodeChain, wanted: Spots) -> SpotStates | None:
     drift = None
     if problem.drift is not None:
         own = problem.drift[:, sample : sample + 1]
-        drift = composite_drift(problem.chain, problem.classes, tables.targets, own)
+        drift = composite_drift(problem.chain, problem.classes, tables.targets, own, like.device)
     states = like.new_empty(len(tables.targets) + 1, *like.shape)
     states[0] = like
     node_scan(
@@ -86,14 +87,28 @@ def missed_at(spots: SpotStates, chain: NodeChain, answers: Tensor) -> Tensor:
 
     By the rule of `estimate.estimate`: an interval counts at least as much as it moves the state at its end.
     """
-    problem, tables = chain.problem, spots.tables
-    classes, at = problem.classes, slice(problem.spots.sample, problem.spots.sample + 1)
-    found = answers - per_element(tables.slope, classes) * spots.states
-    known = chain.base()[:, at].flatten(1)
-    found -= torch.mm(tables.transfer.scaled[tables.among], known).view_as(found)
-    sizes = chain.states[:, at].norm(dim=2)
-    into = found.new_zeros(len(chain.grid.nodes), *found.shape[1:])
-    far = into.index_add(0, tables.interval, found * per_element(tables.influence, classes)).norm(dim=2) / sizes[-1]
-    near = into.index_add(0, tables.interval, found * per_element(tables.local, classes)).norm(dim=2) / sizes[1:]
-    missed: Tensor = torch.maximum(far, near).norm()
+    problem, which = chain.problem, slice(chain.problem.spots.sample, chain.problem.spots.sample + 1)
+    known, states = chain.base()[:, which], chain.states[:, which]
+    own = joined(
+        [
+            _carried(spots.tables, None if problem.classes is None else problem.classes[at], answers[..., at],
+                     spots.states[..., at], known[..., at], states[..., at])
+            for at in problem.elements.pieces(states.shape[2])
+        ]
+    )  # fmt: skip
+    far, near, sizes = problem.elements.norms(*own)
+    missed: Tensor = torch.maximum(far / sizes[-1], near / sizes[1:]).norm()
     return missed
+
+
+def _carried(
+    tables: SpotTables, classes: Tensor | None, answers: Tensor, there: Tensor, known: Tensor, states: Tensor
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """L2 over elements of what interpolation misses, carried to the sample and to the next node's state, by intervals;
+    and of the states. known: (n, 1, D) remainders at the nodes. there: (m, 1, D) states at the spots."""
+    found = answers - per_element(tables.slope, classes) * there
+    found -= torch.mm(tables.transfer.scaled[tables.among], known.flatten(1)).view_as(found)
+    into = found.new_zeros(len(known), *found.shape[1:])
+    far = into.index_add(0, tables.interval, found * per_element(tables.influence, classes)).norm(dim=2)
+    near = into.index_add_(0, tables.interval, found.mul_(per_element(tables.local, classes))).norm(dim=2)
+    return far, near, states.norm(dim=2)

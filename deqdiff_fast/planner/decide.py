@@ -23,7 +23,7 @@ class PlannerInputs:
     of the model, given its rows. expect: what a solve with that window takes. correction: measured over predicted
     seconds of solves with that window. fits: whether the solver's memory for that window is there. limit: most rows in
     one call. max_rounds: most rounds that are allowed. previous: the window chosen last. nodes: whether solves of all
-    timesteps are made by rounds on nodes.
+    timesteps are made by rounds on nodes. windows: whether some timesteps at a time are a choice.
     """
 
     steps: int
@@ -38,6 +38,7 @@ class PlannerInputs:
     max_rounds: int | None = None
     previous: int | None = None
     nodes: bool = False
+    windows: bool = True
 
     def on_nodes(self, window: int) -> bool:
         """Whether a solve with that window is made by rounds on nodes."""
@@ -129,7 +130,7 @@ def decide(inputs: PlannerInputs) -> Plan:
     steps, batch, previous = inputs.steps, inputs.batch, inputs.previous
     step_seconds = None if inputs.step is None else steps * inputs.step
     candidates = [Candidate(1, RoundEstimate(steps, 1.0), step_seconds, batch)]
-    narrow = [candidate(inputs, window) for window in windows(steps)]
+    narrow = [candidate(inputs, window) for window in windows(steps) if inputs.windows]
     if narrow:
         candidates.append(min(narrow, key=lambda c: _seconds(c) * (MARGIN if c.window == previous else 1.0)))
     if steps > 1:

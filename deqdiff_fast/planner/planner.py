@@ -6,12 +6,13 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._locks import Lock
-from ..engine.node_problem import node_bytes
 from ..engine.node_solve import begins_on_nodes
 from ..engine.options import DEFAULT_TOL, Options
+from ..engine.placement import Placement
 from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..model.knowledge import signature_of, variant_of
@@ -50,7 +51,8 @@ class Planner:
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
         kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)
         self._tol, self._nodes = tol, begins_on_nodes(options, schedule.num_steps, warm=False)
-        self._kind = (*kind, self._nodes, None if options.draft is None else id(options.draft))
+        draft = None if options.draft is None else id(options.draft)
+        self._kind = (*kind, self._nodes, draft, options.shard_states, options.offload)
 
     def __reduce__(self) -> tuple[Any, ...]:
         clock = None if isinstance(self.clock, SharedClock) else self.clock
@@ -132,20 +134,26 @@ class Planner:
             fits=lambda window: self._fits(workload, window, usable),
             limit=limit,
             max_rounds=self.options.round_limit(),
+            windows=not self.options.node_only,
             previous=None if previous is None else previous.chosen.window,
             nodes=self.on_nodes(workload, steps),
         )
 
     def _fits(self, workload: Workload, window: int, usable: float) -> bool:
         """Whether the solver's memory for that window, or even for all timesteps, is there."""
-        known = workload.stats.solver_bytes
-        for size in (self.options.schedule.num_steps, window):
+        known, options = workload.stats.solver_bytes, self.options
+        for size in (options.schedule.num_steps, window):
             if size not in known:
-                system = self.options.system(workload.noise, workload.model_kwargs)
-                layout = Workspace.layout(system, self.options.solver, size, self.options.backend).layout()
-                nodes = self.on_nodes(workload, size)  # whose memory stays until the rounds that may follow have begun
-                known[size] = layout[1] + (node_bytes(system, self.options.solver) if nodes else 0)
-            if known[size] <= usable:
+                system = options.system(workload.noise, workload.model_kwargs)
+                device = host = 0
+                if self.on_nodes(workload, size):  # whose memory stays until the rounds that may follow have begun
+                    device, host = Placement.of(system, options).bytes(options.solver)
+                if not options.node_only:
+                    device += Workspace.layout(system, options.solver, size, options.backend).layout()[1]
+                known[size] = device, host
+            device, host = known[size]
+            alone = options.ranks is None  # what others have free of the host was not asked
+            if device <= usable and (host == 0 or not alone or host <= usable_bytes(torch.device("cpu"))):
                 return True
         return False
 

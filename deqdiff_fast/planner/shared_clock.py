@@ -27,5 +27,6 @@ class SharedClock:
         return self.ranks.first(self._own())
 
     def last(self) -> float:
-        """When rank 0 sent its rows of the last model call since the clock was asked: nothing is exchanged for that."""
-        return self.ranks.stamp
+        """When rank 0 sent its rows of the last model call since the clock was asked: nothing is exchanged for that,
+        but along other dimensions of a mesh."""
+        return self.ranks.first_of_others(self.ranks.stamp)

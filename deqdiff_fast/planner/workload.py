@@ -32,7 +32,7 @@ class WorkloadStats:
     corrections: dict[bool, float] = field(default_factory=dict)
     measure_budget: float = 0.0
     probe_cost: float = 0.0
-    solver_bytes: dict[int, int] = field(default_factory=dict)
+    solver_bytes: dict[int, tuple[int, int]] = field(default_factory=dict)
     draft_seconds: float = 0.0
     suspect: bool = False
     unchecked: int = 0

@@ -52,9 +52,12 @@ def begin_together(
         if other:
             message = f"rank {rank} was called with other {' and other '.join(other)} than rank 0; all ranks must be "
             raise ranks.agreed(RankError(f"{message}called with the same", rank=rank))
-    least = min(row[2] for row in table)
+    looking, least = max(row[1] for row in table), min(row[2] for row in table)
+    for along in ranks.others:
+        rows = along.exchange([looking, least])
+        looking, least = max(row[0] for row in rows), min(row[1] for row in rows)
     ranks.usable = math.inf if least >= _MOST_BYTES else float(least)
-    return AgreedCallback(ranks, callback) if any(row[1] for row in table) else None
+    return AgreedCallback(ranks, callback) if looking else None
 
 
 def _raise_own(ranks: Ranks, statuses: list[int], done: Any) -> None:
@@ -78,4 +81,7 @@ class AgreedCallback:
         done = attempt(lambda: callback is not None and asks_to_stop(callback(info)))
         table = self.ranks.exchange([done.status, int(bool(done.value))])
         _raise_own(self.ranks, [status for status, _ in table], done)
-        return any(stops for _, stops in table)
+        stops = max(stops for _, stops in table)
+        for other in self.ranks.others:
+            stops = max(row[0] for row in other.exchange([stops]))
+        return bool(stops)

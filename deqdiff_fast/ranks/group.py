@@ -7,6 +7,7 @@ a second whether one of them has left a note in the group's store; so a solve th
 from __future__ import annotations
 
 import math
+import struct
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from torch import distributed as dist
 from .._locks import Lock
 from ..errors import DeqDiffError, RankError
 from .notes import Notes
-from .resolve import resolve_group
+from .resolve import other_dimensions, resolve_group
 
 LOOK = timedelta(seconds=1)  # how long a rank waits before it looks for notes of the others
 TEXT = 1024  # bytes of a message in words
@@ -43,6 +44,9 @@ class Ranks:
         solving: how many solves, one inside the other, are being made.
         stamp: what the clock of rank 0 said when it sent its rows of the last call.
         usable: bytes of memory that a solve may use, the least of all ranks.
+        others: those along the other dimensions of a mesh, if the group is a part of one: a model that is itself spread
+            out over them must be called alike there, so whatever is decided by the time or by a callback is decided
+            alike.
     """
 
     def __init__(self, group: Any) -> None:
@@ -53,18 +57,21 @@ class Ranks:
         self.stamp, self.usable = 0.0, math.inf
         self._kinds = {part.split(":")[0] for part in dist.get_backend_config(group).split(",")}
         self._notes = Notes(group, self.rank, self.size)
-        self.solving = 0
+        self.solving, self.others = 0, list[Ranks]()
         self._gone = ""  # why nothing can be exchanged any more
         self._joint: BaseException | None = None  # the last error that all ranks have raised
 
     @classmethod
     def of(cls, group: Any) -> Ranks:
         """That of a ProcessGroup, a 1-D DeviceMesh or "world". Raises TypeError, ValueError."""
-        found = resolve_group(group)
+        found, others = resolve_group(group), [one for one in other_dimensions(group) if dist.get_world_size(one) > 1]
         with _lock:
-            if found not in _KNOWN:
-                _KNOWN[found] = cls(found)
-            return _KNOWN[found]
+            for one in (found, *others):
+                if one not in _KNOWN:
+                    _KNOWN[one] = cls(one)
+            ranks = _KNOWN[found]
+            ranks.others = [_KNOWN[one] for one in others] or ranks.others
+            return ranks
 
     def device_for(self, device: torch.device) -> torch.device:
         """Where bytes are to lie that are exchanged about tensors on that device."""
@@ -84,6 +91,17 @@ class Ranks:
             begin = partial(dist.all_reduce, place, async_op=True)
             self._make(begin, place.device, 2 * (self.size - 1) * place.nbytes // self.size)
             values.copy_(place)
+
+    def swap(self, out: Tensor, own: Tensor, taken: list[int], given: list[int]) -> None:
+        """given[k] elements of `own` to every rank k, in order, and taken[k] of each into `out`, of one dimension.
+
+        Raises RankError as `gather`."""
+        device = self.device_for(own.device)
+        place, there = (out, own) if own.device == device else (torch.empty_like(out, device=device), own.to(device))
+        begin = partial(dist.all_to_all_single, place, there, taken, given, async_op=True)
+        self._make(begin, device, (own.numel() - given[self.rank]) * own.element_size())
+        if place is not out:
+            out.copy_(place)
 
     def _make(self, begin: Callable[..., Any], device: torch.device, sent: int) -> None:
         """One exchange, and the count of it."""
@@ -126,12 +144,15 @@ class Ranks:
         return [b"".join(n.to_bytes(7, "little") for n in row)[:count].decode(errors="ignore") for count, *row in rows]
 
     def first(self, value: float) -> float:
-        """The number that rank 0 has."""
-        if self.size == 1:
-            return value
-        bits = torch.tensor(value, dtype=torch.float64, device="cpu").view(torch.int64).item()
-        found = torch.tensor(self.exchange([int(bits)])[0][0], dtype=torch.int64, device="cpu").view(torch.float64)
-        return float(found)
+        """The number that rank 0 has, of the whole mesh where there is one."""
+        found = value if self.size == 1 else number(self.exchange([bits(value)])[0][0])
+        return self.first_of_others(found)
+
+    def first_of_others(self, value: float) -> float:
+        """The number, the same in this group, that the first rank of the mesh has."""
+        for other in self.others:
+            value = other.first(value)
+        return value
 
     def agreed(self, error: BaseException) -> BaseException:
         """The error, which all ranks raise: none of them need be told that this one leaves."""
@@ -171,6 +192,16 @@ class Ranks:
             rank = -1
             self._gone = f"exchange {self.messages} failed, though all ranks are there: {str(error).splitlines()[0]}"
         return RankError(self._gone, rank=rank)
+
+
+def bits(value: float) -> int:
+    """A float64 as a whole number, to be sent among such."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def number(sent: int) -> float:
+    """What `bits` was given."""
+    return float(struct.unpack("<d", struct.pack("<q", sent))[0])
 
 
 def _made(work: Any) -> bool:

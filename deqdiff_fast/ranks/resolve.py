@@ -41,6 +41,19 @@ def resolve_group(group: Any) -> Any:
     )
 
 
+def other_dimensions(group: Any) -> list[Any]:
+    """The process groups of this rank along the other dimensions of the mesh that `group` is one of; none for what is
+    no such part."""
+    names = getattr(group, "mesh_dim_names", None)
+    if not names:
+        return []
+    if hasattr(group, "_get_root_mesh"):  # torch has no public way to it
+        root = group._get_root_mesh()
+    else:
+        root = dist.device_mesh._mesh_resources.get_root_mesh(group)
+    return [root.get_group(name) for name in root.mesh_dim_names if name not in names]
+
+
 def _destroy() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ModelOutputError, RankError
 from .faults import OTHER_FORM, Attempt, attempt, raise_on_all
-from .group import Ranks
+from .group import Ranks, bits, number
 from .shares import HEADER, message_bytes, share_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -100,16 +99,15 @@ class RowGather:
         ranks, row_bytes = self.ranks, form.bytes
         size = message_bytes(rows, ranks.size, row_bytes)
         own, out = self._buffers(ranks.device_for(seen.device), size)
-        stamp = struct.unpack("<q", struct.pack("<d", ranks.now()))[0]
-        header = own[:HEADER].view(torch.int64)
-        header.copy_(torch.tensor([status, rows, 0, ranks.messages, stamp], dtype=torch.int64, device="cpu"))
+        header, now = own[:HEADER].view(torch.int64), bits(ranks.now())
+        header.copy_(torch.tensor([status, rows, 0, ranks.messages, now], dtype=torch.int64, device="cpu"))
         header[2].copy_(seen)
         if isinstance(done.value, Tensor) and status == 0:
             place = own[HEADER : HEADER + len(done.value) * row_bytes].view(form.dtype)
             place.view(len(done.value), *form.shape).copy_(done.value)
         ranks.gather(out, own)
         heads = out[:, :HEADER].view(torch.int64).tolist()
-        ranks.stamp = struct.unpack("<d", struct.pack("<q", heads[0][4]))[0]
+        ranks.stamp = number(heads[0][4])
         self.compare([head[1:4] for head in heads])
         found = torch.empty(rows, *form.shape, dtype=form.dtype, device=seen.device)
         for rank in range(ranks.size):

@@ -59,6 +59,17 @@ def sharded(model: Model, group: Any = "world") -> Model:
     return ShardedModel(model, ranks)
 
 
+def unshared(model: Model) -> Model:
+    """What `sharded` was given."""
+    if isinstance(model, ShardedModel):
+        return model.model
+    if isinstance(model, Guided):
+        halves = copy(model)
+        halves.model = unshared(model.model)
+        return halves
+    return model
+
+
 class ShardedModel:
     """See `sharded`; in everything but its calls the model itself."""
 

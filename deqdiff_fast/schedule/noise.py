@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,15 +32,20 @@ def draw(shape: tuple[int, ...], generator: Generators, dtype: torch.dtype, devi
 
 
 def fill_drift(
-    drift: Tensor, schedule: Schedule, shape: tuple[int, ...], generator: Generators, dtype: torch.dtype
-) -> None:
-    """drift[i] = noise_coef[i] * z_i in place, drift: (T, B, D). Draws exactly where the schedule says so."""
+    drift: Tensor, schedule: Schedule, shape: tuple[int, ...], generator: Generators, dtype: torch.dtype,
+    device: torch.device | None = None, part: Callable[[Tensor], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """drift[i] = noise_coef[i] * z_i in place, drift: (T, B, D). Draws exactly where the schedule says so.
+
+    device: where z_i, (B, D), is drawn, None for that of the drift. part: what is kept of it.
+    """
+    device = drift.device if device is None else device
     assert schedule.draws is not None  # filled in by the schedule itself
     frozen = iter(generator.draws) if isinstance(generator, FrozenNoise) else None
     for i, (scale, drawn) in enumerate(zip(schedule.noise_coef.tolist(), schedule.draws.tolist())):
         if drawn:
-            z = draw(shape, generator, dtype, drift.device) if frozen is None else next(frozen)
-            drift[i].copy_(z.flatten(1)).mul_(scale)
+            z = (draw(shape, generator, dtype, device) if frozen is None else next(frozen)).flatten(1)
+            drift[i].copy_(z if part is None else part(z)).mul_(scale)
         else:
             drift[i].zero_()
 

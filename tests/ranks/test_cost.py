@@ -1,0 +1,14 @@
+"""Rounds over a slow network cost what the prediction of `bench ranks` says."""
+
+from __future__ import annotations
+
+import pytest
+from rank_launch import CheckedFile
+
+CHECKS = CheckedFile("cost_checks.py")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("check", CHECKS.names)
+def test_on_all_ranks(check: str, size: int) -> None:
+    CHECKS.passes(check, size)

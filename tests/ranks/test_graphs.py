@@ -1,0 +1,13 @@
+"""Model calls on several processes and CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+from rank_launch import CheckedFile
+
+CHECKS = CheckedFile("graph_checks.py")
+
+
+@pytest.mark.parametrize("check", CHECKS.names)
+def test_on_all_ranks(check: str) -> None:
+    CHECKS.passes(check, 2)
