@@ -14,9 +14,10 @@ from ._devices import methods_with_tables_on_cpu
 from ._types import Backend, Generators, Model, OnFailure
 from .engine.begin import begun
 from .engine.node_only import check_options
+from .engine.node_solve import without_other_states
 from .engine.options import Options
 from .engine.sample_guess import Init, resolve_init
-from .engine.solve import Request, solve_parallel, solve_serially, without_other_states
+from .engine.solve import Request, solve_parallel, solve_serially
 from .gradient import Gradient, Problem, Unrolled
 from .gradient import resolve as resolve_gradient
 from .gradient.adjoint_solve import adjoint_solve

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import Tensor
 
 from .._types import OnFailure
 from ..solution import Solution, Stats
@@ -64,3 +65,8 @@ def conclude(
             "raise max_rounds, loosen tol, or use on_failure='serial'", stacklevel=5,
         )  # fmt: skip
     return solution
+
+
+def no_samples(noise: Tensor, stats: Stats) -> Solution:
+    """The solution for a batch of none."""
+    return Solution(noise.detach().clone(), torch.ones(0, dtype=torch.bool), stats)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,18 @@ def begins_on_nodes(options: Options, window: int, warm: bool) -> bool:
     schedule, solver = options.schedule, options.solver
     suitable = schedule.num_steps >= FEWEST_STEPS and schedule.lags <= MOST_LAGS and solver.slope is not None
     return solver.nodes and suitable and not warm and window >= schedule.num_steps and options.round_limit() > UNTOLD
+
+
+def without_other_states(request: Request, options: Options) -> Request:
+    """The same request; of a trajectory that starts at other noises only the sample is kept, as a guess, where there
+    are rounds on nodes: what a model decides between two neighbours is seen there, by how far their states differ.
+    """
+    states, noise = request.init_trajectory, request.noise
+    if states is None or not begins_on_nodes(options, options.first_window, warm=False):
+        return request
+    off, size = ((x.flatten(1).norm(dim=1)) for x in (states[0] - noise, noise))
+    other = bool((off > options.floor(noise.dtype) * size).any())
+    return replace(request, init=states[-1], init_trajectory=None) if other else request
 
 
 class NodeSolve:

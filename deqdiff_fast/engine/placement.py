@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .options import Options
 
 ITERATES = 8  # states, remainders, answers, surprises and what is made of them in a round, old and new
-ITERATES_LEFT = 7  # where the history is on the host and what is made is made in pieces
+ITERATES_LEFT = 9  # where the history is on the host and what is made is made in pieces
 PIECE_BYTES = 1 << 28  # that the host keeps of a piece; pinned memory comes in powers of two
 PIECES = 3  # of that size that are on the device at a time
 

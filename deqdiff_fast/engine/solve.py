@@ -18,7 +18,7 @@ from ..schedule.noise import freeze
 from ..solution import Callback, Solution, Stats
 from ..solver.picard import Picard
 from .checked_timesteps import checked_timesteps
-from .conclude import conclude
+from .conclude import conclude, no_samples
 from .dominant_entries import warn_of_dominant_entries
 from .node_only import solve_on_nodes
 from .node_solve import NodeSolve, begins_on_nodes
@@ -57,18 +57,6 @@ class Request:
     init_trajectory: Tensor | None = None
     return_trajectory: bool = False
     init: Tensor | None = None  # a guess of the sample, (B, *shape)
-
-
-def without_other_states(request: Request, options: Options) -> Request:
-    """The same request; of a trajectory that starts at other noises only the sample is kept, as a guess, where there
-    are rounds on nodes: what a model decides between two neighbours is seen there, by how far their states differ.
-    """
-    states, noise = request.init_trajectory, request.noise
-    if states is None or not begins_on_nodes(options, options.first_window, warm=False):
-        return request
-    off, size = ((x.flatten(1).norm(dim=1)) for x in (states[0] - noise, noise))
-    other = bool((off > options.floor(noise.dtype) * size).any())
-    return replace(request, init=states[-1], init_trajectory=None) if other else request
 
 
 @dataclass
@@ -270,8 +258,3 @@ def plain_solution(chain: PlainChain, stats: Stats, started: float) -> Solution 
     stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
     stats.wall_seconds = time.perf_counter() - started
     return Solution(sample, torch.ones(system.batch, dtype=torch.bool), stats)
-
-
-def no_samples(noise: Tensor, stats: Stats) -> Solution:
-    """The solution for a batch of none."""
-    return Solution(noise.detach().clone(), torch.ones(0, dtype=torch.bool), stats)

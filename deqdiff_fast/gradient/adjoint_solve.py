@@ -30,6 +30,7 @@ def adjoint_solve(options: Options) -> Adjoint:
             tol=tol or min(ADJOINT_TOL, options.tol or ADJOINT_TOL), max_rounds=None, window="auto",
             backend=options.backend, on_failure="serial", max_batch=options.max_batch, cuda_graph="auto",
             deterministic=True, spectrum=None, draft=None, certify="estimate", weight=None, group=None,
+            shard_states=False,
         )  # fmt: skip
         request = Request(start, None, return_trajectory=True)
         with torch.no_grad():

@@ -128,6 +128,7 @@ class NodeHistory(History):
         self.z = like.new_zeros(columns, *like.shape)
         self.e, self.draft = torch.zeros_like(self.z), torch.zeros_like(self.z) if drafted else None
         self.dz: Tensor | None = None
+        self.dr: Tensor | None = None
 
     def push(self, asked: Tensor | None, states: Tensor, predictions: Tensor, draft: Tensor | None) -> None:
         super().push(asked, states, predictions, draft)
@@ -176,6 +177,7 @@ class NodeHistory(History):
     def prepare(self, slope: Tensor) -> None:
         if len(self.z) == 1:
             return
+        self.dz = self.dr = None  # their memory, before that of the new ones
         dz, dr = self.z[1:] - self.z[0], self.e[1:] - self.e[0]
         if self.draft is None:
             dr.addcmul_(slope, dz, value=-1)
@@ -185,13 +187,13 @@ class NodeHistory(History):
         self._fit(torch.bmm(self.dz, self.dz.transpose(1, 2)), self.z[0].norm(dim=2))
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
-        if self.dz is None:
+        dz, dr = self.dz, self.dr
+        if dz is None or dr is None:
             out.copy_(base)
             return
-        dz = self.dz
         moved = (states - self.z[0]).view(len(dz), -1, 1)
         weights, numel = self._weights(float64(torch.bmm(dz, moved))).to(dz), dz.shape[2]
-        torch.baddbmm(base.reshape(-1, 1, numel), weights.transpose(1, 2), self.dr, out=out.view(-1, 1, numel))
+        torch.baddbmm(base.reshape(-1, 1, numel), weights.transpose(1, 2), dr, out=out.view(-1, 1, numel))
 
 
 def through(weights: Tensor, values: Tensor) -> Tensor:

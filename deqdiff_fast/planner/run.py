@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ..engine.checked_timesteps import AFTERWARDS
-from ..engine.conclude import conclude
+from ..engine.conclude import conclude, no_samples
 from ..engine.progress import Reporter
 from ..engine.serial import finish_serially
-from ..engine.solve import Head, Request, no_samples, plain_chain, plain_solution, solve_rounds, solve_serially
+from ..engine.solve import Head, Request, plain_chain, plain_solution, solve_rounds, solve_serially
 from ..engine.system import System
 from ..engine.workspace import Workspace
 from ..plan import Plan, RoundEstimate

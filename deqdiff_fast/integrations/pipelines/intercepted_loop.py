@@ -216,14 +216,13 @@ class InterceptedLoop:
 
     def _same_latents(self, sample: Tensor) -> bool:
         """Whether the loop goes on with the state that it was given, or writes over a part of every state."""
-        assert self.chain is not None
         chain = self.chain
+        assert chain is not None
         if is_tiled(sample, chain.states[min(self.index, len(chain.states) - 1)]):
             return chain.overwriting is None or self.noising is not None  # it is to write in every step
-        if self.monitor.active:  # what a callback writes now it need not write in every step
-            return False
         own = sample[: len(chain.problem.start)]
-        return is_tiled(sample, own) and chain.overwrite(own, self.index, self.noising)
+        tiled = is_tiled(sample, own) and not self.monitor.active  # what a callback writes it need not write every time
+        return tiled and chain.overwrite(own, self.index, self.noising)
 
     def _source(self) -> Tensor:
         """(B, *shape), what the inputs of this step are made of."""
