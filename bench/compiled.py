@@ -134,10 +134,10 @@ def launch_row(solver: str) -> dict[str, Any]:
     mode, rounds = Operations(), []
     before, step = solve.lookahead_policy, loop.DeviceLoop.step
 
-    def watched(self: Any, round: int) -> None:
+    def watched(self: Any, round: int, *doubted: Any) -> None:
         mode.found.clear()
         mode.counting = True
-        step(self, round)
+        step(self, round, *doubted)
         mode.counting = False
         rounds.append(dict(mode.found))
 

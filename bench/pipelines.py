@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 import time
 import warnings
@@ -16,7 +15,7 @@ import torch
 
 from deqdiff_fast.integrations.pipelines.parallel import parallelize, restore
 
-from ._common import environment, markdown, note, positive_float, positive_int, spread, summary, write_json
+from ._common import environment, markdown, module_at, note, positive_float, positive_int, spread, summary, write_json
 from ._problems import relative_error
 
 SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler")
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.set_verbosity_error()
     more_logging.set_verbosity_error()
-    tiny = _tiny_pipelines()
+    tiny = module_at("tests", "tiny_pipelines.py")
     known = [*tiny.BUILDERS, *tiny.MORE]
     names = args.families or known
     if missing := [name for name in names if name not in known]:
@@ -102,17 +101,6 @@ def run(args: argparse.Namespace) -> int:
     )
     print("text encoders and decoder are part of it on both sides. Error: relative L2 of the worse sample.")
     return 0
-
-
-def _tiny_pipelines() -> ModuleType:
-    """tests/tiny_pipelines.py of this checkout."""
-    file = Path(__file__).resolve().parents[1] / "tests" / "tiny_pipelines.py"
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _schedulers(name: str, tiny: ModuleType) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ The error is that of samples against the teacher's, relative L2, the mean over n
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 import deqdiff_fast as dq
 from deqdiff_fast.distillation import GET, Pairs
 
-from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
+from ._common import environment, markdown, module_at, note, positive_float, positive_int, summary, write_json
 from ._plain_transformer import PlainTransformer
 from ._problems import Problem, add_model_arguments, load, relative_error
 
@@ -43,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     problem, facts, folder = load(args), environment(args.device), Pairs(args.pairs)
     pairs = [folder[k] for k in range(len(folder))]  # in memory: reading is no part of training
-    script = _script()
+    script = module_at("examples", "train_get.py")
     makers: dict[str, Callable[..., Any]] = {
         "GET": script.build,
         "transformer": lambda *given: PlainTransformer.as_large_as(script.build(*given)),
@@ -128,17 +127,6 @@ def _samples(sampler: Callable[[Tensor], Tensor], noise: Tensor) -> tuple[Tensor
     began = time.thread_time()
     found = torch.cat([sampler(part) for part in noise.split(BATCH)])
     return found, 1e3 * (time.thread_time() - began) / len(noise)
-
-
-def _script() -> ModuleType:
-    """examples/train_get.py."""
-    path = Path(__file__).parents[1] / "examples" / "train_get.py"
-    spec = importlib.util.spec_from_file_location("train_get", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _draw(shown: dict[str, Tensor], path: Path) -> None:

@@ -160,8 +160,8 @@ class DEQSampler:
             init: (B, *shape) guess of the sample, or a one-step student that makes it, init(noise, **model_kwargs); for
                 fewer rounds, the result does not depend on it. `Unrolled` gradients do without.
             init_trajectory: (T + 1, B, *shape) starting guess, say the solution of a neighbouring problem. Where it
-                starts at other noises, solvers on nodes take its sample as `init`: between two neighbours a model may
-                decide, and the states of one fit the other everywhere but there.
+                starts at other noises, solvers on nodes take its sample as `init`, but where gradients are asked for:
+                between two neighbours a model may decide, and the states of one fit the other everywhere but there.
             return_trajectory: whether the solution holds all states.
 
         Returns:
@@ -181,12 +181,12 @@ class DEQSampler:
         """`sample`, of arguments that are sound."""
         noise = request.noise
         if noise.shape[0] == 0 or not torch.is_grad_enabled():
-            return self._solve(request, model_kwargs)
+            return self._solve(without_other_states(request, self.options), model_kwargs)
         parameters = [p for p in getattr(self.model, "parameters", list)() if p.requires_grad]
         own: list[Tensor] = getattr(self.model, "conditioning_tensors", list)()  # a guided model's conditioning
         kwargs = [x for x in (*tree_leaves(model_kwargs), *own) if isinstance(x, Tensor) and x.requires_grad]
         if not (noise.requires_grad or parameters or kwargs):
-            return self._solve(request, model_kwargs)
+            return self._solve(without_other_states(request, self.options), model_kwargs)
         options, keep, request.return_trajectory = self.options, request.return_trajectory, True
         if options.node_only:
             raise NotImplementedError(
@@ -205,7 +205,6 @@ class DEQSampler:
         return solution
 
     def _solve(self, request: Request, model_kwargs: dict[str, Any] | None) -> Solution:
-        request = without_other_states(request, self.options)
         if self.options.planned:
             return solve_planned(self.planner, request, model_kwargs)
         system = self.options.system(request.noise, model_kwargs)

@@ -55,8 +55,10 @@ class DeviceLoop:
         doubted = round == task.rounds_before + 1 and task.doubted is not None
         if self.period and not doubted:
             task.device.replay(("step", round % self.period), lambda: self.step(round))
+        elif doubted:
+            self.step(round, self.doubted)
         else:
-            self.step(round, self.doubted if doubted else None)
+            self.step(round)
         self.readback.enqueue(self.state.decision)
 
     def step(self, round: int, doubted: Tensor | None = None) -> None:

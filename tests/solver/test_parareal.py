@@ -78,7 +78,7 @@ def test_the_papers_iterates(mixture, ddim, noise, relative_error, steps, blocks
         front, sample = seen[at - 1]
         assert front == [edges[k]] * 2 or front == [steps] * 2
         assert relative_error(sample, expected[k]).max() < 1e-10
-    assert out.converged.all()
+    assert out.stats.stop_reason == "rounding"  # no state is good to 1e-30
     assert out.stats.finished_serially == 0
     assert relative_error(out.sample, expected[-1]).max() < 1e-12
     assert relative_error(out.sample, sampler.serial(start).sample).max() < 1e-12
