@@ -52,11 +52,10 @@ class DeviceLoop:
         self.queued.append(count)
         rows = Rows(self.state.rows[:count], 0, self.chain.num_steps, count)
         task.device.replay(("model", count), lambda: task.evaluate(rows, round))
-        doubted = round == task.rounds_before + 1 and task.doubted is not None
-        if self.period and not doubted:
-            task.device.replay(("step", round % self.period), lambda: self.step(round))
-        elif doubted:
+        if self.doubted is not None and round == task.rounds_before + 1:
             self.step(round, self.doubted)
+        elif self.period:
+            task.device.replay(("step", round % self.period), lambda: self.step(round))
         else:
             self.step(round)
         self.readback.enqueue(self.state.decision)

@@ -211,3 +211,13 @@ def test_short_chains_trajectories_and_gradients_are_refused(ddim, noise):
         sampler.sample(noise(2), init_trajectory=torch.zeros(21, 2, 3, 8, 8))
     with pytest.raises(NotImplementedError, match="gradients: expected none"):
         sampler.sample(noise(2).requires_grad_())
+
+
+@pytest.mark.parametrize(("memory", "device", "host"), [(None, 58.2, 0.0), ("offload", 18.7, 9.6)])
+def test_what_the_docs_say_of_large_states(ddim, memory, device, host):
+    """The table of docs/devices.md, in GB: 10^7 elements, T = 50, eight rows a call."""
+    given = {} if memory is None else {"memory": memory}
+    sampler = dq.DEQSampler(lambda x, t: x, ddim(50), solver="quasi-newton", max_batch=8, **given)
+    options = sampler.options
+    place = Placement.of(options.system(torch.zeros(1, 10_000_000), None), options)
+    assert [count / 1e9 for count in place.bytes(options.solver)] == pytest.approx([device, host], abs=0.05)
