@@ -11,6 +11,8 @@ from deqdiff_fast.engine.placement import Placement
 from deqdiff_fast.memory import SolverMemory
 from deqdiff_fast.planner import planner
 
+PIECE_BYTES = placement.PIECE_BYTES
+
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
@@ -214,8 +216,9 @@ def test_short_chains_trajectories_and_gradients_are_refused(ddim, noise):
 
 
 @pytest.mark.parametrize(("memory", "device", "host"), [(None, 58.2, 0.0), ("offload", 18.7, 9.6)])
-def test_what_the_docs_say_of_large_states(ddim, memory, device, host):
+def test_what_the_docs_say_of_large_states(monkeypatch, ddim, memory, device, host):
     """The table of docs/devices.md, in GB: 10^7 elements, T = 50, eight rows a call."""
+    monkeypatch.setattr(placement, "PIECE_BYTES", PIECE_BYTES)
     given = {} if memory is None else {"memory": memory}
     sampler = dq.DEQSampler(lambda x, t: x, ddim(50), solver="quasi-newton", max_batch=8, **given)
     options = sampler.options
