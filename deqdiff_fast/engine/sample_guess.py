@@ -11,7 +11,6 @@ from torch import Tensor
 from .._types import unwrap_output, without_marks
 from ..loop.base import Chain
 from ..nodes.composite import LinearChain
-from ..nodes.grid import adjoint
 from ..nodes.guess import SampleGuess, spread_gap
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
@@ -75,7 +74,7 @@ def guess_towards(chain: Chain, system: System, slope: SpectralSlope | str | Non
     lo, hi = torch.zeros_like(chain.lo), torch.full_like(chain.hi, chain.num_steps)
     chain.predictions.zero_()
     linear_scan(chain, system.diagonal_slope, lo, hi)
-    influence = adjoint(linear.state_coef, linear.model_coef, linear.slope).to(chain.states)
+    influence = linear.influence.to(chain.states)
     where = None if classes is None else classes.to(chain.states.device)
     chain.predictions.copy_(spread_gap(guess, guess.shape.to(chain.states), influence, where, chain.states[-1]))
     linear_scan(chain, system.diagonal_slope, lo, hi)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -66,12 +67,23 @@ class System(BatchedModel):
         super().__init__(model, schedule, noise, model_kwargs, max_batch, basis)
         place = (noise.device, self.dtype, self.accumulator)
         tables = cached(schedule, place, lambda: Tables.of(schedule, *place))
-        self.state_coef, self.model_coef, self.step_variance, self.diagonal_slope = tables
-        if isinstance(slope, SpectralSlope):
-            self.diagonal_slope = slope.slope(schedule).to(noise.device, self.dtype)
-        self.slope = torch.zeros_like(self.diagonal_slope) if slope is None else self.diagonal_slope
+        self.state_coef, self.model_coef, self.step_variance, self._scalar_slope = tables
+        self._slope = slope
         self.draft: DraftRows | None = None
         """What stands in for the model between rounds, where the solver wants it."""
+
+    @cached_property
+    def diagonal_slope(self) -> Tensor:
+        """(T,) or (T, D), of the Gaussian model of the data; made where it is wanted, as rounds on nodes do without."""
+        if not isinstance(self._slope, SpectralSlope):
+            return self._scalar_slope
+        variances, which = self._slope.classes()  # those of the rounds on nodes, whose remainders are taken over
+        return self.schedule.slope(variances).to(self.device, self.dtype).index_select(1, which.to(self.device))
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """The same as solvers linearise the model with: zeros where they do not."""
+        return torch.zeros_like(self.diagonal_slope) if self._slope is None else self.diagonal_slope
 
     def to_basis(self, rows: Tensor) -> Tensor:
         """(n, D) in the coordinates of the solver, a copy."""

@@ -3,26 +3,36 @@
 Between two nodes the remainder of the predictions is a local polynomial through the values at the nearest nodes, in
 units of the clean sample (q times the remainder), where it is smooth up to the image end. As predictions are
 slope[i] x_i + remainder[i], the state at the next node is linear in the state at this one and in those few values. The
-coefficients depend on an element only by its slope, so they are kept for every distinct slope.
+coefficients depend on an element only by its slope, so they are kept for classes of slopes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .grid import adjoint
+
 POINTS = 4  # of the interpolation: cubic
 
 
-class LinearChain(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LinearChain:
     """x_{i+1} = sum_l a[i,l] x_{i-l} + b[i,l] (c[i-l] x_{i-l} + remainder[i-l]); float64 on the CPU."""
 
     state_coef: Tensor  # (T, L) a
     model_coef: Tensor  # (T, L) b
     slope: Tensor  # (T, K) c of every class of elements
     unit: Tensor  # (T,) q, nowhere 0: remainders times it are smooth in time
+
+    @cached_property
+    def influence(self) -> Tensor:
+        """(T, K): d sample / d remainder of each timestep."""
+        return adjoint(self.state_coef, self.model_coef, self.slope)
 
 
 class CompositeSteps(NamedTuple):
@@ -42,13 +52,14 @@ def stencil(sources: Tensor, at: Tensor, points: int = POINTS) -> tuple[Tensor, 
 
 
 def lagrange(known: Tensor, at: Tensor) -> Tensor:
-    """(m, S): what the polynomial through values at `known`: (m, S), distinct in a row, takes of each at `at`: (m,)."""
+    """(..., m, S): what the polynomial through values at `known`: (m, S), distinct in a row, takes of each at `at`:
+    (..., m)."""
     known, count = known.double(), known.shape[1]
-    weights = torch.ones(known.shape, dtype=torch.float64)
+    weights = torch.ones(*at.shape, count, dtype=torch.float64)
     for j in range(count):
         for k in range(count):
             if k != j:
-                weights[:, j] *= (at.double() - known[:, k]) / (known[:, j] - known[:, k])
+                weights[..., j] *= (at.double() - known[:, k]) / (known[:, j] - known[:, k])
     return weights
 
 
@@ -66,7 +77,7 @@ def composite_steps(chain: LinearChain, targets: Tensor, sources: Tensor) -> Com
 
     All steps of one length are made at once, so it takes as many operations as the longest interval has timesteps.
     """
-    a, b, c, unit = chain
+    a, b, c, unit = chain.state_coef, chain.model_coef, chain.slope, chain.unit
     steps, lags = a.shape
     length = torch.cat([targets[1:], torch.tensor([steps])]) - targets
     start, near = stencil(sources, targets)
@@ -75,16 +86,16 @@ def composite_steps(chain: LinearChain, targets: Tensor, sources: Tensor) -> Com
     coef = torch.zeros(len(targets), lags, lags + points, c.shape[1], dtype=torch.float64)
     for lag in range(lags):
         coef[:, lag, lag] = 1  # of x_t, x_{t-1}, ... at the beginning
-    for done in range(int(length.max())):
-        row = (targets + done).clamp_max(steps - 1)
+    rows = (targets + torch.arange(int(length.max()))[:, None]).clamp_max(steps - 1)
+    shares = [lagrange(known, rows - lag) * unit[known] / unit[(rows - lag).clamp_min(0), None] for lag in range(lags)]
+    for done, row in enumerate(rows):
         new = torch.zeros_like(coef[:, 0])
         for lag in range(lags):
             there = row - lag
             exists, there = (there >= 0)[:, None], there.clamp_min(0)
             gain = torch.where(exists, a[row, lag, None] + b[row, lag, None] * c[there], 0)
-            share = lagrange(known, row - lag) * unit[known] / unit[there, None]
             new += gain[:, None] * coef[:, lag]
-            new[:, lags:] += torch.where(exists, b[row, lag, None] * share, 0)[..., None]
+            new[:, lags:] += torch.where(exists, b[row, lag, None] * shares[lag][done], 0)[..., None]
         made = torch.cat([new[:, None], coef[:, :-1]], 1)
         coef = torch.where((done < length)[:, None, None, None], made, coef)
     return CompositeSteps(coef[:, :, :lags], coef[:, :, lags:], start.int())

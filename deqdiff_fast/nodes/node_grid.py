@@ -15,7 +15,6 @@ from .composite import (
     leave_one_out,
     node_influence,
 )
-from .grid import adjoint
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class NodeGrid:
         at = torch.tensor(nodes)
         steps = composite_steps(chain, at, at)
         influence = node_influence(steps)
-        own = adjoint(chain.state_coef, chain.model_coef, chain.slope)[at]
+        own = chain.influence[at]
         number = torch.arange(len(nodes))
         local = steps.remainder_coef[number, 0, number - steps.start]
         length = torch.cat([at[1:], torch.tensor([len(chain.unit)])]) - at

@@ -19,7 +19,6 @@ from .chain import NodeChain
 from .composite import LinearChain
 from .drift import composite_drift
 from .elements import joined
-from .grid import adjoint
 from .node_grid import Transfer, per_element
 from .problem import Spots
 
@@ -44,7 +43,7 @@ class SpotTables:
         at, known = torch.tensor(spots), torch.tensor([*nodes, len(chain.unit)])
         interval = torch.searchsorted(known, at, right=True) - 1
         share = (known.diff()[interval] - 1) / interval.bincount(minlength=len(nodes))[interval]
-        own = adjoint(chain.state_coef, chain.model_coef, chain.slope)[at]
+        own = chain.influence[at]
         slope, local = chain.slope[at], chain.model_coef[at, :1].expand_as(own)
         slope, far, near = (t.to(device, dtype) for t in (slope, own * share[:, None], local * share[:, None]))
         targets = tuple(sorted({*nodes, *spots}))

@@ -21,6 +21,7 @@ from .chain import draw_samples
 from .schedule import Schedule
 from .tensor_file import read_tensors, write_tensors, written_by
 
+SAME_VARIANCE = 0.05  # of its logarithm: half of that changes s v / (s^2 v + sigma^2) by less than a hundredth of 1 / s
 MIN_VARIANCE = 1e-4  # a coefficient that a few samples never show is not known to be zero
 
 
@@ -153,9 +154,10 @@ class SpectralSlope:
 
     @tables_on_cpu
     def classes(self) -> tuple[Tensor, Tensor]:
-        """(K,) the distinct variances, and (D,) int64 which of them each coefficient has."""
-        values, which = torch.unique(self.variance.flatten(), return_inverse=True)
-        return values, which
+        """(K,) variances that differ by what matters to a slope, and (D,) int64 which of them each coefficient has."""
+        level = (self.variance.flatten().log() / SAME_VARIANCE).round()
+        values, which = torch.unique(level, return_inverse=True)
+        return (values * SAME_VARIANCE).exp(), which
 
     @tables_on_cpu
     def slope(self, schedule: Schedule) -> Tensor:

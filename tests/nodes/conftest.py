@@ -42,7 +42,7 @@ def step_by_step(
     classes: Tensor, drift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(T + 1, B, D): one step after the other, the remainder of every interval from the polynomial around it."""
-    a, b, c, unit = chain
+    a, b, c, unit = chain.state_coef, chain.model_coef, chain.slope, chain.unit
     states, at = [start], torch.tensor(sources)
     for i in range(len(a)):
         near = nearest_four(sources, max(t for t in targets if t <= i))

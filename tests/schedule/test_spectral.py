@@ -64,6 +64,19 @@ def test_save_and_load(tmp_path):
     assert torch.allclose(again.channels, spectrum.channels)
 
 
+def test_few_classes_of_slopes(ddim):
+    """Tables are kept for classes of variances: fewer than there are rings in a large image, and slopes of predicted
+    clean samples that differ by less than a hundredth."""
+    rings = dq.SpectralSlope(torch.logspace(-4, 2, 3 * 4096, dtype=torch.float64).view(3, 64, 64), torch.eye(3))
+    assert len(rings.classes()[0]) < 300
+    spectrum, schedule = dq.SpectralSlope.fit(smooth_images(50)), ddim(100)
+    values, which = spectrum.classes()
+    assert (values[which].log() - spectrum.variance.flatten().log()).abs().max() < 0.05
+    q, signal = schedule.denoised_coef()[:, 1:], schedule.signal[:-1, None]
+    off = (schedule.slope(values)[:, which] - spectrum.slope(schedule)) * q * signal
+    assert off.abs().max() < 1e-2
+
+
 def test_gaussian_data_needs_two_rounds(ddim, noise, relative_error):
     """With the exact slope the first scan is the solution; the second round sees that it is."""
     spectrum, schedule = dq.SpectralSlope.fit(smooth_images(500)), ddim(100)
