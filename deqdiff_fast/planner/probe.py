@@ -56,7 +56,7 @@ def measure_sizes(planner: Planner, workload: Workload, system: System, warmup: 
                 break
             return
         if not warmup:
-            rows, repeats, seconds = useful[-1], 1, left / 3  # a second call is worth as much again
+            rows, repeats, seconds = useful[-1], 1, math.inf  # the first call of a size prepares what others find
         cost = measure(system, workload.noise, rows, repeats=repeats, budget=seconds, clock=clock)
         stats.age = REFRESH
         if cost == math.inf:
