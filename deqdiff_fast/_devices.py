@@ -15,12 +15,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _hidden = threading.local()  # .device: the user's default one, while ours is in its place
 
 
+def default_device() -> torch.device:
+    """Where torch puts what nobody has placed. `torch.get_default_device` does not say: in torch 2.6 it knows nothing
+    of `with torch.device`, and fails once a default was taken back."""
+    return torch.empty(0).device
+
+
 def tables_on_cpu(function: Function) -> Function:
     """A function of ours whose tables lie on the CPU, also under `torch.set_default_device` or `with torch.device`."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        own = torch.get_default_device()
+        own = default_device()
         if own.type == "cpu":
             return function(*args, **kwargs)
         before, _hidden.device = getattr(_hidden, "device", None), own

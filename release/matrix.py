@@ -41,7 +41,7 @@ FAST = [
     "tests/integrations",
     "tests/cli/test_reading.py",
 ]
-TEST_PACKAGES = ("pytest", "pillow", "scipy", "torchsde", "scikit-learn", "matplotlib")
+TEST_PACKAGES = ("pytest", "pillow", "scipy", "torchsde", "scikit-learn", "matplotlib", "hypothesis")
 SHOWN = ("torch", "diffusers", "transformers", "numpy")
 
 

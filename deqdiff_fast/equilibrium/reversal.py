@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
+from .._devices import default_device
 from ..errors import ConvergenceWarning
 from ..gradient.reversible import MISSED
 from .anchors import Anchors
@@ -100,7 +101,7 @@ class Tape:
         self.captured: list[Tensor] = []
         self.value = self.y = self.z = iteration.z.detach()[:0]
         device = iteration.z.device.type
-        self.default = torch.get_default_device()  # torch runs backward passes without it
+        self.default = default_device()  # torch runs backward passes without it
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     @property
