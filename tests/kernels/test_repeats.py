@@ -13,7 +13,6 @@ from deqdiff_fast.kernels import _backends, _config, _launches
 from deqdiff_fast.kernels._register import register
 
 jit = pytest.importorskip("triton.runtime.jit")
-LAUNCHED = [op for op in OPS if op != "inverse_scan"]
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def addresses(arguments):
     return {name: v.data_ptr() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
 
 
-@pytest.mark.parametrize("op", LAUNCHED)
+@pytest.mark.parametrize("op", OPS)
 def test_the_second_call_is_its_launches_and_no_more(launched, checks, op):
     given = given_to(op)
     call(op, given)
@@ -89,7 +88,7 @@ def test_auto_and_by_name_are_the_same_call(launched, checks):
 
 def test_other_tensors_alike_are_launched_on(launched, checks):
     """Addresses are those of the call, in the workspace as well."""
-    for op in LAUNCHED:
+    for op in OPS:
         call(op, given_to(op))
         first = [*launched]
         del launched[:]
@@ -216,7 +215,7 @@ def test_no_more_are_kept_than_a_solve_needs(launched):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("op", LAUNCHED)
+@pytest.mark.parametrize("op", OPS)
 def test_on_a_device(op):
     """The same bits as calls that are made from the start."""
     again, anew = ({name: _moved(value) for name, value in given_to(op).items()} for _ in range(2))
