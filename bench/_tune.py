@@ -26,7 +26,7 @@ KERNELS = {
     "ddim_update": "ddim_update", "anderson_scan": "anderson_step", "anderson_solve": "anderson_step",
     "anderson_mix": "anderson_step",
     "newton_linear": "newton_scan", "newton_prepare": "newton_scan", "newton_advance": "newton_scan",
-    "node_scan": "node_scan",
+    "node_scan": "node_scan", "inverse_prepare": "inverse_scan", "inverse_advance": "inverse_scan",
 }  # fmt: skip
 """Kernel -> the op that launches it; the others take what these leave them."""
 SHAPE = Shape(8, 1000, 3072, 5)

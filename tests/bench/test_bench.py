@@ -20,6 +20,7 @@ from deqdiff_fast.kernels import available_backends
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "bench" / "__main__.py").is_file(), reason="bench/ is not beside the tests")
 
+EVERY_OP = {"ddim_update", "anderson_step", "newton_scan", "inverse_scan", "node_scan", "secant_fit"}
 MIXTURE = ("--model", "mixture", "--size", "8", "--steps", "8")
 
 
@@ -176,7 +177,7 @@ def test_overhead(figures):
     assert len(row["runs"]) == 2
     assert "quasi-newton" in table
     measured = available_backends()["triton"] != "triton is not installed; install it with: pip install triton"
-    assert ({call["op"] for call in calls} == {"ddim_update", "anderson_step", "newton_scan", "node_scan"}) == measured
+    assert ({call["op"] for call in calls} == EVERY_OP) == measured
     assert all(0 < run["model"] < run["seconds"] and 0 < run["share"] < 1 for run in row["runs"])
 
 
@@ -352,7 +353,7 @@ def test_kernels(figures):
     moved = {row["op"]: row["bytes_moved"] for row in report["rows"]}
     elements = 2 * 6 * 40
     expected = {"ddim_update": 12 * elements, "anderson_step": 44 * elements, "newton_scan": 44 * elements}
-    expected |= {"node_scan": 8 * elements}
+    expected |= {"inverse_scan": 44 * elements, "node_scan": 8 * elements, "secant_fit": 2 * 6 * 3 * 3 * 12}
     assert moved == expected
     for row in report["rows"]:
         assert len(row["passes"]) == 2
@@ -394,7 +395,7 @@ def test_gpu(figures, baseline, tmp_path, monkeypatch):
     parts = {part: [row for row in report["rows"] if row["part"] == part] for part in ("tests", "ops", "samples")}
     assert parts["tests"][0]["passed"] is True
     assert "1 passed" in parts["tests"][0]["said"]
-    assert {row["op"] for row in parts["ops"]} == {"ddim_update", "anderson_step", "newton_scan", "node_scan"}
+    assert {row["op"] for row in parts["ops"]} == EVERY_OP
     for row in parts["ops"]:
         assert row["floor"] == pytest.approx(row["seconds"] * row["copy_rate"] / row["bytes_moved"])
     ways = {"serial, eager", "sample, eager", "sample, planned", "serial, compiled", "sample, compiled"}
