@@ -112,7 +112,7 @@ class Fused:
         self.z, self.e = (torch.zeros(m + 1, t, b, d, dtype=inputs.dtype, device=device) for _ in range(2))
         self._nodes(shape)
         self._secants(shape)
-        self.round, self.workspace = 0, None
+        self.round, self.workspace, self.weight = 0, None, torch.ones_like(inputs.slope)
         self._make_workspace()
 
     def _nodes(self, shape: Shape) -> None:
@@ -183,7 +183,7 @@ class Fused:
     def inverse_scan(self, backend: str | None = None) -> None:
         inverse_scan(
             self.states, self.predictions, self.inputs.state_coef, self.inputs.model_coef, self.inputs.slope,
-            self.inputs.slope, self.lo, self.hi, self.sums[0], self.z, self.e, self.filled,
+            self.weight, self.lo, self.hi, self.sums[0], self.z, self.e, self.filled,
             self.round % (self.inputs.shape.history + 1), workspace=self.workspace, backend=backend or self.backend,
         )  # fmt: skip
 

@@ -163,9 +163,46 @@ def test_memory_that_is_gone_is_not_launched_on(launched, checks, change):
     assert {how for how, *_ in launched} == {"bound"}
 
 
+@pytest.mark.parametrize("change", ["dtype", "strides", "sign", "size"])
+def test_a_tensor_that_was_changed_in_its_place(launched, checks, change):
+    """Of the tensors that come with a workspace only address and shape are looked at, as long as they are the same."""
+    given = given_to("newton_scan") | {"slope": torch.zeros(4, 6)}
+    for _ in range(3):
+        call("newton_scan", given)
+    assert len(checks) == 1
+    slope = given["slope"]
+    if change == "dtype":
+        slope.data = torch.zeros(4, 6, dtype=torch.float64)
+    elif change == "strides":
+        slope.data = torch.zeros(6, 4).T
+    elif change == "sign":
+        slope.data = torch._neg_view(torch.zeros(4, 6))
+    else:
+        slope.resize_(4, 1)
+    call("newton_scan", given)
+    assert len(checks) == 2
+
+
+def test_two_calls_share_a_workspace(launched, checks):
+    one, other = given_to("newton_scan"), given_to("newton_scan")
+    other["workspace"] = one["workspace"]
+    for given in (one, other, one, one, other):
+        call("newton_scan", given)
+    assert len(checks) == 1
+    assert [seen[3]["states"] for seen in launched[3::3]] == [g["states"].data_ptr() for g in (other, one, one, other)]
+
+
+def test_a_number_of_another_type_is_another_call(launched):
+    given = given_to("anderson_step")
+    call("anderson_step", given)
+    with pytest.raises(ValueError, match="column: expected an int"):
+        call("anderson_step", given, column=True)
+
+
 def test_nothing_is_held_on_to(launched):
     given = given_to("newton_scan")
-    call("newton_scan", given)
+    for _ in range(3):
+        call("newton_scan", given)
     held = [torch.utils.weak.WeakTensorKeyDictionary({given[name]: 1}) for name in ("states", "workspace")]
     given.clear(), launched.clear()
     gc.collect()
@@ -197,8 +234,8 @@ def test_a_triton_with_other_compiled_kernels(launched, checks, monkeypatch):
     call("newton_scan", given)
     (repeats,) = [r for r in _launches._every if r._kept]
     monkeypatch.setattr(repeats, "works", True)
-    for kept in repeats._kept.values():
-        kept[0] = lambda: None, *kept[0][1:]
+    for (kept,) in repeats._kept.values():
+        kept.launches[0] = lambda: None, kept.launches[0][1]
     for _ in range(2):
         call("newton_scan", given)
     assert len(checks) == 3
