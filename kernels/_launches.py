@@ -79,15 +79,17 @@ class Repeats:
         else:
             return False
         values = [*addresses, *kept.constants, *[addresses[-1] + offset for offset in kept.offsets]]
-        with torch.cuda.device_of(args[0]):
-            for position, (launch, chosen) in enumerate(kept.launches):
-                try:
+        done = 0
+        try:
+            with torch.cuda.device_of(args[0]):
+                for launch, chosen in kept.launches:
                     launch(*chosen(values))
-                except TypeError:  # of a Triton whose compiled kernels take something else: before it launches
-                    if position:
-                        raise
-                    self.works = False
-                    return False
+                    done += 1
+        except TypeError:  # of a Triton whose compiled kernels take something else: before it launches
+            if done:
+                raise
+            self.works = False
+            return False
         return True
 
     def _layout(self, tensors: Sequence[Tensor], addresses: list[int], last: Any) -> tuple[Any, ...]:

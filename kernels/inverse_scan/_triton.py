@@ -3,11 +3,11 @@
 N[i] = X[i] + dX gamma + damping (rho - dG gamma) / d, rho = N[i+1] - G[i], gamma = argmin |rho - dG gamma|: multisecant
 steps of the second kind (Fang and Saad 2009, doi 10.1002/nla.617, equation 24), from the last row to the first.
 
-1. `inverse_prepare_kernel`: what does not depend on N, rows and blocks of D in parallel: the Gram of dG and what the row
-   misses; this round's states and predictions go into their ring column. Bytes: 2 H + 5 elements per state element.
-2. `inverse_advance_kernel`: one program per sample. A row takes two passes over D, the dots with rho and the step, which
-   is made again where it was too long. Bytes: 2 H + 3 elements in the first and 2 H + 4 in the second pass, from the
-   cache where one row of the rings fits.
+1. `inverse_prepare_kernel`: what does not depend on N, rows and blocks of D in parallel: the Gram of dG and what the
+   row misses; this round's states and predictions go into their ring column. Bytes: 2 H + 5 elements per state element.
+2. `inverse_advance_kernel`: one program per sample. A row takes two passes over D, the dots with rho and the step; a
+   step that was too long is made again. Bytes: 2 H + 3 elements in the first and 2 H + 4 in the second pass, from the
+   cache where a row of the rings fits.
 
 Sums are taken in a fixed order: the same bits every time. Arithmetic is float32, or float64 if the states are or where
 there are more than 8 columns: the long histories of stiff rows, whose columns are nearly dependent.
