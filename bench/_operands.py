@@ -57,10 +57,11 @@ STENCIL, CLASSES = 4, 135  # of the scan over nodes: those of a spectral prior o
 def elements_moved(op: str, shape: Shape) -> float:
     """Elements read or written for each state element, every tensor once. ddim_update: predictions and old state in,
     new state out. anderson_step: predictions and old state in, M columns of f and g in, new state and a column of f and
-    g out. newton_scan: predictions and old state in, M columns of z and e in, new state and a column of z and e out.
-    node_scan: remainders in, new state out.
+    g out. newton_scan, inverse_scan: predictions and old state in, M columns of z and e in, new state and a column of z
+    and e out. node_scan: remainders in, new state out. secant_fit: a Gram in and a fit in float64 out every timestep.
     """
-    return {"ddim_update": 3, "node_scan": 2}.get(op, 2 * shape.history + 5)
+    fixed = {"ddim_update": 3, "node_scan": 2, "secant_fit": 3 * shape.history**2 / shape.size}
+    return fixed.get(op, 2 * shape.history + 5)
 
 
 class Inputs:

@@ -413,6 +413,14 @@ def test_gpu(figures, baseline, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"] == report["rows"]
 
 
+def test_the_parts_of_twelve_minutes(baseline):
+    """Where a part is left out the others have its time; the last one ends in time."""
+    deadlines = importlib.import_module("bench.gpu").deadlines
+    every = ["costs", "tests", "ops", "tuning", "samples"]
+    assert deadlines(every, 720) == {"tests": 180, "ops": 360, "samples": 600, "costs": 660, "tuning": 720}
+    assert deadlines(["costs", "tests"], 240) == {"tests": 180, "costs": 240}
+
+
 def test_the_plain_network_is_the_one_of_diffusers(baseline):
     """Of the benchmark's architectures, and the bundled weights."""
     diffusers = pytest.importorskip("diffusers")
