@@ -386,9 +386,22 @@ def test_compiled(figures, tmp_path):
     assert file.read_text(encoding="utf-8").strip() == table.strip()
 
 
+LACKING = (
+    "diffusers", "transformers", "accelerate", "k_diffusion", "deepinv", "torchvision", "matplotlib", "PIL", "scipy",
+    "hypothesis",
+)  # fmt: skip
+
+
 def test_gpu(figures, baseline, tmp_path, monkeypatch):
-    """On the CPU with tiny shapes: the same code that a device runs, the graphs apart; and without diffusers."""
-    monkeypatch.setitem(sys.modules, "diffusers", None)
+    """On the CPU with tiny shapes: the same code that a device runs, the graphs apart; and with no more than the
+    package's own dependencies, Triton and pytest, in this process and in the one of the tests."""
+    for name in LACKING:
+        monkeypatch.setitem(sys.modules, name, None)
+    missing = tmp_path / "missing"
+    missing.mkdir()
+    (missing / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({LACKING}))\n")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # theirs are not there either
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(missing), os.environ.get("PYTHONPATH", "")]))
     words = ("--shape", "2,6,40,3", "--passes", "1", "--models", "tiny", "--steps", "2", "3", "--repeats", "2")
     select = ("--select", "test_copy_rows and bad_arguments", "--compiler", "eager", "--compile-sample")
     report, table = figures("gpu", *words, *select, "--rows", "1", "3", "--out", tmp_path)
