@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 
 import pytest
 import torch
 from kernel_operands import OPS, operands
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deqdiff_fast.kernels as kernels
 from deqdiff_fast.kernels import _backends, _config, _launches
@@ -48,6 +50,28 @@ def checks(monkeypatch):
     seen, check = [], register.check
     monkeypatch.setattr(register, "check", lambda self, given: seen.append(self.name) or check(self, given))
     return seen
+
+
+class Reads(TorchDispatchMode):
+    """Operations for which the host waits on a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(look in str(func) for look in ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select")):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_launch_reads_a_value(launched, op):
+    module = importlib.import_module(f"deqdiff_fast.kernels.{op}._triton")
+    with Reads() as reads:
+        module.launch(*given_to(op).values())
+    assert launched
+    assert not reads.found
 
 
 def call(op, given, **changed):
