@@ -66,11 +66,12 @@ class StateLayout(Solver):
     def scratch_bytes(self, size: ProblemSize) -> int:
         """Of the scans backwards, and of the linear one forwards."""
         kind = (size.dtype, size.device, size.backend)
-        return max(
+        needed: int = max(
             inverse_scan_bytes(size.window, size.batch, size.numel, self.history, *kind),
             inverse_scan_bytes(max(self.stiff, 1), size.batch, size.numel, self.long_history, *kind),
             newton_scan_bytes(size.num_steps, size.batch, size.numel, 0, size.lags, size.dtype, *kind),
         )
+        return needed
 
     def start(self, tensors: LeasedTensors) -> SolverState:
         """The memory, its contents undefined."""

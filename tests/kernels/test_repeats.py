@@ -52,6 +52,9 @@ def checks(monkeypatch):
     return seen
 
 
+LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select")
+
+
 class Reads(TorchDispatchMode):
     """Operations for which the host waits on a device."""
 
@@ -60,7 +63,7 @@ class Reads(TorchDispatchMode):
         self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(look in str(func) for look in ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select")):
+        if any(look in str(func) for look in LOOKS):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
