@@ -210,6 +210,15 @@ def test_a_tensor_that_was_changed_in_its_place(launched, checks, change):
     assert len(checks) == 2
 
 
+def test_another_tensor_in_the_same_place(launched, checks):
+    given = given_to("newton_scan")
+    for _ in range(3):
+        call("newton_scan", given)
+    with pytest.raises(ValueError, match="slope: expected a floating-point tensor"):
+        call("newton_scan", given, slope=given["slope"].view(torch.int32))
+    assert len(checks) == 2
+
+
 def test_two_calls_share_a_workspace(launched, checks):
     one, other = given_to("newton_scan"), given_to("newton_scan")
     other["workspace"] = one["workspace"]

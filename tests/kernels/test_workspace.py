@@ -116,7 +116,6 @@ CASES = [
     ("newton_scan", 1, FLOAT, 2),
     ("newton_scan", 2, torch.bfloat16, 3),
     ("newton_scan by products", 1, FLOAT, 3),
-    ("inverse_scan", 1, FLOAT, 2),
     ("inverse_scan", 1, FLOAT, 9),
 ]
 
