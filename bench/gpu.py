@@ -1,4 +1,4 @@
-"""Everything a CUDA device is asked: kernel tests, each op against its byte floor, and whole samples at B = 1.
+"""Everything a CUDA device is asked: tests, each op against its byte floor, whole samples at B = 1, and launch shapes.
 
 Ops: `copy` moves the bytes that the op has to, with the device's own copy; `eager` is the paper's formulation in torch
 (_paper.py), `compile` its torch.compile, `triton` (`cpp` on a CPU) this library, `graph` the same replayed from a CUDA

@@ -70,7 +70,7 @@ class Repeats:
         try:
             addresses = [*map(Tensor.data_ptr, tensors)]
             candidates = self._kept.get((types, pick[1](args)), ())
-            layout = self._layout(tensors, addresses, args[-1])
+            layout = self._layout_with(tensors, addresses, args[-1])
         except (RuntimeError, TypeError):  # what has no address and what is no number: refused by the checks
             return False
         for kept in candidates:
@@ -92,7 +92,7 @@ class Repeats:
             return False
         return True
 
-    def _layout(self, tensors: Sequence[Tensor], addresses: list[int], last: Any) -> tuple[Any, ...]:
+    def _layout_with(self, tensors: Sequence[Tensor], addresses: list[int], last: Any) -> tuple[Any, ...]:
         """`_layout` of the tensors; a workspace remembers that of the tensors that it came with.
 
         They are the same objects in every round of a solve, and an object keeps its type, device and strides as long as
