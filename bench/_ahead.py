@@ -23,6 +23,7 @@ from deqdiff_fast.kernels.anderson_step import _triton as anderson
 from deqdiff_fast.kernels.anderson_step import _triton_solve as solve
 from deqdiff_fast.kernels.copy_rows import _triton as copies
 from deqdiff_fast.kernels.ddim_update import _triton as scan
+from deqdiff_fast.kernels.inverse_scan import _triton as inverse
 from deqdiff_fast.kernels.mark_converged import _triton as marking
 from deqdiff_fast.kernels.newton_scan import _triton as newton
 from deqdiff_fast.kernels.newton_scan import _triton_linear as linear
@@ -38,15 +39,20 @@ WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest 
 HISTORY = 5
 TABLES = (
     "state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat", "gains",
-    "products", "gamma", "previous", "strict", "decision", "remainder_coef", "size", "ridges", "guess_error",
+    "products", "gamma", "previous", "strict", "decision", "remainder_coef", "size", "ridges", "guess_error", "weight",
+    "sq_miss",
 )  # fmt: skip
 STREAMS = (
     "exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source", "remainder",
 )  # fmt: skip
 HISTORIES = ("g", "z", "e")
 INTEGERS = ("lo", "hi", "filled", "previous_bounds", "first", "last", "start", "classes", "count")
-SETTINGS = ("ridge", "floor", "stale", "undamped", "freeze", "finish", "shortest", "guessed", "nonlinear")
+SETTINGS = (
+    "ridge", "floor", "stale", "undamped", "freeze", "finish", "shortest", "guessed", "nonlinear", "damping", "reach",
+)  # fmt: skip
 SINGLE = ("weights", "newton_norms", "window_bounds", "mark_converged", "secant_fit")  # one warp a program
+UNSTAGED = ("newton_advance", "inverse_advance")  # launched with num_stages=1
+LONG = 31  # columns of the longest rings, of the inverse scan
 
 
 def cases():
@@ -77,6 +83,11 @@ def cases():
         for lags, drift, by_class in ((1, False, True), (1, True, False), (2, True, True), (3, False, True)):
             given = {"L": lags, "S": 4, "CLASSES": by_class, "DRIFT": drift}
             yield nodes.node_scan_kernel, storage, given, "node_scan"
+        for ring in (4, 8, LONG) if storage == "fp32" else (4,):
+            columns = {"L": 1, "DRIFT": ring == 4, "RING": ring, "P": -(-ring // 4) * 4}
+            yield inverse.inverse_prepare_kernel, storage, columns | {"WEIGHTED": True}, "inverse_prepare"
+            advanced = columns | {"SPECTRAL": True, "SPAN": 8 if ring < LONG else 1}
+            yield inverse.inverse_advance_kernel, storage, advanced, "inverse_advance"
         yield copies.copy_rows_kernel, storage, {}, "copy_rows"
     yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "anderson_mix"
     yield products.gains_kernel, "fp32", {"SPECTRAL": True}, "newton_prepare"
@@ -122,9 +133,14 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
     kernel, storage, constants, op = CASES[name]
     architecture = target.arch if target.backend == "hip" else f"sm_{target.arch}"
     config = _config.TABLE[architecture].get(op, _config.Config(0, 1 if op in SINGLE else 4))
-    constants = dict(constants)
+    constants, warps = dict(constants), config.num_warps * (2 if storage == "fp64" else 1)
     if "BLOCK" in kernel.arg_names:
         constants["BLOCK"] = config.block(WIDTH[storage])
+    if constants.get("RING") == LONG:  # see inverse_scan/_triton.py
+        if op == "inverse_prepare":
+            warps *= 4
+        else:
+            constants["BLOCK"] = config.block(8) // 4
     if constants.get("DRIFT") is False:
         constants["drift"] = None
     if constants.get("CLASSES") is False:
@@ -142,6 +158,8 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
         types |= dict.fromkeys(HISTORIES, "*bf16")
     types |= dict.fromkeys(INTEGERS, "*i32")
     types |= {"secant_weights": "*fp64", "fit": "*fp64", "rows": "*i64"}
+    if constants.get("RING") == LONG:
+        types["partials"] = "*fp64"
     types |= dict.fromkeys(SETTINGS, "fp64")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     hints = [n for n, kind in signature.items() if kind.startswith("*") or (n == "D" and aligned)]
@@ -151,8 +169,10 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
         constexprs=constants,
         attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in hints},
     )
-    warps = config.num_warps * (2 if storage == "fp64" else 1)
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    if op in UNSTAGED:
+        options["num_stages"] = 1
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:

@@ -17,9 +17,12 @@ from deqdiff_fast.kernels import (
     anderson_step_bytes,
     ddim_update,
     ddim_update_bytes,
+    inverse_scan,
+    inverse_scan_bytes,
     newton_scan,
     newton_scan_bytes,
     node_scan,
+    secant_fit,
 )
 
 from . import _paper
@@ -46,18 +49,19 @@ class Shape:
         return f"({self.batch}, {self.steps}, {self.size}, {self.history})"
 
 
-OPS = ("ddim_update", "anderson_step", "newton_scan", "node_scan")
-HISTORY_OPS, PAPER_OPS = OPS[1:3], OPS[:2]
+OPS = ("ddim_update", "anderson_step", "newton_scan", "inverse_scan", "node_scan", "secant_fit")
+HISTORY_OPS, PAPER_OPS = OPS[1:4], OPS[:2]
 STENCIL, CLASSES = 4, 135  # of the scan over nodes: those of a spectral prior of 3 x 32 x 32 images
 
 
 def elements_moved(op: str, shape: Shape) -> float:
     """Elements read or written for each state element, every tensor once. ddim_update: predictions and old state in,
     new state out. anderson_step: predictions and old state in, M columns of f and g in, new state and a column of f and
-    g out. newton_scan: predictions and old state in, M columns of z and e in, new state and a column of z and e out.
-    node_scan: remainders in, new state out.
+    g out. newton_scan, inverse_scan: predictions and old state in, M columns of z and e in, new state and a column of z
+    and e out. node_scan: remainders in, new state out. secant_fit: a Gram in and a fit in float64 out every timestep.
     """
-    return {"ddim_update": 3, "node_scan": 2}.get(op, 2 * shape.history + 5)
+    fixed = {"ddim_update": 3, "node_scan": 2, "secant_fit": 3 * shape.history**2 / shape.size}
+    return fixed.get(op, 2 * shape.history + 5)
 
 
 class Inputs:
@@ -108,7 +112,8 @@ class Fused:
         self.filled = torch.zeros(t, b, dtype=torch.int32, device=device)
         self.z, self.e = (torch.zeros(m + 1, t, b, d, dtype=inputs.dtype, device=device) for _ in range(2))
         self._nodes(shape)
-        self.round, self.workspace = 0, None
+        self._secants(shape)
+        self.round, self.workspace, self.weight = 0, None, torch.ones_like(inputs.slope)
         self._make_workspace()
 
     def _nodes(self, shape: Shape) -> None:
@@ -124,6 +129,18 @@ class Fused:
         classes = torch.randperm(d, generator=torch.Generator().manual_seed(0)).remainder_(kinds).int().to(device)
         self.nodes = (*tables, start, classes)
 
+    def _secants(self, shape: Shape) -> None:
+        """Grams of a timestep's secants, of which the first ones are ten times as long as the last."""
+        rows, columns, device = shape.steps * shape.batch, shape.history, self.states.device
+        wide = torch.float64 if self.states.dtype == torch.float64 else torch.float32
+        draw = torch.Generator().manual_seed(0)
+        secants = torch.randn(rows, columns, 64, generator=draw) * torch.logspace(0, -1, columns)[:, None]
+        gram = (secants @ secants.mT).to(device, wide).contiguous()
+        size, count = torch.full((rows,), 8.0, device=device, dtype=wide), torch.full((rows,), columns + 1)
+        ridges = torch.full((columns, rows), 1e-6, device=device, dtype=wide)
+        fit = torch.zeros(rows, columns, columns, device=device, dtype=torch.float64)
+        self.secants = (fit, gram, size, count.int().to(device), ridges)
+
     def _make_workspace(self) -> None:
         """Scratch memory for the ops, as a solve has it; other launch shapes may need more of it."""
         shape, stored, device = self.inputs.shape, self.inputs.dtype, self.states.device
@@ -132,6 +149,7 @@ class Fused:
             ddim_update_bytes(t, b, d, stored, device, self.backend),
             anderson_step_bytes(t, b, d, m, stored, stored, device, self.backend),
             newton_scan_bytes(t, b, d, m, 1, stored, stored, device, self.backend),
+            inverse_scan_bytes(t, b, d, m, stored, device, self.backend),
         )
         if room > (0 if self.workspace is None else len(self.workspace)):
             self.workspace = torch.empty(room, dtype=torch.uint8, device=device)
@@ -162,6 +180,16 @@ class Fused:
             self.hi, *self.sums, self.z, self.e, self.filled, self.round % (self.inputs.shape.history + 1),
             workspace=self.workspace, backend=backend or self.backend,
         )  # fmt: skip
+
+    def inverse_scan(self, backend: str | None = None) -> None:
+        inverse_scan(
+            self.states, self.predictions, self.inputs.state_coef, self.inputs.model_coef, self.inputs.slope,
+            self.weight, self.lo, self.hi, self.sums[0], self.z, self.e, self.filled,
+            self.round % (self.inputs.shape.history + 1), workspace=self.workspace, backend=backend or self.backend,
+        )  # fmt: skip
+
+    def secant_fit(self, backend: str | None = None) -> None:
+        secant_fit(*self.secants, None, 1e-5, 0.02, 5e-3, 0.3, backend=backend or self.backend)
 
     def node_scan(self, backend: str | None = None) -> None:
         node_scan(self.states, self.predictions, *self.nodes, backend=backend or self.backend)

@@ -7,9 +7,9 @@ hold for all devices of an architecture belong into the table of kernels/_config
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -26,7 +26,7 @@ KERNELS = {
     "ddim_update": "ddim_update", "anderson_scan": "anderson_step", "anderson_solve": "anderson_step",
     "anderson_mix": "anderson_step",
     "newton_linear": "newton_scan", "newton_prepare": "newton_scan", "newton_advance": "newton_scan",
-    "node_scan": "node_scan",
+    "node_scan": "node_scan", "inverse_prepare": "inverse_scan", "inverse_advance": "inverse_scan",
 }  # fmt: skip
 """Kernel -> the op that launches it; the others take what these leave them."""
 SHAPE = Shape(8, 1000, 3072, 5)
@@ -41,14 +41,18 @@ def candidates(kernel: str, now: Config) -> list[Config]:
     return [now, *(c for c in found if c != now)]
 
 
-def tune(args: argparse.Namespace) -> int:
-    """One kernel after the other, the others as they are by then."""
+def tune(args: argparse.Namespace, left: Callable[[], float], file: Path) -> str:
+    """One kernel after the other, the others as they are by then, into the file; returns a table of them.
+
+    Args:
+        left: seconds that there are yet.
+    """
     device = torch.device(args.device)
     architecture = _config.architecture(device)
     table = _config.TABLE[architecture] = dict(_config.TABLE[architecture])
-    shape, began, rows = (args.shape or [SHAPE])[0], time.monotonic(), []
+    shape, rows = (args.shape or [SHAPE])[0], []
     for kernel, op in KERNELS.items():
-        if time.monotonic() - began > args.seconds:
+        if left() < (25 if rows else 0):  # seconds that one may take
             note(f"{kernel}: left as it is, the time is up")
             continue
         before = table[kernel]
@@ -73,9 +77,8 @@ def tune(args: argparse.Namespace) -> int:
         table[kernel] = next(c for c in candidates(kernel, before) if str(c) == best.name)
         gain = median(sides[0].seconds) / median(best.seconds)
         rows.append((kernel, str(before), str(table[kernel]), f"{gain:.2f}"))
-    _config.save(args.tune, {architecture: table})
-    print(markdown(("kernel", "before", "best", "times faster (whole op)"), rows))
-    return 0
+    _config.save(file, {architecture: table})
+    return markdown(("kernel", "before", "best", "times faster (whole op)"), rows)
 
 
 def _use(table: dict[str, Config], kernel: str, config: Config, operands: Fused) -> Callable[[], None]:

@@ -98,6 +98,12 @@ def elements_of_kernels(op: str, shape: Shape) -> list[tuple[str, float]]:
             (f"newton_prepare_kernel: E, X, {m} of z in; a column of z and of e out", m + 4),
             (f"newton_advance_kernel: E, X, N, this round's z, {m} of z and of e in; N out", 2 * m + 5),
         ],
+        "inverse_scan": [
+            (f"inverse_prepare_kernel: E, X, the next X, {m} of z and of e in; a column of z and of e out", 2 * m + 5),
+            (f"inverse_advance_kernel, dots: E, X, the next N, {m} of z and of e in", 2 * m + 3),
+            ("inverse_advance_kernel, steps: the same again, partly from the cache; N out", 2 * m + 4),
+        ],
+        "secant_fit": [("secant_fit_kernel: the Gram in, the fit out, in float64", elements_moved(op, shape))],
         "node_scan": [("node_scan_kernel: E in, most of a stencil from the cache; X out", 2)],
     }[op]
 

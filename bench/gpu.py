@@ -1,4 +1,4 @@
-"""Everything a CUDA device is asked: kernel tests, each op against its byte floor, and whole samples at B = 1.
+"""Everything a CUDA device is asked: tests, each op against its byte floor, whole samples at B = 1, and launch shapes.
 
 Ops: `copy` moves the bytes that the op has to, with the device's own copy; `eager` is the paper's formulation in torch
 (_paper.py), `compile` its torch.compile, `triton` (`cpp` on a CPU) this library, `graph` the same replayed from a CUDA
@@ -18,7 +18,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,19 +36,23 @@ from .kernels import _shape, measure
 
 LARGE = Shape(8, 1000, 3072, 5)  # D T B >= 2^24
 SMALL = Shape(1, 100, 3072, 5)
+Left = Callable[[], float]  # seconds
 FLOOR, FASTER_EAGER, FASTER_COMPILED, STEP_SECONDS = 1.25, 10.0, 3.0, 60e-6
-PARTS = ("tests", "ops", "samples", "costs")
+PARTS = {"tests": 3, "ops": 3, "samples": 4, "costs": 1, "tuning": 1}
+"""Each part's minutes of the twelve, in the order of worth; what one leaves over is the next one's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--select", default="", metavar="EXPR", help="pytest -k of the kernel tests (default: all)")
+    select = "pytest -k of the tests (default: on CUDA those that use the device, else all of the kernels')"
+    parser.add_argument("--select", metavar="EXPR", help=select)
     parser.add_argument("--shape", type=_shape, action="append", metavar="B,T,D,M", help="of the ops; may be repeated")
     parser.add_argument("--models", nargs="+", choices=NAMES, default=["cifar10", "bundled"])
     parser.add_argument("--steps", type=positive_int, nargs="+", default=[100, 50, 1000], help="T of the samples")
     parser.add_argument("--passes", type=positive_int, default=20, help="turns of all sides of an op (default 20)")
     parser.add_argument("--repeats", type=positive_int, default=3, help="timed runs of a sample (default 3)")
-    parser.add_argument("--seconds", type=positive_float, default=480.0, help="for all; what is left over is left out")
+    seconds = "for all (default 720), in the proportions of the parts; what there is no time for is left out"
+    parser.add_argument("--seconds", type=positive_float, default=60.0 * sum(PARTS.values()), help=seconds)
     parser.add_argument(
         "--compiler", default="inductor", metavar="BACKEND", help="of torch.compile; 'none': without it"
     )
@@ -66,27 +71,44 @@ def run(args: argparse.Namespace) -> int:
     if args.tune is not None:
         from ._tune import tune
 
-        return tune(args)
+        started = time.monotonic()
+        print(tune(args, lambda: args.seconds - (time.monotonic() - started), args.tune))
+        return 0
     began = time.monotonic()
     facts, rows, cuda = environment(args.device), [], torch.device(args.device).type == "cuda"
-
-    def left() -> float:
-        return float(args.seconds) - (time.monotonic() - began)
-
-    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "tests": lambda: [_kernel_tests(args, max(1.0, left() / 2))],
-        "ops": lambda: _ops(args, left, cuda),
-        "samples": lambda: measure_samples(args, left),
-        "costs": lambda: measure_costs(args, left),
+    parts: dict[str, Callable[[Left], list[dict[str, Any]]]] = {
+        "tests": lambda left: [_device_tests(args, max(1.0, left()), cuda)],
+        "ops": lambda left: _ops(args, left, cuda),
+        "samples": lambda left: measure_samples(args, left),
+        "costs": lambda left: measure_costs(args, left),
+        "tuning": lambda left: _tuning(args, left, cuda),
     }
-    for part, measured in parts.items():
-        if part in args.parts:
-            new = measured()
-            rows += new
-            print(_tables(new), flush=True)
-            _save(args, facts, rows, cuda)
+    for part, end in deadlines(args.parts, args.seconds).items():
+        new = parts[part](lambda end=end: end - (time.monotonic() - began))  # type: ignore[misc]
+        rows += new
+        print(_tables(new), flush=True)
+        _save(args, facts, rows, cuda)
     print("\n\n".join(_judged(rows, cuda)))
     return 0 if all(row.get("passed", True) for row in rows) else 1
+
+
+def deadlines(parts: Sequence[str], seconds: float) -> dict[str, float]:
+    """When each of the parts has to be over, in seconds from the start of all."""
+    chosen = [part for part in PARTS if part in parts]
+    ends = accumulate(PARTS[part] for part in chosen)
+    return {part: seconds * end / sum(PARTS[p] for p in chosen) for part, end in zip(chosen, ends)}
+
+
+def _tuning(args: argparse.Namespace, left: Left, cuda: bool) -> list[dict[str, Any]]:
+    """Better launch shapes, as far as there is time to look for them, into a file beside the results."""
+    if not cuda or left() < 40:
+        note("tuning: left out, " + ("the time is up" if cuda else "there is no CUDA device"))
+        return []
+    from ._tune import tune
+
+    folder = args.results or ROOT / "bench" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    return [{"part": "tuning", "table": tune(args, left, folder / "launch_shapes.json")}]
 
 
 def _save(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, Any]], cuda: bool) -> None:
@@ -108,21 +130,24 @@ def _save(args: argparse.Namespace, facts: dict[str, Any], rows: list[dict[str, 
             (folder / f"{name}_{row['model']}_costs.json").write_text(json.dumps({"calls": calls}) + "\n")
 
 
-def _kernel_tests(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    note("kernel tests ...")
+def _device_tests(args: argparse.Namespace, seconds: float, cuda: bool) -> dict[str, Any]:
+    """Of the kernels, and on a device of what is recorded and of the loop there."""
+    note("tests ...")
+    files = ["tests/kernels", *(["tests/engine/test_cuda_graphs.py", "tests/loop/test_device.py"] if cuda else [])]
+    chosen = args.select or ("triton or on_cuda or device" if cuda else "")
     # not `-m pytest`: it puts this checkout before the installed package on the path
     start = "import sys; sys.path.remove(''); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", start, "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    command += ["-k", args.select] if args.select else []
+    command += [*files, *(["-k", chosen] if chosen else []), *(["--ignore=tests/kernels/test_interpreted.py"] * cuda)]
     try:
-        done = subprocess.run([*command, "tests/kernels"], cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
         said, passed = done.stdout.strip().splitlines()[-1:], done.returncode == 0
     except subprocess.TimeoutExpired:
         said, passed = [f"not finished in {seconds:.0f} s"], False
     return {"part": "tests", "said": said[0] if said else "nothing", "passed": passed}
 
 
-def _ops(args: argparse.Namespace, left: Any, cuda: bool) -> list[dict[str, Any]]:
+def _ops(args: argparse.Namespace, left: Left, cuda: bool) -> list[dict[str, Any]]:
     """Rows of bench.kernels, the loop over time and the Python reference left out."""
     fused = "triton" if cuda else "cpp"
     sides = [
@@ -153,7 +178,7 @@ def _ops(args: argparse.Namespace, left: Any, cuda: bool) -> list[dict[str, Any]
 
 def _tables(rows: list[dict[str, Any]]) -> str:
     """The tables of these rows."""
-    text = [f"Kernel tests: {row['said']}." for row in rows if row.get("part") == "tests"]
+    text = [f"Tests: {row['said']}." for row in rows if row.get("part") == "tests"]
     ops = [row for row in rows if row.get("part") == "ops"]
     if ops:
         header = ("op", "(B, T, D, M)", "side", "MB moved", "ms", "side / copy")
@@ -187,6 +212,7 @@ def _tables(rows: list[dict[str, Any]]) -> str:
             for count, seconds in row["calls"].items()
         ]
         text.append(markdown(("network", "rows of a call", "ms", "a row, against a call on one"), cells))
+    text += [row["table"] for row in rows if row.get("part") == "tuning"]
     return "\n\n".join(text)
 
 

@@ -16,7 +16,7 @@ if __name__ != "kernels":
     from .anderson_step import anderson_step, anderson_step_bytes
     from .copy_rows import copy_rows
     from .ddim_update import ddim_update, ddim_update_bytes
-    from .inverse_scan import inverse_scan
+    from .inverse_scan import inverse_scan, inverse_scan_bytes
     from .mark_converged import mark_converged
     from .newton_scan import newton_scan, newton_scan_bytes
     from .node_scan import node_scan
@@ -24,6 +24,6 @@ if __name__ != "kernels":
 
 __all__ = [
     "BACKENDS", "advance_window", "anderson_step", "anderson_step_bytes", "available_backends", "copy_rows",
-    "ddim_update", "ddim_update_bytes", "inverse_scan", "mark_converged", "newton_scan", "newton_scan_bytes",
-    "node_scan", "secant_fit",
+    "ddim_update", "ddim_update_bytes", "inverse_scan", "inverse_scan_bytes", "mark_converged", "newton_scan",
+    "newton_scan_bytes", "node_scan", "secant_fit",
 ]  # fmt: skip

@@ -38,11 +38,12 @@ class Config:
 DEFAULT = {  # by kernel
     "ddim_update": Config(2), "anderson_scan": Config(1), "anderson_solve": Config(0, 4), "anderson_mix": Config(2, 4),
     "newton_linear": Config(1), "newton_prepare": Config(1), "newton_advance": Config(1, 8),
-    "node_scan": Config(1), "copy_rows": Config(2, 4),
+    "node_scan": Config(1), "copy_rows": Config(2, 4), "inverse_prepare": Config(1), "inverse_advance": Config(1, 8),
 }  # fmt: skip
 _64_LANES = {"anderson_scan": Config(2), "newton_linear": Config(2), "newton_prepare": Config(2),
-             "newton_advance": Config(2, 8), "node_scan": Config(2)}  # fmt: skip
-_SMALL = {name: Config(1) for name in ("ddim_update", "anderson_mix", "newton_advance", "copy_rows")}
+             "newton_advance": Config(2, 8), "node_scan": Config(2), "inverse_prepare": Config(2),
+             "inverse_advance": Config(2, 8)}  # fmt: skip
+_SMALL = {name: Config(1) for name in ("ddim_update", "anderson_mix", "newton_advance", "inverse_advance", "copy_rows")}
 TABLE: dict[str, dict[str, Config]] = {
     **{f"sm_{capability}": DEFAULT for capability in (80, 90, 100)},
     "gfx942": DEFAULT | _64_LANES,  # 64 lanes share the block

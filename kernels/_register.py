@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailableError
 from . import _backends
 from ._checks import Arguments, check_types, check_windows
 from ._launches import Repeats
@@ -47,7 +46,6 @@ class register:
         validate: checks {name: value} of all arguments, without reading a tensor's values; raises ValueError.
         cpp: what `_C.<name>` takes besides the schema's arguments (sizes, threads), from those: {name: value} ->
             {name: value}. None where there is no C++ form: on the CPU the reference serves then.
-        triton: whether there are Triton kernels; without them the reference serves CUDA tensors.
         storage: the tensors whose device and dtypes decide which backend serves.
         cpp_serves: whether the C++ form takes these arguments; else the reference does, even if "cpp" was asked for.
         check_values: checks values of CPU tensors, where reading them costs nothing; the C++ form does so itself.
@@ -56,12 +54,12 @@ class register:
 
     def __init__(
         self, package: str, schema: str, reference: Callable[..., None], *,
-        validate: Callable[[Arguments], None], cpp: Callable[[Arguments], Arguments] | None = None, triton: bool = True,
+        validate: Callable[[Arguments], None], cpp: Callable[[Arguments], Arguments] | None = None,
         storage: tuple[str, ...] = ("states", "predictions", "drift"),
         cpp_serves: Callable[[Arguments], bool] | None = None,
         check_values: Callable[[Arguments], None] | None = None, as_stored: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.package, self.reference, self.cpp, self.triton = package, reference, cpp, triton
+        self.package, self.reference, self.cpp = package, reference, cpp
         self.validate, self.storage, self.cpp_serves = validate, storage, cpp_serves
         self.check_values, self.repeats = check_values, Repeats()
         self.name, _, arguments = schema.partition("(")
@@ -118,12 +116,8 @@ class register:
         storage = tuple(given[name] for name in self.storage if given[name] is not None)
         if self.cpp is None and (backend == "cpp" or (backend == "auto" and storage[0].device.type != "cuda")):
             return "reference"  # not worth a kernel on the CPU
-        if backend == "triton" and not self.triton:
-            raise BackendUnavailableError(f"backend 'triton' has no {self.name}; it runs on reference, cpp")
         lags = given["state_coef"].shape[1] if "state_coef" in given else 1
         name = _backends.resolve(backend, storage, lags)
-        if name == "triton" and not self.triton:
-            return "reference"
         if name == "cpp" and self.cpp_serves is not None and not self.cpp_serves(given):
             return "reference"
         return name

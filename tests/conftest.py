@@ -37,6 +37,7 @@ def load_module(file: Path, name: str) -> ModuleType:
 load_module(Path(__file__).with_name("solvers.py"), "solvers")  # for `from solvers import SOLVERS`
 load_module(Path(__file__).parent / "kernels" / "kernel_operands.py", "kernel_operands")
 load_module(Path(__file__).parent / "kernels" / "races.py", "races")
+load_module(Path(__file__).parent / "kernels" / "interpreter_cache.py", "interpreter_cache")
 load_module(Path(__file__).parent / "ranks" / "rank_launch.py", "rank_launch")
 load_module(Path(__file__).parent / "operators" / "operator_cases.py", "operator_cases")
 for helper in ("graph_api", "graph_solves"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._types import Rows
 from ..engine.system import SANE_RMS, System
-from ..kernels import inverse_scan, newton_scan
+from ..kernels import inverse_scan, inverse_scan_bytes, newton_scan, newton_scan_bytes
 from ..kernels.stopping import TINY_OF
 from ..loop.base import LeasedTensors, MemoryRequest, ProblemSize, Solver
 from ..schedule import Schedule, SpectralSlope
@@ -63,6 +63,16 @@ class StateLayout(Solver):
             request.add(f"inverse.{prefix}.filled", (slots, size.batch), torch.int32)
         request.add("inverse.forward", (size.num_steps + 1, *row), size.dtype)
 
+    def scratch_bytes(self, size: ProblemSize) -> int:
+        """Of the scans backwards, and of the linear one forwards."""
+        kind = (size.dtype, size.device, size.backend)
+        needed: int = max(
+            inverse_scan_bytes(size.window, size.batch, size.numel, self.history, *kind),
+            inverse_scan_bytes(max(self.stiff, 1), size.batch, size.numel, self.long_history, *kind),
+            newton_scan_bytes(size.num_steps, size.batch, size.numel, 0, size.lags, size.dtype, *kind),
+        )
+        return needed
+
     def start(self, tensors: LeasedTensors) -> SolverState:
         """The memory, its contents undefined."""
         stiff, other, no_history = (
@@ -111,24 +121,23 @@ class EquilibriumStep:
         self.work.evaluate(rows, round)
         expected = self._predicted_error()
         self.column, self.stiff_column = round % (method.history + 1), round % (method.long_history + 1)
-        backend = "auto" if chain.backend == "triton" else chain.backend
         stiff = [b > self.steps - self.tail for b in hi]
         if any(stiff):
             self._set_bounds(lo, hi, stiff)
-            self._inverse_scan(self.damped_slope, state.stiff, self.stiff_column, "reference")
+            self._inverse_scan(self.damped_slope, state.stiff, self.stiff_column)
         if not all(stiff):
             self._set_bounds(lo, hi, [not s for s in stiff])
-            self._inverse_scan(chain.slope, state.other, self.column, backend)
+            self._inverse_scan(chain.slope, state.other, self.column)
         missed = (chain.sq_diff / self.sq_size).sqrt()
         repairs = self._repair(missed, round)
         return missed.cpu(), torch.where(expected.isfinite(), expected, float("inf")).cpu(), repairs
 
-    def _inverse_scan(self, slope: Tensor, history: SecantHistory, column: int, backend: str) -> None:
+    def _inverse_scan(self, slope: Tensor, history: SecantHistory, column: int) -> None:
         chain, method = self.chain, self.method
         inverse_scan(
             chain.states, chain.predictions, chain.state_coef, chain.model_coef, slope, self.weight, chain.lo, chain.hi,
             chain.sq_diff, *history, column, method.damping, self.ridge, method.stale, self.floor, method.reach,
-            chain.drift, backend=backend,
+            chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
 
     def restore_evaluated(self, b: int, start: int, stop: int) -> None:
@@ -181,7 +190,7 @@ class EquilibriumStep:
         newton_scan(
             forward, chain.predictions, chain.state_coef, chain.model_coef, self.diagonal_slope,
             torch.zeros_like(every), every, scratch, torch.empty_like(scratch), *no_history, 0,
-            drift=chain.drift, backend=chain.backend,
+            drift=chain.drift, workspace=chain.scratch, backend=chain.backend,
         )  # fmt: skip
         error: Tensor = (forward[-1] - chain.states[-1]).norm(dim=1) / chain.states[-1].norm(dim=1)
         return error

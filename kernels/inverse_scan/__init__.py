@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
+from .. import _config
 from .._checks import MAX_HISTORY, Arguments, check_rings, check_scan, check_slope
 from .._register import chain_sizes, register
+from .._workspace import Layout, ProblemSize, ceil_div, nbytes, needs_none, next_power_of_2, wide
 from .reference import inverse_scan as _reference
 
-__all__ = ["MAX_COLUMNS", "inverse_scan"]
+__all__ = ["MAX_COLUMNS", "inverse_scan", "inverse_scan_bytes"]
 
 MAX_COLUMNS = 32
 
@@ -29,12 +32,12 @@ _op = register(
     __name__,
     "inverse_scan(Tensor(a!) states, Tensor predictions, Tensor state_coef, Tensor model_coef, Tensor slope, "
     "Tensor weight, Tensor lo, Tensor hi, Tensor(b!) sq_miss, Tensor(c!) z, Tensor(d!) e, Tensor(e!) filled, "
-    "int column, float damping, float ridge, float stale, float floor, float reach, Tensor? drift) -> ()",
+    "int column, float damping, float ridge, float stale, float floor, float reach, Tensor? drift, "
+    "Tensor(f!)? workspace) -> ()",
     _reference,
     validate=_validate,
     cpp=chain_sizes,
     cpp_serves=lambda given: given["z"].shape[0] <= MAX_HISTORY,
-    triton=False,
     storage=("states", "predictions", "z", "drift"),
 )
 
@@ -43,7 +46,7 @@ def inverse_scan(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, weight: Tensor,
     lo: Tensor, hi: Tensor, sq_miss: Tensor, z: Tensor, e: Tensor, filled: Tensor, column: int, damping: float = 1.0,
     ridge: float = 1e-6, stale: float = 8.0, floor: float = 1e-6, reach: float = 1.0, drift: Tensor | None = None, *,
-    backend: str = "auto",
+    workspace: Tensor | None = None, backend: str = "auto",
 ) -> None:  # fmt: skip
     """One round of the inverse problem without the model call, in place, for rows lo[b] <= i < hi[b] of every sample b.
 
@@ -65,7 +68,7 @@ def inverse_scan(
         weight: (T, 1) or (T, D), what a miss of that row is worth.
         sq_miss: (T, B); row i receives |weight[i] (X[i+1] - G[i])|^2.
         z, e: (H + 1, W, B, D), rings of states and predictions; row i lives in slot i % W, this round in `column`
-            (the round modulo H + 1). H < 32; above 7 torch does it, whatever the backend.
+            (the round modulo H + 1). H < 32; above 7 the reference serves on the CPU.
         filled: (W, B) int32, how many of a row's most recent columns are valid; counted up here.
         column: the ring column of this round.
         damping: the part of the step along d that is taken; secant steps are taken whole.
@@ -73,7 +76,7 @@ def inverse_scan(
         stale: columns with |dG| > stale |rho| are left out: slopes of far away.
         floor: so are those with |dG| <= floor |G|: rounding.
         reach: longest step, relative to the state.
-        backend: as for `ddim_update`; there is no Triton form, "auto" means the reference on a GPU.
+        workspace, backend: as for `ddim_update`, the workspace of `inverse_scan_bytes`.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
@@ -81,5 +84,21 @@ def inverse_scan(
     """
     _op(
         backend, states, predictions, state_coef, model_coef, slope, weight, lo, hi, sq_miss, z, e, filled, column,
-        damping, ridge, stale, floor, reach, drift,
+        damping, ridge, stale, floor, reach, drift, workspace,
     )  # fmt: skip
+
+
+def layout(size: ProblemSize, ring: int, width: int) -> Layout:
+    """The Gram of every row in the rings and what the row misses, summed over blocks."""
+    pairs = next_power_of_2(ring - 1)
+    blocks = ceil_div(size.numel, _config.config("inverse_prepare", size.device).block(size.dtype.itemsize))
+    return {"partials": ((width, size.batch, blocks, pairs**2 + 1), torch.float64 if pairs > 8 else wide(size.dtype))}
+
+
+def inverse_scan_bytes(
+    width: int, batch: int, numel: int, history: int, dtype: torch.dtype, device: torch.device, backend: str = "auto"
+) -> int:
+    """Bytes of the `workspace` with which `inverse_scan` allocates nothing, for states (T + 1, batch, numel) and rings
+    (history + 1, width, batch, numel) of `dtype`."""
+    size = ProblemSize(width, batch, numel, 1, dtype, device)
+    return 0 if needs_none(device, backend) else nbytes(layout(size, history + 1, width))

@@ -81,7 +81,7 @@ def inverse(system, P: tl.constexpr):
     """Inverse (P, P) of a symmetric positive definite matrix, in place; zero where rounding made it neither."""
     row_of, col_of = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
     sound = 1
-    for c in tl.static_range(P):
+    for c in tl.range(0, P):
         row = tl.sum(tl.where(row_of == c, system, 0.0), axis=0)[None, :]
         col = tl.sum(tl.where(col_of == c, system, 0.0), axis=1)[:, None]
         pivot = tl.sum(tl.where(col_of == c, row, 0.0))

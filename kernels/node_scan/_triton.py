@@ -108,10 +108,10 @@ def node_scan_kernel(
         r0, r1, r2, r3 = interpolated(
             j, b, M, B, D, K, lanes, mask, kind, remainder, remainder_coef, start, drift, L, S, CLASSES, DRIFT, WIDE
         )
+        n0, n1, n2, n3 = advanced(j, K, kind, y0, y1, y2, y3, r0, r1, r2, r3, state_coef, L, CLASSES)
         q0, q1, q2, q3 = interpolated(
             other, b, M, B, D, K, lanes, mask, kind, remainder, remainder_coef, start, drift, L, S, CLASSES, DRIFT, WIDE
         )
-        n0, n1, n2, n3 = advanced(j, K, kind, y0, y1, y2, y3, r0, r1, r2, r3, state_coef, L, CLASSES)
         y0, y1, y2, y3 = advanced(other, K, kind, n0, n1, n2, n3, q0, q1, q2, q3, state_coef, L, CLASSES)
         target = states + (tl.cast(j + 1, tl.int64) * B + b) * D + lanes
         tl.store(target, n0.to(states.dtype.element_ty), mask=mask)

@@ -20,6 +20,7 @@ from deqdiff_fast.kernels import available_backends
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "bench" / "__main__.py").is_file(), reason="bench/ is not beside the tests")
 
+EVERY_OP = {"ddim_update", "anderson_step", "newton_scan", "inverse_scan", "node_scan", "secant_fit"}
 MIXTURE = ("--model", "mixture", "--size", "8", "--steps", "8")
 
 
@@ -176,7 +177,7 @@ def test_overhead(figures):
     assert len(row["runs"]) == 2
     assert "quasi-newton" in table
     measured = available_backends()["triton"] != "triton is not installed; install it with: pip install triton"
-    assert ({call["op"] for call in calls} == {"ddim_update", "anderson_step", "newton_scan", "node_scan"}) == measured
+    assert ({call["op"] for call in calls} == EVERY_OP) == measured
     assert all(0 < run["model"] < run["seconds"] and 0 < run["share"] < 1 for run in row["runs"])
 
 
@@ -352,7 +353,7 @@ def test_kernels(figures):
     moved = {row["op"]: row["bytes_moved"] for row in report["rows"]}
     elements = 2 * 6 * 40
     expected = {"ddim_update": 12 * elements, "anderson_step": 44 * elements, "newton_scan": 44 * elements}
-    expected |= {"node_scan": 8 * elements}
+    expected |= {"inverse_scan": 44 * elements, "node_scan": 8 * elements, "secant_fit": 2 * 6 * 3 * 3 * 12}
     assert moved == expected
     for row in report["rows"]:
         assert len(row["passes"]) == 2
@@ -385,16 +386,29 @@ def test_compiled(figures, tmp_path):
     assert file.read_text(encoding="utf-8").strip() == table.strip()
 
 
+LACKING = (
+    "diffusers", "transformers", "accelerate", "k_diffusion", "deepinv", "torchvision", "matplotlib", "PIL", "scipy",
+    "hypothesis",
+)  # fmt: skip
+
+
 def test_gpu(figures, baseline, tmp_path, monkeypatch):
-    """On the CPU with tiny shapes: the same code that a device runs, the graphs apart; and without diffusers."""
-    monkeypatch.setitem(sys.modules, "diffusers", None)
+    """On the CPU with tiny shapes: the same code that a device runs, the graphs apart; and with no more than the
+    package's own dependencies, Triton and pytest, in this process and in the one of the tests."""
+    for name in LACKING:
+        monkeypatch.setitem(sys.modules, name, None)
+    missing = tmp_path / "missing"
+    missing.mkdir()
+    (missing / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({LACKING}))\n")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # theirs are not there either
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(missing), os.environ.get("PYTHONPATH", "")]))
     words = ("--shape", "2,6,40,3", "--passes", "1", "--models", "tiny", "--steps", "2", "3", "--repeats", "2")
     select = ("--select", "test_copy_rows and bad_arguments", "--compiler", "eager", "--compile-sample")
     report, table = figures("gpu", *words, *select, "--rows", "1", "3", "--out", tmp_path)
     parts = {part: [row for row in report["rows"] if row["part"] == part] for part in ("tests", "ops", "samples")}
     assert parts["tests"][0]["passed"] is True
     assert "1 passed" in parts["tests"][0]["said"]
-    assert {row["op"] for row in parts["ops"]} == {"ddim_update", "anderson_step", "newton_scan", "node_scan"}
+    assert {row["op"] for row in parts["ops"]} == EVERY_OP
     for row in parts["ops"]:
         assert row["floor"] == pytest.approx(row["seconds"] * row["copy_rate"] / row["bytes_moved"])
     ways = {"serial, eager", "sample, eager", "sample, planned", "serial, compiled", "sample, compiled"}
@@ -410,6 +424,14 @@ def test_gpu(figures, baseline, tmp_path, monkeypatch):
     read = baseline._rank_prediction.read_costs(tmp_path / "cpu_tiny_costs.json")
     assert [read(int(rows)) for rows in costs["calls"]] == pytest.approx(list(costs["calls"].values()))
     assert json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"] == report["rows"]
+
+
+def test_the_parts_of_twelve_minutes(baseline):
+    """Where a part is left out the others have its time; the last one ends in time."""
+    deadlines = importlib.import_module("bench.gpu").deadlines
+    every = ["costs", "tests", "ops", "tuning", "samples"]
+    assert deadlines(every, 720) == {"tests": 180, "ops": 360, "samples": 600, "costs": 660, "tuning": 720}
+    assert deadlines(["costs", "tests"], 240) == {"tests": 180, "costs": 240}
 
 
 def test_the_plain_network_is_the_one_of_diffusers(baseline):

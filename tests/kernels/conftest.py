@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import interpreter_cache
 import pytest
 import races
 import torch
@@ -38,6 +39,7 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     interpreter.GridExecutor.__call__ = _launch_afresh
     interpreter.InterpretedFunction.__call__ = _call_patched
     races.install(interpreter)
+    interpreter_cache.install(interpreter)
 
 
 def _nan(*shape: int, dtype: torch.dtype) -> Tensor:

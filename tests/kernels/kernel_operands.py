@@ -93,7 +93,7 @@ def operands(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "anderson_step": {**scan, **_rings(normal, "f", "g"), "gram": gram, **mix},
         "newton_scan": {**scan, "slope": slope, **_rings(normal, "z", "e"), **fit},
         "inverse_scan": {
-            **{name: scan[name] for name in ("states", "predictions", *coefs, "drift")}, "slope": slope,
+            **{name: scan[name] for name in ("states", "predictions", *coefs, "drift", "workspace")}, "slope": slope,
             "weight": slope.clone(), "sq_miss": scan["sq_diff"], **_rings(normal, "z", "e"), **inverse,
         },
         "node_scan": _nodes(normal),

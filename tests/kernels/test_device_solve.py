@@ -9,6 +9,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
+from deqdiff_fast.inversion import Equilibrium
 from deqdiff_fast.kernels import available_backends
 from deqdiff_fast.loop.task import Lookahead
 
@@ -45,3 +46,18 @@ def test_triton_solves_the_serial_chain(monkeypatch, relative_error, solver, win
     assert out.converged.all()
     assert out.stats.finished_serially == 0
     assert relative_error(out.sample.cpu(), expected.sample.cpu()).max() < 1e-4
+
+
+def test_triton_inverts_the_serial_chain(relative_error):
+    """A stiff row, which has a long history of its own, and others."""
+    status = available_backends()["triton"]
+    if status != "available":
+        pytest.skip(status)
+    schedule = dq.Schedule.ddim(ABAR, torch.arange(4).flip(0) * 240)
+    noise = torch.randn(2, 12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    image = dq.DEQSampler(model, schedule, backend="reference").serial(noise).sample
+    method = Equilibrium(history=2, long_history=9)
+    found = dq.DEQInverter(model, schedule, method=method, backend="triton", tol=1e-3).invert(image)
+    assert found.converged.all()
+    assert found.stats.finished_serially == 0
+    assert found.error.max() < 1e-3

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from deqdiff_fast import BackendUnavailableError
 from deqdiff_fast.kernels import available_backends, inverse_scan
 from deqdiff_fast.kernels.inverse_scan.reference import inverse_scan as reference
 
 NAN = float("nan")
 BACKENDS = ["reference", "cpp"]
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 @pytest.fixture(params=BACKENDS)
@@ -45,7 +47,7 @@ class Case:
     def predict(self, states):
         return torch.tanh(states[:-1].double() * self.bend + self.shift)
 
-    def run(self, step, dtype, rounds=5):
+    def run(self, step, dtype, rounds=5, reach=1.0):
         states = self.x.to(dtype).clone()
         rings = [torch.full((self.ring, self.width, self.batch, self.size), NAN, dtype=dtype) for _ in range(2)]
         filled = torch.zeros(self.width, self.batch, dtype=torch.int32)
@@ -54,7 +56,7 @@ class Case:
             e = self.predict(states).to(dtype)
             drift = None if self.drift is None else self.drift.to(dtype)
             step(states, e, self.a, self.b, self.slope, self.weight, self.lo, self.hi, miss, *rings, filled,
-                 k % self.ring, 0.9, 1e-6, 8.0, 1e-6, 1.0, drift)  # fmt: skip
+                 k % self.ring, 0.9, 1e-6, 8.0, 1e-6, reach, drift)  # fmt: skip
         return states, miss, rings, filled
 
 
@@ -152,11 +154,85 @@ def test_steps_are_bounded_and_never_nan(backend):
     assert miss[3, 0].isnan()
 
 
+def by_triton(*args):
+    """On a GPU, or interpreted (test_interpreted.py)."""
+    moved = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in args]
+    inverse_scan(*moved, backend="triton")
+    for before, after in zip(args, moved, strict=True):
+        if isinstance(before, torch.Tensor) and before is not after:
+            before.copy_(after)
+
+
+@pytest.fixture
+def triton():
+    if available_backends()["triton"] != "available":
+        pytest.skip(available_backends()["triton"])
+
+
+TRITON_CASES = [  # steps, elements, lags, window, history, one weight and slope an element, reach, dtype
+    (1, 17, 1, None, 3, False, 1.0, torch.float64),
+    (4, 140, 1, None, 3, True, 1.0, torch.float32),
+    (6, 30, 3, 4, 7, True, 1.0, torch.float64),
+    (5, 30, 2, 3, 0, False, 1.0, torch.float32),
+    (3, 30, 1, None, 3, True, 0.1, torch.float64),
+    (4, 20, 4, 3, 30, True, 1.0, torch.float32),
+]
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize(("steps", "size", "lags", "width", "history", "spectral", "reach", "dtype"), TRITON_CASES)
+def test_triton_matches_reference(steps, size, lags, width, history, spectral, reach, dtype):
+    """Rings that are not full, NaN in what is not; some steps that are too long."""
+    case = Case(steps, 2, size, lags, width, history, spectral, drift=lags == 2)
+    expected = case.run(reference, torch.float64, 4, reach)
+    got = case.run(by_triton, dtype, 4, reach)
+    close(got[0], expected[0], 1e-10 if dtype == torch.float64 else 1e-5)
+    close(got[1].sqrt(), expected[1].sqrt(), 1e-10 if dtype == torch.float64 else 1e-4)
+    for k in range(2):
+        close(got[2][k], expected[2][k], 1e-10 if dtype == torch.float64 else 1e-5)
+    assert torch.equal(got[3], expected[3])
+    if reach < 1:  # the first round's steps, of which some are as long as they may be
+        before, (after, *_) = case.x, case.run(by_triton, torch.float64, 1, reach)
+        step = (after - before).norm(dim=2)[:-1]
+        limit = reach * torch.maximum(before[:-1].norm(dim=2), after[1:].norm(dim=2))
+        assert ((step / limit - 1).abs() < 1e-9).any()
+
+
+@pytest.mark.usefixtures("triton")
+def test_triton_long_histories_are_fitted_in_float64():
+    """Though the states are float32: what is left of a row by then is float32's rounding."""
+    case = Case(1, 1, 12, history=30)
+    expected, got = case.run(reference, torch.float32, 7), case.run(by_triton, torch.float32, 7)
+    close(got[0], expected[0].double(), 1e-6)
+    assert 0 < expected[1].sqrt().max() < 1e-5
+    close(got[1].sqrt(), expected[1].sqrt(), 1e-4)
+
+
+@pytest.mark.usefixtures("triton")
+def test_triton_a_step_that_is_not_finite_is_not_taken():
+    case = Case(3, 2, 30)
+    case.predict = lambda states: torch.full((3, 2, 30), NAN, dtype=torch.float64)
+    states, miss, _, filled = case.run(by_triton, torch.float32, 1)
+    assert torch.equal(states, case.x.float())
+    assert miss[1, 0].isnan()
+    assert filled[:, 0].tolist() == [1, 1, 1]
+    case = Case(3, 2, 30)
+    case.slope = -case.a / case.b  # d = 0 up to rounding
+    assert case.run(by_triton, torch.float32, 2)[0].isfinite().all()
+
+
+@pytest.mark.usefixtures("triton")
+def test_triton_bfloat16_storage():
+    case = Case(3, 2, 40)
+    expected = case.run(reference, torch.float64, 2)
+    close(case.run(by_triton, torch.bfloat16, 2)[0], expected[0], 5e-2)
+
+
 def test_opcheck_and_bad_arguments():
     case = Case(6, 2, 8)
     seen = {}
     case.run(lambda *a: seen.update(args=a), torch.float64, 1)
-    torch.library.opcheck(torch.ops.deqdiff_fast.inverse_scan.default, seen["args"])
+    torch.library.opcheck(torch.ops.deqdiff_fast.inverse_scan.default, (*seen["args"], None))
     args = list(seen["args"])
     for position, bad, message in (
         (4, torch.zeros(6), "slope: expected"),
@@ -170,5 +246,3 @@ def test_opcheck_and_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             inverse_scan(*[bad if k == position else a for k, a in enumerate(args)])
-    with pytest.raises(BackendUnavailableError):
-        inverse_scan(*args, backend="triton")

@@ -15,6 +15,7 @@ from deqdiff_fast.kernels import (
     available_backends,
     copy_rows,
     ddim_update,
+    inverse_scan,
     mark_converged,
     newton_scan,
     node_scan,
@@ -107,7 +108,11 @@ def test_triton_others_are_one_or_two(launches, problem):
     node_scan(run.states, run.predictions, *tables, torch.zeros(5, dtype=torch.int32, device=device), **ON)
     assert launches == ["node_scan_kernel"]
     launches.clear()
-    given = kernel_operands.operands("secant_fit")
-    given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    secant_fit(**given, **ON)
-    assert launches == ["secant_fit_kernel"]
+    for op, kernels in (
+        (secant_fit, ["secant_fit_kernel"]),
+        (inverse_scan, ["inverse_prepare_kernel", "inverse_advance_kernel"]),
+    ):
+        given = kernel_operands.operands(op.__name__)
+        op(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}, **ON)
+        assert launches == kernels
+        launches.clear()

@@ -18,6 +18,8 @@ from deqdiff_fast.kernels import (
     available_backends,
     ddim_update,
     ddim_update_bytes,
+    inverse_scan,
+    inverse_scan_bytes,
     newton_scan,
     newton_scan_bytes,
 )
@@ -96,6 +98,10 @@ def run_op(op, run, workspace, stored=FLOAT, history=2, column=0):
     if history is not None:
         z, e = (torch.randn(history + 1, steps, batch, size, generator=draw).to(device, stored) for _ in range(2))
         rings = (z, e, torch.full((steps, batch), history, dtype=torch.int32, device=device))
+    if op == "inverse_scan":
+        tables = (slope, slope.square(), *scan[4:6], scan[6])
+        inverse_scan(*scan[:4], *tables, *rings, column, drift=run.drift, workspace=workspace, **ON)
+        return (*scan, *rings)
     rest = (*rings, column) if rings else (None, None, None, 0)
     newton_scan(*scan[:4], slope, *scan[4:], *rest, drift=run.drift, workspace=workspace, **ON)
     return (*scan, *rings)
@@ -110,6 +116,7 @@ CASES = [
     ("newton_scan", 1, FLOAT, 2),
     ("newton_scan", 2, torch.bfloat16, 3),
     ("newton_scan by products", 1, FLOAT, 3),
+    ("inverse_scan", 1, FLOAT, 9),
 ]
 
 
@@ -128,6 +135,7 @@ def test_triton_works_inside_its_workspace(counter, problem, monkeypatch, op, la
         "newton_scan": lambda: newton_scan_bytes(
             steps, batch, size, history or 0, lags, FLOAT, stored, where, "triton"
         ),
+        "inverse_scan": lambda: inverse_scan_bytes(steps, batch, size, history, FLOAT, where, "triton"),
     }[op]()
     slab = torch.full((nbytes + GUARD,), 0xFF, dtype=torch.uint8, device=where)  # NaN in every floating-point type
     expected = run_op(op, plain, None, stored, history)
@@ -164,6 +172,7 @@ def test_other_backends_ask_for_nothing(backend):
     assert ddim_update_bytes(5, 2, 17, FLOAT, here, backend) == 0
     assert anderson_step_bytes(5, 2, 17, 3, FLOAT, FLOAT, here, backend) == 0
     assert newton_scan_bytes(5, 2, 17, 3, 1, FLOAT, FLOAT, here, backend) == 0
+    assert inverse_scan_bytes(5, 2, 17, 3, FLOAT, here, backend) == 0
 
 
 NEWTON = {"quasi-newton": dq.QuasiNewton(nodes=False), "linear": dq.QuasiNewton(history=0, nodes=False)}

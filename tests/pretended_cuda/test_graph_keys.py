@@ -60,6 +60,48 @@ def test_the_same_place_in_another_layout(api, ddim, net):
     same(sampler, api)
 
 
+def test_weights_that_have_moved_are_another_recording(api, ddim, net):
+    """Not written to, as far as their versions tell; where they were is something else by then."""
+    sampler = sampler_of(net, ddim(12))
+    assert same(sampler, api, times=6) == 0
+    net.layer.weight.data = 1.5 * net.layer.weight.data
+    assert same(sampler, api, times=1) > 0
+    assert same(sampler, api, times=6) == 0
+    assert api.freed == 0
+
+
+def test_the_precision_of_products_is_another_recording(api, ddim, net):
+    matmul, sampler = torch.backends.cuda.matmul, sampler_of(net, ddim(12))
+    same(sampler, api)
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = not before
+    try:
+        same(sampler, api)
+    finally:
+        matmul.allow_tf32 = before
+    assert len(kept(sampler)) == 2
+
+
+@pytest.mark.parametrize("change", ["trained", "moved"])
+def test_a_draft_that_changes(api, ddim, net, change):
+    """It is asked in Python in every solve, whatever else is replayed: no recording has its weights."""
+    draft = Net(api).eval().requires_grad_(False)
+    asked = []
+    draft.before = lambda x: asked.append(draft.layer.weight.sum().item())
+    sampler = sampler_of(net, ddim(12), solver="draft", draft=draft, certify="full", window=12)
+    for _ in range(4):
+        same(sampler, api, times=1)
+    assert {kind for kind, _ in kept(sampler)[0].graphs.replays} >= {"model", "step"}
+    if change == "trained":
+        draft.layer.weight.mul_(-1)
+    else:
+        draft.layer.weight.data = 0.5 * draft.layer.weight.data
+    del asked[:]
+    same(sampler, api, times=1)
+    assert {*asked} == {draft.layer.weight.sum().item()}
+    assert api.freed == 0
+
+
 @pytest.mark.parametrize("wrap", ["function", "method", "partial", "object", "guided"])
 def test_weights_behind_a_function(api, ddim, net, wrap):
     """With cuda_graph=True they are looked for there."""

@@ -24,6 +24,7 @@ def test_a_recorded_solve(api, ddim, net, solver):
     (entry,) = kept(sampler)
     assert {kind for kind, _ in entry.graphs.replays} == {"model", "step", "guess"}
     assert not entry.graphs.refused
+    assert {graph.pool() for graph in api.graphs} == {entry.graphs.recorder.pool}, "they share memory"
     assert api.freed == 0
 
 
