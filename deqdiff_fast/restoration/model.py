@@ -43,6 +43,11 @@ class RestoringModel:
         if hasattr(model, "bind_batch"):
             self.bind_batch = self._bind
 
+    @property
+    def deqdiff_rough_in_time(self) -> bool:
+        """Whether what is known holds another noise at every timestep."""
+        return self.coordinates.fresh
+
     def parameters(self) -> list[Tensor]:
         """Those of the model, where it is a module."""
         found: Callable[[], Any] = getattr(self.model, "parameters", list)

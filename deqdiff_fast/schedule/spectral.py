@@ -152,10 +152,10 @@ class SpectralSlope:
         return Basis(self.channels, self.shape)
 
     @tables_on_cpu
-    def classes(self) -> tuple[Tensor, Tensor]:
-        """(K,) the distinct variances, and (D,) int64 which of them each coefficient has."""
+    def classes(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """(T, K) float64 the slopes that differ, and (D,) int64 which of them each coefficient has."""
         values, which = torch.unique(self.variance.flatten(), return_inverse=True)
-        return values, which
+        return schedule.slope(values), which
 
     @tables_on_cpu
     def slope(self, schedule: Schedule) -> Tensor:
