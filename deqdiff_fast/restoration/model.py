@@ -48,6 +48,11 @@ class RestoringModel:
         """Whether what is known holds another noise at every timestep."""
         return self.coordinates.fresh
 
+    @property
+    def deqdiff_amplifies(self) -> bool:
+        """Whether steps go along the model's Jacobian, which changes most where it decides something."""
+        return self.method.needs_vjp
+
     def parameters(self) -> list[Tensor]:
         """Those of the model, where it is a module."""
         found: Callable[[], Any] = getattr(self.model, "parameters", list)
