@@ -3,7 +3,8 @@
     python docs/restoration_figure.py      # writes docs/figures/restoration.png and restoration.json
 
 Images that the bundled model makes, for which nobody's permission is needed; measured with noise of 0.05, restored from
-other noise, in rounds or serially, whichever is the faster here. Needs: deqdiff_fast[diffusers]. A few minutes on one CPU core.
+other noise, in rounds or serially, whichever is the faster here. Needs: deqdiff_fast[diffusers]. A few minutes on one
+CPU core.
 """
 
 from __future__ import annotations
