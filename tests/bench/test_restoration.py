@@ -130,6 +130,23 @@ def test_theirs_run_within_their_evaluations(figures):
     assert "deepinv DPS" in table
 
 
+def test_rounds_are_counted_beside_the_papers(figures):
+    words = ("--model", "mixture", "--size", "8", "--count", "2", "--watched", "1", "--steps", "20", "--sigma", "0.1")
+    report, table = figures("restoration", "--rounds", *words, "--operators", "inpaint", "--methods", "ddnm", "diffpir")
+    rows = {(row["method"], row["sigma"], row["eta"]): row for row in report["rows"]}
+    assert len(rows) == 6  # DiffPIR is DDNM without noise
+    for row in rows.values():
+        assert max(row["errors"]) <= 1e-2
+        assert len(row["errors"]) == 2
+        assert max(row["tight_errors"]) <= 1e-4
+        assert len(row["tight_errors"]) == 1
+        assert row["rounds"] <= row["tight_rounds"]
+        assert row["rounds"] < row["anderson_rounds"]
+        assert row["anderson_to"] is None or row["anderson_to"] <= row["anderson_rounds"]
+    assert rows["ddnm", 0.0, 0.85]["consistency"] <= 1e-4
+    assert "error at most 0.01: 6 of 6" in table
+
+
 def test_what_ran_is_compared(baseline, capsys):
     import bench.restoration as restoration
 
