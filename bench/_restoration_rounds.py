@@ -82,11 +82,11 @@ class WholeStates:
 
 
 def measure(
-    args: argparse.Namespace, problem: Problem, name: str, operator: Operator, truth: Tensor, noise: Tensor,
-    methods: list[str],
+    args: argparse.Namespace, problem: Problem, name: str, chosen: dict[float, Operator], truth: Tensor,
+    noise: Tensor, methods: list[str],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The rows of one operator. noise: standard normal, of the shape of the measurements."""
-    for sigma in dict.fromkeys((0.0, args.sigma)):
+    """The rows of one operator. chosen: {sigma: it}. noise: standard normal, of the shape of the measurements."""
+    for sigma, operator in chosen.items():
         y = operator.A(truth) + sigma * noise
         for method in methods:
             if method == "diffpir" and sigma == 0 and "ddnm" in methods:

@@ -41,17 +41,22 @@ def _half(shape: tuple[int, ...]) -> Tensor:
     return torch.rand((1, *shape[1:]), generator=torch.Generator().manual_seed(0)) < 0.5
 
 
-# Singular values of blurs below 0.03 count as zero, as in the code of DDRM (Kawar et al. 2022).
+# Where there is noise, singular values of blurs below 0.03 count as zero, as in the code of DDRM (Kawar et al. 2022).
 _ZERO = 0.03
-OPERATORS: dict[str, Callable[[tuple[int, ...]], operators.Operator]] = {
-    "sr4": lambda shape: operators.Downsample(4),
-    "bicubic4": lambda shape: operators.Bicubic(4),
-    "gaussian": lambda shape: operators.Blur.gaussian(1.5, size=min(9, shape[1] - 1 + shape[1] % 2), rtol=_ZERO),
-    "uniform": lambda shape: operators.Blur.uniform(5, rtol=_ZERO),
-    "inpaint": lambda shape: operators.Inpaint(_half(shape)),
-    "colorize": lambda shape: operators.Colorize(),
-    "hadamard": lambda shape: operators.WalshHadamard((shape[1], shape[2]), 0.25),
+OPERATORS: dict[str, Callable[[tuple[int, ...], float | None], operators.Operator]] = {
+    "sr4": lambda shape, rtol: operators.Downsample(4),
+    "bicubic4": lambda shape, rtol: operators.Bicubic(4),
+    "gaussian": lambda shape, rtol: operators.Blur.gaussian(1.5, size=min(9, shape[1] - 1 + shape[1] % 2), rtol=rtol),
+    "uniform": lambda shape, rtol: operators.Blur.uniform(5, rtol=rtol),
+    "inpaint": lambda shape, rtol: operators.Inpaint(_half(shape)),
+    "colorize": lambda shape, rtol: operators.Colorize(),
+    "hadamard": lambda shape, rtol: operators.WalshHadamard((shape[1], shape[2]), 0.25),
 }
+
+
+def operator_for(name: str, shape: tuple[int, ...], sigma: float) -> operators.Operator:
+    """One of `OPERATORS`, for measurements with noise of sigma."""
+    return OPERATORS[name](shape, _ZERO if sigma else None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,13 +109,14 @@ def run(args: argparse.Namespace) -> int:
     truth = images(problem, args.images, seeds)
     rows: list[dict[str, Any]] = []
     for name in args.operators:
-        operator = OPERATORS[name](problem.shape)
+        operator = operator_for(name, problem.shape, args.sigma)
         clean = operator.A(truth)
         drawn = [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(2 * 10**6 + k)) for k in seeds]
         noise = torch.stack(drawn).to(clean)
         if args.rounds:
             methods = [method for method in OURS if method in wanted]
-            found = _restoration_rounds.measure(args, problem, name, operator, truth, noise, methods)
+            chosen = {sigma: operator_for(name, problem.shape, sigma) for sigma in (0.0, args.sigma)}
+            found = _restoration_rounds.measure(args, problem, name, chosen, truth, noise, methods)
         else:
             found = _measure(args, problem, name, operator, truth, clean + args.sigma * noise, wanted)
         for row in found:

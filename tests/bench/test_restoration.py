@@ -51,11 +51,11 @@ def test_each_sample_has_its_own_noise_level(problem):
 def test_deepinv_gets_the_same_operator_and_measurements(problem):
     pytest.importorskip("deepinv")
     from bench._deepinv import physics_of
-    from bench.restoration import OPERATORS
+    from bench.restoration import OPERATORS, operator_for
 
     x = 2 * torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 1
-    for name, make in OPERATORS.items():
-        operator = make(problem.shape)
+    for name in OPERATORS:
+        operator = operator_for(name, problem.shape, 0.1)
         physics = physics_of(operator, tuple(x.shape), 0.1, "cpu")
         pixels = (operator.A(x) + operator.A(torch.ones_like(x))) / 2  # as `bench restoration` has them
         away = (physics.A((x + 1) / 2) - pixels).norm()  # singular values below the cutoff are left out
