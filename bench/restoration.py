@@ -5,6 +5,9 @@ device with room for all rows of a call has to wait for. deepinv's methods have 
 measurements are ours, mapped along with the images. PSNR rewards means and not samples: deepinv's DDRM draws all noise
 with a standard deviation of 0.71 of the paper's (its code, made for complex coefficients), ours have a temperature.
 --tune gives deepinv's methods their best of several settings on these very images, which is more than ours get.
+
+--rounds asks something else: how many rounds ours take, and the paper's Anderson acceleration; see
+`_restoration_rounds`.
 """
 
 from __future__ import annotations
@@ -23,31 +26,37 @@ from deqdiff_fast.cli._numbers import factor
 from deqdiff_fast.restorer import DEQRestorer
 from deqdiff_fast.schedule.tables import SPACINGS
 
+from . import _restoration_rounds
 from ._common import environment, markdown, note, positive_float, positive_int, summary, write_json
 from ._images import images
 from ._problems import Problem, add_model_arguments, load, relative_error, warm_up
+from ._restoration_rounds import OTHER_NOISE
 
 OURS = ("ddnm", "ddrm", "pigdm", "diffpir")
 THEIRS = ("DDRM", "DiffPIR", "DPS")
 ALLOWED = 0.3  # dB that ours may be below the best of theirs
-OTHER_NOISE = 10**5  # images that the model made must not be sought from the noise that made them
 
 
 def _half(shape: tuple[int, ...]) -> Tensor:
     return torch.rand((1, *shape[1:]), generator=torch.Generator().manual_seed(0)) < 0.5
 
 
-# Singular values of blurs below 0.03 count as zero, as in the code of DDRM (Kawar et al. 2022).
+# Where there is noise, singular values of blurs below 0.03 count as zero, as in the code of DDRM (Kawar et al. 2022).
 _ZERO = 0.03
-OPERATORS: dict[str, Callable[[tuple[int, ...]], operators.Operator]] = {
-    "sr4": lambda shape: operators.Downsample(4),
-    "bicubic4": lambda shape: operators.Bicubic(4),
-    "gaussian": lambda shape: operators.Blur.gaussian(1.5, size=min(9, shape[1] - 1 + shape[1] % 2), rtol=_ZERO),
-    "uniform": lambda shape: operators.Blur.uniform(5, rtol=_ZERO),
-    "inpaint": lambda shape: operators.Inpaint(_half(shape)),
-    "colorize": lambda shape: operators.Colorize(),
-    "hadamard": lambda shape: operators.WalshHadamard((shape[1], shape[2]), 0.25),
+OPERATORS: dict[str, Callable[[tuple[int, ...], float | None], operators.Operator]] = {
+    "sr4": lambda shape, rtol: operators.Downsample(4),
+    "bicubic4": lambda shape, rtol: operators.Bicubic(4),
+    "gaussian": lambda shape, rtol: operators.Blur.gaussian(1.5, size=min(9, shape[1] - 1 + shape[1] % 2), rtol=rtol),
+    "uniform": lambda shape, rtol: operators.Blur.uniform(5, rtol=rtol),
+    "inpaint": lambda shape, rtol: operators.Inpaint(_half(shape)),
+    "colorize": lambda shape, rtol: operators.Colorize(),
+    "hadamard": lambda shape, rtol: operators.WalshHadamard((shape[1], shape[2]), 0.25),
 }
+
+
+def operator_for(name: str, shape: tuple[int, ...], sigma: float) -> operators.Operator:
+    """One of `OPERATORS`, for measurements with noise of sigma."""
+    return OPERATORS[name](shape, _ZERO if sigma else None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluations", type=positive_int, nargs="+", default=[50, 100], help="of theirs (default 50 100)"
     )
     parser.add_argument("--methods", nargs="+", choices=(*OURS, *THEIRS), help="default: all")
+    parser.add_argument("--rounds", action="store_true", help="the table of rounds instead; of ours, without deepinv")
+    parser.add_argument(
+        "--watched",
+        type=positive_int,
+        default=2,
+        help="with --rounds: images for tol 1e-5 and for Anderson (default 2)",
+    )
     parser.add_argument("--tune", action="store_true", help="theirs: the best of several settings on these images")
     parser.add_argument(
         "--check", action="store_true", help=f"exit status 1 where the best of ours is {ALLOWED} dB below theirs"
@@ -83,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     wanted = args.methods or [*OURS, *THEIRS]
-    _require(deepinv=any(name in THEIRS for name in wanted))
+    if not args.rounds:
+        _require(deepinv=any(name in THEIRS for name in wanted))
     if not 0 <= args.sigma < float("inf"):
         raise ValueError(f"--sigma: expected a number >= 0, got {args.sigma}")
     problem, facts = load(args), environment(args.device)
@@ -92,13 +109,23 @@ def run(args: argparse.Namespace) -> int:
     truth = images(problem, args.images, seeds)
     rows: list[dict[str, Any]] = []
     for name in args.operators:
-        operator = OPERATORS[name](problem.shape)
+        operator = operator_for(name, problem.shape, args.sigma)
         clean = operator.A(truth)
         drawn = [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(2 * 10**6 + k)) for k in seeds]
-        y = clean + args.sigma * torch.stack(drawn).to(clean)
-        for row in _measure(args, problem, name, operator, truth, y, wanted):
+        noise = torch.stack(drawn).to(clean)
+        if args.rounds:
+            methods = [method for method in OURS if method in wanted]
+            chosen = {sigma: operator_for(name, problem.shape, sigma) for sigma in (0.0, args.sigma)}
+            found = _restoration_rounds.measure(args, problem, name, chosen, truth, noise, methods)
+        else:
+            found = _measure(args, problem, name, operator, truth, clean + args.sigma * noise, wanted)
+        for row in found:
             rows.append(row)
             write_json(args, facts, rows)
+    if args.rounds:
+        print(f"{summary(facts)}\n{args.count} images, T = {args.steps}\n\n{_restoration_rounds.table(args, rows)}\n")
+        print(_restoration_rounds.verdict(args, rows))
+        return 0
     source = "CIFAR-10" if args.images else "images of the model itself"
     tuned = ", theirs at their best setting" if args.tune else ""
     print(

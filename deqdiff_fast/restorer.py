@@ -21,10 +21,10 @@ from .restoration.base import Start, Task
 from .restoration.checks import check_measurements, check_noise_for, noise_factor, noise_level
 from .restoration.draws import draw_noise, replayed
 from .restoration.fit import Descent, Loss
+from .restoration.gains import chain_slope
 from .restoration.levels import Levels
 from .restoration.model import KEY, RestoringModel
 from .restoration.result import FittedNoise, Restoration
-from .restoration.slope import conditional_spectrum
 from .restoration.tolerance import add_up, looser, near_enough, shares
 from .restoration.unknowns import UnknownsSolver
 from .sampler import DEQSampler
@@ -239,12 +239,11 @@ class DEQRestorer:
             spectrum, unseen, variance = self._spectrum or prior_spectrum(shape[1:]), 1.0, 1.0
             if spectrum is not None:
                 if spectrum.shape != shape[1:]:
-                    raise ValueError(
-                        f"spectrum: expected that of samples of shape {shape[1:]}, which y measures, got "
-                        f"{spectrum.shape}"
-                    )
+                    expected = f"that of samples of shape {shape[1:]}, which y measures"
+                    raise ValueError(f"spectrum: expected {expected}, got {spectrum.shape}")
                 variance = float(spectrum.variance.mean())
-                spectrum, unseen = conditional_spectrum(self.operator, spectrum, level, shape[0], task.y.device)
+                known = (spectrum, level if self.noisy else None, shape[0], task.y.device)
+                spectrum, unseen = chain_slope(self.method, self.operator, self.schedule, self._levels, *known)
             self._solvers[key] = UnknownsSolver(self._sampler, spectrum, self._options, unseen, variance)
         return self._solvers[key]
 

@@ -37,9 +37,10 @@ def check_options(options: Options) -> None:
     if options.draft is not None or not begins_on_nodes(options, options.first_window, warm=False):
         raise ValueError(
             f"{asked[0]}: expected rounds on nodes: solver 'auto' or 'quasi-newton' with nodes and a slope, no draft, "
-            f"window 'auto', more than {UNTOLD} rounds, and a chain of {FEWEST_STEPS} timesteps at least and one or "
-            f"two lags; got {solver.name!r}{' with a draft' * (options.draft is not None)}, window {options.window!r}, "
-            f"{options.round_limit()} rounds, {schedule.num_steps} timesteps and {schedule.lags} lags"
+            f"window 'auto', more than {UNTOLD} rounds, a model that is smooth in time (no DDRM), and a chain of "
+            f"{FEWEST_STEPS} timesteps at least and one or two lags; got {solver.name!r}"
+            f"{' with a draft' * (options.draft is not None)}, window {options.window!r}, {options.round_limit()} "
+            f"rounds, {schedule.num_steps} timesteps and {schedule.lags} lags"
         )
     if options.certify == "full":
         raise ValueError(f"certify: expected 'estimate' with {asked[0]}, got 'full', which needs all timesteps")

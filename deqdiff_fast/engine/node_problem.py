@@ -28,8 +28,8 @@ def linear_chain(schedule: Schedule, slope: SpectralSlope | str | None) -> tuple
     q = schedule.denoised_coef()[:, 1]
     unit, classes = torch.where(q == 0, 1, q), None
     if isinstance(slope, SpectralSlope):
-        variances, which = slope.classes()
-        slopes, classes = schedule.slope(variances), which.int()
+        slopes, classes = slope.classes(schedule)
+        classes = classes.int()
     else:
         slopes = schedule.slope()[:, None] * (slope is not None)
     return LinearChain(schedule.state_coef, schedule.model_coef, slopes, unit), classes

@@ -17,6 +17,7 @@ from ..model.batched import BatchedModel
 from ..model.draft_calls import DraftCalls
 from ..model.knowledge import shared_with_model
 from ..model.recording import RecordedModel, Recording
+from ..model.row_tables import amplifies
 from ..model.sample_kwargs import warn_of_guesses
 from ..model.stand_in import stand_in
 from ..model.transforms import check_inputs
@@ -165,7 +166,8 @@ class Options:
     def stopping_rule(self, dtype: torch.dtype) -> StoppingRule:
         """When rows and samples are done, for states of that dtype."""
         solver, finish = self.solver, self.tolerance(dtype)
-        return StoppingRule(solver.freeze * finish / solver.safety, finish, self.floor(dtype), solver.by_step)
+        freeze = solver.freeze * (solver.strict or 1.0 if amplifies(self.model) else 1.0)
+        return StoppingRule(freeze * finish / solver.safety, finish, self.floor(dtype), solver.by_step)
 
     @property
     def first_window(self) -> int:

@@ -77,8 +77,8 @@ class System(BatchedModel):
         """(T,) or (T, D), of the Gaussian model of the data; made where it is wanted, as rounds on nodes do without."""
         if not isinstance(self._slope, SpectralSlope):
             return self._scalar_slope
-        variances, which = self._slope.classes()  # those of the rounds on nodes, whose remainders are taken over
-        return self.schedule.slope(variances).to(self.device, self.dtype).index_select(1, which.to(self.device))
+        slopes, which = self._slope.classes(self.schedule)  # of the rounds on nodes, whose remainders are taken over
+        return slopes.to(self.device, self.dtype).index_select(1, which.to(self.device))
 
     @cached_property
     def slope(self) -> Tensor:

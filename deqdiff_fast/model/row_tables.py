@@ -24,6 +24,18 @@ def told_steps(model: Model) -> bool:
     return bool(getattr(model, "deqdiff_told_steps", False))
 
 
+def rough_in_time(model: Model) -> bool:
+    """Whether a model says, by `deqdiff_rough_in_time`, that its predictions do not change smoothly from one timestep
+    to the next: nothing is to be interpolated in between."""
+    return bool(getattr(model, "deqdiff_rough_in_time", False))
+
+
+def amplifies(model: Model) -> bool:
+    """Whether a model says, by `deqdiff_amplifies`, that what an early state is off decides more than a denoiser's
+    would: rows are then final only by the measure of samples that have stalled."""
+    return bool(getattr(model, "deqdiff_amplifies", False))
+
+
 def count_users(memory: Tensor) -> int:
     """How many tensors there are on its storage, anybody's; 0 where this torch does not tell."""
     return 0 if _use_count is None else int(_use_count(memory.untyped_storage()._cdata))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._types import Shared, shared
 from ..operators import Operator
+from ..operators.base import compute_dtype
 from .base import Rows, Start, Task
 
 
@@ -69,5 +70,9 @@ class KnownRange:
 
 
 def null_part(operator: Operator, x: Tensor) -> Tensor:
-    """(1 - A^+ A) x."""
-    return x - operator.A_dagger(operator.A(x))
+    """(1 - A^+ A) x; by singular vectors where there are such, for what is measured badly would leave its rounding."""
+    if not operator.decomposed:
+        return x - operator.A_dagger(operator.A(x))
+    c = operator.V_adjoint(x)
+    measured = operator.singular_values(x.shape, x.device, compute_dtype(x.dtype)) > 0
+    return operator.V(torch.where(measured, torch.zeros_like(c), c))

@@ -15,7 +15,8 @@ This is DDNM+ (Wang, Yu, Zhang 2022, arXiv 2212.00490, section 3.3): scale and n
 value, such that a step has the noise of its level. There lambda = min(1, sigma_t / (a_t tau)) for the noise of one
 ancestral step; here for all of the level's, so that it holds for deterministic chains too, and the noise is the
 chain's own. With `fresh` it is DDRM (Kawar et al. 2022, arXiv 2201.11793, equations 7 and 8): the noise is drawn anew
-at every step, and below the level x' = signal' x0 + k (ybar - x0) / tau + noise z, k = carry sigma.
+at every step, and below the level x' = signal' x0 + k (ybar - x0) / tau + noise z, k = carry sigma, of which
+K' = signal' m + k (ybar - m) / tau is known.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class KnownVectors:
         known = is_known(deviation, levels.signal[step + 1], levels.sigma[step + 1], c)
         left = c - guess_of(rows.data["measured"], deviation)
         if self.fresh:
-            left = torch.where(inverse > 0, self._without_memory(c, left, unknown, deviation, rows), c)
+            unknown = operator.V_adjoint(unknown)
+            left = torch.where(inverse > 0, self._without_memory(left, unknown, deviation, rows), left)
         return operator.V(torch.where(known, torch.zeros_like(c), left))
 
     def finish(self, u: Tensor, task: Task, data: dict[str, Any]) -> Tensor:
@@ -119,24 +121,28 @@ class KnownVectors:
         weight = column(self._weight(levels)[at], measured)
         share = rest_of(weight, deviation, column(levels.sigma[at], measured))
         other = weight * guess_of(measured, deviation)
-        if not self.fresh:
+        if self.fresh:
+            other = other + column(levels.kept[at], measured) * noise_of(measured, deviation)
+        else:
             other = other + column(levels.decay[at], measured) * data["left"]
         return torch.where(known, weight * measured + share * noise, other)
 
-    def _without_memory(self, c: Tensor, left: Tensor, unknown: Tensor, deviation: Tensor, rows: Rows) -> Tensor:
-        """w such that the next state is signal' x0 + k (ybar - x0) / tau, whatever this one is. left: x0 - m."""
-        carry, clean = rows.level("carry", c), rows.level("clean", c)
-        k = carry * rows.level("sigma", c)
-        wanted = rows.level("signal", c, 1) * left + k * (rows.data["measured"] - c) / torch.where(
-            deviation > 0, deviation, 1
-        )
-        wanted = wanted - carry * rows.operator.V_adjoint(unknown)
+    def _without_memory(self, left: Tensor, unknown: Tensor, deviation: Tensor, rows: Rows) -> Tensor:
+        """w such that the next unknown is (signal' - k / tau) (x0 - m), whatever this one is. left: x0 - m."""
+        carry, clean = rows.level("carry", left), rows.level("clean", left)
+        over = torch.where(deviation > 0, deviation, 1)
+        wanted = (rows.level("signal", left, 1) - rows.level("kept", left, 1) / over) * left - carry * unknown
         return torch.where(clean == 0, left, wanted / torch.where(clean == 0, 1, clean))
 
 
 def guess_of(measured: Tensor, deviation: Tensor) -> Tensor:
     """m above; 0 where nothing is measured."""
     return measured / (1 + deviation.square())
+
+
+def noise_of(measured: Tensor, deviation: Tensor) -> Tensor:
+    """(ybar - m) / tau: the measurement's noise in units of its deviation, if m is the clean sample; 0 as above."""
+    return measured * torch.where(deviation.isfinite(), deviation / (1 + deviation.square()), 0)
 
 
 def rest_of(weight: Tensor | float, deviation: Tensor, sigma: Tensor) -> Tensor:

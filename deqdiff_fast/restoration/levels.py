@@ -19,6 +19,7 @@ class Levels:
         p, q, carry, clean, noise: (T,).
         weight: (T + 1,), what a clean sample that is known from the start has in the state.
         decay: (T + 1,), what is left there of the noise that the chain began with.
+        kept: (T + 1,), standard deviation of the noise that the state has of the one before, 0 at the first.
     """
 
     signal: Tensor
@@ -30,6 +31,7 @@ class Levels:
     noise: Tensor
     weight: Tensor
     decay: Tensor
+    kept: Tensor
 
     @classmethod
     def of(cls, schedule: Schedule) -> Levels:
@@ -50,7 +52,8 @@ class Levels:
                 of_clean = schedule.model_coef[i, lag] / q[i - lag]
                 weight[i + 1] += of_state * weight[i - lag] + of_clean
                 decay[i + 1] += of_state * decay[i - lag]
-        return cls(schedule.signal, schedule.sigma, p, q, carry, clean, schedule.noise_coef, weight, decay)
+        kept = torch.cat([torch.zeros_like(carry[:1]), carry * schedule.sigma[:-1]])
+        return cls(schedule.signal, schedule.sigma, p, q, carry, clean, schedule.noise_coef, weight, decay, kept)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Levels:
         """The same tables elsewhere."""

@@ -43,6 +43,16 @@ class RestoringModel:
         if hasattr(model, "bind_batch"):
             self.bind_batch = self._bind
 
+    @property
+    def deqdiff_rough_in_time(self) -> bool:
+        """Whether what is known holds another noise at every timestep."""
+        return self.coordinates.fresh
+
+    @property
+    def deqdiff_amplifies(self) -> bool:
+        """Whether steps go along the model's Jacobian, which changes most where it decides something."""
+        return self.method.needs_vjp
+
     def parameters(self) -> list[Tensor]:
         """Those of the model, where it is a module."""
         found: Callable[[], Any] = getattr(self.model, "parameters", list)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..operators import Operator
 from ..schedule import Schedule
 from .base import Coordinates, Rows, positive
-from .known_range import KnownRange
+from .known_range import KnownRange, null_part
 from .levels import column
 from .plain import Plain
 from .proximal import weighted_residual
@@ -67,7 +67,7 @@ class PiGDM:
             noise = rows.data["sigma"][:, 0].to(variance).square().clamp_min(1e-12)
             towards = weighted_residual(rows.operator, x0, rows.data["y"].to(x0), variance, noise)
         else:
-            off = rows.data["measured"] - rows.operator.A_dagger(rows.operator.A(x0))
+            off = rows.data["measured"] - x0 + null_part(rows.operator, x0)
             towards = off / column(variance, off)
         assert rows.vjp is not None
         towards = towards if torch.is_grad_enabled() and rows.differentiated else towards.detach()

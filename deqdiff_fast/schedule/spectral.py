@@ -153,11 +153,12 @@ class SpectralSlope:
         return Basis(self.channels, self.shape)
 
     @tables_on_cpu
-    def classes(self) -> tuple[Tensor, Tensor]:
-        """(K,) variances that differ by what matters to a slope, and (D,) int64 which of them each coefficient has."""
+    def classes(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """(T, K) float64 the slopes of variances that are not about the same, and (D,) int64 which of them each
+        coefficient has."""
         level = (self.variance.flatten().log() / SAME_VARIANCE).round()
         values, which = torch.unique(level, return_inverse=True)
-        return (values * SAME_VARIANCE).exp(), which
+        return schedule.slope((values * SAME_VARIANCE).exp()), which
 
     @tables_on_cpu
     def slope(self, schedule: Schedule) -> Tensor:

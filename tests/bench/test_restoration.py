@@ -51,11 +51,11 @@ def test_each_sample_has_its_own_noise_level(problem):
 def test_deepinv_gets_the_same_operator_and_measurements(problem):
     pytest.importorskip("deepinv")
     from bench._deepinv import physics_of
-    from bench.restoration import OPERATORS
+    from bench.restoration import OPERATORS, operator_for
 
     x = 2 * torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 1
-    for name, make in OPERATORS.items():
-        operator = make(problem.shape)
+    for name in OPERATORS:
+        operator = operator_for(name, problem.shape, 0.1)
         physics = physics_of(operator, tuple(x.shape), 0.1, "cpu")
         pixels = (operator.A(x) + operator.A(torch.ones_like(x))) / 2  # as `bench restoration` has them
         away = (physics.A((x + 1) / 2) - pixels).norm()  # singular values below the cutoff are left out
@@ -128,6 +128,23 @@ def test_theirs_run_within_their_evaluations(figures):
         assert rows[f"deepinv {name}"]["evaluations"] == rows[f"deepinv {name}"]["sequential_calls"] == 6
     assert rows["deepinv DDRM"]["psnr"] > rows["A_dagger y"]["psnr"] + 1  # the prior knows what was not measured
     assert "deepinv DPS" in table
+
+
+def test_rounds_are_counted_beside_the_papers(figures):
+    words = ("--model", "mixture", "--size", "8", "--count", "2", "--watched", "1", "--steps", "20", "--sigma", "0.1")
+    report, table = figures("restoration", "--rounds", *words, "--operators", "inpaint", "--methods", "ddnm", "diffpir")
+    rows = {(row["method"], row["sigma"], row["eta"]): row for row in report["rows"]}
+    assert len(rows) == 6  # DiffPIR is DDNM without noise
+    for row in rows.values():
+        assert max(row["errors"]) <= 1e-2
+        assert len(row["errors"]) == 2
+        assert max(row["tight_errors"]) <= 1e-4
+        assert len(row["tight_errors"]) == 1
+        assert row["rounds"] <= row["tight_rounds"]
+        assert row["rounds"] < row["anderson_rounds"]
+        assert row["anderson_to"] is None or row["anderson_to"] <= row["anderson_rounds"]
+    assert rows["ddnm", 0.0, 0.85]["consistency"] <= 1e-4
+    assert "error at most 0.01: 6 of 6" in table
 
 
 def test_what_ran_is_compared(baseline, capsys):

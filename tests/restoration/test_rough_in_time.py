@@ -1,0 +1,59 @@
+"""DDRM's noise is another one at every timestep: what a model says in between is no interpolation of its neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import deqdiff_fast as dq
+from deqdiff_fast.operators import Downsample
+from deqdiff_fast.restoration.model import RestoringModel
+
+SHAPE = (3, 8, 8)
+TOL = 1e-2
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def largest_error(model: Any, schedule: dq.Schedule, relative_error: Any, sigma: float) -> tuple[float, int]:
+    """Of 16 samples that all say that they have converged, and how many rounds were made on nodes."""
+    worst, on_nodes = 0.0, 0
+    for seed in range(4):
+        which = torch.randint(10, (4,), generator=generator(50 + seed))
+        x = model.means[which].view(4, *SHAPE).float() + 0.22 * torch.randn(4, *SHAPE, generator=generator(7 + seed))
+        y = Downsample(4).A(x)
+        y = y + sigma * torch.randn(y.shape, generator=generator(800 + seed))
+        restorer = dq.DEQRestorer(
+            model, schedule, Downsample(4), sigma=sigma, method="ddrm", solver="quasi-newton", window=20
+        )
+        expected, found = (
+            solve(y, generator=[generator(10**6 + 100 * seed + k) for k in range(4)])
+            for solve in (restorer.serial, restorer.restore)
+        )
+        assert bool(found.converged.all())
+        worst = max(worst, float(relative_error(found.sample, expected.sample).max()))
+        on_nodes += found.stats.node_rounds
+    return worst, on_nodes
+
+
+def test_no_timestep_is_left_out(mixture: Any, ddim: Any, relative_error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture(SHAPE, components=10)
+    for sigma in (0.0, 0.05):
+        worst, on_nodes = largest_error(model, ddim(20), relative_error, sigma)
+        assert (worst <= TOL, on_nodes) == (True, 0)
+    monkeypatch.setattr(RestoringModel, "deqdiff_rough_in_time", False)  # as it once was
+    worst, on_nodes = largest_error(model, ddim(20), relative_error, 0.0)
+    assert worst > TOL
+    assert on_nodes > 0
+
+
+def test_memory_that_has_no_room_for_all_timesteps_is_refused(mixture: Any, ddim: Any) -> None:
+    restorer = dq.DEQRestorer(mixture(SHAPE), ddim(20), Downsample(4), method="ddrm")
+    y = torch.zeros(1, 3, 2, 2)
+    with pytest.raises(ValueError, match="a model that is smooth in time"):
+        dq.DEQRestorer(mixture(SHAPE), ddim(20), Downsample(4), method="ddrm", memory="offload")
+    assert bool(restorer.restore(y).converged.all())
