@@ -34,13 +34,12 @@ def load_module(file: Path, name: str) -> ModuleType:
     return module
 
 
-load_module(Path(__file__).with_name("solvers.py"), "solvers")  # for `from solvers import SOLVERS`
-load_module(Path(__file__).parent / "kernels" / "kernel_operands.py", "kernel_operands")
-load_module(Path(__file__).parent / "kernels" / "races.py", "races")
-load_module(Path(__file__).parent / "ranks" / "rank_launch.py", "rank_launch")
-load_module(Path(__file__).parent / "operators" / "operator_cases.py", "operator_cases")
-for helper in ("graph_api", "graph_solves"):
-    load_module(Path(__file__).parent / "pretended_cuda" / f"{helper}.py", helper)
+HELPERS = (
+    "kernels/kernel_operands", "kernels/races", "operators/operator_cases", "planner/planner_cases",
+    "pretended_cuda/graph_api", "pretended_cuda/graph_solves", "ranks/rank_launch", "solvers",
+)  # fmt: skip
+for helper in HELPERS:  # for `from solvers import SOLVERS`; one may import those before it
+    load_module(Path(__file__).parent / f"{helper}.py", helper.rpartition("/")[2])
 
 
 class PeakBytes(TorchDispatchMode):
