@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 COVERED = {
     "plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit", "train_get", "own_chains", "own_models",
 }  # fmt: skip
-ELSEWHERE = {"pipeline": "integrations/test_pipelines.py", "app": "test_app.py", "app_solves": "test_app.py"}
+ELSEWHERE = {"pipeline": "integrations/test_pipelines.py", "app": "app/test_page.py", "app_solves": "app/conftest.py"}
 
 
 @pytest.fixture
