@@ -36,7 +36,7 @@ def load_module(file: Path, name: str) -> ModuleType:
 
 HELPERS = (
     "app/app_cases", "cli/cli_cases", "distillation/distill_cases", "distillation/pair_cases", "engine/graph_tape",
-    "inversion/descent_cases", "kernels/kernel_operands", "kernels/races", "operators/operator_cases",
+    "former_names", "inversion/descent_cases", "kernels/kernel_operands", "kernels/races", "operators/operator_cases",
     "planner/planner_cases", "pretended_cuda/graph_api", "pretended_cuda/graph_solves", "ranks/rank_launch",
     "schedule/scheduler_cases", "solvers",
 )  # fmt: skip
