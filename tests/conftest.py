@@ -22,6 +22,7 @@ from deqdiff_fast.engine.row_check import RowRecord
 
 torch.set_num_threads(int(os.environ.get("DEQDIFF_TEST_THREADS", torch.get_num_threads())))
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+LEVELS = torch.stack([ABAR, ABAR.sqrt(), (1 - ABAR).sqrt()], dim=1)
 
 
 def load_module(file: Path, name: str) -> ModuleType:
@@ -34,14 +35,14 @@ def load_module(file: Path, name: str) -> ModuleType:
     return module
 
 
-load_module(Path(__file__).with_name("solvers.py"), "solvers")  # for `from solvers import SOLVERS`
-load_module(Path(__file__).parent / "kernels" / "kernel_operands.py", "kernel_operands")
-load_module(Path(__file__).parent / "kernels" / "races.py", "races")
-load_module(Path(__file__).parent / "kernels" / "interpreter_cache.py", "interpreter_cache")
-load_module(Path(__file__).parent / "ranks" / "rank_launch.py", "rank_launch")
-load_module(Path(__file__).parent / "operators" / "operator_cases.py", "operator_cases")
-for helper in ("graph_api", "graph_solves"):
-    load_module(Path(__file__).parent / "pretended_cuda" / f"{helper}.py", helper)
+HELPERS = (
+    "app/app_cases", "cli/cli_cases", "distillation/distill_cases", "distillation/pair_cases", "engine/graph_tape",
+    "former_names", "inversion/descent_cases", "kernels/interpreter_cache", "kernels/kernel_operands", "kernels/races",
+    "operators/operator_cases", "planner/planner_cases", "pretended_cuda/graph_api", "pretended_cuda/graph_solves",
+    "ranks/rank_launch", "schedule/scheduler_cases", "solvers",
+)  # fmt: skip
+for helper in HELPERS:  # for `from solvers import SOLVERS`; one may import those before it
+    load_module(Path(__file__).parent / f"{helper}.py", helper.rpartition("/")[2])
 
 
 class PeakBytes(TorchDispatchMode):
@@ -80,14 +81,15 @@ class Mixture:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls, self.rows = self.calls + 1, self.rows + len(x)
-        abar = ABAR.to(x.device)[t][:, None]
-        flat, alpha, sigma = x.double().flatten(1), abar.sqrt(), (1 - abar).sqrt()
-        spread = abar * self.variance + 1 - abar
+        abar, alpha, sigma = LEVELS.to(x.device)[t].unsqueeze(-1).unbind(1)
+        flat, spread = x.double().flatten(1), abar * self.variance + 1 - abar
         offset = flat[:, None] - alpha[:, None] * self.means.to(x.device)
         share = (-offset.square().sum(-1) / (2 * spread)).softmax(-1)
-        eps = sigma * (share[..., None] * offset).sum(1) / spread
-        clean = (flat - sigma * eps) / alpha
-        out = {"epsilon": eps, "sample": clean, "v_prediction": alpha * eps - sigma * clean}[self.prediction]
+        out = eps = sigma * (share[..., None] * offset).sum(1) / spread
+        if self.prediction != "epsilon":
+            out = clean = (flat - sigma * eps) / alpha
+        if self.prediction == "v_prediction":
+            out = alpha * eps - sigma * clean
         return out.view_as(x).to(x.dtype)
 
 

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 COVERED = {
     "plain_pytorch", "diffusion_policy", "train_cifar10", "invert_and_edit", "train_get", "own_chains", "own_models",
 }  # fmt: skip
-ELSEWHERE = {"pipeline": "integrations/test_pipelines.py", "app": "test_app.py", "app_solves": "test_app.py"}
+ELSEWHERE = {"pipeline": "integrations/test_pipelines.py", "app": "app/test_page.py", "app_solves": "app/conftest.py"}
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_diffusion_policy(run):
 def test_invert_and_edit(run, tmp_path):
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("diffusers")
-    out = run("invert_and_edit", "--steps", 16, "--frames", 1, "--out", tmp_path / "walk.png")
+    out = run("invert_and_edit", "--steps", 24, "--frames", 1, "--out", tmp_path / "walk.png")
     errors = [float(error) for error in re.search(r"round trip error: (.*)$", out, re.M).group(1).split(", ")]
     assert len(errors) == 2
     assert min(errors) <= 1e-3

@@ -209,7 +209,7 @@ def _made(work: Any) -> bool:
     try:
         work.wait(LOOK)
     except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
+        if not work.is_completed():
+            return False
+        work.wait()  # raises what it has failed with; it may also have been made since the look ended
     return True

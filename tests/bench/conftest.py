@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,5 +56,18 @@ def figures(baseline, report_of, tmp_path, capsys):
         printed = capsys.readouterr()
         assert status == 0, printed.err
         return report_of(name, file), printed.out
+
+    return run
+
+
+@pytest.fixture
+def bench():
+    """Run `python -m bench` in the root of the checkout, on one thread, against the deqdiff_fast imported here."""
+
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        where = os.environ.get("PYTHONPATH", "")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": where, "PYTHONWARNINGS": "default"}
+        command = [sys.executable, "-m", "bench", *map(str, words)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
     return run

@@ -1,56 +1,14 @@
-"""Drafts of models of every kind of data: made, written, found again, and of use to a solve."""
+"""Drafts of models of every kind of data, and of use to a solve."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from torch import Tensor, nn
+from distill_cases import SETTINGS, Exact, apart, ddpm, solved
 
 import deqdiff_fast as dq
 from deqdiff_fast.distillation.chains import draw_grids, thinned
 from deqdiff_fast.distillation.teacher import count_conditions
-
-SETTINGS = {"steps": 60, "measure": False}
-
-
-class Exact(nn.Module):
-    """The exact prediction for two Gaussians with a small spread, in any of a schedule's prediction types and times;
-    a class, a vector or guidance moves their means."""
-
-    def __init__(self, schedule: dq.Schedule, shape: tuple[int, ...], scale: float = 1.0) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(1)
-        count = math.prod(shape)
-        smooth = torch.randn(2, count, generator=draw).cumsum(1) / count**0.5
-        self.register_buffer("means", scale * smooth)
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.order = schedule.timesteps.double().argsort()
-        self.tables = torch.stack([schedule.timesteps.double(), schedule.signal[:-1], schedule.sigma[:-1],
-                                   schedule.input_scale, *schedule.denoised_coef().unbind(1)])  # fmt: skip
-        self.spread, self.rows, self.scale = 0.1 * scale, 0, scale
-
-    def forward(self, x: Tensor, t: Tensor, moved: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        self.rows += len(x)
-        at = self.order[torch.searchsorted(self.tables[0, self.order], t.double()).clamp(0, len(self.order) - 1)]
-        _, signal, sigma, input_scale, p, q = self.tables[:, at, None]
-        y = x.double().flatten(1) / input_scale
-        shift = 0.0 if moved is None else moved.double()
-        shift = shift if labels is None else shift + self.scale * labels.double()[:, None]
-        means = signal[..., None] * (self.means[None] + (shift[:, None] if isinstance(shift, Tensor) else 0.0))
-        variance = signal**2 * self.spread**2 + sigma**2
-        offset = y[:, None] - means
-        share = (-offset.square().sum(-1) / (2 * variance)).softmax(-1)[..., None]
-        pulled = (share * offset).sum(1)
-        eps = sigma * pulled / variance
-        clean = (y - sigma * eps) / signal
-        return ((clean - p * y) / q).view_as(x).to(x.dtype)
-
-
-def ddpm(steps: int, kind: str = "epsilon") -> dq.Schedule:
-    alphas = (1 - torch.linspace(1e-3, 0.12, 100, dtype=torch.float64)).cumprod(0)
-    return dq.Schedule.ddim(alphas, torch.arange(steps).flip(0) * (100 // steps), prediction_type=kind)
 
 
 def ddpm_long() -> dq.Schedule:
@@ -65,22 +23,6 @@ def flow(steps: int) -> dq.Schedule:
 def unscaled(steps: int, kind: str = "sample") -> dq.Schedule:
     sigmas = torch.cat([torch.logspace(1.3, -1, steps), torch.zeros(1)])
     return dq.Schedule.from_sigmas(sigmas, prediction_type=kind)
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def solved(model, schedule, draft, shape, **kwargs) -> dq.Solution:
-    """Two samples by the draft; they are the serial chain's."""
-    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(3)) * schedule.init_noise_sigma
-    sampler = dq.DEQSampler(model, schedule, solver="draft", draft=draft)
-    with torch.no_grad():
-        found, exact = sampler.sample(noise, kwargs or None), sampler.serial(noise, kwargs or None)
-    assert bool(found.converged.all())
-    assert apart(found.sample, exact.sample) < 1e-2
-    assert found.stats.draft_evals > 0
-    return found
 
 
 KINDS = {
@@ -227,88 +169,6 @@ def test_recordings_of_conditions_and_their_limit():
         assert torch.allclose(model(x, t, labels=pooled["labels"]), said, atol=1e-5)
 
 
-def test_files_are_found_and_hold_the_same(tmp_path):
-    schedule, shape = ddpm(100), (3, 8, 8)
-    model = Exact(schedule, shape)
-    pool = {"labels": torch.arange(3), "moved": torch.rand(3, 2)[:, :1]}
-    draft = dq.distill(model, schedule, shape, pool, out=tmp_path / "new", **SETTINGS)
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"draft.safetensors", "spectrum.safetensors"}
-    again = dq.Draft.load(tmp_path / "new" / "draft.safetensors")
-    assert dq.SpectralSlope.load(tmp_path / "new" / "spectrum.safetensors").shape == shape
-    x, t = torch.randn(3, *shape), torch.tensor([0, 50, 99])
-    kwargs = {"labels": torch.tensor([0, 1, 2]), "moved": torch.rand(3, 1)}
-    assert apart(again(x, t, **kwargs), draft(x, t, **kwargs)) < 5e-3  # half precision
-    assert not any(p.requires_grad for p in again.parameters())
-
-
-def test_it_is_taken_up_again(tmp_path, monkeypatch):
-    schedule, shape = ddpm(100), (10,)
-    model = Exact(schedule, shape)
-
-    def steps_until(limit):
-        from deqdiff_fast.distillation.fit import Fit
-
-        counted, step = [0], Fit.step
-
-        def counting(self, done):
-            if counted[0] == limit:
-                raise KeyboardInterrupt
-            counted[0] += 1
-            step(self, done)
-
-        monkeypatch.setattr(Fit, "step", counting)
-        return counted
-
-    steps_until(40)
-    with pytest.raises(KeyboardInterrupt):
-        dq.distill(model, schedule, shape, out=tmp_path, **SETTINGS)
-    assert {path.name for path in tmp_path.iterdir()} == {"distillation.pt", "distillation_rows.pt"}
-    rows = model.rows
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="another seed; delete it"):
-        dq.distill(model, schedule, shape, out=tmp_path, seed=5, **SETTINGS)
-    counted = steps_until(10**9)
-    first = model.rows
-    draft = dq.distill(model, schedule, shape, out=tmp_path, **SETTINGS)
-    assert 0 < counted[0] <= 20  # of 60
-    assert model.rows - first < rows  # its own chains are not made again
-    assert {path.name for path in tmp_path.iterdir()} == {"draft.safetensors", "spectrum.safetensors"}
-    solved(model, schedule, draft, shape)
-    (tmp_path / "distillation.pt").write_text("hello")
-    with pytest.raises(ValueError, match=r"distillation\w*\.pt: expected an unfinished distillation, whole"):
-        dq.distill(model, schedule, shape, out=tmp_path, **SETTINGS)
-
-
-def test_the_report_is_of_solves(caplog):
-    schedule, shape = ddpm(100), (10,)
-    model = Exact(schedule, shape)
-    with caplog.at_level("INFO", logger="deqdiff_fast"):
-        draft = dq.distill(model, schedule, shape, steps=60)
-    report = draft.report
-    assert 0 < report.rounds <= 100
-    assert report.error < 1e-2
-    assert report.pays == (report.seconds < report.seconds_without)
-    assert ("It pays" in str(report)) == report.pays
-    assert str(report) in caplog.text
-    assert min(report.cost, report.cost_of_row, report.seconds, report.seconds_serial) > 0
-
-
-def test_the_time_is_kept(monkeypatch):
-    """With a clock of the test's: the fit ends when the minutes are over, however many steps that were."""
-    from deqdiff_fast.distillation import job
-
-    now = [0.0]
-
-    def clock():
-        now[0] += 0.03
-        return now[0]
-
-    monkeypatch.setattr(job.time, "perf_counter", clock)
-    schedule, shape = ddpm(50), (10,)
-    dq.distill(Exact(schedule, shape), schedule, shape, minutes=0.5, measure=False)
-    assert 25 < now[0] < 40
-
-
 def test_grids_and_thinned_chains():
     grid = draw_grids(ddpm_long(), 64, torch.Generator().manual_seed(0))
     assert bool((grid.diff(dim=0) > 0).all())
@@ -333,46 +193,6 @@ def test_chains_begin_where_there_is_a_signal():
         first = int(draw_grids(schedule, 3, torch.Generator())[0, 0])
         assert (10 < first < 100) if begins else first == 0
         assert float(thinned(schedule, 50).model_coef.abs().max()) < 3
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"minutes": 0}, ValueError, "minutes: expected a number > 0"),
-        ({"minutes": None}, ValueError, "minutes: expected a number > 0"),
-        ({"steps": 0}, ValueError, "steps: expected"),
-        ({"shape": (3.5,)}, (ValueError, TypeError), "shape"),
-        ({"schedule": "ddim"}, TypeError, "schedule: expected"),
-        ({"model": 3}, TypeError, "model"),
-        ({"recording": [1]}, TypeError, "recording: expected a deqdiff_fast.Recording"),
-        ({"recording": dq.Recording()}, ValueError, "recording: expected predictions of solves, got none"),
-        ({"model_kwargs": {"a": torch.ones(2), "b": torch.ones(3)}}, ValueError, "model_kwargs: expected as many rows"),
-        ({"model_kwargs": lambda count: [1]}, TypeError, "model_kwargs: expected a function that returns a dict"),
-        ({"model": lambda x, t: x * float("nan")}, dq.NonFiniteError, "the model returned NaN or Inf"),
-        ({"model": lambda x, t: x[:, :1]}, dq.ModelOutputError, "the model returned"),
-        ({"surprise": 1}, TypeError, "surprise"),
-    ],
-)
-def test_what_is_refused(change, error, message):
-    schedule, shape = ddpm(50), (10,)
-    given = {"model": Exact(schedule, shape), "schedule": schedule, "shape": shape, **SETTINGS}
-    with pytest.raises(error, match=message):
-        dq.distill(**(given | change))
-
-
-def test_a_model_that_is_too_slow_is_told_so(monkeypatch):
-    from deqdiff_fast.distillation import job
-
-    now = [0.0]
-
-    def clock():
-        now[0] += 500.0
-        return now[0]
-
-    monkeypatch.setattr(job.time, "perf_counter", clock)
-    schedule, shape = ddpm(50), (10,)
-    with pytest.raises(ValueError, match=r"minutes: expected at least .* for a model whose call takes"):
-        dq.distill(Exact(schedule, shape), schedule, shape, minutes=0.1)
 
 
 def test_other_timesteps_of_the_same_model():

@@ -79,7 +79,7 @@ def test_spectral_rounds_allocate_nothing(mixture, ddim, noise):
 
 def test_rounds_on_nodes_allocate_no_chain(mixture, ddim, noise):
     """All that one of them asks for is less than the states of all timesteps."""
-    steps, batch = 1000, 2
+    steps, batch = 500, 2
     rounds = count(mixture, ddim, noise, steps, batch, steps * batch * 768, solver="quasi-newton")
     assert len(rounds) > 3
     assert rounds[0], "the workspace and the noise"

@@ -4,81 +4,18 @@ tensors, whatever the host thinks of them by then, and refuses what a graph refu
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from graph_tape import TapeRecorder
 
 import deqdiff_fast as dq
 from deqdiff_fast.engine import graph_cache as resident
 from deqdiff_fast.engine import solve
-from deqdiff_fast.engine.cuda_graphs import Graphs
 from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.model.padding import padded_sizes
 
 pytestmark = pytest.mark.usefixtures("rows_are_known")
-
-
-class Tape(TorchDispatchMode):
-    """Notes operations with the tensors they took and gave; a replay computes them anew into those tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.noted, self.undo = [], {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "masked_select")):
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in tree_leaves((args, kwargs)):  # a graph only notes: what a recording writes must not have happened
-            if isinstance(t, torch.Tensor) and id(t) not in self.undo and 0 not in t.stride():  # else it is read only
-                self.undo[id(t)] = (t, t.clone())
-        out = func(*args, **kwargs)
-        fresh = [
-            t for t in tree_leaves(out)
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given
-        ]  # fmt: skip
-        self.noted.append((func, args, kwargs, out, fresh))
-        return out
-
-    def play(self):
-        for func, args, kwargs, out, fresh in self.noted:
-            again = func(*args, **kwargs)
-            for target, value in zip(tree_leaves(out), tree_leaves(again)):
-                if any(target is t for t in fresh):
-                    target.copy_(value)
-
-
-def as_bytes(tensor):
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-class TapeRecorder:
-    def __init__(self):
-        self.tapes = 0
-
-    def run(self, work):
-        work()
-
-    def enter(self, tensors=()):
-        pass
-
-    leave = reset = enter
-
-    def record(self, work):
-        tape = Tape()
-        try:
-            with tape:
-                work()
-        finally:
-            for tensor, before in reversed(tape.undo.values()):  # of two views the one noted first knows best
-                if not torch.equal(as_bytes(tensor), as_bytes(before)):
-                    tensor.copy_(before)
-        self.tapes += 1
-        return tape.play
 
 
 class Net(torch.nn.Module):
@@ -274,40 +211,6 @@ def test_an_interrupted_solve_leaves_nothing(recorded, ddim, net):
     hook.remove()
     assert sampler.sample(torch.randn(2, 12)).converged.all()
     assert memory.stats()["reuses"] >= 1
-
-
-def test_a_tape_repeats_what_a_graph_would():
-    """Otherwise the tests above prove nothing."""
-    x, y, k = torch.ones(3), torch.zeros(3), 2.0
-
-    def work():
-        y.add_(x * k)
-
-    replay = TapeRecorder().record(work)
-    assert y.tolist() == [0, 0, 0]
-    k = 5.0
-    x.fill_(10)
-    replay()
-    assert y.tolist() == [20, 20, 20]
-    with pytest.raises(RuntimeError, match="not permitted"):
-        TapeRecorder().record(lambda: x.max().item())
-
-
-def test_plays_plainly_then_recorded():
-    counts = SimpleNamespace(model_calls=0, model_evals=0, shrinks=True)
-    out, calls = torch.zeros(2), []
-
-    def work():
-        calls.append(1)
-        counts.model_calls += 1
-        out.add_(1)
-
-    graphs = Graphs(TapeRecorder(), torch.zeros(1), [out], counts)
-    for _ in range(4):
-        graphs.replay(("step", 0), work)
-    assert out.tolist() == [4, 4]
-    assert len(calls) == 3, "plainly, plainly once more to compare, and recorded"
-    assert counts.model_calls == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to record on")

@@ -62,7 +62,7 @@ def bundled():
     return loaded.model, copy.deepcopy(loaded.model).double(), lambda steps: ddim_schedule(loaded.scheduler, steps)
 
 
-@pytest.mark.parametrize(("mode", "steps"), [("implicit", 20), ("reversible", 5)])
+@pytest.mark.parametrize(("mode", "steps"), [("implicit", 10), ("reversible", 5)])
 def test_noise_and_parameters_on_the_bundled_model(bundled, noise, mode, steps, backpropagation, apart):
     model, wide, schedule = bundled[0], bundled[1], bundled[2](steps)
     start, target = (noise(1, (3, 32, 32), seed) for seed in (0, 1))

@@ -70,7 +70,7 @@ def a_rank_that_is_interrupted_in_its_solver_ends_all() -> None:
 
 
 def a_rank_that_hangs_is_named_within_the_timeout() -> None:
-    error, seconds, _ = in_a_group_of_its_own(Stopping(lambda: time.sleep(3 * TIMEOUT)))
+    error, seconds, _ = in_a_group_of_its_own(Stopping(lambda: time.sleep(2.25 * TIMEOUT)))
     assert isinstance(error, dq.RankError), error
     if dist.get_rank() != LAST:
         assert (error.rank, f"rank {LAST} has died or hangs" in str(error)) == (LAST, True), error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rank_launch import CheckedFile
 
-TWO = CheckedFile("equality_checks.py")
+TWO = CheckedFile("equality_checks.py", apart=True)
 THREE = CheckedFile("equality_checks.py", "gradients", "inversions", "windows_and_calls_in_pieces")
 
 

@@ -14,6 +14,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.ranks.digests import digest
+from deqdiff_fast.ranks.group import _made
 from deqdiff_fast.ranks.shares import HEADER, message_bytes, own_arguments, share_of
 
 
@@ -60,6 +61,29 @@ def test_digests_tell_values_apart() -> None:
     code = "from deqdiff_fast.ranks.digests import digest; print(digest({'a': [1, 2.5, None, 'x']}))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert int(told.stdout) == digest({"a": [1, 2.5, None, "x"]})
+
+
+class Work:
+    """An exchange that comes to its end just after the first look at it has."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault, self.done = fault, False
+
+    def wait(self, *timeout: Any) -> None:
+        if not self.done:
+            self.done = True
+            raise RuntimeError("Operation timed out!")
+        if self.fault:
+            raise RuntimeError(self.fault)
+
+    def is_completed(self) -> bool:
+        return self.done
+
+
+def test_an_exchange_made_as_a_look_at_it_ends_is_made() -> None:
+    assert _made(Work())
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        _made(Work("Connection closed by peer"))
 
 
 def test_a_group_without_processes_is_refused() -> None:
