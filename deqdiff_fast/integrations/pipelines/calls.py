@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ...model.sample_kwargs import is_list_of_strings, select_rows
 from .components import SHARED, Component
 from .placement import Placement
+from .refusals import Unknown
 from .timestep_rule import TimestepRule
 
 
@@ -43,13 +44,15 @@ class Call:
     ) -> Call:
         """The call that a pipeline makes with these arguments; links: of the tensors that others have returned.
 
-        Raises KeyError where the model gets no input or no timestep, and ValueError for more arguments than it takes.
+        Raises Unknown where the model gets no input or no timestep, or more arguments than it takes.
         """
         if len(args) > len(component.names):
-            raise ValueError(f"{len(args)} arguments by position")
+            raise Unknown(f"calls its {component.name} with {len(args)} arguments by position")
         given = {**dict(zip(component.names, args)), **kwargs}
         # of its own: some pipelines write into them
         extra = tree_map(lambda value: links.get(id(value), value) if isinstance(value, Tensor) else value, given)
+        if lacking := [name for name in (component.names[0], component.time) if name not in extra]:
+            raise Unknown(f"calls its {component.name} without {lacking[0]}")
         x, timestep = extra.pop(component.names[0]), extra.pop(component.time)
         call = cls(component, x, timestep, extra, len(args))
         call._values = [value.clone() if isinstance(value, Tensor) else value for value in tree_leaves(extra)]

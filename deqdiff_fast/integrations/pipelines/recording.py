@@ -14,12 +14,9 @@ from .combination import Combination, find_combination
 from .first_step import FirstStep, is_tiled, place, read_first_step
 from .guided_model import GuidedModel
 from .outputs import StepOutputs
-from .problem import DenoisingProblem
+from .problem import DenoisingProblem, first_timestep
+from .refusals import Unknown
 from .timestep_rule import exclude, find_rule
-
-
-class Unknown(Exception):
-    """What a loop does that is not known here, as the end of "the pipeline ..."."""
 
 
 def first_problem(
@@ -138,6 +135,17 @@ def find_rules(calls: list[Call], problem: DenoisingProblem, index: int, kind: t
         call.rule = find_rule(call.timestep, t, problem.scheduler, call.component.module, kind)
         if call.rule is None:
             raise Unknown("passes timesteps to its model")
+
+
+def check_call(call: Call, scheduler: Any, timestep: Any, kind: type) -> None:
+    """What can be said of a call of the first step before its network is called, as `find_rules` and `check_calls` say
+    it later. timestep: of the step, None where that is not known yet."""
+    likely = first_timestep(scheduler) if timestep is None else torch.as_tensor(timestep)
+    module = call.component.module
+    if all(find_rule(call.timestep, t, scheduler, module, kind) is None for t in (likely, *scheduler.timesteps)):
+        raise Unknown("passes timesteps to its model")
+    if fault := call.fault():
+        raise ValueError(fault)
 
 
 def check_calls(calls: list[Call], outputs: StepOutputs) -> None:
