@@ -66,7 +66,7 @@ class Call:
     def same_extra(self, other: Call) -> bool:
         """Whether another call passes the same conditions as this one did, which may have been written to since."""
         theirs, shape = tree_flatten(other.extra)
-        return shape == tree_flatten(self.extra)[1] and all(_same(a, b) for a, b in zip(self._values, theirs))
+        return shape == tree_flatten(self.extra)[1] and all(same_value(a, b) for a, b in zip(self._values, theirs))
 
     def extra_of(self, rows: Tensor, outputs: list[list[Any]]) -> dict[str, Any]:
         """What else is passed for some of the R rows: (n,) indices; outputs: the leaves of those of earlier calls."""
@@ -115,7 +115,8 @@ def _in_blocks(leaf: Tensor, total: int) -> bool:
     return bool((blocks == blocks[:, :1]).all())
 
 
-def _same(recorded: Any, now: Any) -> bool:
+def same_value(recorded: Any, now: Any) -> bool:
+    """Whether a loop passes the same again."""
     if isinstance(recorded, Tensor) or isinstance(now, Tensor):
         alike = isinstance(recorded, Tensor) and isinstance(now, Tensor) and recorded.shape == now.shape
         return alike and torch.equal(recorded, now)

@@ -32,7 +32,7 @@ from .overwriting import Noising
 from .placement import locate
 from .problem import check_chain
 from .proxies import DenoiserProxy, Output, scheduler_proxy
-from .recording import check_call, differs, first_problem, next_model, read_step
+from .recording import check_call, differs, first_problem, next_model, read_step, steps_otherwise
 from .refusals import Unknown, not_parallel, refuses_unknown, way_back
 from .row_check import own_output, row_fault
 from .serial_steps import with_serial_steps
@@ -140,22 +140,19 @@ class InterceptedLoop:
         if own is not None:
             return self._step_serially(own, timestep, sample, return_dict=as_dict, **kwargs)
         assert self.chain is not None
-        self.chain.lockstep.advance(timestep, sample, kwargs)
+        state = self.chain.advance(self.index, timestep, sample, kwargs)
         self.index += 1
-        self.calls, self.scaled, self.outputs, self.marker = [], None, StepOutputs(), None
-        self.noising = None
+        self.calls, self.scaled, self.outputs, self.marker, self.noising = [], None, StepOutputs(), None, None
         self.hints = numbers(self.pipe, self.arguments)
         self.monitor.remember(self.chain.problem, self.index)
-        state = torch.cat([self.chain.states[self.index]] * self.chain.problem.halves)
         return Output(prev_sample=state) if as_dict else (state,)
 
     def finish(self) -> None:
         """After the pipeline's call: what the scheduler did itself belongs to the solution, too."""
-        if not self.serial or not self.index:
-            return
-        halves = self.chain.problem.halves if self.chain is not None else None
-        solution = self.chain.solution if self.chain is not None else None
-        self.pipe.last_solution = with_serial_steps(solution, self.last, halves, self.index - self.taken_over_at)
+        if self.serial and self.index:
+            halves = self.chain.problem.halves if self.chain is not None else None
+            solution = self.chain.solution if self.chain is not None else None
+            self.pipe.last_solution = with_serial_steps(solution, self.last, halves, self.index - self.taken_over_at)
 
     def _before_steps(self, timestep: Any = None) -> None:
         if self.fresh is None:
@@ -188,13 +185,18 @@ class InterceptedLoop:
                 self.chain.changes.add(1)  # it will write over a part of what it is given
         else:
             step = self.calls, self.outputs, self._source(), guided, hints
-            if differs(self.chain.problem, *step, self.hints, self.index):
-                problem = next_model(self.chain.problem, *step, self.index, self.kind)
+            problem = self.chain.problem
+            stepped = self._source() if problem.first.step_scaled else self.chain.states[self.index]
+            change = "another step" if steps_otherwise(problem, stepped, sample, timestep, kwargs, self.index) else ""
+            if differs(problem, *step, self.hints, self.index):
+                problem = next_model(problem, *step, self.index, self.kind)
                 self.chain.change(problem, self.index)
                 self.changed_at.append(self.index)
                 if len(self.changed_at) >= _MOST_PARTS or self.index - 1 in self.changed_at:
-                    self._take_over("another model in every step", within=True)
-                    return sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
+                    change = "another model in every step"
+            if change:
+                self._take_over(change, within=True)
+                return sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
         self.chain.solve_from(self.index)
         return sample, None
 
@@ -212,7 +214,8 @@ class InterceptedLoop:
         source = self._source()
         assert solved.placement is not None
         known = solved.placement.holds(call.x, source) or (self.scaled is None and self._same_latents(call.x))
-        if not known and (self.monitor.active or locate(call.x, source) is None):
+        strict = self.monitor.active or self.chain.overwriting is not None
+        if not known and (strict or locate(call.x, source) is None):
             return "other latents"
         if self.monitor.active:
             if numbers(self.pipe, self.arguments) != self.hints:
@@ -225,11 +228,9 @@ class InterceptedLoop:
         """Whether the loop goes on with the state that it was given, or writes over a part of every state."""
         chain = self.chain
         assert chain is not None
-        if is_tiled(sample, chain.states[min(self.index, len(chain.states) - 1)]):
-            return chain.overwriting is None or self.noising is not None  # it is to write in every step
         own = sample[: len(chain.problem.start)]
-        tiled = is_tiled(sample, own) and not self.monitor.active  # what a callback writes it need not write every time
-        return tiled and chain.overwrite(own, self.index, self.noising)
+        same = is_tiled(sample, chain.states[min(self.index, len(chain.states) - 1)])
+        return same or (is_tiled(sample, own) and chain.overwrite(own, self.index, self.noising))
 
     def _source(self) -> Tensor:
         """(B, *shape), what the inputs of this step are made of."""

@@ -91,9 +91,20 @@ class DenoisingProblem:
 
     def output(self, states: Tensor, step: int) -> Tensor:
         """The guided prediction at one step for states (B, *shape) before scaling."""
-        x = states * float(self.schedule.input_scale[step])
-        rows = torch.arange(len(states), device=states.device)
-        return self.model(x, self.timesteps[step].to(states.device).expand(len(states)), rows)
+        return self.outputs(states[None], step, len(states))[0]
+
+    def outputs(self, states: Tensor, first: int, most: int) -> list[Tensor]:
+        """The same for (n, B, *shape) at n steps from `first` on, at most so many rows at a time (but at least B)."""
+        batch, each = states.shape[1], max(1, most // states.shape[1])
+        found: list[Tensor] = []
+        for k in range(0, len(states), each):
+            part, steps = states[k : k + each], slice(first + k, first + min(k + each, len(states)))
+            scales = self.schedule.input_scale[steps].to(part.device, part.dtype)
+            x = (part * scales.view(-1, *[1] * (part.dim() - 1))).flatten(0, 1)
+            rows = torch.arange(batch, device=part.device).repeat(len(part))
+            output = self.model(x, self.timesteps[steps].to(part.device).repeat_interleave(batch), rows)
+            found += list(output.view(len(part), *part.shape[1:]))
+        return found
 
 
 def check_chain(scheduler: Any, timestep: Any, count: int | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._types import unwrap_output
-from .calls import Call
+from .calls import Call, same_value
 from .combination import Combination, find_combination
 from .first_step import FirstStep, is_tiled, place, read_first_step
 from .guided_model import GuidedModel
@@ -82,6 +82,17 @@ def differs(
     own = guided[: len(guided) // problem.halves]
     parts = output_parts(problem.model.calls, outputs, problem.start)
     return not (is_tiled(guided, own) and problem.model.combination.still(parts, own, hints, before))
+
+
+def steps_otherwise(
+    problem: DenoisingProblem, expected: Tensor, sample: Tensor, timestep: Any, kwargs: dict[str, Any], index: int
+) -> bool:
+    """Whether the loop gives something else to its scheduler in step `index` than was solved for, its model's output
+    aside. expected: (B, *shape), what it is to step."""
+    first = problem.first.step_kwargs
+    alike = kwargs.keys() == first.keys() and all(same_value(first[name], kwargs[name]) for name in kwargs)
+    whole = len(sample) == problem.halves * len(expected) and is_tiled(sample, expected)
+    return not (alike and whole and float(timestep) == float(problem.timesteps[index]))
 
 
 def next_model(
