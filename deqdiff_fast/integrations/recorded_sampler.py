@@ -76,7 +76,7 @@ def record_sampler(
     """
     name = getattr(getattr(sampler, "func", sampler), "__name__", type(sampler).__name__)
     try:
-        recursion, levels = _recursion(sampler, model, sigmas.detach().to("cpu", torch.float64), extra)
+        recursion, levels = _recursion(sampler, model, sigmas.detach().cpu().double(), extra)
         own = _Recorder(model, lambda: torch.zeros_like(x))
         with users_default():
             own.run(sampler, torch.zeros_like(x), sigmas, extra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -89,9 +90,11 @@ class SolvedChain:
         own, which the scheduler is to remember."""
         assert self.overwriting is not None
         self.overwriting.write(self.states, index + 1)
-        most = max(1, solution.stats.window) * len(self.states[0])
-        outputs = self.problem.outputs(self.states[index:stop], index, min(most, self.options.get("max_batch") or most))
-        solution.stats.model_evals += len(outputs) * len(self.states[0])
+        batch = len(self.states[0])
+        most = max(batch, min(solution.stats.window * batch, self.options.get("max_batch") or math.inf))
+        outputs = self.problem.outputs(self.states[index:stop], index, int(most))
+        solution.stats.model_evals += len(outputs) * batch
+        solution.stats.model_calls += math.ceil(len(outputs) / (int(most) // batch))
         self.lockstep.known = dict(enumerate(outputs, index))
         solution.sample = self.states[stop]
 
