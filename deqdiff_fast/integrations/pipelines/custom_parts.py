@@ -26,8 +26,8 @@ def needs_serial(denoisers: nn.ModuleList, scheduler: Any, arguments: dict[str, 
 
     arguments: those of the pipeline's call, by name.
     """
-    guided = float(arguments.get("guidance_scale") or 0.0) > 1
-    if arguments.get("guess_mode") and guided:
+    scale = arguments.get("guidance_scale")
+    if arguments.get("guess_mode") and isinstance(scale, (int, float)) and scale > 1:
         return "guess_mode=True with guidance_scale > 1 calls the ControlNet on half of the rows"
     for denoiser in denoisers:
         if getattr(denoiser, "is_cache_enabled", False):

@@ -103,7 +103,7 @@ class DenoisingProblem:
             x = (part * scales.view(-1, *[1] * (part.dim() - 1))).flatten(0, 1)
             rows = torch.arange(batch, device=part.device).repeat(len(part))
             output = self.model(x, self.timesteps[steps].to(part.device).repeat_interleave(batch), rows)
-            found += list(output.view(len(part), *part.shape[1:]))
+            found += list(output.reshape(part.shape))
         return found
 
 
