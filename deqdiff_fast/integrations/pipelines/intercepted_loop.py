@@ -26,7 +26,7 @@ from .change_monitor import ChangeMonitor, has_callbacks, numbers
 from .components import Component
 from .custom_parts import custom_parts, needs_serial
 from .fingerprint import Fingerprint
-from .first_step import bring_back, is_tiled
+from .first_step import bring_back, is_state, is_tiled
 from .outputs import StepOutputs
 from .overwriting import Noising
 from .placement import locate
@@ -229,7 +229,7 @@ class InterceptedLoop:
         chain = self.chain
         assert chain is not None
         own = sample[: len(chain.problem.start)]
-        same = is_tiled(sample, chain.states[min(self.index, len(chain.states) - 1)])
+        same = is_state(sample, chain.states[min(self.index, len(chain.states) - 1)])
         return same or (is_tiled(sample, own) and chain.overwrite(own, self.index, self.noising))
 
     def _source(self) -> Tensor:

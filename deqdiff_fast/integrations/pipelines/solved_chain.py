@@ -58,6 +58,7 @@ class SolvedChain:
         if self.overwriting is not None or index < 1 or index >= len(self.problem.timesteps):
             return False
         state = self.states[index]
+        sample = sample.to(state.dtype)
         if sample.shape != state.shape or not can_be_fixed(self.problem.schedule):
             return False
         self.overwriting = find_overwriting(
@@ -83,7 +84,7 @@ class SolvedChain:
         state = self.states[index + 1]
         if index in self.lockstep.known and self.overwriting is not None:
             state = torch.where(self.overwriting.mask, state, after[: len(state)].to(state.dtype))
-        return torch.cat([state] * self.problem.halves)
+        return torch.cat([state] * self.problem.halves).to(torch.promote_types(state.dtype, after.dtype))
 
     def _write_over(self, index: int, stop: int, solution: Solution) -> None:
         """Over the states after step `index`, as the loop is expected to; their outputs then say nothing of the model's
