@@ -6,13 +6,15 @@ import argparse
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from deqdiff_fast.integrations.pipelines.components import denoisers
 from deqdiff_fast.integrations.pipelines.parallel import parallelize, restore
 
 from ._common import environment, markdown, module_at, note, positive_float, positive_int, spread, summary, write_json
@@ -31,24 +33,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Stopwatch:
-    """Adds up the time and the calls of a module."""
+    """Adds up the time and the calls of some modules."""
 
-    def __init__(self, module: torch.nn.Module, device: str) -> None:
+    def __init__(self, modules: list[torch.nn.Module], device: str) -> None:
         self.cuda = torch.device(device).type == "cuda"
         self.seconds, self.calls = 0.0, 0
-        kind: Any = type(module)  # not hooks, which count calls: with them the loop would be left as it is
-        plain = kind.__call__
+        self.modules = modules
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """By their classes, not by hooks, which count calls: with them the loop would be left as it is."""
+        kinds: list[Any] = list({type(module) for module in self.modules})
+        plain: Any = torch.nn.Module.__call__
 
         def timed(called: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if called is not module:
-                return plain(called, *args, **kwargs)
             start = self.now()
             output = plain(called, *args, **kwargs)
             self.seconds += self.now() - start
             self.calls += 1
             return output
 
-        kind.__call__ = timed
+        for kind in kinds:
+            kind.__call__ = timed
+        try:
+            yield
+        finally:
+            for kind in kinds:
+                del kind.__call__
 
     def now(self) -> float:
         """Seconds, when everything that was asked of the device is done."""
@@ -79,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
                 except ImportError as error:
                     note(f"{name} left out: {str(error).strip().splitlines()[0]}")
                     continue
-                watch = Stopwatch(getattr(pipe, "unet", None) or pipe.transformer, args.device)
+                watch = Stopwatch([part.module for part in denoisers(pipe).values()], args.device)
                 for steps in args.steps:
                     given = tiny.arguments(name, num_inference_steps=steps)
                     rows.append(
@@ -137,7 +148,8 @@ def _timed(
     runs, result = [], call()
     for _ in range(args.repeats):
         watch.seconds, watch.calls, start = 0.0, 0, watch.now()
-        result = call()
+        with watch.running():
+            result = call()
         whole = watch.now() - start
         runs.append({"model": watch.seconds, "outside": whole - watch.seconds, "calls": watch.calls})
     return runs, result

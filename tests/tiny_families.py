@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -163,6 +164,8 @@ def wan22() -> Family:
 
 
 def hunyuan_video() -> Family:
+    if diffusers.__version__ < "0.33":
+        raise ImportError("HunyuanVideo of diffusers 0.32 takes its masks, one a sample, for one a head")
     model = diffusers.HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
         num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
@@ -219,12 +222,34 @@ def animatediff() -> Family:
     return "AnimateDiffPipeline", "DDIMScheduler", {"unet": unet, "motion_adapter": motion}, given
 
 
+class Undecoded(torch.nn.Module):
+    """In the place of a decoder for latents, where diffusers before 0.33 asks it for sizes: the usual ones."""
+
+    config = SimpleNamespace(block_out_channels=(1, 1, 1, 1), scaling_factor=1.0)
+    spatial_compression_ratio, temporal_compression_ratio, dtype = 32, 8, torch.float32
+
+
+class Tokenizer:
+    """In the place of one that diffusers before 0.33 turns to the right side, whatever it is given."""
+
+    padding_side = "right"
+
+
+STAND_INS: dict[str, dict[str, Any]] = {
+    **{kind: {"vae": Undecoded()} for kind in ("PixArtSigmaPipeline", "LTXPipeline", "AnimateDiffPipeline")},
+    "SanaPipeline": {"tokenizer": Tokenizer()},
+}
+
+
 def assemble(kind: str, parts: dict[str, Any], rule: Any) -> Any:
     """The pipeline, without what is not among `parts`."""
     pipeline = getattr(diffusers, kind)
     wanted = list(inspect.signature(pipeline.__init__).parameters.items())[1:]
     given = {name: None for name, p in wanted if p.default is p.empty} | parts | {"scheduler": rule}
-    pipe = pipeline(**{name: value for name, value in given.items() if not name.startswith(".")})
+    given = {name: value for name, value in given.items() if not name.startswith(".")}
+    if diffusers.__version__ < "0.33" and kind in STAND_INS:
+        given |= STAND_INS[kind]
+    pipe = pipeline(**given)
     for name, value in parts.items():
         if name.startswith("."):
             setattr(pipe, name[1:], value)

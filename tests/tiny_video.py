@@ -14,7 +14,7 @@ def svd() -> Family:
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     model = diffusers.UNetSpatioTemporalConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, sample_size=SIZE, in_channels=8, out_channels=4,
+        block_out_channels=(32, 32), layers_per_block=1, sample_size=SIZE, in_channels=8, out_channels=4,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=16,
         num_attention_heads=2, projection_class_embeddings_input_dim=24, addition_time_embed_dim=8,

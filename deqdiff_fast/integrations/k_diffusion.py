@@ -1,4 +1,4 @@
-"""A sampler with k-diffusion's contract: `sample_deq` in the place of `sample_euler` or `sample_dpmpp_2m`.
+"""A sampler with k-diffusion's contract: `sample_deq` in the place of `sample_euler`, `sample_dpmpp_2m` and others.
 
 k-diffusion itself is not imported: its contract is `model(x, sigma * ones(B), **extra_args) -> denoised`.
 """
@@ -24,8 +24,10 @@ from ..sampler import DEQSampler
 from ..schedule import Schedule
 from ..solution import RoundInfo, Solution
 from .pipelines.fingerprint import Fingerprint
+from .recorded_sampler import RecordedSampler, record_sampler
 
 _OPTIONS = tuple(list(inspect.signature(DEQSampler).parameters)[2:])
+_NAMED = ("euler", "dpmpp_2m")
 _SEEN: WeakKeyDictionary[Any, Fingerprint] = WeakKeyDictionary()
 _log = logging.getLogger("deqdiff_fast")
 
@@ -40,24 +42,27 @@ def sample_deq(
     callback: Callable[[dict[str, Any]], Any] | None = None,
     disable: bool | None = None,
     *,
-    method: str = "euler",
+    method: str | Callable[..., Any] = "euler",
     verify: bool = True,
     report: Callable[[Solution], Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """The result of k-diffusion's `sample_euler` (without churn) or `sample_dpmpp_2m`, solved for all sigmas at once.
+    """The result of one of k-diffusion's samplers, solved for all sigmas at once.
 
     Args:
         model: `model(x, sigma, **extra_args) -> denoised`, x: (n, *shape), sigma: (n,), in the dtype of x. The rows of
             one call are at several noise levels: a model that reads `sigma[0]` only, or that stores masks for B rows in
             itself, gives wrong results.
         x: (B, *shape), the state at sigmas[0].
-        sigmas: (T + 1,), strictly descending.
+        sigmas: (T + 1,), strictly descending; for a sampler of your own what that takes.
         extra_args: passed to every call; tensors of first dimension B, in lists and dicts too, belong to the samples.
         callback: called with a dict of x, i, sigma, sigma_hat and denoised for every step in order, once it is final;
             several times after the same round, say. Its result is ignored; what it raises ends the solve.
         disable: True hides the progress bar, None where stderr is no terminal.
-        method: "euler" or "dpmpp_2m", for models with x0 + sigma noise and for flow matching alike.
+        method: "euler" (`sample_euler` without churn) or "dpmpp_2m", for models with x0 + sigma noise and for flow
+            matching alike; or any sampler `f(model, x, sigmas, extra_args, callback, disable)`, say
+            `k_diffusion.sampling.sample_heun`, or `partial(sample_dpmpp_2m_sde, eta=0.5)` with options of its own. What
+            it does is found by running it on random numbers, and it draws its noise itself, as if it were called.
         verify: compare one call on several noise levels with separate ones first, whatever the plan (3 calls), and
             refuse what differs; once for a model as it is and a kind of arguments. Solves by rounds do so now and then.
         report: is given the `Solution` with its stats.
@@ -69,29 +74,51 @@ def sample_deq(
     Raises:
         TypeError: an unknown option.
         ValueError: a bad value, or a model that fails the comparison. And what `DEQSampler.sample` raises.
+        NotAffineError: a sampler of another kind (with adaptive steps, say).
     """
-    unknown = sorted(set(options) - set(_OPTIONS))
-    if unknown:
-        known = ", ".join(("method", "verify", "report", *_OPTIONS))
-        raise TypeError(f"sample_deq: unknown option {', '.join(unknown)}; there are {known}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor (B, *shape), got {type(x).__name__}")
+    _check(method, x, options)
     arguments.check_model(model)
     arguments.check_callback(callback)
     if len(sigmas) <= 1:
         return x  # nothing to do, as in k-diffusion
     levels = torch.as_tensor(sigmas)
     denoiser, extra = _DenoiserModel(model), _extra(extra_args)
-    sampler = DEQSampler(denoiser, Schedule.from_sigmas(levels, method), **options)
+    chain = _chain(method, model, x, levels, extra)
+    sampler = DEQSampler(denoiser, chain.schedule, **options)
     if verify:
         check_rows_now(sampler.options, x, extra, _changed(model))
-    steps = None if callback is None else _StepCallback(callback, levels)
-    solution = sampler.sample(x, extra, callback=steps, progress=_shown(disable))
+    steps = None if callback is None else _StepCallback(callback, chain.steps)
+    solution = sampler.sample(chain.start, extra, chain.noise, callback=steps, progress=_shown(disable))
     _remember(model)
     _log.info("sample_deq: %d rounds, %d evaluations", solution.stats.rounds, solution.stats.model_evals)
     if report is not None:
         report(solution)
     return solution.sample
+
+
+def _check(method: object, x: object, options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for arguments that nobody else looks at."""
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        known = ", ".join(("method", "verify", "report", *_OPTIONS))
+        raise TypeError(f"sample_deq: unknown option {', '.join(unknown)}; there are {known}")
+    if not callable(method) and method not in _NAMED:
+        known = " or ".join(map(repr, _NAMED))
+        raise ValueError(
+            f"method: expected {known}, or a sampler itself, such as k_diffusion.sampling.sample_heun, got {method!r}"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor (B, *shape), got {type(x).__name__}")
+
+
+def _chain(
+    method: str | Callable[..., Any], model: Model, x: Tensor, levels: Tensor, extra: dict[str, Any]
+) -> RecordedSampler:
+    """What is to be solved: of the samplers with names the tables are known."""
+    if callable(method):
+        return record_sampler(method, model, x, levels, extra)
+    told = {i: {"i": i, "sigma": sigma, "sigma_hat": sigma} for i, sigma in enumerate(levels[:-1])}
+    return RecordedSampler(Schedule.from_sigmas(levels, method), x, None, told)
 
 
 class _DenoiserModel:
@@ -107,18 +134,19 @@ class _DenoiserModel:
 
 
 class _StepCallback:
-    """Calls the user's callback for every step that has become final for all samples, in order."""
+    """Calls the user's callback for every step that has become final for all samples, in order.
 
-    def __init__(self, callback: Callable[[dict[str, Any]], Any], sigmas: Tensor) -> None:
-        self.callback, self.sigmas, self.seen = callback, sigmas, 0
+    steps: {number of the step's first model call: what else the callback is told}.
+    """
+
+    def __init__(self, callback: Callable[[dict[str, Any]], Any], steps: dict[int, dict[str, Any]]) -> None:
+        self.callback, self.steps, self.seen = callback, steps, 0
 
     def __call__(self, info: RoundInfo) -> None:
         for i in range(self.seen, int(info.front.min())):
             self.seen = i + 1
-            sigma = self.sigmas[i]
-            self.callback(
-                {"x": info.state(i), "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": info.denoised(i)}
-            )
+            if i in self.steps:
+                self.callback({"x": info.state(i), **self.steps[i], "denoised": info.denoised(i)})
 
 
 def _changed(model: Model) -> bool:

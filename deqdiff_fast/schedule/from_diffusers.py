@@ -63,12 +63,7 @@ def scheduler_fields(
         NotAffineError, TypeError, ValueError: as `Schedule.from_diffusers`.
     """
     name = type(scheduler).__name__
-    for base in type(scheduler).__mro__:
-        if base.__name__ in REFUSED:
-            raise NotAffineError(f"{name} cannot be solved in parallel: {REFUSED[base.__name__]}")
-    for needed in ("step", "set_timesteps", "config"):
-        if not hasattr(scheduler, needed):
-            raise TypeError(f"scheduler: expected a diffusers scheduler, got {name}, which has no {needed}")
+    check_scheduler(scheduler)
     replaced = next((name for name in ("step", "scale_model_input") if name in vars(scheduler)), None)
     if replaced:
         raise ValueError(f"scheduler: its {replaced} was replaced on the object, so a copy of it would still run the "
@@ -76,7 +71,6 @@ def scheduler_fields(
     if num_inference_steps is not None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
         raise ValueError(f"num_inference_steps: expected an int >= 1 or None, got {num_inference_steps!r}")
     step_kwargs, set_kwargs = _split(scheduler, kwargs)
-    _check_config(name, scheduler.config)
     try:
         return _build(scheduler, num_inference_steps, step_range, set_kwargs, step_kwargs)
     except NotAffineError as error:
@@ -94,7 +88,16 @@ def _split(scheduler: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict
             {k: v for k, v in kwargs.items() if k in for_set})  # fmt: skip
 
 
-def _check_config(name: str, config: Any) -> None:
+def check_scheduler(scheduler: Any) -> None:
+    """Raises NotAffineError or TypeError for one that its class or configuration rules out, without a step of it."""
+    name = type(scheduler).__name__
+    for base in type(scheduler).__mro__:
+        if base.__name__ in REFUSED:
+            raise NotAffineError(f"{name} cannot be solved in parallel: {REFUSED[base.__name__]}")
+    for needed in ("step", "set_timesteps", "config"):
+        if not hasattr(scheduler, needed):
+            raise TypeError(f"scheduler: expected a diffusers scheduler, got {name}, which has no {needed}")
+    config = scheduler.config
     if config.get("thresholding"):
         raise NotAffineError(f"{name}: config.thresholding=True (dynamic thresholding) rescales each sample by its own "
                              "quantile; load the scheduler with thresholding=False, or use clip_sample=True where the "

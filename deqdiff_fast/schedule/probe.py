@@ -31,7 +31,7 @@ class StepRange(NamedTuple):
 ALL_STEPS = StepRange()
 
 
-class _Probing(TorchFunctionMode):
+class Probing(TorchFunctionMode):
     """Hands out our noise in place of torch.randn, and keeps probes in float64 where a scheduler casts to float32.
 
     A function mode is local to the thread and to the `with` block: no module is patched, no lock is needed, and another
@@ -129,7 +129,7 @@ def run(
     x = draw(float(getattr(scheduler, "init_noise_sigma", 1.0)))
     scales, states, outputs, noises, draws = [], [x], [], [], []
     denoised: list[Any] = []
-    probing = _Probing()
+    probing = Probing()
     for i, t in enumerate(timesteps):
         output, probing.noise, probing.draws = draw(), draw(), 0
         extra = adapter.extra(timesteps, i) if adapter.extra else {}

@@ -8,6 +8,9 @@ import pytest
 @pytest.fixture
 def make(tiny, tmp_path):
     def make(name: str, rule: str | None = None, **config):
-        return tiny.build(name, tmp_path, rule, **config)
+        try:
+            return tiny.build(name, tmp_path, rule, **config)
+        except ImportError as error:
+            pytest.skip(str(error).strip().splitlines()[0])
 
     return make

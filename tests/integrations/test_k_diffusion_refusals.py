@@ -67,7 +67,7 @@ def test_bad_arguments(karras, noise):
     x, sigmas = noise(2), karras(5)
     with pytest.raises(TypeError, match=r"sample_deq: unknown option s_churn; there are method, .*max_rounds"):
         sample_deq(denoised, x, sigmas, s_churn=1.0)
-    with pytest.raises(ValueError, match="method: expected one of 'euler', 'dpmpp_2m', got 'heun'"):
+    with pytest.raises(ValueError, match=r"method: expected 'euler' or 'dpmpp_2m', or a sampler itself, .*got 'heun'"):
         sample_deq(denoised, x, sigmas, method="heun")
     with pytest.raises(ValueError, match="sigmas: expected strictly descending"):
         sample_deq(denoised, x, sigmas.flip(0))

@@ -36,7 +36,7 @@ class Processor(AttnProcessor2_0):
             self.calls += 1
         out = super().__call__(attn, hidden_states, *args, **kwargs)
         if self.how == "shares":
-            return 0.5 * out + 0.5 * out.mean(0, keepdim=True)
+            return 0.5 * out + 1.5 * out.roll(1, 0)
         return out * (1 + 0.2 * (self.calls // 2 % 3)) if self.how == "counts" else out * 1.5
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 import deqdiff_fast as dq  # noqa: E402
 from deqdiff_fast.integrations.pipelines.invert import image_latents  # noqa: E402
@@ -68,6 +68,8 @@ def test_the_latents_found_give_the_image_back(make, images, relative_error, nam
 
 
 def test_beyond_float32_an_image_inverts_in_float64(make, images, relative_error):
+    if transformers.__version__ < "5":
+        pytest.skip("text encoders of transformers 4 have no masks in float64")
     """Stable Diffusion XL, Euler, epsilon, guidance 7.5, and an image far from the sampler's range: the chain of this
     random network in float32 answers the last bit of its noise with about 1e-3. The solution itself exists."""
     given = settings("sdxl", 7.5)

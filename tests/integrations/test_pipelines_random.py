@@ -95,6 +95,17 @@ def strengthening(pipe, index, timestep, tensors):
     return {}
 
 
+def writing(pipe, index, timestep, tensors):
+    """A picture of zeros over a part of the latents, as noisy as they are, for four steps."""
+    rule, latents = pipe.scheduler, tensors["latents"].clone()
+    if index < 4 and index + 1 < len(rule.timesteps):
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(8), dtype=latents.dtype)
+        given = (rule.timesteps[index + 1 : index + 2], noise)
+        add, given = (rule.scale_noise, given) if hasattr(rule, "scale_noise") else (rule.add_noise, given[::-1])
+        latents[..., :3] = add(torch.zeros_like(latents), *given)[..., :3]
+    return {"latents": latents}
+
+
 def stopping(pipe, index, timestep, tensors):
     pipe._interrupt = index >= 2
     return {}
@@ -108,7 +119,7 @@ def calls(draw) -> tuple:
     config = draw(st.sampled_from(rules[rule]))
     changes = {key: draw(st.sampled_from(values)) for key, values in options.items()}
     changes["num_inference_steps"] = draw(st.integers(2, 9))
-    callback = draw(st.sampled_from([None, None, watching, changing, strengthening, stopping]))
+    callback = draw(st.sampled_from([None, None, watching, changing, strengthening, writing, stopping]))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float64]))
     return name, rule, config, changes, callback, dtype
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ...model.sample_kwargs import is_list_of_strings, select_rows
 from .components import SHARED, Component
 from .placement import Placement
+from .refusals import Unknown
 from .timestep_rule import TimestepRule
 
 
@@ -43,13 +44,15 @@ class Call:
     ) -> Call:
         """The call that a pipeline makes with these arguments; links: of the tensors that others have returned.
 
-        Raises KeyError where the model gets no input or no timestep, and ValueError for more arguments than it takes.
+        Raises Unknown where the model gets no input or no timestep, or more arguments than it takes.
         """
         if len(args) > len(component.names):
-            raise ValueError(f"{len(args)} arguments by position")
+            raise Unknown(f"calls its {component.name} with {len(args)} arguments by position")
         given = {**dict(zip(component.names, args)), **kwargs}
         # of its own: some pipelines write into them
         extra = tree_map(lambda value: links.get(id(value), value) if isinstance(value, Tensor) else value, given)
+        if lacking := [name for name in (component.names[0], component.time) if name not in extra]:
+            raise Unknown(f"calls its {component.name} without {lacking[0]}")
         x, timestep = extra.pop(component.names[0]), extra.pop(component.time)
         call = cls(component, x, timestep, extra, len(args))
         call._values = [value.clone() if isinstance(value, Tensor) else value for value in tree_leaves(extra)]
@@ -63,7 +66,7 @@ class Call:
     def same_extra(self, other: Call) -> bool:
         """Whether another call passes the same conditions as this one did, which may have been written to since."""
         theirs, shape = tree_flatten(other.extra)
-        return shape == tree_flatten(self.extra)[1] and all(_same(a, b) for a, b in zip(self._values, theirs))
+        return shape == tree_flatten(self.extra)[1] and all(same_value(a, b) for a, b in zip(self._values, theirs))
 
     def extra_of(self, rows: Tensor, outputs: list[list[Any]]) -> dict[str, Any]:
         """What else is passed for some of the R rows: (n,) indices; outputs: the leaves of those of earlier calls."""
@@ -112,7 +115,8 @@ def _in_blocks(leaf: Tensor, total: int) -> bool:
     return bool((blocks == blocks[:, :1]).all())
 
 
-def _same(recorded: Any, now: Any) -> bool:
+def same_value(recorded: Any, now: Any) -> bool:
+    """Whether a loop passes the same again."""
     if isinstance(recorded, Tensor) or isinstance(now, Tensor):
         alike = isinstance(recorded, Tensor) and isinstance(now, Tensor) and recorded.shape == now.shape
         return alike and torch.equal(recorded, now)

@@ -21,8 +21,14 @@ KNOWN = {
 _SCHEDULER_METHODS = ("step", "scale_model_input")
 
 
-def needs_serial(denoisers: nn.ModuleList, scheduler: Any) -> str:
-    """Why the loop must be left alone, known without a call; empty where it need not."""
+def needs_serial(denoisers: nn.ModuleList, scheduler: Any, arguments: dict[str, Any]) -> str:
+    """Why the loop must be left alone, known without a call; empty where it need not.
+
+    arguments: those of the pipeline's call, by name.
+    """
+    scale = arguments.get("guidance_scale")
+    if arguments.get("guess_mode") and isinstance(scale, (int, float)) and scale > 1:
+        return "guess_mode=True with guidance_scale > 1 calls the ControlNet on half of the rows"
     for denoiser in denoisers:
         if getattr(denoiser, "is_cache_enabled", False):
             cache = type(getattr(denoiser, "_cache_config", None)).__name__

@@ -76,3 +76,10 @@ def is_tiled(whole: Tensor, part: Tensor) -> bool:
     if part.shape[1:] != whole.shape[1:] or not len(part) or len(whole) % len(part):
         return False
     return bool((whole.reshape(-1, *part.shape) == part).all())
+
+
+def is_state(sample: Tensor, state: Tensor, *others: torch.dtype) -> bool:
+    """Whether `sample` is `state`, or a few copies of it, up to what the coarsest of their dtypes and `others` rounds:
+    loops cast what they are given."""
+    kind = min(sample.dtype, state.dtype, *others, key=lambda dtype: dtype.itemsize)
+    return is_tiled(sample.to(kind), state.to(kind))

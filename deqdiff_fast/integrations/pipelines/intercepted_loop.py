@@ -19,18 +19,21 @@ import torch
 from torch import Tensor
 
 from ...errors import DeqDiffError
+from ...schedule.from_diffusers import check_scheduler
 from ...schedule.probe import next_state
 from .calls import Call
 from .change_monitor import ChangeMonitor, has_callbacks, numbers
 from .components import Component
 from .custom_parts import custom_parts, needs_serial
 from .fingerprint import Fingerprint
-from .first_step import bring_back, is_tiled
+from .first_step import bring_back, is_state, is_tiled
 from .outputs import StepOutputs
 from .overwriting import Noising
 from .placement import locate
+from .problem import check_chain
 from .proxies import DenoiserProxy, Output, scheduler_proxy
-from .recording import Unknown, differs, first_problem, next_model, read_step
+from .recording import check_call, differs, first_problem, next_model, read_step, steps_otherwise
+from .refusals import Unknown, not_parallel, refuses_unknown, way_back
 from .row_check import own_output, row_fault
 from .serial_steps import with_serial_steps
 from .solved_chain import SolvedChain
@@ -58,6 +61,7 @@ class InterceptedLoop:
         self.index, self.serial, self.taken_over_at = 0, False, 0
         self.changed_at: list[int] = []  # the steps from which on the loop had another model
         self.fresh: Any = None  # the scheduler before the first step
+        self.timestep: Any = None  # of that step, where it is known before a network is called
         self.before: Fingerprint | None = None  # of networks with parts of a user's own, before the first call
         self.hints: list[float] = []
         self.noising: Noising | None = None  # since the last step
@@ -68,10 +72,13 @@ class InterceptedLoop:
         parts["scheduler"] = scheduler_proxy(self.scheduler, self.step, self.scale, self.noised)
         self.proxies = parts  # what to put in the place of the pipeline's components
         self.monitor = ChangeMonitor(pipe, parts, self.modules, self.scheduler, has_callbacks(arguments))
-        if reason := needs_serial(self.modules, self.scheduler):
+        if reason := needs_serial(self.modules, self.scheduler, arguments):
             self._refuse(reason)
+        else:
+            check_scheduler(self.scheduler)
         self.custom = [] if self.serial else custom_parts(self.modules)
 
+    @refuses_unknown
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """In place of the scheduler's `scale_model_input`: random numbers in the first step, to see where they go."""
         if not self.serial and self.chain is not None:
@@ -79,12 +86,12 @@ class InterceptedLoop:
                 self._take_over("other latents")
             elif change := self.monitor.changed():
                 self._take_over(change)
-        self._before_steps()
+        self._before_steps(timestep)
         scaled: Tensor = self.scheduler.scale_model_input(sample, timestep)
         if self.serial:
             return scaled
         if self.chain is None and self.scaled is not None and not torch.equal(self.scaled[0], sample):
-            raise self._unknown("scales its model's input")
+            raise Unknown("scales its model's input")
         self.scaled = sample, scaled
         if self.chain is not None:
             return scaled
@@ -96,15 +103,15 @@ class InterceptedLoop:
         """After the scheduler's `add_noise` or `scale_noise`."""
         self.noising = Noising(name, args, result)
 
+    @refuses_unknown
     def denoise(self, component: Component, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """In place of a network."""
         if self.serial:
             return component.module(*args, **kwargs)
         self._before_steps()
-        try:
-            call = Call.record(component, args, kwargs, self.outputs.links)
-        except (KeyError, ValueError) as error:
-            raise self._unknown(f"calls its {component.name} ({error})") from error
+        call = Call.record(component, args, kwargs, self.outputs.links)
+        if self.chain is None:
+            check_call(call, self.scheduler, self.timestep, self.kind)
         if self.chain is not None and self.chain.ended(call, self.index):
             self.chain, self.index, self.changed_at, self.fresh = None, 0, [], None
             self._before_steps()
@@ -116,9 +123,10 @@ class InterceptedLoop:
             bring_back(call, self.marker, self.scaled[1])
         output = self.outputs.next(call)
         if output is None:
-            raise self._unknown(f"takes something without rows from its {component.name}")
+            raise Unknown(f"takes something without rows from its {component.name}")
         return output
 
+    @refuses_unknown
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the scheduler's `step`."""
         if not self.serial and self.chain is not None and not self.calls:
@@ -126,35 +134,31 @@ class InterceptedLoop:
         if self.serial:
             return self._step_serially(model_output, timestep, sample, *args, **kwargs)
         if args or not isinstance(sample, Tensor) or not isinstance(model_output, Tensor):
-            raise self._unknown("passes arguments to its scheduler")
+            raise Unknown("passes arguments to its scheduler")
         as_dict = kwargs.pop("return_dict", True)
-        try:
-            sample, own = self._follow(model_output, timestep, sample, kwargs)
-        except Unknown as error:
-            raise self._unknown(str(error)) from error
+        sample, own = self._follow(model_output, timestep, sample, kwargs)
         if own is not None:
             return self._step_serially(own, timestep, sample, return_dict=as_dict, **kwargs)
         assert self.chain is not None
-        self.chain.lockstep.advance(timestep, sample, kwargs)
+        state = self.chain.advance(self.index, timestep, sample, kwargs)
         self.index += 1
-        self.calls, self.scaled, self.outputs, self.marker = [], None, StepOutputs(), None
-        self.noising = None
+        self.calls, self.scaled, self.outputs, self.marker, self.noising = [], None, StepOutputs(), None, None
         self.hints = numbers(self.pipe, self.arguments)
         self.monitor.remember(self.chain.problem, self.index)
-        state = torch.cat([self.chain.states[self.index]] * self.chain.problem.halves)
         return Output(prev_sample=state) if as_dict else (state,)
 
     def finish(self) -> None:
         """After the pipeline's call: what the scheduler did itself belongs to the solution, too."""
-        if not self.serial or not self.index:
-            return
-        halves = self.chain.problem.halves if self.chain is not None else None
-        solution = self.chain.solution if self.chain is not None else None
-        self.pipe.last_solution = with_serial_steps(solution, self.last, halves, self.index - self.taken_over_at)
+        if self.serial and self.index:
+            halves = self.chain.problem.halves if self.chain is not None else None
+            solution = self.chain.solution if self.chain is not None else None
+            self.pipe.last_solution = with_serial_steps(solution, self.last, halves, self.index - self.taken_over_at)
 
-    def _before_steps(self) -> None:
+    def _before_steps(self, timestep: Any = None) -> None:
         if self.fresh is None:
-            self.fresh = copy.deepcopy(self.scheduler)
+            self.fresh, self.timestep = copy.deepcopy(self.scheduler), timestep
+            if not self.serial:
+                check_chain(self.fresh, timestep, vars(self.pipe).get("_num_timesteps"))
             if self.custom and not self.serial:
                 self.before = Fingerprint(*self.modules, only=self.modules)
 
@@ -181,13 +185,18 @@ class InterceptedLoop:
                 self.chain.changes.add(1)  # it will write over a part of what it is given
         else:
             step = self.calls, self.outputs, self._source(), guided, hints
-            if differs(self.chain.problem, *step, self.hints, self.index):
-                problem = next_model(self.chain.problem, *step, self.index, self.kind)
+            problem = self.chain.problem
+            stepped = self._source() if problem.first.step_scaled else self.chain.states[self.index]
+            change = "another step" if steps_otherwise(problem, stepped, sample, timestep, kwargs, self.index) else ""
+            if differs(problem, *step, self.hints, self.index):
+                problem = next_model(problem, *step, self.index, self.kind)
                 self.chain.change(problem, self.index)
                 self.changed_at.append(self.index)
                 if len(self.changed_at) >= _MOST_PARTS or self.index - 1 in self.changed_at:
-                    self._take_over("another model in every step", within=True)
-                    return sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
+                    change = "another model in every step"
+            if change:
+                self._take_over(change, within=True)
+                return sample, torch.cat([own_output(problem, self.outputs)] * problem.halves)
         self.chain.solve_from(self.index)
         return sample, None
 
@@ -205,7 +214,8 @@ class InterceptedLoop:
         source = self._source()
         assert solved.placement is not None
         known = solved.placement.holds(call.x, source) or (self.scaled is None and self._same_latents(call.x))
-        if not known and (self.monitor.active or locate(call.x, source) is None):
+        strict = self.monitor.active or self.chain.overwriting is not None
+        if not known and (strict or locate(call.x, source) is None):
             return "other latents"
         if self.monitor.active:
             if numbers(self.pipe, self.arguments) != self.hints:
@@ -218,11 +228,9 @@ class InterceptedLoop:
         """Whether the loop goes on with the state that it was given, or writes over a part of every state."""
         chain = self.chain
         assert chain is not None
-        if is_tiled(sample, chain.states[min(self.index, len(chain.states) - 1)]):
-            return chain.overwriting is None or self.noising is not None  # it is to write in every step
         own = sample[: len(chain.problem.start)]
-        tiled = is_tiled(sample, own) and not self.monitor.active  # what a callback writes it need not write every time
-        return tiled and chain.overwrite(own, self.index, self.noising)
+        same = is_state(sample, chain.states[min(self.index, len(chain.states) - 1)])
+        return same or (is_tiled(sample, own) and chain.overwrite(own, self.index, self.noising))
 
     def _source(self) -> Tensor:
         """(B, *shape), what the inputs of this step are made of."""
@@ -233,15 +241,15 @@ class InterceptedLoop:
     def _take_over(self, change: str, within: bool = False) -> None:
         """Leave the rest to the scheduler, which is where the loop is."""
         if self.calls and not within:
-            raise self._unknown(f"changes its model's inputs within a step ({change})")
+            raise Unknown(f"changes its model's inputs within a step ({change})")
         _LOG.info("step %d comes with %s than were solved for; the chain goes on serially", self.index, change)
         self.serial, self.taken_over_at = True, self.index
 
     def _refuse(self, reason: str) -> None:
         """Nothing can be solved in parallel."""
-        sentence = f"{type(self.pipe).__name__} cannot be solved in parallel: {reason}"
+        sentence = not_parallel(self.pipe, reason)
         if self.options.get("on_failure", "serial") == "raise":
-            raise DeqDiffError(f"{sentence}; restore(pipe) gives back the plain pipeline")
+            raise DeqDiffError(f"{sentence}; {way_back(self.pipe)}")
         _LOG.warning("%s; its loop is left as it is", sentence)
         self.serial = True
 
@@ -250,11 +258,3 @@ class InterceptedLoop:
         self.last = next_state(result)
         self.index += 1
         return result
-
-    def _unknown(self, what: str) -> DeqDiffError:
-        import diffusers
-
-        return DeqDiffError(
-            f"{type(self.pipe).__name__} of diffusers {diffusers.__version__} {what} in a way that deqdiff_fast does "
-            "not know, so its chain cannot be solved in parallel; restore(pipe) gives back the plain pipeline"
-        )

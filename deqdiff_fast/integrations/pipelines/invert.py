@@ -54,6 +54,7 @@ def invert(
         if name in options:
             raise ValueError(f"{name}: has no meaning here; pass one image for each sample, and nothing else")
     settings = {name: options.pop(name) for name in list(options) if name in _OWN}
+    given_arguments(pipe, (), options | {"prompt": prompt})  # refuses what there is not, before the decoder is asked
     DEQInverter(lambda x, t: x, Schedule.ddim([0.9, 0.5], [1, 0]), **settings)
     with torch.no_grad():
         target = image_latents(pipe, image)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...schedule.probe import next_state
 from .problem import DenoisingProblem
 
 _NO_EFFECT = 1e-9  # of a model output's coefficient: the output cannot be read off the next state
@@ -22,13 +23,16 @@ class Lockstep:
     def __init__(self, scheduler: Any, problem: DenoisingProblem, states: Tensor, noises: list[Tensor | None]) -> None:
         self.scheduler, self.problem, self.states, self.noises = scheduler, problem, states, noises
         self.outputs: list[Tensor] = []
+        self.known: dict[int, Tensor] = {}  # those of steps whose next state does not contain them
 
-    def advance(self, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]) -> None:
-        """The next step; arguments as the loop passes them to the scheduler."""
-        output = self._output(len(self.outputs))
+    def advance(self, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]) -> Tensor:
+        """The next step; arguments and result as of the scheduler's own."""
+        index = len(self.outputs)
+        output = self.known[index] if index in self.known else self._output(index)
         self.outputs.append(output)
         whole = torch.cat([output.to(self.problem.first.output.dtype)] * self.problem.halves)
-        self.scheduler.step(whole, timestep, sample, **step_kwargs)
+        after: Tensor = next_state(self.scheduler.step(whole, timestep, sample, **step_kwargs))
+        return after
 
     def _output(self, i: int) -> Tensor:
         """o_i from the recursion, solved for it; from the model where it does not enter x_{i+1}."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,7 +40,7 @@ class DenoisingProblem:
         """The problem of a loop that is at its first step. Raises ValueError or NotAffineError where it is none that
         can be solved in parallel."""
         step_range = _step_range(scheduler, first.timestep, first.count)
-        options = {k: v for k, v in first.step_kwargs.items() if k in step_accepts(scheduler)}
+        options = _own_options(scheduler, first.step_kwargs)
         step_range = step_range._replace(scaled=first.step_scaled)
         schedule = _schedule(scheduler, step_range, options, first.input_scaled)
         model = GuidedModel(first.calls, combination, len(first.start))
@@ -73,8 +74,8 @@ class DenoisingProblem:
         )
         if len(found) != sum(draws):
             raise NotAffineError(
-                f"{type(self.scheduler).__name__} draws noise in {len(found)} steps for this pipeline, and in "
-                f"{sum(draws)} for random numbers"
+                f"scheduler: {type(self.scheduler).__name__} draws noise in {len(found)} steps for this pipeline, and "
+                f"in {sum(draws)} for random numbers"
             )
         drawn = iter(found)
         return [next(drawn) if draw else None for draw in draws]
@@ -90,9 +91,43 @@ class DenoisingProblem:
 
     def output(self, states: Tensor, step: int) -> Tensor:
         """The guided prediction at one step for states (B, *shape) before scaling."""
-        x = states * float(self.schedule.input_scale[step])
-        rows = torch.arange(len(states), device=states.device)
-        return self.model(x, self.timesteps[step].to(states.device).expand(len(states)), rows)
+        return self.outputs(states[None], step, len(states))[0]
+
+    def outputs(self, states: Tensor, first: int, most: int) -> list[Tensor]:
+        """The same for (n, B, *shape) at n steps from `first` on, at most so many rows at a time (but at least B)."""
+        batch, each = states.shape[1], max(1, most // states.shape[1])
+        found: list[Tensor] = []
+        for k in range(0, len(states), each):
+            part, steps = states[k : k + each], slice(first + k, first + min(k + each, len(states)))
+            scales = self.schedule.input_scale[steps].to(part.device, part.dtype)
+            x = (part * scales.view(-1, *[1] * (part.dim() - 1))).flatten(0, 1)
+            rows = torch.arange(batch, device=part.device).repeat(len(part))
+            output = self.model(x, self.timesteps[steps].to(part.device).repeat_interleave(batch), rows)
+            found += list(output.reshape(part.shape))
+        return found
+
+
+def check_chain(scheduler: Any, timestep: Any, count: int | None) -> None:
+    """Raises what `build` does over the scheduler of a loop that is at its first step.
+
+    Args:
+        timestep: of that step; None: that is not known yet.
+        count: number of steps of the loop; None for all that are left.
+    """
+    if timestep is None:
+        timestep = first_timestep(scheduler)
+    _schedule(scheduler, _step_range(scheduler, timestep, count), {}, True)
+
+
+def first_timestep(scheduler: Any) -> Tensor:
+    """The one at which a loop begins that has said nothing else."""
+    return chain_timesteps(scheduler)[getattr(scheduler, "begin_index", None) or 0]
+
+
+def _own_options(scheduler: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What a loop gives to `step` besides, without what is the default of it anyway."""
+    defaults = inspect.signature(scheduler.step).parameters
+    return {k: v for k, v in given.items() if k in step_accepts(scheduler) and repr(v) != repr(defaults[k].default)}
 
 
 def _step_range(scheduler: Any, timestep: Any, count: int | None) -> StepRange:
@@ -121,10 +156,11 @@ def _schedule(scheduler: Any, step_range: StepRange, options: dict[str, Any], in
         repr(sorted(options.items())),
     )
     if key not in _CACHE:
-        schedule = Schedule(**scheduler_fields(scheduler, None, step_range=step_range, **options))
-        if not input_scaled:
-            schedule = replace(schedule, input_scale=torch.ones_like(schedule.input_scale))
-        _CACHE[key] = schedule
+        if input_scaled:
+            _CACHE[key] = Schedule(**scheduler_fields(scheduler, None, step_range=step_range, **options))
+        else:
+            whole = _schedule(scheduler, step_range, options, True)
+            _CACHE[key] = replace(whole, input_scale=torch.ones_like(whole.input_scale))
         while len(_CACHE) > _CACHE_SIZE:
             _CACHE.popitem(last=False)
     _CACHE.move_to_end(key)

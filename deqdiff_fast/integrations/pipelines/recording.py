@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from ..._types import unwrap_output
-from .calls import Call
+from .calls import Call, same_value
 from .combination import Combination, find_combination
-from .first_step import FirstStep, is_tiled, place, read_first_step
+from .first_step import FirstStep, is_state, is_tiled, place, read_first_step
 from .guided_model import GuidedModel
 from .outputs import StepOutputs
-from .problem import DenoisingProblem
+from .problem import DenoisingProblem, first_timestep
+from .refusals import Unknown
 from .timestep_rule import exclude, find_rule
-
-
-class Unknown(Exception):
-    """What a loop does that is not known here, as the end of "the pipeline ..."."""
 
 
 def first_problem(
@@ -87,6 +84,18 @@ def differs(
     return not (is_tiled(guided, own) and problem.model.combination.still(parts, own, hints, before))
 
 
+def steps_otherwise(
+    problem: DenoisingProblem, expected: Tensor, sample: Tensor, timestep: Any, kwargs: dict[str, Any], index: int
+) -> bool:
+    """Whether the loop gives something else to its scheduler in step `index` than was solved for, its model's output
+    aside. expected: (B, *shape), what it is to step."""
+    first = problem.first.step_kwargs
+    alike = kwargs.keys() == first.keys() and all(same_value(first[name], kwargs[name]) for name in kwargs)
+    kind = problem.model.calls[0].x.dtype  # some pipelines round what they are given to this, and step that
+    whole = len(sample) == problem.halves * len(expected) and is_state(sample, expected, kind)
+    return not (alike and whole and float(timestep) == float(problem.timesteps[index]))
+
+
 def next_model(
     problem: DenoisingProblem,
     calls: list[Call],
@@ -138,6 +147,17 @@ def find_rules(calls: list[Call], problem: DenoisingProblem, index: int, kind: t
         call.rule = find_rule(call.timestep, t, problem.scheduler, call.component.module, kind)
         if call.rule is None:
             raise Unknown("passes timesteps to its model")
+
+
+def check_call(call: Call, scheduler: Any, timestep: Any, kind: type) -> None:
+    """What can be said of a call of the first step before its network is called, as `find_rules` and `check_calls` say
+    it later. timestep: of the step, None where that is not known yet."""
+    likely = first_timestep(scheduler) if timestep is None else torch.as_tensor(timestep)
+    module = call.component.module
+    if all(find_rule(call.timestep, t, scheduler, module, kind) is None for t in (likely, *scheduler.timesteps)):
+        raise Unknown("passes timesteps to its model")
+    if fault := call.fault():
+        raise ValueError(fault)
 
 
 def check_calls(calls: list[Call], outputs: StepOutputs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -57,6 +58,7 @@ class SolvedChain:
         if self.overwriting is not None or index < 1 or index >= len(self.problem.timesteps):
             return False
         state = self.states[index]
+        sample = sample.to(state.dtype)
         if sample.shape != state.shape or not can_be_fixed(self.problem.schedule):
             return False
         self.overwriting = find_overwriting(
@@ -74,6 +76,28 @@ class SolvedChain:
         first = self.problem.model.calls[0]
         same = index >= len(self.problem.timesteps) and call.component is first.component
         return same and fits(first, call, self.problem, 0)
+
+    def advance(self, index: int, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]) -> Tensor:
+        """Step `index` of the scheduler; returns what the loop is given for the next state. Where it is expected to
+        write over that, it is what the scheduler makes of the model's own output: the loop may as well not write."""
+        after = self.lockstep.advance(timestep, sample, step_kwargs)
+        state = self.states[index + 1]
+        if index in self.lockstep.known and self.overwriting is not None:
+            state = torch.where(self.overwriting.mask, state, after[: len(state)].to(state.dtype))
+        return torch.cat([state] * self.problem.halves).to(torch.promote_types(state.dtype, after.dtype))
+
+    def _write_over(self, index: int, stop: int, solution: Solution) -> None:
+        """Over the states after step `index`, as the loop is expected to; their outputs then say nothing of the model's
+        own, which the scheduler is to remember."""
+        assert self.overwriting is not None
+        self.overwriting.write(self.states, index + 1)
+        batch = len(self.states[0])
+        most = max(batch, min(solution.stats.window * batch, self.options.get("max_batch") or math.inf))
+        outputs = self.problem.outputs(self.states[index:stop], index, int(most))
+        solution.stats.model_evals += len(outputs) * batch
+        solution.stats.model_calls += math.ceil(len(outputs) / (int(most) // batch))
+        self.lockstep.known = dict(enumerate(outputs, index))
+        solution.sample = self.states[stop]
 
     def solve_from(self, index: int) -> None:
         """The states after step `index`, where they are not known."""
@@ -105,9 +129,9 @@ class SolvedChain:
         solution.trajectory = None
         if solution.stats.stop_reason == "callback":  # interrupted: the pipeline goes on with what is final by now
             self.states[index + 1] = self.states[index + front[0]]
-        if self.overwriting is not None:
-            self.overwriting.write(self.states, index + 1)
-            solution.sample = self.states[stop]
+            self.lockstep.known = {}
+        elif self.overwriting is not None:
+            self._write_over(index, stop, solution)
         self.known = stop
         self.solution = solution if self.solution is None else _together(self.solution, solution)
         self.pipe.last_solution = self.solution
