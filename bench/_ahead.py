@@ -51,7 +51,8 @@ SETTINGS = (
     "ridge", "floor", "stale", "undamped", "freeze", "finish", "shortest", "guessed", "nonlinear", "damping", "reach",
 )  # fmt: skip
 SINGLE = ("weights", "newton_norms", "window_bounds", "mark_converged", "secant_fit")  # one warp a program
-UNSTAGED = ("newton_advance", "inverse_advance")  # launched with num_stages=1
+ALONE = ("newton_advance", "inverse_advance")  # one program a sample
+STAGES = {"newton_advance": 1, "inverse_advance": 1, "products": 2}  # as they are launched
 LONG = 31  # columns of the longest rings, of the inverse scan
 
 
@@ -170,8 +171,8 @@ def compiled(name: str, target: GPUTarget, aligned: bool = True):
         attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in hints},
     )
     options = {"num_warps": warps, "enable_fp_fusion": True}
-    if op in UNSTAGED:
-        options["num_stages"] = 1
+    if op in STAGES:
+        options["num_stages"] = STAGES[op]
     return triton.compile(source, target=target, options=options)
 
 

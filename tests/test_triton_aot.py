@@ -23,11 +23,11 @@ if not (ROOT / "bench" / "_ahead.py").is_file():
 _path = list(sys.path)
 sys.path.insert(0, str(ROOT))
 from bench._ahead import (  # noqa: E402
+    ALONE,
     AMD,
     CASES,
     LONG,
     NVIDIA,
-    UNSTAGED,
     WIDTH,
     compiled,
     resident_warps,
@@ -84,7 +84,7 @@ def test_nvidia(architecture, name, table, tmp_path):
     assert not re.search(r"\b(ld|st)\.local", ptx), "local memory"
     assert not re.search(r"\b(atom|red)\.", ptx), "sums in no fixed order"
     assert used["REG"] <= BUDGET[CASES[name][0].fn.__name__]
-    if "BLOCK" in CASES[name][0].arg_names and CASES[name][3] not in UNSTAGED:  # those are alone
+    if "BLOCK" in CASES[name][0].arg_names and CASES[name][3] not in ALONE:
         assert warps >= 12, "too few loads in flight to cover the memory's latency"
     # long histories are those of a few rows: their threads share out the columns, and have less than 16 bytes of each
     if "BLOCK" in CASES[name][0].arg_names and CASES[name][2].get("RING") != LONG:

@@ -129,8 +129,10 @@ class EquilibriumStep:
             self._set_bounds(lo, hi, [not s for s in stiff])
             self._inverse_scan(chain.slope, state.other, self.column)
         missed = (chain.sq_diff / self.sq_size).sqrt()
+        seen = torch.cat([missed, expected[None].to(missed)]).cpu()  # a device is waited for once
+        missed, expected = seen[:-1], seen[-1]
         repairs = self._repair(missed, round)
-        return missed.cpu(), torch.where(expected.isfinite(), expected, float("inf")).cpu(), repairs
+        return missed, torch.where(expected.isfinite(), expected, float("inf")), repairs
 
     def _inverse_scan(self, slope: Tensor, history: SecantHistory, column: int) -> None:
         chain, method = self.chain, self.method
@@ -175,9 +177,9 @@ class EquilibriumStep:
 
     def _set_bounds(self, lo: list[int], hi: list[int], active: list[bool]) -> None:
         """The rows of the next scan: lo[b] <= i < hi[b] of the active samples."""
-        chain = self.chain
-        chain.lo.copy_(torch.tensor([a if on else 0 for a, on in zip(lo, active)], dtype=torch.int32))
-        chain.hi.copy_(torch.tensor([b if on else 0 for b, on in zip(hi, active)], dtype=torch.int32))
+        bounds = [[k if on else 0 for k, on in zip(ends, active)] for ends in (lo, hi)]
+        first, last = torch.tensor(bounds, dtype=torch.int32).to(self.chain.lo.device)
+        self.chain.lo.copy_(first), self.chain.hi.copy_(last)
 
     def _predicted_error(self) -> Tensor:
         """(B,) the error that the serial chain would make from the running noise, by the linear model around the
@@ -196,11 +198,15 @@ class EquilibriumStep:
         return error
 
     def _repair(self, missed: Tensor, round: int) -> int:
-        """Rows whose prediction overflowed start again from the row after them. Returns how many did."""
+        """Rows whose prediction overflowed start again from the row after them. Returns how many did.
+
+        Args:
+            missed: (T, B), on the CPU.
+        """
         chain, count = self.chain, 0
         broken = ~missed.isfinite()
         for i in reversed(broken.any(1).nonzero().flatten().tolist()):
-            check_finite(self.work, self._evaluated(i), i, missed[i], round)
+            check_finite(self.work, self._evaluated(i), i, missed[i].to(chain.states.device), round)
             samples = broken[i].nonzero().flatten()
             fresh = chain.states[i + 1] * (self.scale[i] / self.scale[i + 1])
             excess = fresh.square().mean(1, keepdim=True).sqrt() / SANE_RMS

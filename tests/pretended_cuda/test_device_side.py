@@ -10,6 +10,7 @@ from deqdiff_fast.engine import solve
 from deqdiff_fast.engine.plain_chain import PlainChain
 from deqdiff_fast.engine.serial import finish_serially
 from deqdiff_fast.engine.workspace import Workspace
+from deqdiff_fast.inversion.equilibrium_step import EquilibriumStep
 from deqdiff_fast.loop.device import DeviceLoop
 from deqdiff_fast.loop.device_state import AsyncReadback
 from deqdiff_fast.nodes.rounds import NodeRounds
@@ -105,6 +106,25 @@ def test_inversion(device, ddim, method):
         found = inverter.invert(start().to("cuda:0"))
     assert found.noise.device.type == "cuda"
     torch.testing.assert_close(found.noise.held, expected.noise, rtol=1e-3, atol=1e-3)
+
+
+def test_the_host_waits_twice_in_a_round_of_an_inversion(device, monkeypatch, ddim):
+    """For which rows are next, of which one scan takes those next to the image and one the others, and for what came
+    of them."""
+    device.watch(monkeypatch, EquilibriumStep, "run", "round")
+    inverter = dq.DEQInverter(Net(device), ddim(20), method="equilibrium")
+    with device:
+        found = inverter.invert(start((1, 3, 8, 8)).to("cuda:0"))
+    assert device.launches["round"]["deqdiff_fast.inverse_scan.default"] == found.stats.rounds > 2
+    assert len(device.waits["round"]) == 2 * found.stats.rounds
+
+
+def test_a_model_that_breaks_in_an_inversion_is_named(device, ddim):
+    net = Net(device)
+    with device, pytest.raises(dq.NonFiniteError, match="timestep 500"):
+        dq.DEQInverter(
+            lambda x, t: torch.where((t == 500)[:, None, None, None], float("nan") * x, net(x, t)), ddim(20)
+        ).invert(start().to("cuda:0"))
 
 
 def test_a_broken_model_is_named(device, ddim):
