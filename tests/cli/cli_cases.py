@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 SIZE = 8
@@ -17,6 +19,15 @@ def tiny_unet(**changes):
             "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False,
         } | changes
     )  # fmt: skip
+
+
+def save_pipeline(folder: Path) -> Path:
+    """A tiny pipeline in the folder."""
+    import diffusers
+
+    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    diffusers.DDIMPipeline(tiny_unet(), scheduler).save_pretrained(folder)
+    return folder
 
 
 def one_line(capsys) -> str:

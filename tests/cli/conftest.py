@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from cli_cases import tiny_unet
+from cli_cases import save_pipeline
 
 from deqdiff_fast.cli import main
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    import diffusers
-
-    folder = tmp_path_factory.mktemp("model") / "pipeline"
-    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
-    diffusers.DDIMPipeline(tiny_unet(), scheduler).save_pretrained(folder)
-    return folder
+    return save_pipeline(tmp_path_factory.mktemp("model") / "pipeline")
 
 
 @pytest.fixture

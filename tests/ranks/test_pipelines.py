@@ -1,4 +1,4 @@
-"""Pipelines of diffusers on several processes."""
+"""Pipelines of diffusers, and a command, on several processes."""
 
 from __future__ import annotations
 
