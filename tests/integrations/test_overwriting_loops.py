@@ -129,3 +129,23 @@ def test_what_is_given_to_the_scheduler_is_compared_in_every_step(relative_error
         results.append(run(own, model, x))
     assert relative_error(results[1], results[0]).max() < 1e-3
     assert done.last_solution.stats.finished_serially > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_states_have_the_dtype_that_the_scheduler_gives_them(relative_error, rule):
+    """The first one has another: code that draws noise like the latents draws other noise for another dtype."""
+    x, seen = torch.randn(3, 8, generator=torch.Generator().manual_seed(3)), []
+
+    def run(own, model):
+        return loop(own, lambda x, t: model(x.double(), t), x, lambda _, x, i: seen[-1].append(x.dtype) or x)
+
+    own, model = scheduler(rule), Denoiser().double()
+    seen.append([])
+    with torch.no_grad():
+        reference = run(scheduler(rule), model)
+    seen.append([])
+    with dq.integrations.diffusers.parallel_loop(own, model, solver="quasi-newton", tol=1e-5) as done:
+        ours = run(own, model)
+    assert seen[0] == seen[1]
+    assert relative_error(ours, reference).max() < 1e-3
+    assert done.last_solution.stats.finished_serially == 0

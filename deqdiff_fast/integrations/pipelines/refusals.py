@@ -62,14 +62,10 @@ def _subject(pipe: Any) -> tuple[str, str]:
 def _options(pipe: Any, arguments: dict[str, Any]) -> list[str]:
     """Those that a call was given and that may change what a step does: numbers, switches, settings, callbacks."""
     known = inspect.signature(type(pipe).__call__).parameters if callable(pipe) else {}
-    return [
-        name
-        for name, value in arguments.items()
-        if name not in _USUAL
-        and (isinstance(value, (bool, int, float, dict)) or callable(value) or _are_numbers(value))
-        and (name not in known or value != known[name].default)
-    ]
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
+    found = []
+    for name, value in arguments.items():
+        items = value if isinstance(value, (list, tuple)) else [value]
+        telling = callable(value) or all(isinstance(item, (bool, int, float, dict)) for item in items)
+        if name not in _USUAL and telling and (name not in known or value != known[name].default):
+            found.append(name)
+    return found
