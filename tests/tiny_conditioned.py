@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -174,6 +175,17 @@ def sd3_skipped_layers() -> Family:
     )  # fmt: skip
     given = prompts(pooled=16) | {"height": 64, "width": 64, "skip_guidance_layers": [0], "guidance_scale": 3.0}
     return "StableDiffusion3Pipeline", FLOW, {"transformer": model}, given | {"skip_layer_guidance_stop": 0.6}
+
+
+@contextmanager
+def known_classes() -> Iterator[None]:
+    """Raises ImportError where the installed diffusers has not got a class that is asked for."""
+    try:
+        yield
+    except AttributeError as error:
+        if not str(error).startswith("module diffusers"):
+            raise
+        raise ImportError(f"diffusers {diffusers.__version__}: {error}") from error
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {

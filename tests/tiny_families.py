@@ -207,21 +207,6 @@ def stable_audio() -> Family:
     return "StableAudioPipeline", "EDMDPMSolverMultistepScheduler", parts, given
 
 
-def animatediff() -> Family:
-    from diffusers import MotionAdapter, UNet2DConditionModel
-
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    motion = MotionAdapter(
-        block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=4
-    )
-    given = prompts(16) | {"height": 64, "width": 64, "num_frames": 4, "guidance_scale": 3.0}
-    return "AnimateDiffPipeline", "DDIMScheduler", {"unet": unet, "motion_adapter": motion}, given
-
-
 class Undecoded(torch.nn.Module):
     """In the place of a decoder for latents, where diffusers before 0.33 asks it for sizes: the usual ones."""
 
@@ -263,5 +248,5 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "pixart-sigma": pixart, "sana": sana, "lumina2": lumina2, "auraflow": aura_flow, "hunyuan-dit": hunyuan_dit,
     "kolors": kolors, "cogview4": cogview4, "qwen-image": qwen_image, "chroma": chroma, "ltx": ltx,
     "cogvideox": cogvideox, "wan": wan, "wan2.2": wan22, "hunyuan-video": hunyuan_video, "mochi": mochi,
-    "stable-audio": stable_audio, "animatediff": animatediff,
+    "stable-audio": stable_audio,
 }  # fmt: skip

@@ -115,7 +115,22 @@ def ltx_image() -> Family:
     return "LTXImageToVideoPipeline", FLOW, {"vae": vae, "transformer": model}, given
 
 
+def animatediff() -> Family:
+    from diffusers import MotionAdapter, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    motion = MotionAdapter(
+        block_out_channels=(8, 16), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=4
+    )
+    given = prompts() | {"height": 64, "width": 64, "num_frames": 4, "guidance_scale": 3.0}
+    return "AnimateDiffPipeline", "DDIMScheduler", {"unet": unet, "motion_adapter": motion}, given
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     "svd": svd, "audioldm2": audioldm2, "wan-image": wan_image, "cogvideox-image": cogvideox_image,
-    "ltx-image": ltx_image,
+    "ltx-image": ltx_image, "animatediff": animatediff,
 }  # fmt: skip

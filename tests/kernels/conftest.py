@@ -13,7 +13,7 @@ import races
 import torch
 from torch import Tensor
 
-from deqdiff_fast.kernels import available_backends
+from deqdiff_fast.kernels import _backends, _launches, available_backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAN = float("nan")
@@ -135,12 +135,12 @@ def problem() -> Callable[..., Problem]:
     return make
 
 
-def _backends() -> list[str]:
+def _runnable() -> list[str]:
     """Triton where it runs: on a GPU, or interpreted, which test_interpreted.py does in a process of its own."""
     return ["reference", "cpp", *(["triton"] if available_backends()["triton"] == "available" else [])]
 
 
-@pytest.fixture(params=_backends())
+@pytest.fixture(params=_runnable())
 def backend(request: pytest.FixtureRequest) -> str:
     status = available_backends()[request.param]
     if status != "available":
@@ -169,3 +169,31 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float, atol: float, wha
 @pytest.fixture
 def close() -> Callable[..., None]:
     return assert_close
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Launches in order: (how, kernel's name, grid, arguments by name). No kernel is compiled."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    if _backends.interpreting():
+        pytest.skip("kernels are interpreted in this process")
+    seen = []
+
+    class Compiled:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            name, names = self.kernel.fn.__name__, self.kernel.arg_names
+            return lambda *args: seen.append(("again", name, grid, dict(zip(names, args, strict=True))))
+
+    def run(self, *args, grid, warmup, **named):
+        own = {name: value for name, value in named.items() if name in self.arg_names}
+        seen.append(("bound", self.fn.__name__, (*grid, 1, 1)[:3], dict(zip(self.arg_names, args)) | own))
+        return Compiled(self)
+
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    monkeypatch.setattr(_backends, "_obstacle", lambda *_: "")
+    _launches.reset()
+    yield seen
+    _launches.reset()

@@ -108,3 +108,9 @@ OPS = (
     "ddim_update", "anderson_step", "newton_scan", "inverse_scan", "node_scan", "secant_fit", "mark_converged",
     "advance_window", "copy_rows",
 )  # fmt: skip
+
+
+def given_to(op):
+    """Those of a launch: a workspace among them, where the op takes one."""
+    given = operands(op)
+    return given | {"workspace": torch.zeros(1 << 20, dtype=torch.uint8)} if "workspace" in given else given

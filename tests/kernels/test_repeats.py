@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import gc
-import importlib
 
 import pytest
 import torch
-from kernel_operands import OPS, operands
-from torch.utils._python_dispatch import TorchDispatchMode
+from kernel_operands import OPS, given_to
 
 import deqdiff_fast.kernels as kernels
-from deqdiff_fast.kernels import _backends, _config, _launches
+from deqdiff_fast.kernels import _config, _launches
 from deqdiff_fast.kernels._register import register
 
 jit = pytest.importorskip("triton.runtime.jit")
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Launches in order: (how, kernel's name, grid, arguments by name). No kernel is compiled."""
-    if _backends.interpreting():
-        pytest.skip("kernels are interpreted in this process")
-    seen = []
-
-    class Compiled:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            name, names = self.kernel.fn.__name__, self.kernel.arg_names
-            return lambda *args: seen.append(("again", name, grid, dict(zip(names, args, strict=True))))
-
-    def run(self, *args, grid, warmup, **named):
-        own = {name: value for name, value in named.items() if name in self.arg_names}
-        seen.append(("bound", self.fn.__name__, (*grid, 1, 1)[:3], dict(zip(self.arg_names, args)) | own))
-        return Compiled(self)
-
-    monkeypatch.setattr(jit.JITFunction, "run", run)
-    monkeypatch.setattr(_backends, "_obstacle", lambda *_: "")
-    _launches.reset()
-    yield seen
-    _launches.reset()
 
 
 @pytest.fixture
@@ -52,38 +23,8 @@ def checks(monkeypatch):
     return seen
 
 
-LOOKS = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select")
-
-
-class Reads(TorchDispatchMode):
-    """Operations for which the host waits on a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(look in str(func) for look in LOOKS):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_no_launch_reads_a_value(launched, op):
-    module = importlib.import_module(f"deqdiff_fast.kernels.{op}._triton")
-    with Reads() as reads:
-        module.launch(*given_to(op).values())
-    assert launched
-    assert not reads.found
-
-
 def call(op, given, **changed):
     getattr(kernels, op)(**given | changed, backend="triton")
-
-
-def given_to(op):
-    given = operands(op)
-    return given | {"workspace": torch.zeros(1 << 20, dtype=torch.uint8)} if "workspace" in given else given
 
 
 def addresses(arguments):
