@@ -32,21 +32,22 @@ class ChainSlope(SpectralSlope):
 
     Args:
         variance, channels: see `SpectralSlope`.
-        gains: (T, *shape), d clean sample / d state of every coefficient.
+        gains: (T, K), d clean sample / d state of every class of coefficients.
+        which: (D,) int64, the class of each.
     """
 
     gains: Tensor
+    which: Tensor
 
     @tables_on_cpu
     def classes(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """See `SpectralSlope.classes`."""
-        gains, which = torch.unique(self.gains.flatten(1), dim=1, return_inverse=True)
-        return _slope_of(gains, schedule), which
+        return _slope_of(self.gains, schedule), self.which
 
     @tables_on_cpu
     def slope(self, schedule: Schedule) -> Tensor:
         """See `SpectralSlope.slope`."""
-        return _slope_of(self.gains.flatten(1), schedule)
+        return _slope_of(self.gains, schedule)[:, self.which]
 
 
 def _slope_of(gains: Tensor, schedule: Schedule) -> Tensor:
@@ -91,7 +92,8 @@ def chain_slope(
     level = None if sigma is None else y.new_full((count, 1), sigma)
     coordinates, denoiser = method.coordinates(noisy), LinearDenoiser(spectrum, levels)
     data = coordinates.begin(Task(operator, schedule, levels, y, level), torch.zeros_like(states), None).data
-    basis, told = spectrum.basis(), torch.empty(2, steps, *shape, dtype=torch.float64)
+    basis, which = spectrum.basis(), _rings(shape)
+    told = torch.zeros(2, steps, int(which.max()) + 1, dtype=torch.float64)
     with torch.no_grad():
         for i in range(steps):
             step = torch.full((count,), i, device=states.device)
@@ -99,9 +101,16 @@ def chain_slope(
             x, unknown = coordinates.state(states, rows)
             rows.vjp = lambda v: denoiser(v, step)  # noqa: B023
             w = coordinates.clean(method.restored(denoiser(x, step), x, rows), unknown, rows)
-            u, w = (basis.forward(part.flatten(1).clone()).view(-1, *shape).double() for part in (unknown, w))
-            told[:, i] = torch.stack([(u * u).mean(0), (u * w).mean(0)]).cpu()
-    power, product = average_rings(told.flatten(0, 2)).view_as(told)
-    usable = power > LEAST * power.flatten(1).amax(1).view(-1, *(1,) * len(shape))
+            u, w = (basis.forward(part.flatten(1).clone()).double() for part in (unknown, w))
+            told[:, i].index_add_(1, which, torch.stack([(u * u).sum(0), (u * w).sum(0)]).cpu())
+    power, product = told
+    usable = power > LEAST * power.amax(1, keepdim=True)
     gains = torch.where(usable, product / torch.where(usable, power, 1), 0)
-    return ChainSlope(left_open.variance, spectrum.channels, gains), unseen
+    return ChainSlope(left_open.variance, spectrum.channels, gains, which), unseen
+
+
+def _rings(shape: tuple[int, ...]) -> Tensor:
+    """(D,) int64: the number of the ring of equal frequency, and channel, of every coefficient."""
+    draw = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    which: Tensor = torch.unique(average_rings(draw).flatten(), return_inverse=True)[1]
+    return which

@@ -40,7 +40,7 @@ def slopes(method: str, operator: Operator, schedule: dq.Schedule, sigma: float)
     found, _ = chain_slope(
         resolve(method), operator, schedule, Levels.of(schedule), spectrum, sigma or None, 1, torch.device("cpu")
     )
-    return found.gains
+    return found.gains[:, found.which].view(-1, *SHAPE)
 
 
 def denoised(schedule: dq.Schedule) -> Tensor:
