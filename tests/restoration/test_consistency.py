@@ -87,7 +87,9 @@ def test_samples_end_by_themselves(mixture: Any, ddim: Any, relative_error: Any,
 
 
 @pytest.mark.parametrize(
-    "operator", [Blur.uniform(9), Blur.uniform(9, "reflect"), Blur.gaussian(2.0, angle=30.0)], ids=str
+    "operator",
+    [Blur.uniform(9), Blur.uniform(9, "reflect"), Blur.gaussian(2.0, angle=30.0)],
+    ids=["uniform", "reflect", "anisotropic"],
 )
 def test_a_kernel_larger_than_the_images_is_named(mixture: Any, ddim: Any, operator: Blur) -> None:
     restorer = dq.DEQRestorer(mixture(SHAPE), ddim(8), operator)
