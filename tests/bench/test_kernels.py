@@ -91,7 +91,7 @@ def test_gpu(figures, baseline, tmp_path, monkeypatch):
     missing.mkdir()
     (missing / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({LACKING}))\n")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # theirs are not there either
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(missing), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(missing), os.environ.get("PYTHONPATH")])))
     words = ("--shape", "2,6,40,3", "--passes", "1", "--models", "tiny", "--steps", "2", "3", "--repeats", "2")
     select = ("--select", "test_copy_rows and bad_arguments", "--compiler", "eager", "--compile-sample")
     report, table = figures("gpu", *words, *select, "--rows", "1", "3", "--out", tmp_path)

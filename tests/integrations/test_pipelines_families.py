@@ -120,9 +120,13 @@ def test_options_that_change_the_loop(plain_and_parallel, relative_error, name, 
     assert relative_error(ours, reference).max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["wan", "sd-controlnet", "ltx", "chroma", "sana", "mochi"])
-def test_half_precision(make, tiny, relative_error, name):
-    pipes = make(name), parallel(make(name), tol=1e-2)
+@pytest.mark.parametrize(
+    ("name", "tol"),
+    # rounding moves this mochi's sample by 1.3e-2: a tolerance below that is met, or not, by chance
+    [("wan", 1e-2), ("sd-controlnet", 1e-2), ("ltx", 1e-2), ("chroma", 1e-2), ("sana", 1e-2), ("mochi", 3e-2)],
+)
+def test_half_precision(make, tiny, relative_error, name, tol):
+    pipes = make(name), parallel(make(name), tol=tol)
     given = tiny.arguments(name)
     for key, value in given.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():

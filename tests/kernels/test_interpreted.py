@@ -48,6 +48,6 @@ def test_every_file_with_triton_tests_is_in_a_group():
     listed = {name for group in GROUPS for name in group}
     others = {file.stem.removeprefix("test_") for file in HERE.glob("test_*.py")} - listed
     assert others == {
-        "config", "extension", "extension_arguments", "interpreted", "outdated_extension", "register",
+        "config", "extension", "extension_arguments", "interpreted", "no_reads", "outdated_extension", "register",
         "repeats",
     }  # fmt: skip

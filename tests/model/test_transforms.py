@@ -73,6 +73,10 @@ def test_torch_func_is_refused(ddim, noise, bent, transformed, settings):
 
 def test_unrolled_under_torch_func(ddim, noise, bent, apart):
     """Back-propagation is plain torch; what a schedule remembers afterwards is of use outside."""
+    try:
+        torch.func.grad(lambda x: x * x.new_ones(1).tolist()[0])(torch.ones(()))
+    except RuntimeError:
+        pytest.skip("this torch reads no numbers within torch.func")
     network, start = bent().requires_grad_(False), noise(2, (6,), dtype=torch.float64)
     sampler = dq.DEQSampler(network, ddim(5), gradient="unrolled", tol=1e-8)
     got = torch.func.grad(lambda x: sampler.sample(x).sample.sum())(start)
