@@ -25,6 +25,7 @@ from ..errors import ModelOutputError
 from ..model.knowledge import signature_of, variant_of
 from ..model.padding import out_of_memory
 from ..model.recording import RecordedModel
+from ..model.sample_kwargs import is_guess, with_guesses_shared
 from ..nodes.grid import prediction_weight
 from ..schedule.cache import cached
 from .options import Options
@@ -53,6 +54,7 @@ class RowRecord:
     rounding: float = 0.0
     """The largest relative difference that was seen between a row of a batch and the same row alone."""
     told: bool = False
+    shared: bool = False  # whether B numbers or strings among the conditions, maybe one a sample, belong to none
 
     def due(self) -> bool:
         """Whether the solve that begins is to look: the first, the second, the fourth, and so on."""
@@ -85,9 +87,36 @@ def check_rows(system: System, options: Options, noise: Tensor) -> RowRecord:
     """
     record = _record(system, options, noise)
     kept = isinstance(options.model, RecordedModel)  # these rows are on no chain: nothing to learn a draft from
+    if record.shared:
+        system.model_kwargs = with_guesses_shared(system.model_kwargs, system.batch)
     if not kept and record.due() and system.num_steps > 1:
-        record.compare(system, noise)
+        try:
+            record.compare(system, noise)
+        except ModelOutputError:
+            if not _right_when_shared(record, system, noise):
+                raise
     return record
+
+
+def _right_when_shared(record: RowRecord, system: System, noise: Tensor) -> bool:
+    """Whether rows are as in calls of their own once what is only guessed to be per sample is passed as it is, as the
+    serial chain passes it; then that is how the system goes on."""
+    before = system.model_kwargs
+    guessed = [name for name, value in before.items() if is_guess(value, system.batch)]
+    if not guessed:
+        return False
+    system.model_kwargs = with_guesses_shared(before, system.batch)
+    try:
+        record.compare(system, noise)
+    except Exception:  # it may not even take them so: then the first complaint is the one to make
+        system.model_kwargs = before
+        return False
+    record.shared = True
+    _log.warning(
+        "model_kwargs: %s: not one a sample, for then rows depend on each other; passed on whole. Mark what belongs to "
+        "no sample with deqdiff_fast.shared(...)", ", ".join(guessed),
+    )  # fmt: skip
+    return True
 
 
 def check_rows_now(options: Options, noise: Tensor, model_kwargs: dict[str, Any], changed: bool) -> None:

@@ -62,6 +62,21 @@ def _select(values: Any, batch: int, rows: Tensor, rest: Callable[[Any], Any]) -
     return tree_map(select, values, is_leaf=lambda value: isinstance(value, Shared) or is_list_of_strings(value))
 
 
+def is_guess(value: Any, batch: int) -> bool:
+    """Whether it is taken for one value a sample though it could as well be meant for none: B numbers, B strings."""
+    numbers = isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
+    return is_list_of_strings(value, batch) or (numbers and is_per_sample(value, batch))
+
+
+def with_guesses_shared(model_kwargs: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The same with all guesses marked as `shared`."""
+    found: dict[str, Any] = tree_map(
+        lambda value: shared(value) if is_guess(value, batch) else value, model_kwargs,
+        is_leaf=lambda value: is_whole(value, batch),
+    )  # fmt: skip
+    return found
+
+
 def warn_of_guesses(model_kwargs: dict[str, Any] | None, batch: int) -> None:
     """Log, once for each, what `model_kwargs` leave open: whether a value belongs to the samples; and what is large."""
     for name, what, taken in _guesses(model_kwargs, "", batch) if model_kwargs and batch > 1 else ():
@@ -86,10 +101,12 @@ def _guesses(value: Any, name: str, batch: int) -> Iterator[tuple[str, str, str]
     sample = "is taken for one a sample; mark it with deqdiff_fast.shared(...) if it belongs to none"
     kept = "is passed on as it is, whatever rows a call has; give a tensor of rows if it has one a sample"
     kind, items = type(value).__name__, value if type(value) in (list, tuple) else ()
-    if isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point() and is_per_sample(value, batch):
-        yield name, f"a tensor of {batch} numbers", sample
-    elif is_list_of_strings(value, batch):
-        yield name, f"a {kind} of {batch} strings", sample
+    if is_guess(value, batch):
+        yield (
+            name,
+            f"a tensor of {batch} numbers" if isinstance(value, Tensor) else f"a {kind} of {batch} strings",
+            sample,
+        )
     elif len(items) == batch and not any(isinstance(x, _INNER) or is_per_sample(x, batch) for x in items):
         yield name, f"a {kind} of {batch}", f"{kept}, or mark it with deqdiff_fast.shared(...)"
     elif not isinstance(value, Tensor) and tuple(getattr(value, "shape", ()))[:1] == (batch,):  # an array of numpy, say

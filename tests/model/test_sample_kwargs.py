@@ -49,6 +49,37 @@ def test_a_marked_table_of_as_many_rows_as_samples(ddim, noise, relative_error, 
         torch.testing.assert_close(got, own.grad, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("gradient", [None, "implicit", "phantom", "unrolled", "reversible"])
+def test_a_table_that_nobody_marked(ddim, noise, relative_error, caplog, gradient):
+    """Rows that depend on each other say that it is none: what is guessed is given up, in later solves too."""
+    table, start, network = torch.arange(4.0, requires_grad=gradient is not None), noise(4, (8,)), []
+
+    def model(x, t, levels):
+        network.append(len(levels))
+        return levels_of(x, t, levels)
+
+    sampler = dq.DEQSampler(model, ddim(12), solver="quasi-newton", tol=1e-5, gradient=gradient or "implicit")
+    for _ in range(3):
+        out, expected = (solve(start, {"levels": table}) for solve in (sampler.sample, sampler.serial))
+        assert relative_error(out.sample.detach(), expected.sample).max() < 1e-4
+    assert network[-1] == 4
+    if gradient not in ("unrolled", "reversible"):  # which do not compare rows
+        assert "not one a sample" in caplog.text
+    if gradient is not None:
+        out.sample.sum().backward()
+        marked = table.detach().clone().requires_grad_()
+        sampler.sample(start, {"levels": dq.shared(marked)}).sample.sum().backward()
+        torch.testing.assert_close(table.grad, marked.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_depend_on_each_other_whatever_is_guessed(ddim, noise):
+    def coupled(x, t, levels):
+        return 0.5 * torch.tanh(x) + t[0] / 1000 + 0.1 * levels.mean()
+
+    with pytest.raises(dq.ModelOutputError, match="not independent"):
+        dq.DEQSampler(coupled, ddim(12), solver="quasi-newton").sample(noise(4, (8,)), {"levels": torch.arange(4.0)})
+
+
 @pytest.mark.parametrize("container", [list, tuple])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_prompts_are_repeated_with_their_samples(ddim, noise, relative_error, container, batch):
