@@ -212,6 +212,7 @@ class Undecoded(torch.nn.Module):
 
     config = SimpleNamespace(block_out_channels=(1, 1, 1, 1), scaling_factor=1.0)
     spatial_compression_ratio, temporal_compression_ratio, dtype = 32, 8, torch.float32
+    device = torch.device("cpu")
 
 
 class Tokenizer:
