@@ -23,6 +23,9 @@ diffusers.utils.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore")
 SHAPE = (2, 3, 6, 6)
 
+# of some versions it does not draw with the generator that it is given, which nothing can be compared with
+if "randn_like" in inspect.getsource(diffusers.FlowMatchEulerDiscreteScheduler.step):
+    CASES["FlowMatchEulerDiscreteScheduler"].remove({"stochastic_sampling": True})
 NAMES = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax"))
 
 
