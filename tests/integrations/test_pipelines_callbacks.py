@@ -81,6 +81,34 @@ def test_a_running_solve_can_be_interrupted(make, tiny, monkeypatch):
     assert min(float((state - latents).norm() / state.norm()) for state in states) < 1e-3
 
 
+def test_a_loop_that_does_not_look_at_an_interrupt_is_solved_to_its_end(make, tiny, relative_error):
+    def stop(pipe, index, timestep, tensors):
+        pipe._interrupt = index >= 1
+        return {}
+
+    plain, pipe = make("lumina2"), parallel(make("lumina2"))
+    given = tiny.arguments("lumina2", cfg_trunc_ratio=0.4)  # another model from the middle on: solved in two parts
+    reference, ours = (tiny.call(p, **given, callback_on_step_end=stop)[0] for p in (plain, pipe))
+    assert len(pipe.last_recording) == 2
+    assert pipe.last_solution.converged.all()
+    assert relative_error(ours, reference).max() < 1e-3
+
+
+@pytest.mark.usefixtures("rows_are_known")
+def test_a_loop_that_goes_on_after_its_solve_was_interrupted_is_told(make, tiny, monkeypatch):
+    pipe = parallel(make("lumina2"), solver="picard", tol=1e-6)
+    calls, plain = [], GuidedModel.__call__
+
+    def stop(self, x, t, rows):
+        calls.append(len(x))
+        pipe._interrupt = len(calls) == 3
+        return plain(self, x, t, rows)
+
+    monkeypatch.setattr(GuidedModel, "__call__", stop)
+    with pytest.raises(dq.DeqDiffError, match="_interrupt: it ended the solve after step 0"):
+        tiny.call(pipe, **tiny.arguments("lumina2"), callback_on_step_end=lambda *a: a[-1])
+
+
 def changed_latents(pipe, index, timestep, tensors):
     return {"latents": tensors["latents"] * 0.5} if index == 3 else {}
 

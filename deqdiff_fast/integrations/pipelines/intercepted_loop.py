@@ -33,7 +33,7 @@ from .placement import locate
 from .problem import check_chain
 from .proxies import DenoiserProxy, Output, scheduler_proxy
 from .recording import check_call, differs, first_problem, next_model, read_step, steps_otherwise
-from .refusals import Unknown, not_parallel, refuses_unknown, way_back
+from .refusals import Unknown, goes_on, not_parallel, refuses_unknown, way_back
 from .row_check import own_output, row_fault
 from .serial_steps import with_serial_steps
 from .solved_chain import SolvedChain
@@ -82,9 +82,7 @@ class InterceptedLoop:
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """In place of the scheduler's `scale_model_input`: random numbers in the first step, to see where they go."""
         if not self.serial and self.chain is not None:
-            if not self._same_latents(sample):
-                self._take_over("other latents")
-            elif change := self.monitor.changed():
+            if change := self.monitor.changed() if self._same_latents(sample) else "other latents":
                 self._take_over(change)
         self._before_steps(timestep)
         scaled: Tensor = self.scheduler.scale_model_input(sample, timestep)
@@ -155,6 +153,8 @@ class InterceptedLoop:
             self.pipe.last_solution = with_serial_steps(solution, self.last, halves, self.index - self.taken_over_at)
 
     def _before_steps(self, timestep: Any = None) -> None:
+        if self.chain is not None and self.chain.interrupted:
+            raise DeqDiffError(goes_on(self.pipe, self.index - 1))
         if self.fresh is None:
             self.fresh, self.timestep = copy.deepcopy(self.scheduler), timestep
             if not self.serial:

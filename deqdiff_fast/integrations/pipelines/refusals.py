@@ -27,6 +27,14 @@ def way_back(pipe: Any) -> str:
     return _subject(pipe)[1]
 
 
+def goes_on(pipe: Any, step: int) -> str:
+    """That a loop makes another step where it was to end, and has been given a state of later on."""
+    return (
+        f"_interrupt: it ended the solve after step {step}, and ends the loop of a pipeline that looks at it; "
+        f"{_subject(pipe)[0]} goes on. Leave its loop, or do not set _interrupt while it is solved"
+    )
+
+
 def refuses_unknown(method: Method) -> Method:
     """A method of a loop that raises DeqDiffError in the place of Unknown."""
 

@@ -42,6 +42,7 @@ class SolvedChain:
         self.states[0] = start
         self.known = 0
         self.solution: Solution | None = None
+        self.interrupted = False  # while a part was solved: there is no next step
         self.overwriting: Overwriting | None = None
         self.lockstep = Lockstep(scheduler, problem, self.states, self.noises)
         self.changes = _CHANGES.setdefault(problem.model.base_model, {}).setdefault((kind, steps), set())
@@ -86,6 +87,9 @@ class SolvedChain:
             state = torch.where(self.overwriting.mask, state, after[: len(state)].to(state.dtype))
         return torch.cat([state] * self.problem.halves).to(torch.promote_types(state.dtype, after.dtype))
 
+    def _interrupting(self) -> bool:
+        return bool(getattr(self.pipe, "_interrupt", False))
+
     def _write_over(self, index: int, stop: int, solution: Solution) -> None:
         """Over the states after step `index`, as the loop is expected to; their outputs then say nothing of the model's
         own, which the scheduler is to remember."""
@@ -116,10 +120,11 @@ class SolvedChain:
             model = problem.model
             problem = replace(problem, model=GuidedModel(model.calls, model.combination, model.batch, fixed))
         front = [0]
+        ignored = self._interrupting()  # a loop that comes here all the same does not look at it
 
         def on_round(info: RoundInfo) -> bool:
             front[0] = int(info.front.min())
-            return bool(getattr(self.pipe, "_interrupt", False))
+            return self._interrupting() and not ignored
 
         solution = DEQSampler(problem.model, schedule, **self.options).sample(
             self.states[index], problem.rows(), frozen, on_round if self.monitored else None, return_trajectory=True
@@ -130,6 +135,7 @@ class SolvedChain:
         if solution.stats.stop_reason == "callback":  # interrupted: the pipeline goes on with what is final by now
             self.states[index + 1] = self.states[index + front[0]]
             self.lockstep.known = {}
+            self.interrupted = True
         elif self.overwriting is not None:
             self._write_over(index, stop, solution)
         self.known = stop
