@@ -48,10 +48,9 @@ class InterceptedLoop:
     def __init__(
         self, pipe: Any, components: dict[str, Component], options: dict[str, Any], arguments: dict[str, Any]
     ) -> None:
-        self.pipe, self.options, self.arguments = pipe, options, arguments
+        self.pipe, self.kind, self.options, self.arguments = pipe, type(pipe), options, arguments
         self.modules = torch.nn.ModuleList([component.module for component in components.values()])
         self.scheduler = vars(pipe)["scheduler"]
-        self.kind = type(pipe)
         self.chain: SolvedChain | None = None
         self.last = torch.empty(0)  # the scheduler's last state where it steps serially
         self.calls: list[Call] = []  # those of the current step
@@ -82,7 +81,8 @@ class InterceptedLoop:
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """In place of the scheduler's `scale_model_input`: random numbers in the first step, to see where they go."""
         if not self.serial and self.chain is not None:
-            if change := self.monitor.changed() if self._same_latents(sample) else "other latents":
+            change = self.monitor.changed() if self._same_latents(sample) else "other latents"
+            if change:
                 self._take_over(change)
         self._before_steps(timestep)
         scaled: Tensor = self.scheduler.scale_model_input(sample, timestep)
