@@ -90,6 +90,7 @@ class NodeSolve:
                 made,
                 spots,
             )
+            self.problem.reference = None if self.certify_all else checked.reference
             if request.init is not None:
                 guess = sample_guess(system, self.problem.chain, request.init, options.slope(noise))
                 self.problem.guess = guess._replace(sample=self.place.own(guess.sample))

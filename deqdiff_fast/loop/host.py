@@ -67,9 +67,7 @@ def _check_finite(task: Task, residual: Tensor, lo: list[int], hi: list[int], ro
         if bool(bad.any()):
             broken[b] = start + int(bad.int().argmax())
     for b, step in broken.items():
-        error = task.diagnose(step, b, round)
-        if error is not None:
-            raise error
+        task.blame(step, b, round)
         residual[step : hi[b], b] = float("inf")
     return broken
 

@@ -97,6 +97,15 @@ class Task:
         old = [self.start if b == sample else window.num_steps for b in range(len(window.lo))]
         self.solver.enter(self.chain, self.memory, old, [window.num_steps] * len(old))
 
+    def blame(self, step: int, sample: int, round: int) -> None:
+        """Raises the error of a model that is to blame for a row that is not finite."""
+        error = self.diagnose(step, sample, round)
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback would hold this frame, and with it the memory of the solve
+
 
 @dataclass
 class Progress:

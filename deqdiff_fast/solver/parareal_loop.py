@@ -84,9 +84,7 @@ class PararealLoop:
             return size
         for row in flat[~size.isfinite()].tolist():
             step, sample = divmod(row, self.chain.batch)
-            error = self.task.diagnose(step, sample, self.progress.rounds)
-            if error is not None:
-                raise error
+            self.task.blame(step, sample, self.progress.rounds)
         self.broken = True  # a wild iterate did it; the blocks before it are sound, and the next sweep starts there
         return size
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -124,6 +126,20 @@ def test_model_that_changes_its_input(mixture, ddim, noise, relative_error):
 
     out = dq.DEQSampler(rude, ddim(20), solver="quasi-newton", tol=1e-5).sample(noise(2))
     assert relative_error(out.sample, dq.DEQSampler(model, ddim(20)).serial(noise(2)).sample).max() < 1e-4
+
+
+@pytest.mark.parametrize("solver", ["quasi-newton", "parataa", "parareal", "picard", "anderson"])
+def test_a_broken_model_leaves_no_lease(ddim, noise, solver):
+    """At once, and not when Python next looks for cycles: on a GPU it is the memory of a whole chain."""
+    memory = dq.SolverMemory()
+    sampler = dq.DEQSampler(lambda x, t: x + torch.nan, ddim(), solver=solver, memory=memory)
+    gc.disable()
+    try:
+        with pytest.raises(dq.NonFiniteError):
+            sampler.sample(noise())
+        assert memory.stats()["active"] == 0
+    finally:
+        gc.enable()
 
 
 def test_interrupting_callback_leaves_no_lease(mixture, ddim, noise):
