@@ -22,6 +22,8 @@ MOST_NUMBERS = 2**19  # that are kept of a sample's chain: of long chains those 
 SAFETY = 1.6  # times the ratio that was found: samples differ by that much
 LEAST, MOST = 0.25, 10.0  # what a ratio, with that, may be
 FINE = 0.65  # of the tolerance: what the nodes of the last round may leave
+MOST_SETS = 256  # of nodes that are remembered: those that a sample refines are its own
+TINY = 1e-300
 FEWEST = 0.75  # of the usual number of nodes
 
 
@@ -44,7 +46,7 @@ class TimeReference:
         kept = score.topk(min(len(score), max(1, MOST_NUMBERS // steps))).indices
         held = float(score[kept].square().sum())
         self.chain = chain
-        self.size = size * math.sqrt(held / total if total > 0 else 1.0)
+        self.size = max(size, TINY) * math.sqrt(held / total if held > 0 else 1.0)
         self.classes = None if classes is None else classes[kept].cpu()
         known = remainder[:, kept].cpu().double()
         self.remainder = interpolation(timesteps, torch.arange(steps), chain.unit) @ known  # (T, d)
@@ -65,6 +67,8 @@ class TimeReference:
             left_out = grid.leave_one_out @ self.remainder[grid.at]
             told = float((left_out * per_element(grid.excess, self.classes)[:, 0]).norm()) / self.size
             found = SAFETY * self.missed(nodes) / told if told > 0 else 1.0
+            if len(self._ratios) == MOST_SETS:
+                self._ratios.clear()
             self._ratios[nodes] = min(max(found, LEAST), MOST)
         return self._ratios[nodes]
 

@@ -94,6 +94,12 @@ def test_there_are_none_where_no_number_of_nodes_will_do(chain, smooth):
     assert reference(chain, smooth).sets(EVEN, 12, 20, 1e-9) is None
 
 
+def test_a_sample_of_zeros_is_no_fault(chain, smooth):
+    known = reference(chain, 0 * smooth, size=0.0)
+    assert known.missed(NODES) == 0
+    assert known.ratio(NODES) == 1
+
+
 def test_timesteps_that_were_not_asked_are_interpolated(chain, smooth):
     asked = torch.tensor([k for k in range(STEPS) if k % 7 != 3])
     found, whole = reference(chain, smooth, known=asked), reference(chain, smooth)
