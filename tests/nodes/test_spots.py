@@ -170,7 +170,7 @@ def test_later_solves_know_the_model_between_nodes(mixture, ddim, noise, relativ
         seen.append((problem.reference, self.sets))
 
     monkeypatch.setattr(NodeRounds, "__init__", noted)
-    sampler = dq.DEQSampler(mixture(), schedule, solver="quasi-newton")
+    sampler = dq.DEQSampler(mixture(), schedule, solver="quasi-newton", deterministic=False)
     for seed in range(4):
         draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
         found, exact = sampler.sample(noise(2), generator=draws[0]), sampler.serial(noise(2), generator=draws[1])
@@ -180,6 +180,15 @@ def test_later_solves_know_the_model_between_nodes(mixture, ddim, noise, relativ
     assert all(reference is not None and sets is not None for reference, sets in seen[1:])
     few, fine = seen[1][1]
     assert set(few) <= set(fine)
+
+
+def test_deterministic_solves_do_not_depend_on_earlier_ones(mixture, ddim, noise):
+    model, schedule = mixture(), ddim(100)
+    dq.DEQSampler(model, schedule, solver="quasi-newton", deterministic=False).sample(noise(1))
+    known = dq.DEQSampler(model, schedule, solver="quasi-newton").sample(noise(1))
+    fresh = dq.DEQSampler(mixture(), schedule, solver="quasi-newton").sample(noise(1))
+    assert known.stats.rounds == fresh.stats.rounds
+    assert (known.sample - fresh.sample).norm() <= 1e-5 * fresh.sample.norm()
 
 
 def test_failures_are_waited_out_longer_and_longer():
