@@ -20,7 +20,6 @@ UNSETTLED = 0.1  # what the last sweep of a draft may move where they have not s
 GROWING, LARGEST = 2.0, 3.0  # times the last move of a draft's sweeps, or times the sample: they do not settle
 SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move,
 LOOSE = 0.02  # or of what the round before has moved, if that is more: the next one moves that much again
-RESPONSE = 0.5  # of the model to what new nodes have shown, against that
 STILL = 3e-4  # of what the last sweep may move: a state that has moved less since the draft was asked about it
 
 
@@ -44,8 +43,7 @@ class NodeChain:
             self.history = NodeHistory(*kept, problem.draft is not None, problem.elements, problem.backend)
         else:
             self.history = HostHistory(*kept, problem.elements, self.slope, problem.host, problem.backend)
-        self.surprise = self.unexplained = torch.zeros_like(self.remainder)
-        self.arrived: Transfer | None = None  # to these nodes, all of the last ones among them; until they are asked
+        self.surprise = torch.zeros_like(self.remainder)
         self.moved = 1.0  # relative, by the sweeps of the last round
         if problem.guess is not None:
             shape = problem.guess.shape.to(self.states)[self.grid.at]
@@ -92,8 +90,7 @@ class NodeChain:
         )
         self.remainder = torch.mm(transfer.scaled, remainder.flatten(1)).view(len(nodes), *like.shape)
         self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1], (slope, self.slope))
-        self.surprise = self.unexplained = torch.zeros_like(self.remainder)
-        self.arrived = transfer if int(transfer.kept.sum()) == len(old.nodes) else None
+        self.surprise = torch.zeros_like(self.remainder)
 
     def learn(self, asked: Tensor | None, answers: Tensor) -> None:
         """What the model said at the nodes, (n, B, D); asked: (n, B) bool, where it was asked, None for everywhere."""
@@ -104,17 +101,8 @@ class NodeChain:
             (self.history.guess_error,) = self.problem.elements.norms(surprise.norm(dim=2))
         if asked is not None:
             torch.where(asked[..., None], surprise, self.surprise, out=surprise)
-        self.surprise = self.unexplained = surprise
-        if self.arrived is not None:
-            self.unexplained, self.arrived = self._unexplained(self.arrived), None
+        self.surprise = surprise
         self.history.push(asked, states, answers, draft)
-
-    def _unexplained(self, arrived: Transfer) -> Tensor:
-        """(n, B, D): of the surprise at nodes some of which are new, what the linear model is to blame for: it is as
-        smooth in time as what it says of the others. The rest is what interpolation had missed, which is known now; the
-        model answers to it once more."""
-        smooth = torch.mm(arrived.scaled, self.surprise[arrived.kept].flatten(1)).view_as(self.surprise)
-        return smooth.lerp_(self.surprise, RESPONSE)
 
     def base(self) -> Tensor:
         """(n, B, D): the remainders as the model last gave them."""

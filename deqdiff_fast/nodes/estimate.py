@@ -41,10 +41,6 @@ class Estimate(NamedTuple):
         parts = torch.split(values, [value.numel() for value in self])
         return Estimate(*(part.view(value.shape) for part, value in zip(parts, self)))
 
-    def corrected(self, ratio: float) -> Estimate:
-        """The same where interpolation is known to miss that much of what leaving one out says."""
-        return self._replace(interpolation=self.interpolation * ratio, node_roughness=self.node_roughness * ratio)
-
     def shortfall(self, before: Estimate) -> Tensor:
         """(B,) >= 1: this round's step against the one that was foretold in the round before.
 

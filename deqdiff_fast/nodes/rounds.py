@@ -11,15 +11,13 @@ from .chain import NodeChain
 from .estimate import Estimate, estimate
 from .grid import equidistribute, refine, round_sizes
 from .problem import NodeOutcome, NodeProblem
-from .spots import missed_at, spots_along, time_reference
-from .time_reference import TimeReference
+from .spots import missed_at, spots_along
 
 MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
 SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sqrt(D)
 SKIPPED = 0.03  # part of the tolerance that nodes that are not asked again may cost
 UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
-NEAR = 2.0  # times the tolerance: the next step of a sample for which one round more may do
 SPOT_FACTOR, SPOT_SLACK = 1.5, 0.3  # times the estimate of interpolation, and part of the tolerance more, in spots
 GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
@@ -53,10 +51,6 @@ class NodeRounds:
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype)
         self.rate: Tensor | None = None
         self.missed: Tensor | None = None  # by interpolation, as spots have just shown
-        self.shown: TimeReference | None = None  # by these spots
-        self.ratio, self.sets = 1.0, None  # of the estimate of interpolation; few nodes, and those of the last rounds
-        if problem.reference is not None:
-            self.sets = problem.reference.sets(problem.density, self.sizes[-1], most_nodes(self.steps), problem.tol)
         self.chain = NodeChain(problem, equidistribute(problem.density, self.sizes[0]))
 
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
@@ -90,7 +84,7 @@ class NodeRounds:
             asked = None if bool(asked.all()) else asked
         return NodeOutcome(
             chain.grid, chain.states, chain.remainder, self.done, total, trace, len(self.evaluated), stopped, broken,
-            self.rough, self.check_evals, self.shown,
+            self.rough, self.check_evals,
         )  # fmt: skip
 
     def _change_nodes(self, round: int, found: Estimate | None) -> bool:
@@ -98,12 +92,8 @@ class NodeRounds:
         nodes = self.chain.grid.nodes
         if round == 1 or found is None:
             return False
-        if round < len(self.sizes):
+        if round <= len(self.sizes):
             wanted = equidistribute(self.problem.density, self.sizes[round - 1])
-        elif round == len(self.sizes):
-            wanted = self.sets[0] if self.sets else equidistribute(self.problem.density, self.sizes[-1])
-        elif self.sets and self._on_few() and self._nearly_done(found):
-            wanted = self.sets[1]
         elif self._too_rough(found):
             room = most_nodes(self.steps) - len(nodes)
             score = found.node_roughness.amax(1).tolist()
@@ -137,22 +127,16 @@ class NodeRounds:
         count = len(nodes) * batch
         chain.learn(None if asked is None else asked.to(device), answers[:count].view_as(chain.remainder))
         if spots is not None:
-            said = answers[count:].view_as(spots.states)
-            self.missed = missed_at(spots, chain, said)
-            if problem.spots.whole and problem.elements.numel(said.shape[2]) == said.shape[2]:
-                self.shown = time_reference(spots, chain, said)
+            self.missed = missed_at(spots, chain, answers[count:].view_as(spots.states))
 
     def _advance(self) -> Estimate:
         """The chain with what is known now, and how good it is."""
         chain, last = self.chain, self.chain.states[-1].clone()
         shrinking = chain.advance()
-        found = estimate(
-            chain.grid, self.problem.classes, chain.unexplained, shrinking, chain.remainder, chain.states, last,
+        return estimate(
+            chain.grid, self.problem.classes, chain.surprise, shrinking, chain.remainder, chain.states, last,
             self.problem.elements,
         )  # fmt: skip
-        known = self.problem.reference
-        self.ratio = 1.0 if known is None else known.ratio(chain.grid.nodes)
-        return found.corrected(self.ratio)
 
     def _estimate_error(self, found: Estimate, before: Estimate | None, changed: bool) -> Tensor:
         """(B,) float64: the estimate of the error.
@@ -169,8 +153,7 @@ class NodeRounds:
         broken = ~(found.step + found.interpolation).isfinite()
         total = total.masked_fill(broken, float("nan"))
         if self.missed is not None:
-            left_out = found.interpolation[self.problem.spots.sample] / self.ratio
-            unseen = self.missed.cpu() - SPOT_FACTOR * left_out
+            unseen = self.missed.cpu() - SPOT_FACTOR * found.interpolation[self.problem.spots.sample]
             self.rough = not float(unseen) <= SPOT_SLACK * self.problem.tol
             self.missed = None
         return total.double()
@@ -179,9 +162,8 @@ class NodeRounds:
         """Which samples are good enough; an estimate that has fallen all of a sudden is believed the second time."""
         tol, estimates = self.problem.tol, trace[-1].tolist()
         last = trace[-2].tolist() if len(trace) > UNTOLD + 1 else [0.0] * self.batch
-        few = self._on_few()
         self.done = [
-            e <= tol and not few and (done or (before <= LARGEST_FALL * tol and not lost))
+            e <= tol and (done or (before <= LARGEST_FALL * tol and not lost))
             for e, done, before, lost in zip(estimates, self.done, last, self.hopeless)
         ]
 
@@ -215,15 +197,6 @@ class NodeRounds:
         """Whether some sample that is neither done nor hopeless wants more nodes."""
         rough = (self.shortfall * found.interpolation > ROUGH * self.problem.tol).tolist()
         return any(wanted and not over for wanted, over in zip(rough, self._over()))
-
-    def _on_few(self) -> bool:
-        """Whether there are fewer nodes than the last rounds are to have."""
-        return self.sets is not None and self.chain.grid.nodes == tuple(self.sets[0]) != tuple(self.sets[1])
-
-    def _nearly_done(self, found: Estimate) -> bool:
-        """Whether the next round may be the last one of some sample."""
-        near = (self.shortfall * found.next_step <= NEAR * self.problem.tol).tolist()
-        return any(close and not over for close, over in zip(near, self._over()))
 
     def _over(self) -> list[bool]:
         """Which samples no round on nodes is made for any more."""
