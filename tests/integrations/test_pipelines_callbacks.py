@@ -56,9 +56,8 @@ def test_a_callback_can_interrupt(make, tiny, relative_error, name):
     assert relative_error(ours, tiny.call(plain, **tiny.arguments(name))[0]).min() > 1e-2
 
 
-@pytest.mark.usefixtures("rows_are_known")
-def test_a_running_solve_can_be_interrupted(make, tiny, monkeypatch):
-    pipe = parallel(make("sd"), solver="picard", tol=1e-6)
+def interrupted_in_its_third_call(pipe, monkeypatch) -> list[int]:
+    """Sets `_interrupt` while the model is called a third time; the rows of every call."""
     calls, plain = [], GuidedModel.__call__
 
     def stop(self, x, t, rows):
@@ -67,6 +66,13 @@ def test_a_running_solve_can_be_interrupted(make, tiny, monkeypatch):
         return plain(self, x, t, rows)
 
     monkeypatch.setattr(GuidedModel, "__call__", stop)
+    return calls
+
+
+@pytest.mark.usefixtures("rows_are_known")
+def test_a_running_solve_can_be_interrupted(make, tiny, monkeypatch):
+    pipe = parallel(make("sd"), solver="picard", tol=1e-6)
+    calls = interrupted_in_its_third_call(pipe, monkeypatch)
     latents = tiny.call(pipe, **tiny.arguments("sd"), callback_on_step_end=lambda *a: a[-1])[0]
     assert pipe.last_solution.stats.stop_reason == "callback"
     assert len(calls) == 3
@@ -97,14 +103,7 @@ def test_a_loop_that_does_not_look_at_an_interrupt_is_solved_to_its_end(make, ti
 @pytest.mark.usefixtures("rows_are_known")
 def test_a_loop_that_goes_on_after_its_solve_was_interrupted_is_told(make, tiny, monkeypatch):
     pipe = parallel(make("lumina2"), solver="picard", tol=1e-6)
-    calls, plain = [], GuidedModel.__call__
-
-    def stop(self, x, t, rows):
-        calls.append(len(x))
-        pipe._interrupt = len(calls) == 3
-        return plain(self, x, t, rows)
-
-    monkeypatch.setattr(GuidedModel, "__call__", stop)
+    interrupted_in_its_third_call(pipe, monkeypatch)
     with pytest.raises(dq.DeqDiffError, match="_interrupt: it ended the solve after step 0"):
         tiny.call(pipe, **tiny.arguments("lumina2"), callback_on_step_end=lambda *a: a[-1])
 
