@@ -18,7 +18,8 @@ MOST_BATCH = 1024
 BETTER = 0.98  # of the time of a row: from there on a larger batch was worth a try, and rounds are worth it
 ALIKE = 1.005  # times the time of a row, which is no difference
 WORSE_SIZES = 3  # doublings that are no better, after which no larger batch is tried
-STEPS, PASSES = 3, 3  # of the chain that are timed at each size, the fastest of so many times
+ROWS = 128  # that are timed at each size, in steps of the chain: the fastest of many short steps would be luck
+PASSES = 3  # of which the fastest counts
 MEASURING = 0.02  # part of all the work, for measuring
 LEAST_SECONDS = 2.0  # for that, however little there is to do
 ROUNDS_BATCH = 8  # samples of a solve in rounds, at least, where memory allows: the model is checked once a solve
@@ -92,16 +93,14 @@ def serial_seconds(solver: PairSolver, batch: int) -> float:
     chain = plain_chain(options.system(noise, kwargs, serial=True), Request(noise, streams))
     steps = solver.schedule.num_steps
     first = 1 if steps > 1 else 0  # prepares
-    last = min(first + STEPS, steps)
+    last = min(first + max(ROWS // batch, 1), steps)
     if chain is None or not chain.advance(first) or not chain.finite():
         return math.inf
-    clock, times = clock_of(solver.device), list[float]()
-    for until in range(first + 1, last + 1):
-        began = clock()
-        if not (chain.advance(until) and chain.finite()):
-            return math.inf
-        times.append(clock() - began)
-    return min(times) / batch
+    clock = clock_of(solver.device)
+    began = clock()
+    if not (chain.advance(last) and chain.finite()):
+        return math.inf
+    return (clock() - began) / (batch * (last - first))
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
