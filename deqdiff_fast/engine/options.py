@@ -139,6 +139,11 @@ class Options:
         return self.shard_states or self.offload
 
     @property
+    def learns(self) -> bool:
+        """Whether a solve may choose its timesteps by what earlier ones have shown, so that it depends on them."""
+        return self.planned or not self.deterministic
+
+    @property
     def knowledge(self) -> dict[Any, Any]:
         """What all samplers of the model have learned of it."""
         shared = shared_with_model(self.model)

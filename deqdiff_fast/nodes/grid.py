@@ -19,10 +19,8 @@ FIRST, SECOND = 9, 17  # nodes of the first two rounds
 FEWEST_STEPS = 10  # of a chain that is worth rounds on nodes
 SHORT = 16  # timesteps of a chain all of which are nodes in the end
 HALF = 45  # nodes of the rounds that follow: T HALF / (T + HALF)
-SHIFT, GOLDEN = (
-    0.25,
-    0.6180339887498949,
-)  # how far nodes are moved, in intervals; multiples of the latter spread out evenly
+SHIFT = 0.25  # how far nodes are moved, in intervals
+GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # multiples of them spread out evenly
 RATIO_RANGE = (1e-4, 1e4)  # noise-to-signal ratios beyond count as these
 LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
 
@@ -96,19 +94,19 @@ def adjoint(state_coef: Tensor, model_coef: Tensor, slope: Tensor) -> Tensor:
     return found
 
 
-def equidistribute(weight: Tensor, count: int) -> list[int]:
+def equidistribute(weight: Tensor, count: int, turn: int = 0) -> list[int]:
     """`count` distinct timesteps that part the weight, (T,) > 0, evenly; the first and the last are among them.
 
     They are moved by up to a quarter of an interval, each another way: what is periodic in time, as a network's
     embedding of it makes its errors, would else add up where its period is that of the nodes, and no estimate could see
-    it.
+    it. `turn`: which of many ways.
     """
     steps, count = len(weight), min(count, len(weight))
     if count == 1:
         return [0]
     reached = torch.cat([torch.zeros(1, dtype=torch.float64), ((weight[1:] + weight[:-1]) / 2).cumsum(0)])
     number = torch.arange(count, dtype=torch.float64)
-    moved = (number * GOLDEN % 1 - 0.5) * 2 * SHIFT
+    moved = (number * (GOLDEN + turn * PLASTIC) % 1 - 0.5) * 2 * SHIFT
     moved[0] = moved[-1] = 0
     wanted = (number + moved) / (count - 1) * reached[-1]
     nodes: list[int] = []

@@ -11,7 +11,8 @@ from .chain import NodeChain
 from .estimate import Estimate, estimate
 from .grid import equidistribute, refine, round_sizes
 from .problem import NodeOutcome, NodeProblem
-from .spots import missed_at, spots_along
+from .spots import missed_at, spots_along, time_reference
+from .time_reference import TimeReference
 
 MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
 SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sqrt(D)
@@ -51,7 +52,8 @@ class NodeRounds:
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype)
         self.rate: Tensor | None = None
         self.missed: Tensor | None = None  # by interpolation, as spots have just shown
-        self.chain = NodeChain(problem, equidistribute(problem.density, self.sizes[0]))
+        self.shown: TimeReference | None = None  # by these spots
+        self.chain = NodeChain(problem, self._first_nodes(1))
 
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
         """Up to `limit` rounds, until all samples are good enough."""
@@ -84,7 +86,7 @@ class NodeRounds:
             asked = None if bool(asked.all()) else asked
         return NodeOutcome(
             chain.grid, chain.states, chain.remainder, self.done, total, trace, len(self.evaluated), stopped, broken,
-            self.rough, self.check_evals,
+            self.rough, self.check_evals, self.shown,
         )  # fmt: skip
 
     def _change_nodes(self, round: int, found: Estimate | None) -> bool:
@@ -93,7 +95,7 @@ class NodeRounds:
         if round == 1 or found is None:
             return False
         if round <= len(self.sizes):
-            wanted = equidistribute(self.problem.density, self.sizes[round - 1])
+            wanted = self._first_nodes(round)
         elif self._too_rough(found):
             room = most_nodes(self.steps) - len(nodes)
             score = found.node_roughness.amax(1).tolist()
@@ -104,6 +106,13 @@ class NodeRounds:
             return False
         self.chain.move(tuple(wanted))
         return True
+
+    def _first_nodes(self, round: int) -> list[int]:
+        """The nodes of one of the first rounds."""
+        known, count = self.problem.reference, self.sizes[round - 1]
+        if known is None or round < len(self.sizes):
+            return equidistribute(self.problem.density, count)
+        return known.best(self.problem.density, count)
 
     def _ask(self, asked: Tensor | None, round: int) -> None:
         """The model at the nodes, and by how much it says something else than was foretold; once, at spots as well."""
@@ -127,7 +136,10 @@ class NodeRounds:
         count = len(nodes) * batch
         chain.learn(None if asked is None else asked.to(device), answers[:count].view_as(chain.remainder))
         if spots is not None:
-            self.missed = missed_at(spots, chain, answers[count:].view_as(spots.states))
+            said = answers[count:].view_as(spots.states)
+            self.missed = missed_at(spots, chain, said)
+            if problem.spots.whole and problem.elements.numel(said.shape[2]) == said.shape[2]:
+                self.shown = time_reference(spots, chain, said)
 
     def _advance(self) -> Estimate:
         """The chain with what is known now, and how good it is."""
