@@ -106,7 +106,8 @@ def _work(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, problem: Problem, steps: int, ranks: Ranks) -> dict[str, Any]:
     schedule = problem.schedule(steps, 0.0)
-    options: dict[str, Any] = problem.aids | {"solver": "draft" if problem.draft is not None else "quasi-newton"}
+    solver = "draft" if problem.draft is not None else "quasi-newton"
+    options: dict[str, Any] = problem.aids | {"solver": solver, "deterministic": False}  # learns as "auto" does
     rows: list[int] = []
 
     def seen(x: Tensor, t: Tensor) -> Any:

@@ -112,7 +112,7 @@ class NodeRounds:
         known, count = self.problem.reference, self.sizes[round - 1]
         if known is None or round < len(self.sizes):
             return equidistribute(self.problem.density, count)
-        return known.best(self.problem.density, count)
+        return known.best(self.problem.density, count, self.problem.tol)
 
     def _ask(self, asked: Tensor | None, round: int) -> None:
         """The model at the nodes, and by how much it says something else than was foretold; once, at spots as well."""

@@ -109,7 +109,8 @@ def time_reference(spots: SpotStates, chain: NodeChain, answers: Tensor) -> Time
     score = (missed * per_element(tables.influence, problem.classes)[:, 0]).norm(dim=0)
     timesteps, order = torch.tensor([*chain.grid.nodes, *spots.timesteps]).sort()
     together = torch.cat([known, remainder])[order.to(known.device)]
-    return TimeReference(problem.chain, problem.classes, timesteps, together, score)
+    size = float(chain.states[-1, sample].norm())
+    return TimeReference(problem.chain, problem.classes, timesteps, together, score, size)
 
 
 def _remainder(tables: SpotTables, classes: Tensor | None, answers: Tensor, there: Tensor) -> Tensor:

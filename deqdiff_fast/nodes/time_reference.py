@@ -18,6 +18,7 @@ from .node_grid import per_element
 
 MOST_NUMBERS = 2**19  # that are kept of a sample's chain: of long chains those elements that count most
 TRIED = 16  # sets of nodes
+TINY = 1e-300
 
 
 class TimeReference:
@@ -28,27 +29,32 @@ class TimeReference:
         timesteps: (m,), sorted, at which the model was asked.
         remainder: (m, D) there.
         score: (D,), how much of each element interpolation was seen to miss.
+        size: L2 norm of the sample.
     """
 
     def __init__(
-        self, chain: LinearChain, classes: Tensor | None, timesteps: Tensor, remainder: Tensor, score: Tensor
-    ) -> None:
+        self, chain: LinearChain, classes: Tensor | None, timesteps: Tensor, remainder: Tensor, score: Tensor,
+        size: float,
+    ) -> None:  # fmt: skip
         steps = len(chain.unit)
         kept = score.topk(min(len(score), max(1, MOST_NUMBERS // steps))).indices
-        self.chain = chain
+        self.chain, self.size = chain, size
         known = remainder[:, kept].cpu().double()
         self.remainder = interpolation(timesteps, torch.arange(steps), chain.unit) @ known  # (T, d)
         self.influence = per_element(chain.influence, None if classes is None else classes[kept].cpu())[:, 0]
-        self._best: dict[int, list[int]] = {}
+        self._best: dict[int, tuple[list[int], float]] = {}
 
     def missed(self, nodes: Sequence[int]) -> float:
-        """L2 of what interpolation between these nodes misses of that sample, in the elements that are kept."""
+        """Relative L2 error of that sample by what interpolation between these nodes misses in the elements kept."""
         at = torch.tensor(nodes)
         made = interpolation(at, torch.arange(len(self.remainder)), self.chain.unit) @ self.remainder[at]
-        return float(((self.remainder - made) * self.influence).sum(0).norm())
+        return float(((self.remainder - made) * self.influence).sum(0).norm()) / max(self.size, TINY)
 
-    def best(self, density: Tensor, count: int) -> list[int]:
-        """So many nodes, spread by the density: (T,), so that little is missed."""
+    def best(self, density: Tensor, count: int, tol: float) -> list[int]:
+        """So many nodes, spread by the density: (T,), so that little is missed; as ever where that is more than `tol`,
+        for more nodes will be wanted then."""
         if count not in self._best:
-            self._best[count] = min((equidistribute(density, count, turn) for turn in range(TRIED)), key=self.missed)
-        return self._best[count]
+            nodes = min((equidistribute(density, count, turn) for turn in range(TRIED)), key=self.missed)
+            self._best[count] = nodes, self.missed(nodes)
+        nodes, missed = self._best[count]
+        return nodes if missed <= tol else equidistribute(density, count)

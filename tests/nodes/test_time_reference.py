@@ -28,9 +28,9 @@ def remainder(chain, gaussian):
     return waves / chain.unit[:, None]
 
 
-def reference(chain, remainder, known=None):
+def reference(chain, remainder, known=None, size=1.0):
     known = torch.arange(STEPS) if known is None else known
-    return TimeReference(chain, CLASSES, known, remainder[known], torch.ones(SIZE, dtype=torch.float64))
+    return TimeReference(chain, CLASSES, known, remainder[known], torch.ones(SIZE, dtype=torch.float64), size)
 
 
 def sample(chain, remainder, nodes, scan, start):
@@ -40,16 +40,18 @@ def sample(chain, remainder, nodes, scan, start):
 
 
 def test_what_is_missed_is_what_composite_steps_miss(chain, remainder, scan, gaussian):
-    start, known = gaussian(1, SIZE, seed=3), reference(chain, remainder)
-    off = sample(chain, remainder, NODES, scan, start) - sample(chain, remainder, range(STEPS), scan, start)
-    assert known.missed(NODES) == pytest.approx(float(off.norm()), rel=1e-6)
+    start = gaussian(1, SIZE, seed=3)
+    exact = sample(chain, remainder, range(STEPS), scan, start)
+    known = reference(chain, remainder, size=float(exact.norm()))
+    off = sample(chain, remainder, NODES, scan, start) - exact
+    assert known.missed(NODES) == pytest.approx(float(off.norm() / exact.norm()), rel=1e-6)
     assert known.missed(range(STEPS)) == pytest.approx(0, abs=1e-12)
 
 
 def test_of_long_samples_the_elements_that_count_are_kept(chain, remainder, monkeypatch):
     monkeypatch.setattr("deqdiff_fast.nodes.time_reference.MOST_NUMBERS", 10 * STEPS)
     missed = remainder * (torch.arange(SIZE) < 8)  # the others are 0
-    kept = TimeReference(chain, CLASSES, torch.arange(STEPS), missed, missed.norm(dim=0))
+    kept = TimeReference(chain, CLASSES, torch.arange(STEPS), missed, missed.norm(dim=0), 1.0)
     assert kept.remainder.shape == (STEPS, 10)
     assert kept.missed(NODES) > 0
     monkeypatch.undo()
@@ -59,13 +61,20 @@ def test_of_long_samples_the_elements_that_count_are_kept(chain, remainder, monk
 def test_the_nodes_that_miss_least_of_one_sample_suit_another(chain, remainder, gaussian):
     other = remainder + torch.sin(torch.arange(STEPS) / 9)[:, None] * gaussian(1, SIZE, seed=5) / chain.unit[:, None]
     known, truth = reference(chain, remainder), reference(chain, other)
-    nodes = known.best(EVEN, 14)
+    nodes = known.best(EVEN, 14, 1e3)
     assert len(set(nodes)) == 14
     assert (nodes[0], nodes[-1]) == (0, STEPS - 1)
     tried = sorted(truth.missed(equidistribute(EVEN, 14, turn)) for turn in range(TRIED))
     assert truth.missed(nodes) <= tried[TRIED // 4]
     assert tried[0] < tried[-1] / 2
-    assert known.best(EVEN, 14) is nodes
+    assert known.best(EVEN, 14, 1e3) is nodes
+    assert known.best(EVEN, 14, 1e-9) == equidistribute(EVEN, 14)
+
+
+def test_a_sample_of_zeros_is_no_fault(chain, remainder):
+    known = reference(chain, 0 * remainder, size=0.0)
+    assert known.missed(NODES) == 0
+    assert len(known.best(EVEN, 14, 1e-2)) == 14
 
 
 def test_timesteps_that_were_not_asked_are_interpolated(chain, gaussian):
