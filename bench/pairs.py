@@ -28,6 +28,7 @@ from ._problems import Problem, add_model_arguments, load
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 WHOLE = 10_000
+LAST = ", channels_last"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[16, 32, 64], help="of the plain loops")
     parser.add_argument("--pairs", type=positive_int, default=64, help="made by each side in a turn (default 64)")
     parser.add_argument("--turns", type=positive_int, default=3, help="default 3")
+    parser.add_argument("--channels-last", action="store_true", help="each plain loop in that memory format as well")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: what others do does not count")
 
 
@@ -45,26 +47,27 @@ def run(args: argparse.Namespace) -> int:
     aids = {name: aid for name, aid in problem.aids.items() if aid is not None}
     solver = PairSolver(problem.model, schedule, problem.shape, None, like, args.seed, **aids)
     method = choose_method(solver, WHOLE, "auto", None)
-    note(f"{method.name}, {method.batch} at a time")
+    note(f"{method.name}, {method.batch} at a time{LAST if method.channels_last else ''}")
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
 
         def make(count: int) -> None:
             Pairs.make(
                 problem.model, schedule, problem.shape, count, Path(folder), method=method.name, batch=method.batch,
-                seed=args.seed, **aids,
+                channels_last=method.channels_last, seed=args.seed, **aids,
             )  # fmt: skip
 
         make(1)
         for turn in range(args.turns):
             sides: dict[str, Callable[[], Any]] = {
-                f"loop, batch {size}": lambda size=size: [
-                    _loop(problem, schedule, args.seed, start, size) for start in range(0, args.pairs, size)
+                f"loop, batch {size}{LAST if last else ''}": lambda size=size, last=last: [
+                    _loop(problem, schedule, args.seed, start, size, last) for start in range(0, args.pairs, size)
                 ]
                 for size in args.batches
+                for last in ((False, True) if args.channels_last else (False,))
             }
-            sides[f"Pairs, {method.name}, batch {method.batch}"] = lambda turn=turn: make(
-                method.batch + (turn + 1) * args.pairs
+            sides[f"Pairs, {method.name}, batch {method.batch}{LAST if method.channels_last else ''}"] = (
+                lambda turn=turn: make(method.batch + (turn + 1) * args.pairs)
             )
             for name, side in sides.items():
                 began = clock()
@@ -80,10 +83,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _loop(problem: Problem, schedule: Any, seed: int, start: int, size: int) -> Tensor:
+def _loop(problem: Problem, schedule: Any, seed: int, start: int, size: int, last: bool) -> Tensor:
     """What somebody would write: the samples of that many noises."""
     streams = [torch.Generator().manual_seed(pair_seed(seed, k)) for k in range(start, start + size)]
     x = torch.stack([torch.randn(problem.shape, generator=stream) for stream in streams]).to(problem.device)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
     state, model = schedule.state_coef[:, 0].tolist(), schedule.model_coef[:, 0].tolist()
     p, q = schedule.denoised_coef().T.tolist()
     for i, t in enumerate(schedule.timesteps.to(problem.device)):

@@ -23,13 +23,11 @@ from tqdm import tqdm
 from ..errors import PairsMismatchError
 from .pair_folder import MANIFEST, Manifest, PairFolder, write_durably
 from .pair_plan import choose_method
-from .pair_solver import Method, PairSolver
+from .pair_solver import Method, PairSolver, same_answers
 from .shard_file import pack_shard
 
 LEAST_SHARD = 64  # pairs
 LOOK_EVERY, PATIENT = 0.2, 3600.0  # seconds, for the manifest that another process is to write
-SAME = {torch.float64: 1e-3, torch.float32: 1e-3}  # answers of one model on two devices, relative to their size
-SAME_HALF = 5e-2
 
 _log = logging.getLogger("deqdiff_fast")
 
@@ -46,18 +44,19 @@ class PairMaker:
     def __init__(self, solver: PairSolver, path: Path, rank: int, world: int) -> None:
         self.solver, self.folder, self.rank, self.world = solver, PairFolder(path), rank, world
 
-    def run(self, count: int, method: str, batch: int | None, progress: bool) -> None:
+    def run(self, count: int, method: str, batch: int | None, channels_last: bool | None, progress: bool) -> None:
         """Make what is missing.
 
         Raises:
             OSError, DamagedPairsError, PairsMismatchError, TimeoutError: see `Pairs.make`.
         """
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        manifest = self._agree(count, method, batch)
+        manifest = self._agree(count, method, batch, channels_last)
         self.folder.remove_leftovers(lambda k: self.rank == (0 if k is None else k % self.world))
         mine = range(self.rank, manifest.shards, self.world)
         there = {k: self.folder.pairs_there(manifest, k) for k in mine}
-        wanted = {k: -(-manifest.pairs_in(k) // self.batch(manifest)) * self.batch(manifest) for k in mine}
+        each = Method.of(manifest.identity).batch
+        wanted = {k: -(-manifest.pairs_in(k) // each) * each for k in mine}
         missing = [k for k in mine if there[k] < wanted[k]]
         self._check_room(manifest, sum(wanted[k] for k in missing))
         label = "making pairs" if self.world == 1 else f"making pairs, process {self.rank} of {self.world}"
@@ -72,24 +71,19 @@ class PairMaker:
                 tensors = self._shard(manifest, number, there[number], wanted[number], bar)
                 write(self.folder.shard_path(number), tensors, {"manifest": manifest.key, "number": str(number)})
 
-    @staticmethod
-    def batch(manifest: Manifest) -> int:
-        """How many pairs are made at a time."""
-        return int(manifest.identity["batch"])
-
     def _shard(self, manifest: Manifest, number: int, there: int, wanted: int, bar: Any) -> dict[str, Tensor]:
         """A shard by batches, always the same ones: a model's rounding depends on what it is asked together.
 
         there, wanted: how many pairs it has, from when fewer were asked for, and shall have.
         """
-        first, method = number * manifest.shard, Method(manifest.identity["method"], self.batch(manifest))
+        first, method = number * manifest.shard, Method.of(manifest.identity)
         parts = [self.folder.open_shard(manifest, number).tensors] if there else []
         for start in range(first + there, first + wanted, method.batch):
             parts.append(self.solver.solve(range(start, start + method.batch), method))
             bar.update(method.batch)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _agree(self, count: int, method: str, batch: int | None) -> Manifest:
+    def _agree(self, count: int, method: str, batch: int | None, channels_last: bool | None) -> Manifest:
         """The folder's manifest, written by the first process, which is the one that this call would have written.
 
         Raises:
@@ -97,16 +91,16 @@ class PairMaker:
         """
         manifest = self._found()
         if manifest is None:
-            chosen = choose_method(self.solver, count, method, batch)
+            chosen = choose_method(self.solver, count, method, batch, channels_last)
             shard = -(-LEAST_SHARD // chosen.batch) * chosen.batch
             manifest = Manifest(
                 self.solver.identity(chosen), count, self.solver.shape, shard, self.solver.answers(), self._made_on()
             )
             self.folder.write_manifest(manifest)
             return manifest
-        known = Method(manifest.identity.get("method", ""), manifest.identity.get("batch", 0))
-        given = Method(known.name if method == "auto" else method, known.batch if batch is None else batch)
-        self._compare(manifest, given)
+        known = Method.of(manifest.identity)
+        name, last = known.name if method == "auto" else method, channels_last
+        self._compare(manifest, Method(name, batch or known.batch, known.channels_last if last is None else last))
         if count > manifest.count:
             manifest = replace(manifest, count=count)
             if self.rank == 0:
@@ -156,7 +150,7 @@ class PairMaker:
         """Whether the model says what it said; its weights, if it has any, are the same."""
         found = self.solver.answers()
         size = max(map(abs, [*known, *found]))
-        most = SAME.get(self.solver.dtype, SAME_HALF) * size
+        most = same_answers(self.solver.dtype) * size
         return len(found) == len(known) and all(abs(a - b) <= most for a, b in zip(found, known))
 
     def _made_on(self) -> dict[str, Any]:
@@ -169,7 +163,7 @@ class PairMaker:
         """Raises OSError where it is clear beforehand that the disk will be full."""
         if not count:
             return
-        kept = self.solver.conditions(range(self.batch(manifest)))[2].values()
+        kept = self.solver.conditions(range(Method.of(manifest.identity).batch))[2].values()
         each = 8 * math.prod(manifest.shape) + sum(t[0].numel() * t.element_size() for t in kept)
         needed, free = count * each, shutil.disk_usage(self.folder.path).free
         if needed > free:

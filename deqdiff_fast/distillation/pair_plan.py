@@ -6,13 +6,15 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
+from ..engine.plain_chain import PlainChain
 from ..engine.solve import Request, plain_chain
 from ..nodes.grid import round_sizes
 from ..planner.free_memory import free_bytes
-from .pair_solver import ROUNDS, SERIAL, Method, PairSolver
+from .pair_solver import ASKED, ROUNDS, SERIAL, Method, PairSolver, in_format, same_answers
 
 MOST_BATCH = 1024
 BETTER = 0.98  # of the time of a row: from there on a larger batch was worth a try, and rounds are worth it
@@ -29,23 +31,31 @@ ROUGH_EVALUATIONS = 2.0  # of a sample of it, over T, before one was made
 _log = logging.getLogger("deqdiff_fast")
 
 
-def choose_method(solver: PairSolver, count: int, name: str, batch: int | None) -> Method:
-    """The method with the most pairs a second, by timing; `name` and `batch` as far as they are given.
+@torch.no_grad()
+def choose_method(
+    solver: PairSolver, count: int, name: str, batch: int | None, channels_last: bool | None = None
+) -> Method:
+    """The method with the most pairs a second, by timing; `name`, `batch`, `channels_last` as far as they are given.
 
     Args:
         name: "auto", "serial" or "rounds".
         batch: None for the best one.
+        channels_last: None for what is best at it; where `batch` is given, no.
     """
-    if name in (SERIAL, ROUNDS) and batch is not None:
-        return Method(name, batch)
-    costs = row_costs(solver, count) if batch is None else {batch: serial_seconds(solver, batch)}
-    best = fastest(costs)
+    if batch is not None:
+        given = Method(SERIAL, batch, bool(channels_last))
+        if name in (SERIAL, ROUNDS):
+            return given if name == SERIAL else Method(ROUNDS, batch)
+        costs = {given: serial_seconds(solver, given)}
+    else:
+        costs = row_costs(solver, count, memory_formats(solver) if channels_last is None else [channels_last])
+    method = fastest(costs)
     steps = solver.schedule.num_steps
-    serial, method = costs[best] * steps, Method(SERIAL, best)
-    _log.info("pairs: plain chain, %d at a time, %.3g s a pair", best, serial)
+    serial = costs[method] * steps
+    _log.info("pairs: plain chain, %d at a time, %.3g s a pair", method.batch, serial)
     if name == SERIAL:
         return method
-    together = batch or rounds_batch(solver, best)
+    together = batch or rounds_batch(solver, method.batch)
     if name == ROUNDS:
         return Method(ROUNDS, together)
     spent = 2 * together * ROUGH_EVALUATIONS * serial  # the first solve prepares
@@ -56,51 +66,68 @@ def choose_method(solver: PairSolver, count: int, name: str, batch: int | None) 
     return Method(ROUNDS, together) if seconds < BETTER * serial else method
 
 
-def fastest(costs: dict[int, float]) -> int:
+def fastest(costs: dict[Method, float]) -> Method:
     """The smallest batch that is as good as the best, but for what does not matter."""
     least = min(costs.values())
-    return min(size for size, cost in costs.items() if cost <= ALIKE * least)
+    return min((method for method, cost in costs.items() if cost <= ALIKE * least), key=lambda method: method.batch)
 
 
-def row_costs(solver: PairSolver, count: int) -> dict[int, float]:
-    """{batch: seconds of a row of a serial step}, for powers of two up to where larger ones are no better."""
-    costs, size, worse, began = dict[int, float](), 1, 0, time.perf_counter()
+def memory_formats(solver: PairSolver) -> list[bool]:
+    """Of the model's inputs, `channels_last` or not: both, where the model says the same in both."""
+    said = list[torch.Tensor]()
+    with suppress(Exception):  # another shape, or views that such strides do not allow; faults in both, timing raises
+        for last in (False, True):
+            chain = begin_chain(solver, Method(SERIAL, ASKED, last), keep=True)
+            if chain is not None and chain.advance(1):
+                said.append(chain.outputs[0].double())
+    alike = len(said) == 2 and (said[0] - said[1]).abs().max() <= same_answers(solver.dtype) * said[0].abs().max()
+    return [False, True] if alike else [False]
+
+
+def row_costs(solver: PairSolver, count: int, formats: list[bool]) -> dict[Method, float]:
+    """Seconds of a row of a serial step, for powers of two up to where larger batches are no better."""
+    costs, size, worse, began = dict[Method, float](), 1, 0, time.perf_counter()
 
     def allowed() -> bool:
         most = max(LEAST_SECONDS, MEASURING * count * solver.schedule.num_steps * min(costs.values()))
         return time.perf_counter() - began < most
 
     while size <= min(MOST_BATCH, max(count, 1)) and worse < WORSE_SIZES and (not costs or allowed()):
-        cost = serial_seconds(solver, size)
+        found = {each: serial_seconds(solver, each) for each in (Method(SERIAL, size, last) for last in formats)}
+        cost = min(found.values())
         worse = 0 if not costs or cost < BETTER * min(costs.values()) else worse + 1
-        costs[size] = cost
+        costs |= found
         if math.isinf(cost):  # too little memory
             break
         size *= 2
     for _ in range(PASSES - 1):  # other processes disturb some of them
-        for size in sorted(costs, key=costs.__getitem__)[:4]:
+        for method in sorted(costs, key=costs.__getitem__)[:4]:
             if allowed():
-                costs[size] = min(costs[size], serial_seconds(solver, size))
+                costs[method] = min(costs[method], serial_seconds(solver, method))
     return costs
 
 
-def serial_seconds(solver: PairSolver, batch: int) -> float:
-    """Of a row of a serial step; infinite where the device has no room for so many."""
-    numbers = range(batch)
+def begin_chain(solver: PairSolver, method: Method, keep: bool = False) -> PlainChain | None:
+    """The plain chain of the first pairs."""
+    numbers = range(method.batch)
     noise, streams = solver.noise(numbers)
     model, kwargs, _ = solver.conditions(numbers)
-    options = solver.sampler(model, Method(SERIAL, batch)).options
-    chain = plain_chain(options.system(noise, kwargs, serial=True), Request(noise, streams))
-    steps = solver.schedule.num_steps
+    system = solver.sampler(model, method).options.system(noise, kwargs, serial=True)
+    return plain_chain(system, Request(in_format(noise, method), streams), keep)
+
+
+def serial_seconds(solver: PairSolver, method: Method) -> float:
+    """Of a row of a serial step; infinite where the device has no room for so many."""
+    chain, steps = begin_chain(solver, method), solver.schedule.num_steps
     first = 1 if steps > 1 else 0  # prepares
-    last = min(first + max(ROWS // batch, 1), steps)
+    last = min(first + max(ROWS // method.batch, 1), steps)
     if chain is None or not chain.advance(first) or not chain.finite():
         return math.inf
     clock = clock_of(solver.device)
     began = clock()
     if not (chain.advance(last) and chain.finite()):
         return math.inf
-    return (clock() - began) / (batch * (last - first))
+    return (clock() - began) / (method.batch * (last - first))
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:

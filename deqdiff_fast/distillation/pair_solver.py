@@ -35,6 +35,17 @@ class Method(NamedTuple):
 
     name: str
     batch: int
+    channels_last: bool = False  # the memory format of the model's inputs, in the plain chain
+
+    @classmethod
+    def of(cls, identity: dict[str, Any]) -> Method:
+        """That of a folder; of a strange one, something that is not equal to any."""
+        return cls(identity.get("method", ""), identity.get("batch", 0), bool(identity.get("channels_last")))
+
+
+def in_format(noise: Tensor, method: Method) -> Tensor:
+    """The initial states, (B, C, H, W), as the plain chain is to give them to the model: it keeps their format."""
+    return noise.contiguous(memory_format=torch.channels_last) if method.channels_last else noise
 
 
 def pair_seed(seed: int, number: int) -> int:
@@ -42,6 +53,11 @@ def pair_seed(seed: int, number: int) -> int:
     that of the steps; `deqdiff-fast sample --seed` draws image number `number` so too. The 32 bits of it that torch's
     generator on the CPU looks at are others for every pair."""
     return seed * SEED_STRIDE + number
+
+
+def same_answers(dtype: torch.dtype) -> float:
+    """How far answers of one model may be apart, on two devices or in two memory formats, relative to their size."""
+    return 1e-3 if dtype.itemsize > 2 else 5e-2
 
 
 class PairSolver:
@@ -118,11 +134,11 @@ class PairSolver:
         """
         noise, streams = self.noise(numbers)
         model, kwargs, kept = self.conditions(numbers)
-        sampler = self.sampler(model, method)
+        sampler, start = self.sampler(model, method), in_format(noise, method)
         with torch.no_grad(), nothing_known(model):
             try:
                 solve = sampler.serial if method.name == SERIAL else sampler.sample
-                found = solve(noise, kwargs or None, streams)
+                found = solve(start, kwargs or None, streams)
                 if not bool(found.converged.all()):  # the tolerance is below the model's rounding
                     noise, streams = self.noise(numbers)
                     found = sampler.serial(noise, kwargs or None, streams)
@@ -148,6 +164,7 @@ class PairSolver:
             "dtype": str(self.dtype).removeprefix("torch."),
             "method": method.name,
             "batch": method.batch,
+            "channels_last": method.channels_last or None,
             "tol": self.settings.get("tol") if in_rounds else None,
             "draft": hash_weights(draft) or "given" if in_rounds and draft is not None else None,
             "spectrum": hash_values([spectrum.variance, spectrum.channels]) if in_rounds and spectrum else None,

@@ -107,7 +107,9 @@ class Pairs(Dataset[dict[str, Any]]):
             batch: how many are made at a time; None for the best number, by timing, when the folder is begun.
             device: of the model's inputs; None for that of its first parameter.
             progress: whether to show a bar.
-            **settings: `tol`, `draft` and `spectrum` of a `DEQSampler`, for rounds.
+            **settings: `tol`, `draft` and `spectrum` of a `DEQSampler`, for rounds; `channels_last`, whether the plain
+                chain gives the model (B, C, H, W) in `torch.channels_last`: by default, where `batch` is None, if that
+                is faster, by timing, and the model says the same.
 
         Returns:
             The pairs; as one of many processes, those that are there by then.
@@ -119,10 +121,11 @@ class Pairs(Dataset[dict[str, Any]]):
             OSError: a file cannot be written; `errno.ENOSPC` where the disk is full. What was finished is of use.
         """
         _check(model, schedule, shape, count, method, batch, settings)
+        channels_last = settings.pop("channels_last", None)
         like = inputs_like(model, device)
         solver = PairSolver(model, schedule, tuple(shape), model_kwargs, like, seed, **settings)
         rank, world = process_of_many()
-        PairMaker(solver, Path(folder), rank, world).run(count, method, batch, progress)
+        PairMaker(solver, Path(folder), rank, world).run(count, method, batch, channels_last, progress)
         return cls(folder, partial=world > 1)
 
     def __len__(self) -> int:
@@ -178,6 +181,8 @@ def _check(model: Any, schedule: Any, shape: Any, count: Any, method: Any, batch
         raise ValueError("count: expected an int >= 1, got None")
     arguments.count("batch", batch)
     arguments.choice("method", method, ("auto", SERIAL, ROUNDS))
-    unknown = sorted(set(settings) - {"tol", "draft", "spectrum"})
+    if settings.get("channels_last") and (method == ROUNDS or len(shape) != 3):
+        raise ValueError(f"channels_last: expected a shape (C, H, W) and no rounds, got {tuple(shape)}, {method!r}")
+    unknown = sorted(set(settings) - {"tol", "draft", "spectrum", "channels_last"})
     if unknown:
         raise TypeError(f"Pairs.make() got an unexpected keyword argument {unknown[0]!r}")

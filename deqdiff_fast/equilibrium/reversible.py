@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..gradient.base import Relaxed
 from .base import Evaluate, keep_inactive, secant, sizes
 
 
 @dataclass(frozen=True)
-class ReversibleSolver:
+class ReversibleSolver(Relaxed):
     """y <- (1 - b) y + b f(z), z <- (1 - b) z + b f(y): two evaluations a step (RevDEQ, arXiv 2509.12917).
 
     Args:
@@ -23,17 +24,6 @@ class ReversibleSolver:
     Raises:
         ValueError: `relaxation` is out of its range.
     """
-
-    relaxation: float = 0.8
-
-    def __post_init__(self) -> None:
-        b = self.relaxation
-        if isinstance(b, bool) or not isinstance(b, (int, float)) or not 0 < b < 2 or b == 1:
-            raise ValueError(f"relaxation: expected a number in (0, 2) other than 1, got {b!r}")
-
-    @property
-    def name(self) -> str:
-        return f"reversible(relaxation={self.relaxation:g})"
 
     def start(self, z: Tensor) -> ReversibleIteration:
         """See `FixedPointSolver.start`."""

@@ -18,6 +18,22 @@ Adjoint = Callable[[Any, Schedule, Tensor, dict[str, Any], "float | None"], Tens
 parallel to that tolerance (None: the sampler's choice)."""
 
 
+@dataclass(frozen=True)
+class Relaxed:
+    """The setting of reversible iterations: b in (0, 2), not 1."""
+
+    relaxation: float = 0.8
+
+    def __post_init__(self) -> None:
+        b = self.relaxation
+        if isinstance(b, bool) or not isinstance(b, (int, float)) or not 0 < b < 2 or b == 1:
+            raise ValueError(f"relaxation: expected a number in (0, 2) other than 1, got {b!r}")
+
+    @property
+    def name(self) -> str:
+        return f"reversible(relaxation={self.relaxation:g})"
+
+
 @dataclass
 class Problem:
     """One differentiable solve."""

@@ -29,7 +29,7 @@ from torch.autograd import Function
 from .._devices import hidden_default, hidden_in_backward
 from ..errors import ConvergenceWarning
 from ..solution import Solution
-from .base import Problem
+from .base import Problem, Relaxed
 from .batched_vjp import BatchedVJP
 from .first_order import first_order
 from .fixed_point_map import FixedPointMap
@@ -41,7 +41,7 @@ MISSED = 1e-3  # relative error of a gradient beyond which a warning is due
 
 
 @dataclass(frozen=True)
-class Reversible:
+class Reversible(Relaxed):
     """The exact gradient of a reversible iteration, in memory that does not grow with its rounds (arXiv 2509.12917).
 
     The sample is that of this iteration (two model calls on all timesteps a round), at the sampler's tolerance. It ends
@@ -55,17 +55,6 @@ class Reversible:
     Raises:
         ValueError: `relaxation` is out of its range.
     """
-
-    relaxation: float = 0.8
-
-    def __post_init__(self) -> None:
-        b = self.relaxation
-        if isinstance(b, bool) or not isinstance(b, (int, float)) or not 0 < b < 2 or b == 1:
-            raise ValueError(f"relaxation: expected a number in (0, 2) other than 1, got {b!r}")
-
-    @property
-    def name(self) -> str:
-        return f"reversible(relaxation={self.relaxation:g})"
 
     def segment(self) -> int:
         """The rounds over which rounding errors, reversed, grow by GROWTH."""

@@ -31,15 +31,6 @@ def move_rows(target: Tensor, ring: Tensor, old: Bounds, new: Bounds, backend: s
         target[rows, b].copy_(ring[slots, b])
 
 
-def bounds_tensor(bounds: Bounds, like: Tensor) -> Tensor:
-    """(B,) int32 on the device of `like`, without waiting for it where one bound serves all samples."""
-    if isinstance(bounds, Tensor):
-        return bounds
-    if len(set(bounds)) == 1:
-        return torch.full_like(like, bounds[0])
-    return torch.tensor(bounds, dtype=like.dtype, device=like.device)
-
-
 def row_numbers(row: Tensor, batch: int) -> Tensor:
     """row[b] * B + b: where row[b] of sample b is found in a time-major tensor flattened to (rows * B, D)."""
     return row.long() * batch + torch.arange(batch, device=row.device)

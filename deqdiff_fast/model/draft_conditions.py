@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from .._types import Shared
 
-KINDS = ("label", "vector", "map")
 Pooled = dict[str, Tensor]
 """{where it stands in the arguments: labels (n,) int64, vectors (n, C), maps (n, C, *axes)}"""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One tensor of the arguments. size: how many labels, or C."""
+    """One tensor of the arguments. kind: "label", "vector" or "map". size: how many labels, or C."""
 
     where: str
     kind: str
@@ -97,11 +96,6 @@ class ConditionEmbedding(nn.Module):
             for name in ("mean", "scale"):
                 start = torch.zeros if name == "mean" else torch.ones
                 self.register_buffer(f"{name}{k}", start(0 if label else condition.size))
-
-    @property
-    def map_channels(self) -> int:
-        """Channels of all maps together."""
-        return sum(condition.size for condition in self.conditions if condition.kind == "map")
 
     def normalise_like(self, pooled: Pooled) -> None:
         """Centre and scale vectors and maps as those are; what never varies is seen as 0."""

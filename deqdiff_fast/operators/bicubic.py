@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Shape
-from .downsample import check_factor, divided
-from .separable import Separable
+from .downsample import Shrinking
 
 
-class Bicubic(Separable):
+class Bicubic(Shrinking):
     """Downsampling by the cubic kernel, widened by the factor against aliasing, as Matlab's imresize does it.
 
     Cubic convolution with a = -1/2 (Keys, IEEE Trans. ASSP 29, 1981); at the borders the image is mirrored, its last
@@ -23,19 +21,8 @@ class Bicubic(Separable):
         ValueError: no such factor; or, when it is used, one that does not divide height and width.
     """
 
-    def __init__(self, factor: int) -> None:
-        super().__init__()
-        self.factor = check_factor(factor)
-
-    def axis_matrices(self, x_shape: Shape) -> tuple[Tensor | None, ...]:
-        """(H / factor, H) and (W / factor, W) matrices."""
-        return None, *(self._weights(outputs) for outputs in divided(x_shape, self.factor))
-
-    def input_shape(self, y_shape: Shape) -> tuple[int, ...]:
-        """(B, C, factor H', factor W') of measurements (B, C, H', W')."""
-        return (*y_shape[:2], y_shape[2] * self.factor, y_shape[3] * self.factor)
-
-    def _weights(self, outputs: int) -> Tensor:
+    def along(self, outputs: int) -> Tensor:
+        """Of 4 `factor` taps, of mirrored images."""
         size, support = outputs * self.factor, 4 * self.factor
         centre = (torch.arange(outputs, dtype=torch.float64) + 0.5) * self.factor - 0.5
         first = (centre - support / 2).ceil()

@@ -50,6 +50,28 @@ def test_rounds_make_the_same_samples_to_tol_whatever_was_solved_before(tmp_path
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_pairs_in_channels_last(tmp_path: Path) -> None:
+    formats: set[bool] = set()
+
+    class Looking(Tiny):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            formats.add(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+            return super().forward(x, t)
+
+    model = Looking()
+    exact = make(tmp_path / "plain", 40, model)
+    assert formats == {False}
+    formats.clear()
+    make(tmp_path / "some", 20, model, channels_last=True)
+    some = make(tmp_path / "some", 40, model)  # goes on as it was begun
+    assert True in formats
+    assert max(apart(a["sample"], b["sample"]) for a, b in zip(some, exact)) < 1e-5
+    make(tmp_path / "one", 40, model, channels_last=True)
+    assert files(tmp_path / "one") == files(tmp_path / "some")
+    with pytest.raises(dq.PairsMismatchError, match="channels_last"):
+        make(tmp_path / "some", 40, model, channels_last=False)
+
+
 def test_where_rounds_cannot_be_as_exact_as_asked_the_chain_is_made(tmp_path: Path) -> None:
     model, schedule = Tiny().bfloat16(), ddim(60)
     rounds = make(tmp_path / "rounds", 4, model, schedule=schedule, method="rounds", batch=4, tol=1e-6)
@@ -108,6 +130,7 @@ def test_arguments(tmp_path: Path) -> None:
         ({"count": None}, "count"),
         ({"batch": 0}, "batch"),
         ({"method": "fast"}, "method"),
+        ({"method": "rounds", "channels_last": True}, "channels_last"),
         ({"tol": -1.0}, "tol"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -127,10 +150,32 @@ class TestPlan:
     def test_the_smallest_of_the_best_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
         costs = {1: 8.0, 2: 4.1, 4: 2.1, 8: 1.004, 16: 1.0, 32: 1.01, 64: 1.1}
         asked = []
-        monkeypatch.setattr(pair_plan, "serial_seconds", lambda solver, size: asked.append(size) or costs[size])
-        assert pair_plan.fastest(pair_plan.row_costs(self.solver(), 10**6)) == 8
+        monkeypatch.setattr(pair_plan, "serial_seconds", lambda _, each: asked.append(each.batch) or costs[each.batch])
+        assert pair_plan.fastest(pair_plan.row_costs(self.solver(), 10**6, [False])) == Method("serial", 8)
         assert max(asked) == 64  # three doublings were no better
-        assert max(pair_plan.row_costs(self.solver(), 5)) == 4  # no larger than what is asked for
+        most = max(each.batch for each in pair_plan.row_costs(self.solver(), 5, [False]))
+        assert most == 4  # no larger than what is asked for
+
+    @pytest.mark.parametrize(("gain", "chosen"), [(0.9, True), (1.1, False)])
+    def test_the_faster_memory_format(self, monkeypatch: pytest.MonkeyPatch, gain: float, chosen: bool) -> None:
+        costs = {False: 1.0, True: gain}
+        monkeypatch.setattr(pair_plan, "serial_seconds", lambda _, each: costs[each.channels_last] / each.batch)
+        assert pair_plan.choose_method(self.solver(), 64, "serial", None) == Method("serial", 64, chosen)
+        assert pair_plan.choose_method(self.solver(), 64, "auto", 16) == Method("serial", 16, False)
+        assert pair_plan.choose_method(self.solver(), 64, "serial", 16, True) == Method("serial", 16, True)
+
+    @pytest.mark.parametrize("fault", ["strides", "values"])
+    def test_no_memory_format_in_which_the_model_fails_or_says_something_else(self, fault: str) -> None:
+        class Contiguous(Tiny):
+            def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                rows = x.view(len(x), -1) if fault == "strides" else x.as_strided((len(x), 18), (18, 1))
+                return super().forward(rows, t).view(x.shape)
+
+        formats = [
+            pair_plan.memory_formats(PairSolver(model, ddim(8), SHAPE, None, torch.empty(0), 0))
+            for model in (Tiny(), Contiguous())
+        ]
+        assert formats == [[False, True], [False]]
 
     @pytest.mark.parametrize(("rounds", "name"), [(60.0, "rounds"), (99.0, "serial"), (300.0, "serial")])
     def test_rounds_where_they_are_faster(self, monkeypatch: pytest.MonkeyPatch, rounds: float, name: str) -> None:
