@@ -234,7 +234,7 @@ def faults_at_random() -> None:
         error = raised(lambda f=faulty, s=solver, b=batch: sampler(f, solver=s).sample(noise(b)))
         said = Ranks.of("world").exchange_text(f"{type(error).__name__}: {error}")
         assert len(set(said)) == 1, (said, when)
-    next_solve_is_right()
+        next_solve_is_right()
 
 
 CHECKS = (
