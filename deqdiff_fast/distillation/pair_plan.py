@@ -35,13 +35,8 @@ _log = logging.getLogger("deqdiff_fast")
 def choose_method(
     solver: PairSolver, count: int, name: str, batch: int | None, channels_last: bool | None = None
 ) -> Method:
-    """The method with the most pairs a second, by timing; `name`, `batch`, `channels_last` as far as they are given.
-
-    Args:
-        name: "auto", "serial" or "rounds".
-        batch: None for the best one.
-        channels_last: None for what is best at it; where `batch` is given, no.
-    """
+    """The method with the most pairs a second, by timing; `name` ("auto", "serial" or "rounds"), `batch` and
+    `channels_last` as far as they are given. A given batch is in the usual memory format, if nothing is said."""
     if batch is not None:
         given = Method(SERIAL, batch, bool(channels_last))
         if name in (SERIAL, ROUNDS):

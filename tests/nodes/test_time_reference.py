@@ -68,7 +68,16 @@ def test_the_nodes_that_miss_least_of_one_sample_suit_another(chain, remainder, 
     assert truth.missed(nodes) <= tried[TRIED // 4]
     assert tried[0] < tried[-1] / 2
     assert known.best(EVEN, 14, 1e3) is nodes
+    assert nodes != equidistribute(EVEN, 14)
     assert known.best(EVEN, 14, 1e-9) == equidistribute(EVEN, 14)
+
+
+def test_nodes_that_miss_hardly_less_are_not_worth_it(chain, remainder):
+    known = reference(chain, remainder)
+    for count in range(6, STEPS):
+        gains = [known.missed(equidistribute(EVEN, count, turn)) for turn in range(TRIED)]
+        chosen = known.best(EVEN, count, 1e3) != equidistribute(EVEN, count)
+        assert chosen == (min(gains) <= 0.6 * gains[0])
 
 
 def test_a_sample_of_zeros_is_no_fault(chain, remainder):
