@@ -1,8 +1,8 @@
 """What interpolation between nodes misses of a model, known of one sample whose chain was asked nearly everywhere.
 
 A network's embedding of the timestep makes what it says rough in time. How much of that adds up along the chain depends
-on how the nodes fall into step with it: sets of as many nodes, spread alike, differ by a factor of three and more, and
-hardly from sample to sample. No estimate that looks at the nodes alone can see which is good; one sample shows it.
+on how the nodes fall into step with it: sets of as many nodes, spread alike, differ by a factor of three and more. No
+estimate that looks at the nodes alone can see which is good; one sample shows large differences.
 """
 
 from __future__ import annotations
