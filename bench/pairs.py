@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _loop(problem: Problem, schedule: Any, seed: int, start: int, size: int, last: bool) -> Tensor:
+def _loop(problem: Problem, schedule: Any, seed: int, start: int, size: int, last: bool = False) -> Tensor:
     """What somebody would write: the samples of that many noises."""
     streams = [torch.Generator().manual_seed(pair_seed(seed, k)) for k in range(start, start + size)]
     x = torch.stack([torch.randn(problem.shape, generator=stream) for stream in streams]).to(problem.device)
