@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..errors import PairsMismatchError
 from .pair_folder import MANIFEST, Manifest, PairFolder, write_durably
 from .pair_plan import choose_method
-from .pair_solver import Method, PairSolver, same_answers
+from .pair_solver import SERIAL, Method, PairSolver, same_answers
 from .shard_file import pack_shard
 
 LEAST_SHARD = 64  # pairs
@@ -100,7 +100,8 @@ class PairMaker:
             return manifest
         known = Method.of(manifest.identity)
         name, last = known.name if method == "auto" else method, channels_last
-        self._compare(manifest, Method(name, batch or known.batch, known.channels_last if last is None else last))
+        last = name == SERIAL and (known.channels_last if last is None else last)  # rounds have no such format
+        self._compare(manifest, Method(name, batch or known.batch, last))
         if count > manifest.count:
             manifest = replace(manifest, count=count)
             if self.rank == 0:

@@ -181,7 +181,8 @@ def _check(model: Any, schedule: Any, shape: Any, count: Any, method: Any, batch
         raise ValueError("count: expected an int >= 1, got None")
     arguments.count("batch", batch)
     arguments.choice("method", method, ("auto", SERIAL, ROUNDS))
-    if settings.get("channels_last") and (method == ROUNDS or len(shape) != 3):
+    last = arguments.choice("channels_last", settings.get("channels_last"), (None, False, True))
+    if last and (method == ROUNDS or len(shape) != 3):
         raise ValueError(f"channels_last: expected a shape (C, H, W) and no rounds, got {tuple(shape)}, {method!r}")
     unknown = sorted(set(settings) - {"tol", "draft", "spectrum", "channels_last"})
     if unknown:

@@ -70,6 +70,9 @@ def test_pairs_in_channels_last(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == files(tmp_path / "some")
     with pytest.raises(dq.PairsMismatchError, match="channels_last"):
         make(tmp_path / "some", 40, model, channels_last=False)
+    rounds = {"schedule": ddim(60), "channels_last": True, "method": "auto", "batch": None}
+    make(tmp_path / "rounds", 4, model, **(rounds | {"method": "rounds", "channels_last": None, "batch": 4}))
+    assert len(make(tmp_path / "rounds", 8, model, **rounds)) == 8  # which have no such format
 
 
 def test_where_rounds_cannot_be_as_exact_as_asked_the_chain_is_made(tmp_path: Path) -> None:
@@ -131,6 +134,7 @@ def test_arguments(tmp_path: Path) -> None:
         ({"batch": 0}, "batch"),
         ({"method": "fast"}, "method"),
         ({"method": "rounds", "channels_last": True}, "channels_last"),
+        ({"channels_last": "yes"}, "channels_last"),
         ({"tol": -1.0}, "tol"),
     ):
         with pytest.raises(ValueError, match=message):
