@@ -5,6 +5,8 @@
 DATA is either the folder `cifar-10-batches-py` (the usual python version of CIFAR-10) or an `.npz` with the
 training images packed as JPEG bytes (arrays `jpeg` and `offset`). Runs on CPU (bfloat16 autocast) or GPU.
 Interrupt it whenever you like: `--resume` goes on from the last checkpoint, bit for bit the same data order.
+A network of another kind, as the second U-Net of bench/results: `--channels 48 96 96 --betas squaredcos_cap_v2
+--prediction epsilon --steps 2500 --batch 32`.
 
 Needs: torch, diffusers, pillow, tqdm (`pip install deqdiff_fast[diffusers]`).
 """
@@ -38,28 +40,28 @@ def load_images(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).contiguous()
 
 
-def build_model() -> UNet2DModel:
+def build_model(channels: tuple[int, ...] = (32, 64, 128)) -> UNet2DModel:
     return UNet2DModel(
         sample_size=32,
         in_channels=3,
         out_channels=3,
         layers_per_block=1,
-        block_out_channels=(32, 64, 128),
+        block_out_channels=channels,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=64,
+        attention_head_dim=channels[-1] // 2,
         norm_num_groups=16,
     )
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler(betas: str = "linear", prediction: str = "v_prediction") -> DDIMScheduler:
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
         beta_end=0.02,
-        beta_schedule="linear",
+        beta_schedule=betas,
         clip_sample=False,
-        prediction_type="v_prediction",
+        prediction_type=prediction,
         timestep_spacing="leading",
     )
 
@@ -102,6 +104,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--channels", type=int, nargs=3, default=(32, 64, 128), help="multiples of 16")
+    parser.add_argument("--betas", choices=("linear", "squaredcos_cap_v2"), default="linear")
+    parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -119,9 +124,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    images, scheduler = load_images(args.data), build_scheduler()
-    model = build_model().to(device, memory_format=torch.channels_last)
-    ema = build_model().to(device, memory_format=torch.channels_last).requires_grad_(False)
+    images, scheduler = load_images(args.data), build_scheduler(args.betas, args.prediction)
+    model = build_model(tuple(args.channels)).to(device, memory_format=torch.channels_last)
+    ema = build_model(tuple(args.channels)).to(device, memory_format=torch.channels_last).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     start, seconds, losses = 0, 0.0, []
@@ -149,7 +154,8 @@ def main() -> None:
         noisy = (signal * x + sigma * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             out = network(noisy, t).sample
-        loss = (out.float() - (signal * noise - sigma * x)).square().mean()
+        wanted = noise if args.prediction == "epsilon" else signal * noise - sigma * x
+        loss = (out.float() - wanted).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:

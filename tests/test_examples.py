@@ -114,6 +114,11 @@ def test_train_cifar10(run, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(first["ema"].values(), second["ema"].values()))
     assert image.open(out / "grid_000002.png").size == (96, 96)
     assert (out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    other = ["--channels", 16, 32, 32, "--betas", "squaredcos_cap_v2", "--prediction", "epsilon"]
+    run("train_cifar10", tmp_path / "data.npz", "--steps", 1, *small, *other)
+    config = (out / "pipeline" / "scheduler" / "scheduler_config.json").read_text()
+    assert "squaredcos_cap_v2" in config
+    assert "epsilon" in config
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .downsample import Shrinking
+from .downsample import Decimation
 
 
-class Bicubic(Shrinking):
+class Bicubic(Decimation):
     """Downsampling by the cubic kernel, widened by the factor against aliasing, as Matlab's imresize does it.
 
     Cubic convolution with a = -1/2 (Keys, IEEE Trans. ASSP 29, 1981); at the borders the image is mirrored, its last

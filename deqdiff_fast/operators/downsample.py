@@ -9,7 +9,7 @@ from .base import Shape
 from .separable import Separable
 
 
-class Shrinking(Separable):
+class Decimation(Separable):
     """Fewer pixels by a factor, along height and width alike. Arguments and errors are those of `Downsample`."""
 
     def __init__(self, factor: int) -> None:
@@ -36,7 +36,7 @@ class Shrinking(Separable):
         return (*y_shape[:2], y_shape[2] * self.factor, y_shape[3] * self.factor)
 
 
-class Downsample(Shrinking):
+class Downsample(Decimation):
     """Average pooling: every measurement is the mean of a block of `factor` x `factor` pixels.
 
     Args:
