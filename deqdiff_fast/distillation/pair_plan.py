@@ -12,7 +12,6 @@ import torch
 
 from ..engine.plain_chain import PlainChain
 from ..engine.solve import Request, plain_chain
-from ..nodes.grid import round_sizes
 from ..planner.free_memory import free_bytes
 from .pair_solver import ASKED, ROUNDS, SERIAL, Method, PairSolver, in_format, same_answers
 
@@ -54,7 +53,7 @@ def choose_method(
     if name == ROUNDS:
         return Method(ROUNDS, together)
     spent = 2 * together * ROUGH_EVALUATIONS * serial  # the first solve prepares
-    if len(round_sizes(steps)) < 2 or spent > 2 * MEASURING * count * serial:
+    if len(solver.node_sizes) < 2 or spent > 2 * MEASURING * count * serial:
         return method
     seconds = rounds_seconds(solver, Method(ROUNDS, together), serial)
     _log.info("pairs: rounds, %d at a time, %.3g s a pair", together, seconds)
@@ -132,7 +131,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 def rounds_batch(solver: PairSolver, serial: int) -> int:
     """Samples of a solve whose calls are as large as the best ones of the plain chain, or somewhat larger."""
-    nodes = round_sizes(solver.schedule.num_steps)[-1]
+    nodes = solver.node_sizes[-1]
     batch = max(-(-serial // nodes), min(ROUNDS_BATCH, serial))
     free, each = free_bytes(solver.device), COPIES * 4 * nodes * math.prod(solver.shape)
     return batch if free is None else max(min(batch, int(free / 4 / each)), 1)

@@ -82,7 +82,7 @@ class PairSolver:
         if self.drawn is not None and isinstance(model, Guided):
             raise ValueError("model_kwargs: expected a dict for a guided model, whose conditions are its own")
         self.count = count_conditions(model, self.kwargs)
-        DEQSampler(model, schedule, **settings)  # refuses what is wrong before any work
+        self.node_sizes = DEQSampler(model, schedule, **settings).options.node_sizes  # refuses what is wrong as well
 
     def conditions(self, numbers: range) -> tuple[Model, dict[str, Any], dict[str, Tensor]]:
         """The model and its keyword arguments for these pairs, and what of them is kept, by name."""

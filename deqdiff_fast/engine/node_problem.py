@@ -15,7 +15,6 @@ from ..memory import Lease
 from ..nodes.composite import LinearChain
 from ..nodes.grid import density
 from ..nodes.problem import NodeProblem, Spots
-from ..nodes.rounds import most_nodes
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
 from ..schedule.noise import discard_draws, fill_drift
@@ -64,7 +63,7 @@ def node_problem(
         discard_draws(schedule, tuple(noise.shape), generator, noise.dtype, device)
     return NodeProblem(
         chain, None if classes is None else place.own(classes.to(device)),
-        cached(schedule, "density", lambda: density(schedule)), start, drift,
+        cached(schedule, "density", lambda: density(schedule)), system.node_sizes, start, drift,
         partial(ask, system, lease) if place.shared is None else partial(place.shared.ask, lease),
         None if system.draft is None else partial(ask_draft, system, {}),
         tol, settings.history, settings.ridge, settings.floor, backend,
@@ -77,7 +76,7 @@ def ask(
     system: System, lease: Lease, states: Tensor, rows: Tensor, slots: Tensor, out: Tensor, round: int
 ) -> None:  # fmt: skip
     """`NodeProblem.ask`, in no larger calls than the lease has memory for."""
-    calls = -(-len(rows) // (most_nodes(system.num_steps) * system.batch))
+    calls = -(-len(rows) // (system.most_nodes * system.batch))
     for flat, slot in zip(rows.tensor_split(calls), slots.tensor_split(calls)) if calls else ():
         system.evaluate(states[:, None], out, Rows(flat, 0, system.num_steps, len(flat), slot), lease, round)
 

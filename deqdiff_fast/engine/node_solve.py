@@ -13,7 +13,6 @@ from torch import Tensor
 from ..loop.base import Chain
 from ..loop.task import Replay
 from ..loop.window import Window
-from ..model.row_tables import rough_in_time
 from ..nodes.composite import interpolation
 from ..nodes.grid import FEWEST_STEPS
 from ..nodes.problem import NodeOutcome, Spots
@@ -43,7 +42,6 @@ def begins_on_nodes(options: Options, window: int, warm: bool) -> bool:
     """
     schedule, solver = options.schedule, options.solver
     suitable = schedule.num_steps >= FEWEST_STEPS and schedule.lags <= MOST_LAGS and solver.slope is not None
-    suitable = suitable and not rough_in_time(options.model)
     return solver.nodes and suitable and not warm and window >= schedule.num_steps and options.round_limit() > UNTOLD
 
 
@@ -81,17 +79,9 @@ class NodeSolve:
         spots = spots._replace(whole=spots.whole and learns)
         with torch.no_grad():
             self.problem = node_problem(
-                self.place,
-                self.lease,
-                noise,
-                request.generator,
-                tol,
-                solver,
-                options.backend,
-                options.slope(noise),
-                made,
-                spots,
-            )
+                self.place, self.lease, noise, request.generator, tol, solver, options.backend, options.slope(noise),
+                made, spots,
+            )  # fmt: skip
             self.problem.reference = checked.reference if learns else None
             if request.init is not None:
                 guess = sample_guess(system, self.problem.chain, request.init, options.slope(noise))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from ..model.batched import BatchedModel
 from ..model.draft_calls import DraftCalls
 from ..model.knowledge import shared_with_model
 from ..model.recording import RecordedModel, Recording
-from ..model.row_tables import amplifies
+from ..model.row_tables import amplifies, rough_in_time
 from ..model.sample_kwargs import warn_of_guesses
 from ..model.stand_in import stand_in
 from ..model.transforms import check_inputs
 from ..model.weighted_norm import Weight, WeightedNorm
+from ..nodes.grid import is_noisy, round_sizes
 from ..ranks import sharded
 from ..ranks.group import Ranks
 from ..schedule import Schedule, SpectralSlope
@@ -138,6 +140,12 @@ class Options:
         """Whether there is memory for rounds on nodes alone."""
         return self.shard_states or self.offload
 
+    @cached_property
+    def node_sizes(self) -> list[int]:
+        """Numbers of nodes of the first rounds, where there are rounds on nodes."""
+        noisy = is_noisy(self.schedule) and not self.node_only  # there is no memory for all timesteps
+        return round_sizes(self.schedule.num_steps, noisy, not rough_in_time(self.model))
+
     @property
     def learns(self) -> bool:
         """Whether a solve may choose its timesteps by what earlier ones have shown, so that it depends on them."""
@@ -230,6 +238,7 @@ class Options:
         norm = None if serial else self.norm(noise)
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope, norm)
         system.learned, system.give_way = self.learned, self.graph_cache.on_shortage()
+        system.node_sizes = self.node_sizes
         if self.solver.needs_draft and self.draft is not None and not serial:
             arguments.check_draft_shape(self.draft, noise)
             limit = system.max_batch if self.ranks is None else row_limit(self.max_batch, noise)  # not shared out

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..memory import Lease, MemoryPlan, SolverMemory
 from ..nodes.elements import ALL_ELEMENTS, Elements
 from ..nodes.host_history import STORED, HostMemory
-from ..nodes.rounds import most_nodes
 from .shared_elements import SharedElements
 from .system import System
 
@@ -43,7 +42,7 @@ class Placement:
         """As the options say."""
         memory, piece = options.memory, None
         if options.offload:
-            rows = most_nodes(system.num_steps) * system.batch
+            rows = system.most_nodes * system.batch
             piece = max(PIECE_BYTES // (rows * _kept(system, options.solver)), 1)
         elements = Elements(piece)
         if options.shard_states and options.ranks is not None and options.ranks.size > 1:
@@ -78,7 +77,7 @@ class Placement:
     def plan(self) -> MemoryPlan:
         """What model calls at nodes and the noise of the chain need on the device."""
         plan, system = MemoryPlan(), self.system
-        rows = most_nodes(system.num_steps) * system.batch
+        rows = system.most_nodes * system.batch
         if self.shared is None:
             system.plan(plan, min(rows, system.max_batch or rows))
         else:
@@ -103,7 +102,7 @@ class Placement:
         """
         system, history = self.system, settings.history
         held: int = self.plan().layout()[1]
-        rows = most_nodes(system.num_steps) * system.batch
+        rows = system.most_nodes * system.batch
         size: int = rows * self.numel * system.dtype.itemsize
         if self.host is None:
             columns = (2 if system.draft is None else 3) * (history + 1)

@@ -12,6 +12,7 @@ from .._types import DraftRows, Model
 from ..kernels import newton_scan_bytes
 from ..model.batched import BatchedModel
 from ..model.weighted_norm import WeightedNorm
+from ..nodes.rounds import most_nodes
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
 from ..schedule.tables import step_variance
@@ -71,6 +72,13 @@ class System(BatchedModel):
         self._slope = slope
         self.draft: DraftRows | None = None
         """What stands in for the model between rounds, where the solver wants it."""
+        self.node_sizes = [schedule.num_steps]
+        """Numbers of nodes of the first rounds, see `round_sizes`."""
+
+    @property
+    def most_nodes(self) -> int:
+        """How many nodes a round may have."""
+        return most_nodes(self.num_steps, self.node_sizes)
 
     @cached_property
     def diagonal_slope(self) -> Tensor:

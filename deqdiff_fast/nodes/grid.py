@@ -18,6 +18,7 @@ TYPICAL_VARIANCE = 0.25  # of data scaled to [-1, 1], for the weight of an error
 FIRST, SECOND = 9, 17  # nodes of the first two rounds
 FEWEST_STEPS = 10  # of a chain that is worth rounds on nodes
 SHORT = 16  # timesteps of a chain all of which are nodes in the end
+RENEWED = 0.016  # see `is_noisy`
 HALF = 45  # nodes of the rounds that follow: T HALF / (T + HALF)
 SHIFT = 0.25  # how far nodes are moved, in intervals
 GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # multiples of them spread out evenly
@@ -25,10 +26,29 @@ RATIO_RANGE = (1e-4, 1e4)  # noise-to-signal ratios beyond count as these
 LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
 
 
-def round_sizes(steps: int) -> list[int]:
-    """Numbers of nodes of the first rounds; the last one stands for all that follow."""
-    last = steps if steps <= SHORT else round(HALF * steps / (steps + HALF))
-    return [n for n in (FIRST, SECOND) if 5 * n < 4 * last] + [last]
+def round_sizes(steps: int, noisy: bool = False, smooth: bool = True) -> list[int]:
+    """Numbers of nodes of the first rounds; the last one stands for all that follow.
+
+    noisy: whether a chain adds so much noise between nodes that all timesteps are nodes after one round. smooth:
+    whether the model is smooth in time; else all timesteps are nodes in every round.
+    """
+    last = _usual(steps)
+    if not smooth:
+        return [steps]
+    first, last = ((last,), steps) if noisy else ((FIRST, SECOND), last)
+    return [n for n in first if 5 * n < 4 * last] + [last]
+
+
+def _usual(steps: int) -> int:
+    return steps if steps <= SHORT else round(HALF * steps / (steps + HALF))
+
+
+def is_noisy(schedule: Schedule) -> bool:
+    """Whether a chain is `noisy`: by what is renewed of a state's noise from node to node, of which more is allowed
+    where nodes are few, for there they save more."""
+    size, part = schedule.sigma[1:], _usual(schedule.num_steps) / schedule.num_steps
+    renewed = torch.where(size > 0, schedule.noise_coef / size, 0).square().clamp_max(1).mean()
+    return bool(renewed * (1 - part) > RENEWED * part**0.5)
 
 
 def density(schedule: Schedule) -> Tensor:

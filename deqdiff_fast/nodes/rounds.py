@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .chain import NodeChain
 from .estimate import Estimate, estimate
-from .grid import equidistribute, refine, round_sizes
+from .grid import equidistribute, refine
 from .problem import NodeOutcome, NodeProblem
 from .spots import missed_at, spots_along, time_reference
 from .time_reference import TimeReference
@@ -24,8 +24,6 @@ GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the estimate three rounds before
-NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
-NOISY = 1.5  # times the tolerance: what the noise of every step may leave between as many nodes as there may be
 LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
 LARGEST_ESTIMATE = 3.0  # an estimate that says nothing, times the sample
 
@@ -33,9 +31,9 @@ Report = Callable[[int, Tensor, "NodeRounds"], object]
 """report(round, error estimate (B,), the rounds): called after every round; returning True stops."""
 
 
-def most_nodes(steps: int) -> int:
-    """How many nodes a round may have."""
-    return min(DENSEST * round_sizes(steps)[-1], steps)
+def most_nodes(steps: int, sizes: list[int]) -> int:
+    """How many nodes a round may have; sizes: see `round_sizes`."""
+    return min(DENSEST * sizes[-1], steps)
 
 
 class NodeRounds:
@@ -43,7 +41,7 @@ class NodeRounds:
 
     def __init__(self, problem: NodeProblem) -> None:
         self.problem, self.steps = problem, len(problem.density)
-        self.sizes = round_sizes(self.steps)
+        self.sizes, self.most = problem.sizes, most_nodes(self.steps, problem.sizes)
         self.batch = problem.start.shape[0]
         self.done, self.hopeless = [False] * self.batch, [False] * self.batch
         self.rough: bool | None = None  # as far as spots have shown
@@ -97,7 +95,7 @@ class NodeRounds:
         if round <= len(self.sizes):
             wanted = self._first_nodes(round)
         elif self._too_rough(found):
-            room = most_nodes(self.steps) - len(nodes)
+            room = self.most - len(nodes)
             score = found.node_roughness.amax(1).tolist()
             wanted = refine(list(nodes), score, min(max(GROWTH, len(nodes) // GROWTH), room))
         else:
@@ -182,28 +180,16 @@ class NodeRounds:
     def _note_hopeless(self, found: Estimate, trace: list[Tensor]) -> None:
         """Which samples are left to rounds on all timesteps.
 
-        Those that do not get better, or for which no number of nodes that is allowed will do: where the chain adds
-        noise on its way, that is foretold a round after the first grids. And those whose estimate was larger
-        than the sample once: the model decides something there, and what errors it amplifies is not told.
+        Those that do not get better, or for which no number of nodes that is allowed will do. And those whose estimate
+        was larger than the sample once: the model decides something there, and what errors it amplifies is not told.
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
-        most = len(self.chain.grid.nodes) >= most_nodes(self.steps)
-        rough = settled.tolist() if most else [False] * self.batch
-        if self.problem.drift is not None and len(trace) == len(self.sizes) + 1:
-            rough = self._too_noisy(found)
+        rough = (settled & (len(self.chain.grid.nodes) >= self.most)).tolist()
         for b, done in enumerate(self.done):
             stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
             diverged = len(trace) > UNTOLD and float(trace[-1][b]) > LARGEST_ESTIMATE
             self.hopeless[b] = self.hopeless[b] or (not done and (rough[b] or stalled or diverged))
-
-    def _too_noisy(self, found: Estimate) -> list[bool]:
-        """For which samples as many nodes as there may be would leave too much of what the noise of every step does."""
-        nodes, most = len(self.chain.grid.nodes), min(most_nodes(self.steps), int(NEARLY_ALL * self.steps))
-        if nodes >= most:
-            return [nodes >= NEARLY_ALL * self.steps] * self.batch
-        left = walk_between(self.steps, most) / walk_between(self.steps, nodes)
-        return (found.interpolation * left > NOISY * self.problem.tol).tolist()
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is neither done nor hopeless wants more nodes."""
@@ -226,14 +212,6 @@ class NodeRounds:
             little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
         return asked & ~torch.tensor(self._over())
-
-
-def walk_between(steps: int, nodes: int) -> float:
-    """What linear interpolation misses of a random walk of `steps` steps, in all and up to a factor: the variance of
-    the sum of a Brownian bridge's values at the whole numbers between 0 and g is proportional to g^3 - g, and there are
-    as many bridges as nodes, of g = steps / nodes."""
-    gap = steps / nodes
-    return float((nodes * max(gap**3 - gap, 0.0)) ** 0.5)
 
 
 def _grows(found: Estimate, before: Estimate) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from ..nodes.grid import round_sizes
 from ..nodes.rounds import most_nodes
 from ..plan import Candidate, Plan, RoundEstimate
 from .cost_curve import MARGIN, Curve
@@ -22,8 +21,9 @@ class PlannerInputs:
     step: seconds of one step of the serial chain. calls: seconds of a model call. overhead: seconds of a round outside
     of the model, given its rows. expect: what a solve with that window takes. correction: measured over predicted
     seconds of solves with that window. fits: whether the solver's memory for that window is there. limit: most rows in
-    one call. max_rounds: most rounds that are allowed. previous: the window chosen last. nodes: whether solves of all
-    timesteps are made by rounds on nodes. windows: whether some timesteps at a time are a choice.
+    one call. max_rounds: most rounds that are allowed. previous: the window chosen last. nodes: numbers of them in the
+    first rounds, where solves of all timesteps are made by rounds on nodes. windows: whether some timesteps at a time
+    are a choice.
     """
 
     steps: int
@@ -37,12 +37,12 @@ class PlannerInputs:
     limit: int | None = None
     max_rounds: int | None = None
     previous: int | None = None
-    nodes: bool = False
+    nodes: list[int] = field(default_factory=list)
     windows: bool = True
 
-    def on_nodes(self, window: int) -> bool:
-        """Whether a solve with that window is made by rounds on nodes."""
-        return self.nodes and window >= self.steps
+    def nodes_of(self, window: int) -> list[int]:
+        """`nodes` for a solve with that window; none where it is not made by rounds on nodes."""
+        return self.nodes if window >= self.steps else []
 
 
 def windows(steps: int) -> list[int]:
@@ -52,16 +52,16 @@ def windows(steps: int) -> list[int]:
 
 
 def rows_of_rounds(
-    effort: RoundEstimate, window: int, steps: int, batch: int, nodes: bool = False
+    effort: RoundEstimate, window: int, steps: int, batch: int, nodes: Sequence[int] = ()
 ) -> list[tuple[float, float]]:
     """[(rounds, rows)]: how many rounds have how many rows, their sum what `effort` says.
 
     A narrow window is full nearly always. A wide one empties: its rows fall like a power of the rounds that are left.
-    Rounds on nodes begin with few of them; what is left is shared by the rounds that follow.
+    Rounds on nodes begin with few of them; what is left is shared by the rounds that follow. nodes: see PlannerInputs.
     """
     width = min(window, steps) * batch
     if nodes:
-        return _rows_on_nodes(effort, steps, batch)
+        return _rows_on_nodes(effort, steps, batch, nodes)
     mean = min(effort.evaluations * steps * batch / effort.rounds, width)
     if mean > 0.9 * width:
         return [(effort.rounds, mean)]
@@ -71,9 +71,11 @@ def rows_of_rounds(
     return [(share, max(part / total * mean * count, 1.0)) for part in falling]
 
 
-def _rows_on_nodes(effort: RoundEstimate, steps: int, batch: int) -> list[tuple[float, float]]:
+def _rows_on_nodes(
+    effort: RoundEstimate, steps: int, batch: int, nodes: Sequence[int]
+) -> list[tuple[float, float]]:  # fmt: skip
     """`rows_of_rounds` of rounds on nodes."""
-    total, first = effort.evaluations * steps * batch, [float(n * batch) for n in round_sizes(steps)[:-1]]
+    total, first = effort.evaluations * steps * batch, [float(n * batch) for n in nodes[:-1]]
     others, left = effort.rounds - len(first), total - sum(first)
     if others < 1 or left < others * batch:
         return [(effort.rounds, total / effort.rounds)]
@@ -82,7 +84,8 @@ def _rows_on_nodes(effort: RoundEstimate, steps: int, batch: int) -> list[tuple[
 
 def most_rows(inputs: PlannerInputs, window: int) -> int:
     """Rows of the largest round of a solve, unless rounds on nodes do not suffice."""
-    return inputs.batch * (most_nodes(inputs.steps) if inputs.on_nodes(window) else min(window, inputs.steps))
+    nodes = inputs.nodes_of(window)
+    return inputs.batch * (most_nodes(inputs.steps, nodes) if nodes else min(window, inputs.steps))
 
 
 def _piece(inputs: PlannerInputs, calls: Curve, window: int) -> int:
@@ -104,7 +107,7 @@ def predict(inputs: PlannerInputs, window: int, effort: RoundEstimate) -> tuple[
     piece = _piece(inputs, calls, window)
     if min(piece, most_rows(inputs, window)) > REACH * calls.largest:
         return None
-    rounds = rows_of_rounds(effort, window, steps, batch, inputs.on_nodes(window))
+    rounds = rows_of_rounds(effort, window, steps, batch, inputs.nodes_of(window))
     return sum(count * (calls.in_pieces(rows, piece) + inputs.overhead(rows)) for count, rows in rounds), piece
 
 

@@ -99,7 +99,7 @@ def work_left(done: int, effort: RoundEstimate, front: int, steps: int, window: 
 
     One that is overdue is expected to go on as long as it is overdue. front: how many timesteps are final.
     """
-    planned = rows_of_rounds(effort, window, steps, 1, nodes)
+    planned = rows_of_rounds(effort, window, steps, 1)
     if nodes:
         left = max(effort.rounds - done, 1.0 + (done - effort.rounds))  # the next ones are much like the last one
     elif len(planned) > done:

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import nn
 
+from ..nodes.grid import round_sizes
 from ..plan import Plan
 from .cost_curve import Curve
 from .decide import PlannerInputs, decide
@@ -23,9 +24,10 @@ def whether_rounds_pay(device: torch.device | str | None = None) -> str:
     and what that rests on. device: the first GPU, else the CPU, unless given. Takes a few calls of the network."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     seconds = _measure(place)
-    expectation = Expectation(STEPS, nodes=True)
+    nodes = round_sizes(STEPS)
+    expectation = Expectation(STEPS, nodes=nodes)
     inputs = PlannerInputs(
-        STEPS, 1, seconds[1], Curve(seconds), lambda window: expectation(window), nodes=True, limit=None
+        STEPS, 1, seconds[1], Curve(seconds), lambda window: expectation(window), nodes=nodes, limit=None
     )
     threads = torch.get_num_threads()
     where = f"cpu, {threads} thread{'s' * (threads != 1)}" if place.type == "cpu" else str(place)

@@ -50,9 +50,10 @@ class Planner:
         schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
         kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)
-        self._tol, self._nodes = tol, begins_on_nodes(options, schedule.num_steps, warm=False)
+        on_nodes = begins_on_nodes(options, schedule.num_steps, warm=False)
+        self._tol, self._nodes = tol, options.node_sizes if on_nodes else []
         draft = None if options.draft is None else id(options.draft)
-        self._kind = (*kind, self._nodes, draft, options.shard_states, options.offload)
+        self._kind = (*kind, *self._nodes, draft, options.shard_states, options.offload)
 
     def __reduce__(self) -> tuple[Any, ...]:
         clock = None if isinstance(self.clock, SharedClock) else self.clock
@@ -67,7 +68,7 @@ class Planner:
         """
         model = self.options.model
         signature = (type(model), variant_of(model), *signature_of(noise, model_kwargs))
-        certify = self._nodes and not warm and (trajectory or self.options.certify == "full")
+        certify = bool(self._nodes) and not warm and (trajectory or self.options.certify == "full")
         key = (signature, noise.shape[0], warm, certify, *self._kind)
         stats: WorkloadStats | None = self._shared.get(key)
         if stats is None:
@@ -136,7 +137,7 @@ class Planner:
             max_rounds=self.options.round_limit(),
             windows=not self.options.node_only,
             previous=None if previous is None else previous.chosen.window,
-            nodes=self.on_nodes(workload, steps),
+            nodes=self._nodes if self.on_nodes(workload, steps) else [],
         )
 
     def _fits(self, workload: Workload, window: int, usable: float) -> bool:

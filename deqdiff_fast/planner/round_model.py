@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from ..nodes.grid import round_sizes
 from ..nodes.rounds import DENSEST, UNTOLD
 from ..plan import RoundEstimate
 
@@ -37,12 +37,13 @@ class Expectation:
         num_steps: T.
         tol: relative error allowed in the sample.
         drafted: whether there is a draft.
-        nodes: whether solves of all timesteps are made by rounds on nodes, unless they are warm.
+        nodes: numbers of them in the first rounds, where solves of all timesteps are made by rounds on nodes, unless
+            they are warm.
         certify: whether rounds on all timesteps follow them in any case.
     """
 
     def __init__(
-        self, num_steps: int, tol: float = TRUSTED_TOL, drafted: bool = False, nodes: bool = False,
+        self, num_steps: int, tol: float = TRUSTED_TOL, drafted: bool = False, nodes: Sequence[int] = (),
         certify: bool = False,
     ) -> None:  # fmt: skip
         self.num_steps, self.drafted, self.nodes, self.certify = num_steps, drafted, nodes, certify
@@ -68,7 +69,7 @@ class Expectation:
 
     def _on_nodes(self, slowest: float) -> RoundEstimate:
         """Rounds on nodes: a few on fewer of them, then on as many as the tolerance wants, less what is skipped."""
-        steps, (*first, last) = self.num_steps, round_sizes(self.num_steps)
+        steps, (*first, last) = self.num_steps, self.nodes
         rounds = DRAFTED_ROUNDS if self.drafted else NODE_ROUNDS + PER_TENFOLD * math.log10(steps / 20)
         rounds = max((rounds + ROUNDS_PER_DECADE * self.decades) * slowest, UNTOLD + 1.0)
         growth = NODES_PER_DECADE**self.decades

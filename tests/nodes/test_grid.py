@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deqdiff_fast import Schedule
-from deqdiff_fast.nodes.grid import density, equidistribute, influence, refine, round_sizes
+from deqdiff_fast.nodes.grid import density, equidistribute, influence, is_noisy, refine, round_sizes
 
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 ANGLE = torch.linspace(0, 1, 1001, dtype=torch.float64)
@@ -126,3 +126,20 @@ def test_round_sizes_grow_and_stay_below_the_chain(steps):
 def test_few_nodes_for_a_long_chain():
     assert round_sizes(1000)[-1] * 20 < 1000
     assert len(round_sizes(1000)) == 3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 16, 17, 50, 1000])
+def test_all_timesteps_where_nothing_is_to_be_interpolated(steps):
+    assert round_sizes(steps, smooth=False) == [steps]
+    first, *others = round_sizes(steps, noisy=True)
+    assert (others or [first]) == [steps]
+    assert first == round_sizes(steps)[-1] or not others
+
+
+@pytest.mark.parametrize(
+    ("steps", "eta", "noisy"),
+    [(50, 0.0, False), (50, 0.2, False), (20, 0.5, True), (50, 0.3, True), (50, 1.0, True), (200, 0.3, False),
+     (1000, 0.3, False), (1000, 0.5, True), (1000, 1.0, True), (16, 1.0, False), (1, 1.0, False)],
+)  # fmt: skip
+def test_a_chain_is_noisy_where_much_of_its_noise_is_renewed_between_nodes(ddim, steps, eta, noisy):
+    assert is_noisy(ddim(steps, eta=eta)) == noisy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from deqdiff_fast.nodes.grid import round_sizes
 from deqdiff_fast.plan import RoundEstimate
 from deqdiff_fast.planner.cost_curve import Curve
 from deqdiff_fast.planner.decide import rows_of_rounds, windows
@@ -78,14 +79,15 @@ def test_work_left():
 )
 def test_expected_rounds_on_nodes(steps, plain, drafted):
     """Beside the bundled model's figures at a tolerance of 1e-2."""
-    assert Expectation(steps, nodes=True)(steps).evaluations == pytest.approx(plain, rel=0.1)
-    assert Expectation(steps, nodes=True, drafted=True)(steps).evaluations == pytest.approx(drafted, rel=0.15)
-    for expect in (Expectation(steps, nodes=True), Expectation(steps, nodes=True, certify=True)):
+    nodes = round_sizes(steps)
+    assert Expectation(steps, nodes=nodes)(steps).evaluations == pytest.approx(plain, rel=0.1)
+    assert Expectation(steps, nodes=nodes, drafted=True)(steps).evaluations == pytest.approx(drafted, rel=0.15)
+    for expect in (Expectation(steps, nodes=nodes), Expectation(steps, nodes=nodes, certify=True)):
         effort = expect(steps)
-        rows = rows_of_rounds(effort, steps, steps, 3, nodes=True)
+        rows = rows_of_rounds(effort, steps, steps, 3, nodes)
         assert sum(count for count, _ in rows) == pytest.approx(effort.rounds)
         assert sum(count * n for count, n in rows) == pytest.approx(3 * steps * effort.evaluations)
         assert all(0 < n <= 3 * steps for _, n in rows)
         expect.learn(steps, 1, RoundEstimate(7.0, effort.evaluations / 2))
         assert expect(steps) == pytest.approx((7.0, effort.evaluations / 2)), "below 1 as well"
-    assert Expectation(steps, nodes=True)(steps, 1, True) == Expectation(steps)(steps, 1, True), "warm: no nodes"
+    assert Expectation(steps, nodes=nodes)(steps, 1, True) == Expectation(steps)(steps, 1, True), "warm: no nodes"

@@ -11,6 +11,7 @@ from planner_cases import Machine, inputs, solve
 
 import deqdiff_fast as dq
 from deqdiff_fast.model.knowledge import signature_of
+from deqdiff_fast.nodes.grid import round_sizes
 from deqdiff_fast.planner.decide import decide
 from deqdiff_fast.planner.round_model import Expectation
 
@@ -111,10 +112,9 @@ def test_the_first_samples_of_a_busy_device_cost_a_few_percent_more(machine, noi
 def test_rounds_on_nodes_may_need_less_than_the_chain(machine, noise, relative_error):
     """On a device that rows keep busy a long chain is still faster by rounds: most timesteps are never asked."""
     device, sampler = machine(float, steps=1000, tol=5e-2)
-    assert (
-        decide(inputs({1: 1.0, 128: 128.0}, 1000, expect=Expectation(1000, nodes=True), nodes=True)).chosen.window
-        == 1000
-    )
+    nodes = round_sizes(1000)
+    rows = inputs({1: 1.0, 128: 128.0}, 1000, expect=Expectation(1000, nodes=nodes), nodes=nodes)
+    assert decide(rows).chosen.window == 1000
     plan = sampler.warmup((3, 8, 8))
     assert plan.chosen.window == 1000
     assert plan.chosen.effort.evaluations < 0.5

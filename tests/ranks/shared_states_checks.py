@@ -21,6 +21,7 @@ import deqdiff_fast as dq
 from deqdiff_fast.engine import placement
 from deqdiff_fast.engine.placement import Placement
 from deqdiff_fast.memory import SolverMemory
+from deqdiff_fast.nodes.grid import round_sizes
 from deqdiff_fast.nodes.rounds import most_nodes
 from deqdiff_fast.ranks.group import Ranks
 from deqdiff_fast.ranks.shares import share_of
@@ -201,7 +202,7 @@ def faults_of_one_are_raised_on_all() -> None:
         for _ in range(2):
             assert apart(one.sample(x).sample, right) < 1e-12
         alike(one.options.learned["max_batch"])
-        assert one.options.learned["max_batch"] < size * most_nodes(30) * 2
+        assert one.options.learned["max_batch"] < size * most_nodes(30, round_sizes(30)) * 2
 
     class Broken(Denoiser):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:

@@ -57,15 +57,9 @@ def read_step(
 
 
 def differs(
-    problem: DenoisingProblem,
-    calls: list[Call],
-    outputs: StepOutputs,
-    source: Tensor,
-    guided: Tensor,
-    hints: list[float],
-    before: list[float],
-    index: int,
-) -> bool:
+    problem: DenoisingProblem, calls: list[Call], outputs: StepOutputs, source: Tensor, guided: Tensor,
+    hints: list[float], before: list[float], index: int,
+) -> bool:  # fmt: skip
     """Whether the calls of step `index` are others than those that were solved for, or are made something else of.
 
     Args:
@@ -97,15 +91,9 @@ def steps_otherwise(
 
 
 def next_model(
-    problem: DenoisingProblem,
-    calls: list[Call],
-    outputs: StepOutputs,
-    source: Tensor,
-    guided: Tensor,
-    hints: list[float],
-    index: int,
-    kind: type,
-) -> DenoisingProblem:
+    problem: DenoisingProblem, calls: list[Call], outputs: StepOutputs, source: Tensor, guided: Tensor,
+    hints: list[float], index: int, kind: type,
+) -> DenoisingProblem:  # fmt: skip
     """The same problem with the model that the loop has from step `index` on; source: (B, *shape), what its inputs are
     made of there. Raises Unknown."""
     for call in calls:
