@@ -12,6 +12,7 @@ from torch import Tensor
 from .._types import Generators, Rows
 from ..loop.base import Chain
 from ..memory import Lease
+from ..model.row_tables import amplifies
 from ..nodes.composite import LinearChain
 from ..nodes.grid import density
 from ..nodes.problem import NodeProblem, Spots
@@ -68,7 +69,7 @@ def node_problem(
         None if system.draft is None else partial(ask_draft, system, {}),
         tol, settings.history, settings.ridge, settings.floor, backend,
         lambda what, make: cached(schedule, (what, slope, system.dtype, device), make), spots,
-        elements=place.elements, host=place.host,
+        elements=place.elements, host=place.host, amplifies=amplifies(system.model),
     )  # fmt: skip
 
 

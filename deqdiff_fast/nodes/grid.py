@@ -32,10 +32,9 @@ def round_sizes(steps: int, noisy: bool = False, smooth: bool = True) -> list[in
     noisy: whether a chain adds so much noise between nodes that all timesteps are nodes after one round. smooth:
     whether the model is smooth in time; else all timesteps are nodes in every round.
     """
-    last = _usual(steps)
     if not smooth:
         return [steps]
-    first, last = ((last,), steps) if noisy else ((FIRST, SECOND), last)
+    first, last = ((_usual(steps),), steps) if noisy else ((FIRST, SECOND), _usual(steps))
     return [n for n in first if 5 * n < 4 * last] + [last]
 
 

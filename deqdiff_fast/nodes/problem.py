@@ -53,6 +53,7 @@ class NodeProblem:
         elements: which of a state are here: these D.
         host: where the history is kept, None: with the states.
         reference: what is known of the model between nodes, or None.
+        amplifies: whether one estimate of the error alone is not believed, see `row_tables.amplifies`.
     """
 
     chain: LinearChain
@@ -74,6 +75,7 @@ class NodeProblem:
     elements: Elements = ALL_ELEMENTS
     host: HostMemory | None = None
     reference: TimeReference | None = None
+    amplifies: bool = False
 
 
 @dataclass

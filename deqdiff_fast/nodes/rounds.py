@@ -169,11 +169,12 @@ class NodeRounds:
         return total.double()
 
     def _note_done(self, trace: list[Tensor]) -> None:
-        """Which samples are good enough; an estimate that has fallen all of a sudden is believed the second time."""
-        tol, estimates = self.problem.tol, trace[-1].tolist()
-        last = trace[-2].tolist() if len(trace) > UNTOLD + 1 else [0.0] * self.batch
+        """Which samples are good enough; a sudden estimate is believed the second time, or where models amplify."""
+        tol, estimates, unsure = self.problem.tol, trace[-1].tolist(), self.problem.amplifies
+        last = trace[-2].tolist() if len(trace) > UNTOLD + (not unsure) else [0.0] * self.batch
+        most = tol if unsure else LARGEST_FALL * tol
         self.done = [
-            e <= tol and (done or (before <= LARGEST_FALL * tol and not lost))
+            e <= tol and (done or (before <= most and not lost))
             for e, done, before, lost in zip(estimates, self.done, last, self.hopeless)
         ]
 

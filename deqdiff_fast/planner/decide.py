@@ -40,10 +40,6 @@ class PlannerInputs:
     nodes: list[int] = field(default_factory=list)
     windows: bool = True
 
-    def nodes_of(self, window: int) -> list[int]:
-        """`nodes` for a solve with that window; none where it is not made by rounds on nodes."""
-        return self.nodes if window >= self.steps else []
-
 
 def windows(steps: int) -> list[int]:
     """The windows of which the best one is a candidate: 2, 3, 4, 6, 8, 12 ... up to two thirds of the chain."""
@@ -60,7 +56,7 @@ def rows_of_rounds(
     Rounds on nodes begin with few of them; what is left is shared by the rounds that follow. nodes: see PlannerInputs.
     """
     width = min(window, steps) * batch
-    if nodes:
+    if nodes and window >= steps:
         return _rows_on_nodes(effort, steps, batch, nodes)
     mean = min(effort.evaluations * steps * batch / effort.rounds, width)
     if mean > 0.9 * width:
@@ -84,8 +80,8 @@ def _rows_on_nodes(
 
 def most_rows(inputs: PlannerInputs, window: int) -> int:
     """Rows of the largest round of a solve, unless rounds on nodes do not suffice."""
-    nodes = inputs.nodes_of(window)
-    return inputs.batch * (most_nodes(inputs.steps, nodes) if nodes else min(window, inputs.steps))
+    on_nodes = inputs.nodes and window >= inputs.steps
+    return inputs.batch * (most_nodes(inputs.steps, inputs.nodes) if on_nodes else min(window, inputs.steps))
 
 
 def _piece(inputs: PlannerInputs, calls: Curve, window: int) -> int:
@@ -107,7 +103,7 @@ def predict(inputs: PlannerInputs, window: int, effort: RoundEstimate) -> tuple[
     piece = _piece(inputs, calls, window)
     if min(piece, most_rows(inputs, window)) > REACH * calls.largest:
         return None
-    rounds = rows_of_rounds(effort, window, steps, batch, inputs.nodes_of(window))
+    rounds = rows_of_rounds(effort, window, steps, batch, inputs.nodes)
     return sum(count * (calls.in_pieces(rows, piece) + inputs.overhead(rows)) for count, rows in rounds), piece
 
 
