@@ -169,7 +169,7 @@ class NodeRounds:
         return total.double()
 
     def _note_done(self, trace: list[Tensor]) -> None:
-        """Which samples are good enough. Sudden estimates, or any where models amplify, are believed the second time."""
+        """Which samples are good enough. Sudden estimates, and any where models amplify, count the second time only."""
         tol, estimates, unsure = self.problem.tol, trace[-1].tolist(), self.problem.amplifies
         last = trace[-2].tolist() if len(trace) > UNTOLD + (not unsure) else [0.0] * self.batch
         most = tol if unsure else LARGEST_FALL * tol
