@@ -27,7 +27,7 @@ def conditional_spectrum(
     operator: Operator, spectrum: SpectralSlope, sigma: float, batch: int, device: torch.device
 ) -> tuple[SpectralSlope, float]:
     """The spectrum of what measurements with noise of standard deviation sigma leave open of data with `spectrum`, and
-    the part of such data's variance that the operator does not see.
+    by how much of such data's variance the best guess for data of unit variance is off (the known part of noisy DDNM).
 
     batch: how many samples the operator is for.
     """
@@ -55,7 +55,7 @@ def conditional_spectrum(
             max_steps=ITERATIONS,
         )  # fmt: skip
         left = data - coloured(found)
-        seen = least_squares(rows.A, rows.A_adjoint, rows.A(data), damping=noise, tol=LEAST_NOISE, max_steps=ITERATIONS)
+        seen = least_squares(rows.A, rows.A_adjoint, y, damping=noise, tol=LEAST_NOISE, max_steps=ITERATIONS)
         unseen = float((data - seen).square().sum() / data.square().sum())
         power = basis.forward(left.flatten(1).contiguous()).view(count, *shape).double().square().mean(0).cpu()
     return SpectralSlope(average_rings(power).clamp_min(MIN_VARIANCE), spectrum.channels), min(unseen, 1.0)
