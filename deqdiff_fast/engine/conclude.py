@@ -15,16 +15,9 @@ from .workspace import Workspace
 
 
 def conclude(
-    work: Workspace,
-    front: list[int],
-    stopped: bool,
-    stats: Stats,
-    started: float,
-    return_trajectory: bool,
-    on_failure: OnFailure,
-    report: Report,
-    gave_up: bool = False,
-) -> Solution:
+    work: Workspace, front: list[int], stopped: bool, stats: Stats, started: float, return_trajectory: bool,
+    on_failure: OnFailure, report: Report, gave_up: bool = False,
+) -> Solution:  # fmt: skip
     """The solution of a loop that has left sample b final up to state front[b].
 
     Args:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .._types import FrozenNoise, Generators
-from ..model.row_tables import rough_in_time
 from ..nodes.grid import FEWEST_STEPS
 from ..nodes.rounds import UNTOLD
 from ..solution import Solution, Stats
@@ -35,8 +34,7 @@ def check_options(options: Options) -> None:
     schedule, solver = options.schedule, options.solver
     if options.shard_states and options.ranks is None:
         raise ValueError("shard_states: expected a group whose ranks the states are shared out over, got none")
-    suitable = begins_on_nodes(options, options.first_window, warm=False) and not rough_in_time(options.model)
-    if options.draft is not None or not suitable:
+    if options.draft is not None or not begins_on_nodes(options, options.first_window, warm=False):
         raise ValueError(
             f"{asked[0]}: expected rounds on nodes: solver 'auto' or 'quasi-newton' with nodes and a slope, no draft, "
             f"window 'auto', more than {UNTOLD} rounds, a model that is smooth in time (no DDRM), and a chain of "

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..loop.base import Chain
 from ..loop.task import Replay
 from ..loop.window import Window
+from ..model.row_tables import rough_in_time
 from ..nodes.composite import interpolation
 from ..nodes.grid import FEWEST_STEPS
 from ..nodes.problem import NodeOutcome, Spots
@@ -42,6 +43,7 @@ def begins_on_nodes(options: Options, window: int, warm: bool) -> bool:
     """
     schedule, solver = options.schedule, options.solver
     suitable = schedule.num_steps >= FEWEST_STEPS and schedule.lags <= MOST_LAGS and solver.slope is not None
+    suitable = suitable and (options.drafted or not rough_in_time(options.model))
     return solver.nodes and suitable and not warm and window >= schedule.num_steps and options.round_limit() > UNTOLD
 
 

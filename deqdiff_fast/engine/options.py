@@ -143,8 +143,13 @@ class Options:
     @cached_property
     def node_sizes(self) -> list[int]:
         """Numbers of nodes of the first rounds, where there are rounds on nodes."""
-        noisy = is_noisy(self.schedule) and not self.node_only  # there is no memory for all timesteps
+        noisy = self.drafted and is_noisy(self.schedule)
         return round_sizes(self.schedule.num_steps, noisy, not rough_in_time(self.model))
+
+    @property
+    def drafted(self) -> bool:
+        """Whether solves are made with a draft."""
+        return self.solver.needs_draft and self.draft is not None
 
     @property
     def learns(self) -> bool:
@@ -239,7 +244,7 @@ class Options:
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope, norm)
         system.learned, system.give_way = self.learned, self.graph_cache.on_shortage()
         system.node_sizes = self.node_sizes
-        if self.solver.needs_draft and self.draft is not None and not serial:
+        if self.draft is not None and self.drafted and not serial:
             arguments.check_draft_shape(self.draft, noise)
             limit = system.max_batch if self.ranks is None else row_limit(self.max_batch, noise)  # not shared out
             rows = BatchedModel(stand_in(self.draft, self.model), self.schedule, noise, model_kwargs, limit)

@@ -39,21 +39,12 @@ class Workspace:
         chain = Chain(
             states=lease["states"],
             predictions=lease["predictions"][:-1].view(system.num_steps, system.batch, system.numel),
-            state_coef=system.state_coef,
-            model_coef=system.model_coef,
-            slope=system.slope,
-            step_variance=system.step_variance,
-            denoised_coef=system.denoised_coef,
-            drift=lease["drift"] if system.schedule.stochastic else None,
-            lo=system.bounds(0),
-            hi=system.bounds(0),
-            sq_diff=lease["sq_diff"],
-            sq_norm=lease["sq_norm"],
-            window=window,
-            backend=backend,
-            scratch=lease.get("scratch"),
-            window_scratch=lease.get("window_scratch"),
-        )
+            state_coef=system.state_coef, model_coef=system.model_coef, slope=system.slope,
+            step_variance=system.step_variance, denoised_coef=system.denoised_coef,
+            drift=lease["drift"] if system.schedule.stochastic else None, lo=system.bounds(0), hi=system.bounds(0),
+            sq_diff=lease["sq_diff"], sq_norm=lease["sq_norm"], window=window, backend=backend,
+            scratch=lease.get("scratch"), window_scratch=lease.get("window_scratch"),
+        )  # fmt: skip
         return cls(lease, chain, solver.start(lease), system, solver)
 
     def restart(self) -> None:

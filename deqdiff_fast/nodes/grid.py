@@ -29,8 +29,8 @@ LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
 def round_sizes(steps: int, noisy: bool = False, smooth: bool = True) -> list[int]:
     """Numbers of nodes of the first rounds; the last one stands for all that follow.
 
-    noisy: whether a chain adds so much noise between nodes that all timesteps are nodes after one round. smooth:
-    whether the model is smooth in time; else all timesteps are nodes in every round.
+    noisy: whether a chain adds so much noise between nodes that all timesteps are nodes after one round, where a draft
+    makes that the faster way. smooth: whether the model is smooth in time; else all are nodes in every round.
     """
     if not smooth:
         return [steps]

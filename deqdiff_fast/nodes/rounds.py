@@ -24,6 +24,8 @@ GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the estimate three rounds before
+NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
+NOISY = 1.5  # times the tolerance: what the noise of every step may leave between as many nodes as there may be
 LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
 LARGEST_ESTIMATE = 3.0  # an estimate that says nothing, times the sample
 
@@ -181,16 +183,28 @@ class NodeRounds:
     def _note_hopeless(self, found: Estimate, trace: list[Tensor]) -> None:
         """Which samples are left to rounds on all timesteps.
 
-        Those that do not get better, or for which no number of nodes that is allowed will do. And those whose estimate
-        was larger than the sample once: the model decides something there, and what errors it amplifies is not told.
+        Those that do not get better, or for which no number of nodes that is allowed will do: where the chain adds
+        noise on its way, that is foretold a round after the first grids. And those whose estimate was larger
+        than the sample once: the model decides something there, and what errors it amplifies is not told.
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
         rough = (settled & (len(self.chain.grid.nodes) >= self.most)).tolist()
+        drafted = self.chain.draft is not None and self.sizes[-1] == self.steps
+        if self.problem.drift is not None and not drafted and len(trace) == len(self.sizes) + 1:
+            rough = self._too_noisy(found)
         for b, done in enumerate(self.done):
             stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
             diverged = len(trace) > UNTOLD and float(trace[-1][b]) > LARGEST_ESTIMATE
             self.hopeless[b] = self.hopeless[b] or (not done and (rough[b] or stalled or diverged))
+
+    def _too_noisy(self, found: Estimate) -> list[bool]:
+        """For which samples as many nodes as there may be would leave too much of what the noise of every step does."""
+        nodes, most = len(self.chain.grid.nodes), min(self.most, int(NEARLY_ALL * self.steps))
+        if nodes >= most:
+            return [nodes >= NEARLY_ALL * self.steps] * self.batch
+        left = walk_between(self.steps, most) / walk_between(self.steps, nodes)
+        return (found.interpolation * left > NOISY * self.problem.tol).tolist()
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is neither done nor hopeless wants more nodes."""
@@ -213,6 +227,14 @@ class NodeRounds:
             little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
         return asked & ~torch.tensor(self._over())
+
+
+def walk_between(steps: int, nodes: int) -> float:
+    """What linear interpolation misses of a random walk of `steps` steps, in all and up to a factor: the variance of
+    the sum of a Brownian bridge's values at the whole numbers between 0 and g is proportional to g^3 - g, and there are
+    as many bridges as nodes, of g = steps / nodes."""
+    gap = steps / nodes
+    return float((nodes * max(gap**3 - gap, 0.0)) ** 0.5)
 
 
 def _grows(found: Estimate, before: Estimate) -> bool:

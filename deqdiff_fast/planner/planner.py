@@ -125,20 +125,14 @@ class Planner:
             return stats.corrections.get(whole, stats.corrections.get(not whole, 1.0))
 
         return PlannerInputs(
-            steps=steps,
-            batch=batch,
-            step=step,
-            calls=calls,
+            steps=steps, batch=batch, step=step, calls=calls,
             expect=lambda window: stats.expectation(window, batch, workload.warm),
-            overhead=lambda rows: ROUND_OVERHEAD * outside + rows * row,
-            correction=correction,
-            fits=lambda window: self._fits(workload, window, usable),
-            limit=limit,
-            max_rounds=self.options.round_limit(),
-            windows=not self.options.node_only,
+            overhead=lambda rows: ROUND_OVERHEAD * outside + rows * row, correction=correction,
+            fits=lambda window: self._fits(workload, window, usable), limit=limit,
+            max_rounds=self.options.round_limit(), windows=not self.options.node_only,
             previous=None if previous is None else previous.chosen.window,
             nodes=self._nodes if self.on_nodes(workload, steps) else [],
-        )
+        )  # fmt: skip
 
     def _fits(self, workload: Workload, window: int, usable: float) -> bool:
         """Whether the solver's memory for that window, or even for all timesteps, is there."""

@@ -59,15 +59,9 @@ def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, An
 
 
 def solve_in_rounds(
-    planner: Planner,
-    workload: Workload,
-    request: Request,
-    plan: Plan,
-    system: System,
-    start: float,
-    begun: Workspace | None = None,
-    front: int = 0,
-) -> Solution:
+    planner: Planner, workload: Workload, request: Request, plan: Plan, system: System, start: float,
+    begun: Workspace | None = None, front: int = 0,
+) -> Solution:  # fmt: skip
     """By rounds. start: `time.perf_counter()` at the start. begun: a workspace in which the first `front` steps were
     made already. Nothing is learned from the first solves that have to prepare what later ones find prepared."""
     options, clock, evals = planner.options, planner.clock_of(workload), system.model_evals

@@ -40,7 +40,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def count(mixture, ddim, noise, steps=20, batch=3, size=768, eta=0.5, **options):
+def count(mixture, ddim, noise, steps=20, batch=3, size=768, **options):
     model, per_round = mixture((3, 16, 16)), []
     mode = Allocations(size)
 
@@ -54,7 +54,7 @@ def count(mixture, ddim, noise, steps=20, batch=3, size=768, eta=0.5, **options)
         per_round.append(list(mode.found))
         mode.found.clear()
 
-    sampler = dq.DEQSampler(quiet, ddim(steps, eta=eta), backend="cpp", tol=1e-5, **{"solver": FULL} | options)
+    sampler = dq.DEQSampler(quiet, ddim(steps, eta=0.5), backend="cpp", tol=1e-5, **{"solver": FULL} | options)
     with mode:
         out = sampler.sample(noise(batch, (3, 16, 16)), callback=callback)
     assert out.converged.all()
@@ -78,9 +78,9 @@ def test_spectral_rounds_allocate_nothing(mixture, ddim, noise):
 
 
 def test_rounds_on_nodes_allocate_no_chain(mixture, ddim, noise):
-    """All that one of them asks for is less than the states of all timesteps, unless these are all nodes."""
+    """All that one of them asks for is less than the states of all timesteps."""
     steps, batch = 500, 2
-    rounds = count(mixture, ddim, noise, steps, batch, steps * batch * 768, eta=0.2, solver="quasi-newton")
+    rounds = count(mixture, ddim, noise, steps, batch, steps * batch * 768, solver="quasi-newton")
     assert len(rounds) > 3
     assert rounds[0], "the workspace and the noise"
     assert not any(rounds[1:])

@@ -19,9 +19,9 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def largest_error(model: Any, schedule: dq.Schedule, relative_error: Any, sigma: float) -> tuple[float, float]:
-    """Of 16 samples that all say that they have converged, and the least part of the timesteps that was evaluated."""
-    worst, evaluated = 0.0, 1.0
+def largest_error(model: Any, schedule: dq.Schedule, relative_error: Any, sigma: float) -> tuple[float, int]:
+    """Of 16 samples that all say that they have converged, and how many rounds were made on nodes."""
+    worst, on_nodes = 0.0, 0
     for seed in range(4):
         which = torch.randint(10, (4,), generator=generator(50 + seed))
         x = model.means[which].view(4, *SHAPE).float() + 0.22 * torch.randn(4, *SHAPE, generator=generator(7 + seed))
@@ -36,19 +36,34 @@ def largest_error(model: Any, schedule: dq.Schedule, relative_error: Any, sigma:
         )
         assert bool(found.converged.all())
         worst = max(worst, float(relative_error(found.sample, expected.sample).max()))
-        evaluated = min(evaluated, found.stats.timesteps_evaluated)
-    return worst, evaluated
+        on_nodes += found.stats.node_rounds
+    return worst, on_nodes
 
 
 def test_no_timestep_is_left_out(mixture: Any, ddim: Any, relative_error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mixture(SHAPE, components=10)
     for sigma in (0.0, 0.05):
-        worst, evaluated = largest_error(model, ddim(20), relative_error, sigma)
-        assert (worst <= TOL, evaluated) == (True, 1.0)
+        worst, on_nodes = largest_error(model, ddim(20), relative_error, sigma)
+        assert (worst <= TOL, on_nodes) == (True, 0)
     monkeypatch.setattr(RestoringModel, "deqdiff_rough_in_time", False)  # as it once was
-    worst, evaluated = largest_error(model, ddim(20), relative_error, 0.0)
+    worst, on_nodes = largest_error(model, ddim(20), relative_error, 0.0)
     assert worst > TOL
-    assert evaluated < 1.0
+    assert on_nodes > 0
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.05])
+def test_with_a_draft_all_timesteps_are_nodes(mixture: Any, ddim: Any, relative_error: Any, sigma: float) -> None:
+    model = mixture(SHAPE, components=10)
+    y = Downsample(4).A(0.5 * torch.randn(4, *SHAPE, generator=generator(3)))
+    restorer = dq.DEQRestorer(
+        model, ddim(20, 0.5), Downsample(4), sigma=sigma, method="ddrm", draft=mixture(SHAPE, components=10), window=20,
+        solver="draft",
+    )  # fmt: skip
+    expected, found = (solve(y, generator=generator(1)) for solve in (restorer.serial, restorer.restore))
+    assert bool(found.converged.all())
+    assert float(relative_error(found.sample, expected.sample).max()) <= TOL
+    assert (found.stats.node_rounds >= 4, found.stats.timesteps_evaluated) == (True, 1.0)
+    assert found.stats.rounds <= 5
 
 
 def test_memory_that_has_no_room_for_all_timesteps_is_refused(mixture: Any, ddim: Any) -> None:
