@@ -55,15 +55,9 @@ class System(BatchedModel):
     """
 
     def __init__(
-        self,
-        model: Model,
-        schedule: Schedule,
-        noise: Tensor,
-        model_kwargs: dict[str, Any] | None,
-        max_batch: int | None,
-        slope: SpectralSlope | str | None = "scalar",
-        norm: WeightedNorm | None = None,
-    ) -> None:
+        self, model: Model, schedule: Schedule, noise: Tensor, model_kwargs: dict[str, Any] | None,
+        max_batch: int | None, slope: SpectralSlope | str | None = "scalar", norm: WeightedNorm | None = None,
+    ) -> None:  # fmt: skip
         basis = slope.basis() if isinstance(slope, SpectralSlope) else norm
         super().__init__(model, schedule, noise, model_kwargs, max_batch, basis)
         place = (noise.device, self.dtype, self.accumulator)
