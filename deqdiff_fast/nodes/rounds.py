@@ -16,7 +16,7 @@ from .time_reference import TimeReference
 
 MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
 SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sqrt(D)
-NOISE_FACTOR = 1.5  # times the estimate, where a draft goes through a chain that adds much noise: it scatters more there
+NOISE_FACTOR = 1.5  # times the estimate, where a draft goes through a chain that adds much noise: it scatters there
 SKIPPED = 0.03  # part of the tolerance that nodes that are not asked again may cost
 UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
