@@ -61,8 +61,7 @@ class DEQSampler:
         cuda_graph: True records the model and the solver's step in rounds on all timesteps as CUDA graphs, for a few
             padded batch sizes; "auto" does so from the second solve of a shape on, for an nn.Module in evaluation mode
             that is not compiled, on CUDA only; what cannot be recorded is called plainly, with a line in the log.
-        deterministic: True: a named solver's samples do not depend on what was solved before. False: a model's first
-            solve along a schedule shows later ones which timesteps to ask, as it does with solver "auto".
+        deterministic: True or False, to the same effect: samples of a named solver never depend on earlier solves.
         spectrum: the data's power spectrum, a better slope for "auto" and `QuasiNewton(slope="spectral")`.
         certify: "estimate" ends a solve where the estimate of its error is within `tol`. It takes the model for smooth
             in time between the timesteps evaluated: what it does for a few in between is not seen. "full" evaluates

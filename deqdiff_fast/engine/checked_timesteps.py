@@ -19,7 +19,6 @@ from .._locks import Lock
 from ..model.knowledge import signature_of, variant_of
 from ..nodes.grid import error_weight
 from ..nodes.problem import NodeOutcome, Spots
-from ..nodes.time_reference import TimeReference
 from ..schedule.cache import cached
 from .options import Options
 
@@ -42,7 +41,6 @@ class CheckedTimesteps:
         self.weight = weight
         self.tol = torch.full_like(weight, math.inf)  # for which each was seen to be as expected
         self.solves, self.failures, self.waiting = 0, 0, 0
-        self.reference: TimeReference | None = None  # from a solve that asked all that could matter
 
     def skip_nodes(self) -> bool:
         """Whether this solve is to be made on all timesteps, for the model was not smooth a short while ago."""
@@ -56,9 +54,8 @@ class CheckedTimesteps:
             number, steps = self.solves, len(self.weight)
             self.solves += 1
             unseen = (needed(self.weight, LEFT_OUT * tol) & (self.tol > tol)).nonzero()[:, 0].tolist()
-            whole = bool(unseen) and bool(self.tol.isinf().all())
             turn = (int((AFTERWARDS * number + k) * GOLDEN % 1 * steps) for k in range(AFTERWARDS))
-            return Spots(tuple(unseen or sorted(set(turn))), number % batch, whole)
+            return Spots(tuple(unseen or sorted(set(turn))), number % batch)
 
     def learn(self, spots: Spots, outcome: NodeOutcome, tol: float) -> None:
         """What that solve has seen there."""
@@ -67,12 +64,10 @@ class CheckedTimesteps:
                 self.failures = min(self.failures + 1, MOST_FAILURES)
                 self.waiting = 2**self.failures
                 self.tol.fill_(math.inf)
-                self.reference = None
             elif outcome.rough is not None:
                 seen = list(spots.timesteps)
                 self.tol[seen] = self.tol[seen].clamp_max(tol)
                 self.failures = 0
-                self.reference = outcome.reference or self.reference
 
 
 def needed(weight: Tensor, most: float) -> Tensor:

@@ -77,14 +77,11 @@ class NodeSolve:
         noise, solver, tol = request.noise, options.solver, options.allowed(request.noise.dtype)
         self.checked = checked
         spots = Spots() if self.certify_all else checked.spots(tol, system.batch)
-        learns = not self.certify_all and options.learns
-        spots = spots._replace(whole=spots.whole and learns)
         with torch.no_grad():
             self.problem = node_problem(
                 self.place, self.lease, noise, request.generator, tol, solver, options.backend, options.slope(noise),
                 made, spots,
             )  # fmt: skip
-            self.problem.reference = checked.reference if learns else None
             if request.init is not None:
                 guess = sample_guess(system, self.problem.chain, request.init, options.slope(noise))
                 self.problem.guess = guess._replace(sample=self.place.own(guess.sample))

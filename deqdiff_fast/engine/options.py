@@ -143,18 +143,13 @@ class Options:
     @cached_property
     def node_sizes(self) -> list[int]:
         """Numbers of nodes of the first rounds, where there are rounds on nodes."""
-        noisy = self.drafted and is_noisy(self.schedule)
-        return round_sizes(self.schedule.num_steps, noisy, not rough_in_time(self.model))
+        noisy, rough = self.drafted and is_noisy(self.schedule), self.schedule.stochastic and not self.drafted
+        return round_sizes(self.schedule.num_steps, noisy, not rough_in_time(self.model), rough)
 
     @property
     def drafted(self) -> bool:
         """Whether solves are made with a draft."""
         return self.solver.needs_draft and self.draft is not None
-
-    @property
-    def learns(self) -> bool:
-        """Whether a solve may choose its timesteps by what earlier ones have shown, so that it depends on them."""
-        return self.planned or not self.deterministic
 
     @property
     def knowledge(self) -> dict[Any, Any]:

@@ -19,27 +19,30 @@ FIRST, SECOND = 9, 17  # nodes of the first two rounds
 FEWEST_STEPS = 10  # of a chain that is worth rounds on nodes
 SHORT = 16  # timesteps of a chain all of which are nodes in the end
 RENEWED = 0.016  # see `is_noisy`
-HALF = 45  # nodes of the rounds that follow: T HALF / (T + HALF)
+HALF, MORE = 45, 90  # nodes of the rounds that follow: T HALF / (T + HALF), or with MORE, see `round_sizes`
+TILT, MOST_TILTED = 0.5, 4  # by what part, and how often that, of what nodes have seen their density is tilted
+FEWEST_SEEN = 4  # nodes
 SHIFT = 0.25  # how far nodes are moved, in intervals
-GOLDEN, PLASTIC = 0.6180339887498949, 0.7548776662466927  # multiples of them spread out evenly
+GOLDEN = 0.6180339887498949  # multiples of it spread out evenly
 RATIO_RANGE = (1e-4, 1e4)  # noise-to-signal ratios beyond count as these
 LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
 
 
-def round_sizes(steps: int, noisy: bool = False, smooth: bool = True) -> list[int]:
+def round_sizes(steps: int, noisy: bool = False, smooth: bool = True, rough: bool = False) -> list[int]:
     """Numbers of nodes of the first rounds; the last one stands for all that follow.
 
     noisy: whether a chain adds so much noise between nodes that all timesteps are nodes after one round, where a draft
-    makes that the faster way. smooth: whether the model is smooth in time; else all are nodes in every round.
+    makes that the faster way. smooth: whether the model is smooth in time; else all are nodes in every round. rough:
+    whether a chain adds noise between nodes, and nothing but slopes follows it there.
     """
     if not smooth:
         return [steps]
-    first, last = ((_usual(steps),), steps) if noisy else ((FIRST, SECOND), _usual(steps))
+    first, last = ((_usual(steps),), steps) if noisy else ((FIRST, SECOND), _usual(steps, MORE if rough else HALF))
     return [n for n in first if 5 * n < 4 * last] + [last]
 
 
-def _usual(steps: int) -> int:
-    return steps if steps <= SHORT else round(HALF * steps / (steps + HALF))
+def _usual(steps: int, half: int = HALF) -> int:
+    return steps if steps <= SHORT else round(half * steps / (steps + half))
 
 
 def is_noisy(schedule: Schedule) -> bool:
@@ -56,15 +59,35 @@ def density(schedule: Schedule) -> Tensor:
     low, high = RATIO_RANGE
     ratio = (schedule.sigma[:-1] / schedule.signal[:-1].clamp_min(1e-300)).clamp(low, high).log()
     width = torch.zeros(steps, dtype=torch.float64)
-    if steps > 1:
+    if steps > 1:  # the largest of the two steps on either side: what is interpolated here goes by nodes beyond them
         moved = ratio.diff().abs()
-        width[0], width[-1], width[1:-1] = moved[0], moved[-1], (moved[1:] + moved[:-1]) / 2
+        width = torch.cat([moved[:1].expand(2), moved, moved[-1:].expand(2)]).unfold(0, 4, 1).amax(1)
     weight = influence(schedule).abs()
     weight = (weight / weight.max()).clamp_min(LEAST_WEIGHT)
     shape = width**0.8 * weight**0.2
     total = shape.sum()
     even = torch.full_like(shape, 1 / steps)
     return even if not total > 0 else (1 - EVEN) * shape / total + EVEN * even
+
+
+def tilted(density: Tensor, nodes: tuple[int, ...], missed: list[float]) -> Tensor:
+    """The density, tilted along the chain so that what interpolation misses is shared out more evenly.
+
+    missed: of every node, as it was seen there, of what is not asked up to the next; it goes with the fifth power of an
+    interval. One number is taken of it, in coarse steps, for it was seen far from the solution, and for solves of one
+    model to have the same nodes.
+    """
+    at = torch.tensor([*nodes, len(density)])
+    gap = at.diff().double()
+    seen = (gap > 1) & (torch.tensor(missed) > 0)
+    if int(seen.sum()) < FEWEST_SEEN:
+        return density
+    passed = density.cumsum(0) - density / 2
+    place = passed[at[:-1][seen]] - passed[at[:-1][seen]].mean()
+    whole = (torch.tensor(missed, dtype=torch.float64)[seen] * (gap / (gap - 1))[seen]).log() / 5
+    tilt = float((place * (whole - whole.mean())).sum() / place.square().sum())
+    shape = density * (passed * min(max(round(tilt / TILT), -MOST_TILTED), MOST_TILTED) * TILT).exp()
+    return shape / shape.sum()
 
 
 def influence(schedule: Schedule) -> Tensor:
@@ -113,26 +136,34 @@ def adjoint(state_coef: Tensor, model_coef: Tensor, slope: Tensor) -> Tensor:
     return found
 
 
-def equidistribute(weight: Tensor, count: int, turn: int = 0) -> list[int]:
+def equidistribute(weight: Tensor, count: int) -> list[int]:
     """`count` distinct timesteps that part the weight, (T,) > 0, evenly; the first and the last are among them.
 
     They are moved by up to a quarter of an interval, each another way: what is periodic in time, as a network's
     embedding of it makes its errors, would else add up where its period is that of the nodes, and no estimate could see
-    it. `turn`: which of many ways.
+    it.
     """
     steps, count = len(weight), min(count, len(weight))
     if count == 1:
         return [0]
-    reached = torch.cat([torch.zeros(1, dtype=torch.float64), ((weight[1:] + weight[:-1]) / 2).cumsum(0)])
-    number = torch.arange(count, dtype=torch.float64)
-    moved = (number * (GOLDEN + turn * PLASTIC) % 1 - 0.5) * 2 * SHIFT
-    moved[0] = moved[-1] = 0
-    wanted = (number + moved) / (count - 1) * reached[-1]
-    nodes: list[int] = []
-    for k, at in enumerate(torch.searchsorted(reached, wanted).tolist()):
-        least = nodes[-1] + 1 if nodes else 0
-        nodes.append(min(max(at, least), steps - count + k))
-    nodes[-1] = steps - 1
+    taken = torch.zeros(steps, dtype=torch.bool)
+    taken[0] = taken[-1] = True
+    while True:  # those whose share is a node or more are nodes; the others share out what is left
+        left = count - int(taken.sum())
+        rest = weight.masked_fill(taken, 0)
+        whole = (rest * left >= rest.sum()) & ~taken
+        if left <= 0 or not bool(whole.any()):
+            break
+        taken |= whole
+    free = (~taken).nonzero()[:, 0]
+    number = torch.arange(1, left + 1, dtype=torch.float64)
+    moved = (number * GOLDEN % 1 - 0.5) * 2 * SHIFT
+    reached = (rest.cumsum(0) - rest / 2)[free].contiguous()
+    least = 0
+    for k, at in enumerate(torch.searchsorted(reached, (number + moved) / (left + 1) * rest.sum()).tolist()):
+        chosen = min(max(at, least), len(free) - left + k)
+        taken[free[chosen]], least = True, chosen + 1
+    nodes: list[int] = taken.nonzero()[:, 0].tolist()
     return nodes
 
 

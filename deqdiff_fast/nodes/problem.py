@@ -13,7 +13,6 @@ from .elements import ALL_ELEMENTS, Elements
 from .guess import SampleGuess
 from .host_history import HostMemory
 from .node_grid import NodeGrid
-from .time_reference import TimeReference
 
 Ask = Callable[[Tensor, Tensor, Tensor, Tensor, int], None]
 """ask(states, rows, slots, predictions, round): fills predictions[slots]: (R, D) at states[slots]: (R, D), which are of
@@ -25,7 +24,6 @@ class Spots(NamedTuple):
 
     timesteps: tuple[int, ...] = ()
     sample: int = 0
-    whole: bool = False  # whether they are all that the nodes leave out and that could matter
 
 
 class Cache(Protocol):
@@ -52,7 +50,6 @@ class NodeProblem:
         guess: of the sample, or None.
         elements: which of a state are here: these D.
         host: where the history is kept, None: with the states.
-        reference: what is known of the model between nodes, or None.
         amplifies: whether one estimate of the error alone is not believed, see `row_tables.amplifies`.
     """
 
@@ -74,7 +71,6 @@ class NodeProblem:
     guess: SampleGuess | None = None
     elements: Elements = ALL_ELEMENTS
     host: HostMemory | None = None
-    reference: TimeReference | None = None
     amplifies: bool = False
 
 
@@ -99,5 +95,3 @@ class NodeOutcome:
     """Whether the model is less smooth in time than interpolation takes it to be; None where no spots were asked."""
     check_evals: int = 0
     """Of the model, at spots."""
-    reference: TimeReference | None = None
-    """What spots have shown of the model between nodes, where they were whole."""

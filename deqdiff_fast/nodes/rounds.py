@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .chain import NodeChain
 from .estimate import Estimate, estimate
-from .grid import equidistribute, refine
+from .grid import equidistribute, refine, tilted
 from .problem import NodeOutcome, NodeProblem
-from .spots import missed_at, spots_along, time_reference
-from .time_reference import TimeReference
+from .spots import missed_at, spots_along
+from .suspects import suspects
 
 MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
 SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sqrt(D)
@@ -26,7 +26,6 @@ DENSEST = 2  # times the usual number of nodes, at most
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the estimate three rounds before
 NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
-NOISY = 1.5  # times the tolerance: what the noise of every step may leave between as many nodes as there may be
 LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
 LARGEST_ESTIMATE = 3.0  # an estimate that says nothing, times the sample
 
@@ -55,8 +54,10 @@ class NodeRounds:
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype)
         self.rate: Tensor | None = None
         self.missed: Tensor | None = None  # by interpolation, as spots have just shown
-        self.shown: TimeReference | None = None  # by these spots
-        self.chain = NodeChain(problem, self._first_nodes(1))
+        self.suspects: tuple[int, ...] = ()  # spots that are asked again, until states have settled
+        self.off = False  # whether those that were just asked miss too much
+        self.density = problem.density
+        self.chain = NodeChain(problem, equidistribute(self.density, self.sizes[0]))
 
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
         """Up to `limit` rounds, until all samples are good enough."""
@@ -89,7 +90,7 @@ class NodeRounds:
             asked = None if bool(asked.all()) else asked
         return NodeOutcome(
             chain.grid, chain.states, chain.remainder, self.done, total, trace, len(self.evaluated), stopped, broken,
-            self.rough, self.check_evals, self.shown,
+            self.rough, self.check_evals,
         )  # fmt: skip
 
     def _change_nodes(self, round: int, found: Estimate | None) -> bool:
@@ -98,11 +99,12 @@ class NodeRounds:
         if round == 1 or found is None:
             return False
         if round <= len(self.sizes):
-            wanted = self._first_nodes(round)
+            if round == len(self.sizes):
+                self.density = tilted(self.density, nodes, found.node_roughness.amax(1).tolist())
+            wanted = equidistribute(self.density, self.sizes[round - 1])
         elif self._too_rough(found):
-            room = self.most - len(nodes)
             score = found.node_roughness.amax(1).tolist()
-            wanted = refine(list(nodes), score, min(max(GROWTH, len(nodes) // GROWTH), room))
+            wanted = refine(list(nodes), score, min(self._wanting(found), self.most - len(nodes)))
         else:
             return False
         if tuple(wanted) == nodes:
@@ -110,28 +112,34 @@ class NodeRounds:
         self.chain.move(tuple(wanted))
         return True
 
-    def _first_nodes(self, round: int) -> list[int]:
-        """The nodes of one of the first rounds."""
-        known, count = self.problem.reference, self.sizes[round - 1]
-        if known is None or round < len(self.sizes):
-            return equidistribute(self.problem.density, count)
-        return known.best(self.problem.density, count, self.problem.tol)
+    def _wanting(self, found: Estimate) -> int:
+        """How many more nodes to try, where these do not do: as many as noise wants between them, or a few."""
+        count = nodes = len(self.chain.grid.nodes)
+        if self.problem.drift is not None:
+            rough = float((self.shortfall * found.interpolation).max()) / (ROUGH * self.problem.tol)
+            enough = walk_between(self.steps, nodes) / rough
+            while count < self.most and walk_between(self.steps, count) > enough:
+                count += 1
+        return max(GROWTH, nodes // GROWTH, count - nodes)
 
     def _ask(self, asked: Tensor | None, round: int) -> None:
-        """The model at the nodes, and by how much it says something else than was foretold; once, at spots as well."""
+        """The model at the nodes, and by how much it says something else than was foretold; once, at spots as well, and
+        at those of them that are suspect in every round."""
         problem, chain, batch = self.problem, self.chain, self.batch
         nodes, device = chain.grid.nodes, problem.start.device
         states = chain.states[:-1].flatten(0, 1)
         rows = torch.tensor(nodes)[:, None] * batch + torch.arange(batch)
         slots = torch.arange(rows.numel()).view(rows.shape)
         rows, slots = (rows.flatten(), slots.flatten()) if asked is None else (rows[asked], slots[asked])
-        spots = spots_along(chain, problem.spots) if round == len(self.sizes) else None
+        first = round == len(self.sizes)
+        wanted = problem.spots if first else problem.spots._replace(timesteps=self.suspects)
+        spots = spots_along(chain, wanted) if first or self.suspects else None
         if spots is not None:
             other = torch.tensor(spots.timesteps) * batch + problem.spots.sample
             rows, slots = torch.cat([rows, other]), torch.cat([slots, len(states) + torch.arange(len(other))])
             states = torch.cat([states, spots.states.flatten(0, 1)])
             self.evaluated.update(spots.timesteps)
-            self.check_evals = len(spots.timesteps)
+            self.check_evals += len(spots.timesteps)
         rows, slots = torch.stack([rows, slots]).to(device).unbind()
         answers = torch.empty_like(states)
         problem.ask(states, rows, slots, answers, round)
@@ -141,8 +149,7 @@ class NodeRounds:
         if spots is not None:
             said = answers[count:].view_as(spots.states)
             self.missed = missed_at(spots, chain, said)
-            if problem.spots.whole and problem.elements.numel(said.shape[2]) == said.shape[2]:
-                self.shown = time_reference(spots, chain, said)
+            self.suspects = suspects(spots, chain, said) if first else self.suspects
 
     def _advance(self) -> Estimate:
         """The chain with what is known now, and how good it is."""
@@ -169,7 +176,8 @@ class NodeRounds:
         total = total.masked_fill(broken, float("nan"))
         if self.missed is not None:
             unseen = self.missed.cpu() - SPOT_FACTOR * found.interpolation[self.problem.spots.sample]
-            self.rough = not float(unseen) <= SPOT_SLACK * self.problem.tol
+            self.off = not float(unseen) <= SPOT_SLACK * self.problem.tol
+            self.rough = self.off if self.rough is None else self.rough
             self.missed = None
         return total.double()
 
@@ -182,19 +190,22 @@ class NodeRounds:
             e <= tol and (done or (before <= most and not lost))
             for e, done, before, lost in zip(estimates, self.done, last, self.hopeless)
         ]
+        if self.suspects and self.off and self.done[self.problem.spots.sample]:
+            self.rough, self.done = True, [False] * self.batch
 
     def _note_hopeless(self, found: Estimate, trace: list[Tensor]) -> None:
         """Which samples are left to rounds on all timesteps.
 
         Those that do not get better, or for which no number of nodes that is allowed will do: where the chain adds
-        noise on its way, that is foretold a round after the first grids. And those whose estimate was larger
-        than the sample once: the model decides something there, and what errors it amplifies is not told.
+        noise on its way, that is foretold on the first grid of the usual size and in the round after it. And those
+        whose estimate was larger than the sample once: the model decides something there, and what errors it amplifies
+        is not told.
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
         rough = (settled & (len(self.chain.grid.nodes) >= self.most)).tolist()
         drafted = self.chain.draft is not None and self.sizes[-1] == self.steps
-        if self.problem.drift is not None and not drafted and len(trace) == len(self.sizes) + 1:
+        if self.problem.drift is not None and not drafted and 0 <= len(trace) - len(self.sizes) <= 1:
             rough = self._too_noisy(found)
         for b, done in enumerate(self.done):
             stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
@@ -207,7 +218,7 @@ class NodeRounds:
         if nodes >= most:
             return [nodes >= NEARLY_ALL * self.steps] * self.batch
         left = walk_between(self.steps, most) / walk_between(self.steps, nodes)
-        return (found.interpolation * left > NOISY * self.problem.tol).tolist()
+        return (found.interpolation * left > ROUGH * self.problem.tol).tolist()
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is neither done nor hopeless wants more nodes."""

@@ -21,7 +21,6 @@ from .drift import composite_drift
 from .elements import joined
 from .node_grid import Transfer, per_element
 from .problem import Spots
-from .time_reference import TimeReference
 
 
 @dataclass(frozen=True)
@@ -101,19 +100,7 @@ def missed_at(spots: SpotStates, chain: NodeChain, answers: Tensor) -> Tensor:
     return missed
 
 
-def time_reference(spots: SpotStates, chain: NodeChain, answers: Tensor) -> TimeReference:
-    """What the answers at the spots, (m, 1, D), and those at the nodes say of the model between nodes."""
-    problem, sample, tables = chain.problem, chain.problem.spots.sample, spots.tables
-    remainder, known = _remainder(tables, problem.classes, answers, spots.states)[:, 0], chain.base()[:, sample]
-    missed = remainder - torch.mm(tables.transfer.scaled[tables.among], known)
-    score = (missed * per_element(tables.influence, problem.classes)[:, 0]).norm(dim=0)
-    timesteps, order = torch.tensor([*chain.grid.nodes, *spots.timesteps]).sort()
-    together = torch.cat([known, remainder])[order.to(known.device)]
-    size = float(chain.states[-1, sample].norm())
-    return TimeReference(problem.chain, problem.classes, timesteps, together, score, size)
-
-
-def _remainder(tables: SpotTables, classes: Tensor | None, answers: Tensor, there: Tensor) -> Tensor:
+def remainder_at(tables: SpotTables, classes: Tensor | None, answers: Tensor, there: Tensor) -> Tensor:
     """(m, 1, D), of the answers at the spots."""
     return answers - per_element(tables.slope, classes) * there
 
@@ -123,7 +110,7 @@ def _carried(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """L2 over elements of what interpolation misses, carried to the sample and to the next node's state, by intervals;
     and of the states. known: (n, 1, D) remainders at the nodes. there: (m, 1, D) states at the spots."""
-    found = _remainder(tables, classes, answers, there)
+    found = remainder_at(tables, classes, answers, there)
     found -= torch.mm(tables.transfer.scaled[tables.among], known.flatten(1)).view_as(found)
     into = found.new_zeros(len(known), *found.shape[1:])
     far = into.index_add(0, tables.interval, found * per_element(tables.influence, classes)).norm(dim=2)

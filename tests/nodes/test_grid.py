@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deqdiff_fast import Schedule
-from deqdiff_fast.nodes.grid import density, equidistribute, influence, is_noisy, refine, round_sizes
+from deqdiff_fast.nodes.grid import density, equidistribute, influence, is_noisy, refine, round_sizes, tilted
 
 ABAR = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 ANGLE = torch.linspace(0, 1, 1001, dtype=torch.float64)
@@ -87,6 +87,29 @@ def test_spread_follows_the_density():
     parted = torch.tensor([float(weight[a:b].sum()) for a, b in itertools.pairwise(nodes)]) / (weight.sum() / 80)
     assert parted.min() > 0.4
     assert parted.max() < 1.6  # a quarter of an interval at both ends, and the rounding to timesteps
+
+
+def test_where_there_is_no_room_others_share_what_is_left():
+    weight = torch.cat([torch.full((80,), 1.0), torch.full((20,), 30.0)]).double()
+    nodes = equidistribute(weight, 40)
+    assert nodes[-20:] == list(range(80, 100)), "each of these is worth more than a node"
+    assert max(b - a for a, b in itertools.pairwise(nodes)) <= 6, "20 nodes for 80 timesteps that count alike"
+
+
+def test_the_density_is_tilted_to_where_more_is_missed():
+    even = torch.full((100,), 0.01, dtype=torch.float64)
+    nodes = tuple(equidistribute(even, 17))
+    assert torch.allclose(tilted(even, nodes, [1.0] * 17), even, atol=2e-3)
+    early = tilted(even, nodes, [float(2.0 ** -(n / 10)) for n in nodes])
+    assert early.sum() == pytest.approx(1)
+    assert early[0] > 2 * early[-1]
+    assert torch.equal(early, tilted(even, nodes, [1.03 * float(2.0 ** -(n / 10)) for n in nodes])), "in coarse steps"
+
+
+@pytest.mark.parametrize("missed", [[0.0] * 5, [0.0, 1.0, 1.0, 0.0, 0.0]])
+def test_what_was_hardly_seen_tilts_nothing(missed):
+    even = torch.full((40,), 0.025, dtype=torch.float64)
+    assert tilted(even, (0, 10, 20, 30, 39), missed) is even
 
 
 def test_spread_has_no_period():

@@ -94,9 +94,10 @@ def evaluations(model, schedule, x, nodes):
     return sampler.sample(x, generator=seeded()).stats.model_evals
 
 
-def test_bfloat16_costs_hardly_more_than_without_nodes(mixture, ddim, noise):
-    plain, x = mixture(), noise(2).bfloat16()
-    assert evaluations(plain, ddim(50), x, True) < 1.25 * evaluations(plain, ddim(50), x, False)
+def test_bfloat16_costs_no_more_than_without_nodes(mixture, ddim, noise):
+    plain, noises = mixture(), [noise(2, seed=seed).bfloat16() for seed in range(4)]
+    on_nodes, without = (sum(evaluations(plain, ddim(50), x, nodes) for x in noises) for nodes in (True, False))
+    assert on_nodes < without
 
 
 @pytest.mark.parametrize(("steps", "eta"), [(20, 0.5), (100, 0.5), (20, 1.0), (100, 1.0)])

@@ -9,7 +9,6 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.operators import Downsample
-from deqdiff_fast.restoration.model import RestoringModel
 
 SHAPE = (3, 8, 8)
 TOL = 1e-2
@@ -40,15 +39,11 @@ def largest_error(model: Any, schedule: dq.Schedule, relative_error: Any, sigma:
     return worst, on_nodes
 
 
-def test_no_timestep_is_left_out(mixture: Any, ddim: Any, relative_error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_timestep_is_left_out(mixture: Any, ddim: Any, relative_error: Any) -> None:
     model = mixture(SHAPE, components=10)
     for sigma in (0.0, 0.05):
         worst, on_nodes = largest_error(model, ddim(20), relative_error, sigma)
         assert (worst <= TOL, on_nodes) == (True, 0)
-    monkeypatch.setattr(RestoringModel, "deqdiff_rough_in_time", False)  # as it once was
-    worst, on_nodes = largest_error(model, ddim(20), relative_error, 0.0)
-    assert worst > TOL
-    assert on_nodes > 0
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.05])

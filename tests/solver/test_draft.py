@@ -140,12 +140,15 @@ def test_windows_and_batches(mixture, ddim, noise, window):
 
 def test_secants_help_where_the_draft_does_not(mixture, ddim, noise):
     model = mixture()
-    rounds = [
-        solved(model, ddim(50), noise(), Shifted(model, 0.1), solver=dq.Drafted(history=h), tol=1e-3)[0]
-        .stats.rounds
+    without, with_them = (
+        sum(
+            solved(model, ddim(50), noise(seed=seed), Shifted(model, 0.2), solver=dq.Drafted(history=h), tol=1e-3)[0]
+            .stats.rounds
+            for seed in range(4)
+        )
         for h in (0, 3)
-    ]  # fmt: skip
-    assert rounds[1] < rounds[0]
+    )  # fmt: skip
+    assert with_them < without
 
 
 def test_auto_takes_the_draft_and_plans_with_it(mixture, ddim, noise):
