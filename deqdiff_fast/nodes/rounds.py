@@ -174,11 +174,10 @@ class NodeRounds:
             total = found.total(self.rate, self.shortfall) * self.safety
         broken = ~(found.step + found.interpolation).isfinite()
         total = total.masked_fill(broken, float("nan"))
-        if self.missed is not None:
-            unseen = self.missed.cpu() - SPOT_FACTOR * found.interpolation[self.problem.spots.sample]
-            self.off = not float(unseen) <= SPOT_SLACK * self.problem.tol
-            self.rough = self.off if self.rough is None else self.rough
-            self.missed = None
+        expected = SPOT_FACTOR * float(found.interpolation[self.problem.spots.sample]) + SPOT_SLACK * self.problem.tol
+        self.off = self.missed is not None and not float(self.missed) <= expected
+        self.rough = self.off if self.missed is not None and self.rough is None else self.rough
+        self.missed = None
         return total.double()
 
     def _note_done(self, trace: list[Tensor]) -> None:
