@@ -116,8 +116,8 @@ class NodeRounds:
         """How many more nodes to try, where these do not do: as many as noise wants between them, or a few."""
         count = nodes = len(self.chain.grid.nodes)
         if self.problem.drift is not None:
-            rough = float((self.shortfall * found.interpolation).max()) / (ROUGH * self.problem.tol)
-            enough = walk_between(self.steps, nodes) / rough
+            rough = float((self.shortfall * found.interpolation).max())
+            enough = walk_between(self.steps, nodes) * ROUGH * self.problem.tol / rough
             while count < self.most and walk_between(self.steps, count) > enough:
                 count += 1
         return max(GROWTH, nodes // GROWTH, count - nodes)
@@ -221,7 +221,8 @@ class NodeRounds:
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is neither done nor hopeless wants more nodes."""
-        rough = (self.shortfall * found.interpolation > ROUGH * self.problem.tol).tolist()
+        scale = self.shortfall * max(1.0, ROUGH * self.safety)  # for else it may be that alone what is above tol
+        rough = (scale * found.interpolation > ROUGH * self.problem.tol).tolist()
         return any(wanted and not over for wanted, over in zip(rough, self._over()))
 
     def _over(self) -> list[bool]:
