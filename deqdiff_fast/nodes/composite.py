@@ -121,9 +121,8 @@ def leave_one_out(sources: Tensor, unit: Tensor) -> Tensor:
     found = torch.eye(count, dtype=torch.float64)
     if count < 3:
         return torch.zeros_like(found)
-    around = min(POINTS, count - 1)
-    for j in range(count):
-        first = max(0, min(j - around // 2, count - around - 1))
-        near = torch.tensor([k for k in range(first, first + around + 1) if k != j])
-        found[j, near] -= lagrange(sources[near][None], sources[j : j + 1])[0] * unit[sources[near]] / unit[sources[j]]
-    return found
+    around, number = min(POINTS, count - 1), torch.arange(count)
+    near = (number - around // 2).clamp(0, count - around - 1)[:, None] + torch.arange(around + 1)
+    near = near[near != number[:, None]].view(count, around)
+    weights = lagrange(sources[near], sources) * unit[sources[near]] / unit[sources, None]
+    return found.scatter_(1, near, -weights)
