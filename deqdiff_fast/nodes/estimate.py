@@ -58,15 +58,9 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    grid: NodeGrid,
-    classes: Tensor | None,
-    surprise: Tensor,
-    shrinking: Tensor,
-    remainder: Tensor,
-    states: Tensor,
-    last: Tensor,
-    elements: Elements = ALL_ELEMENTS,
-) -> Estimate:
+    grid: NodeGrid, classes: Tensor | None, surprise: Tensor, shrinking: Tensor, remainder: Tensor, states: Tensor,
+    last: Tensor, elements: Elements = ALL_ELEMENTS,
+) -> Estimate:  # fmt: skip
     """The estimate of a round.
 
     Args:

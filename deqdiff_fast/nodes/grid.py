@@ -20,6 +20,7 @@ FEWEST_STEPS = 10  # of a chain that is worth rounds on nodes
 SHORT = 16  # timesteps of a chain all of which are nodes in the end
 RENEWED = 0.016  # see `is_noisy`
 HALF, MORE = 45, 90  # nodes of the rounds that follow: T HALF / (T + HALF), or with MORE, see `round_sizes`
+LOOSE = 1e-2, 1e-1  # tolerances from which and up to which HALF becomes less: interpolation errs by about n^-2
 TILT, MOST_TILTED = 0.5, 4  # by what part, and how often that, of what nodes have seen their density is tilted
 FEWEST_SEEN = 4  # nodes
 SHIFT = 0.25  # how far nodes are moved, in intervals
@@ -28,7 +29,7 @@ RATIO_RANGE = (1e-4, 1e4)  # noise-to-signal ratios beyond count as these
 LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
 
 
-def round_sizes(steps: int, noisy: bool = False, smooth: bool = True, rough: bool = False) -> list[int]:
+def round_sizes(steps: int, noisy: bool = False, smooth: bool = True, rough: bool = False, tol: float = 0) -> list[int]:
     """Numbers of nodes of the first rounds; the last one stands for all that follow.
 
     noisy: whether a chain adds so much noise between nodes that all timesteps are nodes after one round, where a draft
@@ -37,11 +38,12 @@ def round_sizes(steps: int, noisy: bool = False, smooth: bool = True, rough: boo
     """
     if not smooth:
         return [steps]
-    first, last = ((_usual(steps),), steps) if noisy else ((FIRST, SECOND), _usual(steps, MORE if rough else HALF))
+    half = MORE if rough else HALF * (LOOSE[0] / min(max(tol, LOOSE[0]), LOOSE[1])) ** 0.5
+    first, last = ((_usual(steps),), steps) if noisy else ((FIRST, SECOND), _usual(steps, half))
     return [n for n in first if 5 * n < 4 * last] + [last]
 
 
-def _usual(steps: int, half: int = HALF) -> int:
+def _usual(steps: int, half: float = HALF) -> int:
     return steps if steps <= SHORT else round(half * steps / (steps + half))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._locks import Lock
 from ..engine.node_solve import begins_on_nodes
-from ..engine.options import DEFAULT_TOL, Options
+from ..engine.options import Options
 from ..engine.placement import Placement
 from ..engine.system import System
 from ..engine.workspace import Workspace
@@ -47,7 +47,7 @@ class Planner:
         ranks = options.ranks
         self.options, self.clock = options, clock or (None if ranks is None else SharedClock(ranks, options.schedule))
         self._shared = options.knowledge
-        schedule, tol = options.schedule, DEFAULT_TOL if options.tol is None else options.tol
+        schedule, tol = options.schedule, options.asked
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
         kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)
         on_nodes = begins_on_nodes(options, schedule.num_steps, warm=False)

@@ -151,6 +151,18 @@ def test_few_nodes_for_a_long_chain():
     assert len(round_sizes(1000)) == 3
 
 
+@pytest.mark.parametrize("steps", [17, 20, 50, 100, 1000])
+def test_fewer_nodes_for_a_larger_tolerance_and_as_many_for_a_smaller(steps):
+    sizes = [round_sizes(steps, tol=tol) for tol in (1e-5, 1e-2, 5e-2, 1e-1, 0.9)]
+    last = [found[-1] for found in sizes]
+    assert sizes[0] == sizes[1] == round_sizes(steps)
+    assert last[1] > last[2] > last[3] == last[4]
+    assert sizes[3] == sorted(set(sizes[3]))
+    assert last[3] >= 7
+    noisy = [round_sizes(steps, rough=True, tol=tol) for tol in (1e-2, 1e-1)]
+    assert noisy[0] == noisy[1], "what noise does between nodes falls by less where there are more"
+
+
 @pytest.mark.parametrize("steps", [1, 2, 16, 17, 50, 1000])
 def test_all_timesteps_where_nothing_is_to_be_interpolated(steps):
     assert round_sizes(steps, smooth=False) == [steps]
