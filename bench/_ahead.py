@@ -28,7 +28,6 @@ from deqdiff_fast.kernels.mark_converged import _triton as marking
 from deqdiff_fast.kernels.newton_scan import _triton as newton
 from deqdiff_fast.kernels.newton_scan import _triton_linear as linear
 from deqdiff_fast.kernels.newton_scan import _triton_prepare as prepare
-from deqdiff_fast.kernels.newton_scan import _triton_products as products
 from deqdiff_fast.kernels.node_scan import _triton as nodes
 from deqdiff_fast.kernels.secant_fit import _triton as fits
 
@@ -38,9 +37,8 @@ STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDTH = {"fp32": 4, "bf16": 2, "mixed": 2, "fp64": 8}  # bytes of the narrowest element, which sets the block
 HISTORY = 5
 TABLES = (
-    "state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat", "gains",
-    "products", "gamma", "previous", "strict", "decision", "remainder_coef", "size", "ridges", "guess_error", "weight",
-    "sq_miss",
+    "state_coef", "model_coef", "partials", "gram", "alpha", "sq_diff", "sq_norm", "slope", "e_hat", "previous",
+    "strict", "decision", "remainder_coef", "size", "ridges", "guess_error", "weight", "sq_miss",
 )  # fmt: skip
 STREAMS = (
     "exact", "states", "predictions", "drift", "f", "g", "z", "e", "target", "source", "remainder",
@@ -52,7 +50,7 @@ SETTINGS = (
 )  # fmt: skip
 SINGLE = ("weights", "newton_norms", "window_bounds", "mark_converged", "secant_fit")  # one warp a program
 ALONE = ("newton_advance", "inverse_advance")  # one program a sample
-STAGES = {"newton_advance": 1, "inverse_advance": 1, "products": 2}  # as they are launched
+STAGES = {"newton_advance": 1, "inverse_advance": 1}  # as they are launched
 LONG = 31  # columns of the longest rings, of the inverse scan
 
 
@@ -91,13 +89,6 @@ def cases():
             yield inverse.inverse_advance_kernel, storage, advanced, "inverse_advance"
         yield copies.copy_rows_kernel, storage, {}, "copy_rows"
     yield anderson.anderson_mix_kernel, "mixed", {"M": HISTORY, "DAMPED": True, "MIXED": False}, "anderson_mix"
-    yield products.gains_kernel, "fp32", {"SPECTRAL": True}, "newton_prepare"
-    for ring in (4, 8):
-        sizes = {"RING": ring, "P": ring, "Q": ring, "DRIFT": False, "SPECTRAL": True}
-        tile = {"ROWS": products.TILE // ring, "SPAN": products.SPAN}
-        yield products.products_kernel, "fp32", sizes | tile, "products"
-        yield products.recursion_kernel, "fp32", {"P": ring, "Q": ring, "SPAN": 512}, "recursion"
-        yield products.corrected_scan_kernel, "fp32", sizes, "newton_prepare"
     rates = {name: getattr(stopping, name) for name in ("MIN_RATE", "MAX_RATE", "FIRST_RATE")}
     rates["TINY"] = stopping.TINY_OF[torch.float32]
     yield marking.mark_converged_kernel, "fp32", rates | {"SPAN": 128}, "mark_converged"

@@ -17,8 +17,6 @@ import torch
 
 WARPS_WANTED = 8  # per multiprocessor, before a scan stops splitting the window
 MAX_CHUNKS, MIN_CHUNK_ROWS = 32, 4
-PRODUCTS_FROM = 8192  # elements per sample; from counting bytes and latencies, not yet from a device
-PRODUCT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -106,10 +104,3 @@ def scan_chunks(programs: int, rows: int, device: torch.device) -> int:
     """Into how many parts a scan splits `rows` time steps, when samples and blocks of D make `programs` programs."""
     wanted = WARPS_WANTED * _multiprocessors(device) // max(programs, 1)
     return max(1, min(wanted, MAX_CHUNKS, rows // MIN_CHUNK_ROWS))
-
-
-def newton_products(steps: int, batch: int, size: int, secants: int, lags: int, dtype: torch.dtype) -> bool:
-    """Whether a quasi-Newton scan goes by products of all rows (newton_scan/_triton_products.py): for one lag in
-    float32, where a pass over D by one program per sample is long, and where the products fit."""
-    room = 4 * batch * (steps * secants) * (steps * 2 * secants) <= PRODUCT_BYTES
-    return lags == 1 and dtype == torch.float32 and size >= PRODUCTS_FROM and room

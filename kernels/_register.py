@@ -76,9 +76,7 @@ class register:
             mutates_args=[name for name in self.names if name in self.written],
             schema=f"({arguments}",
         )
-        self.op.register_fake(
-            lambda *args, **named: self.check(dict(zip(self.names, args), **named))
-        )  # returns nothing
+        self.op.register_fake(lambda *args, **named: self.check(dict(zip(self.names, args), **named)))
 
     def __call__(self, backend: str, *args: Any) -> None:
         if backend == "auto" and _backends.dispatched(args[0]):

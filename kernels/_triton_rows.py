@@ -33,6 +33,19 @@ def known_row(x, i, b, B, D, lanes, mask, WIDE: tl.constexpr):
 
 
 @triton.jit
+def earlier_rows(x, i, otherwise, b, B, D, lanes, mask, L: tl.constexpr, WIDE: tl.constexpr):
+    """Rows i - 1, i - 2 and i - 3, those that a chain of L lags has use for."""
+    x1, x2, x3 = otherwise, otherwise, otherwise
+    if L > 1:
+        x1 = known_row(x, i - 1, b, B, D, lanes, mask, WIDE)
+    if L > 2:
+        x2 = known_row(x, i - 2, b, B, D, lanes, mask, WIDE)
+    if L > 3:
+        x3 = known_row(x, i - 3, b, B, D, lanes, mask, WIDE)
+    return x1, x2, x3
+
+
+@triton.jit
 def older_columns(ring, i, b, B, D, W, column, lanes, bound, RING: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr):
     """Row i of the ring columns written 1, 2, ... P rounds ago, (P, lanes); zero where lanes >= bound (P,)."""
     columns = (column + 2 * RING - 1 - tl.arange(0, P)) % RING
@@ -112,16 +125,8 @@ def scan_start(
 ):  # fmt: skip
     """What the recursion carries into row `begin`: the last states and predictions, from the known row `first` on."""
     x0 = known_row(states, first, b, B, D, lanes, mask, WIDE)
-    x1, x2, x3, e1, e2, e3 = x0, x0, x0, x0, x0, x0
-    if L > 1:
-        x1 = known_row(states, first - 1, b, B, D, lanes, mask, WIDE)
-        e1 = known_row(predictions, first - 1, b, B, D, lanes, mask, WIDE)
-    if L > 2:
-        x2 = known_row(states, first - 2, b, B, D, lanes, mask, WIDE)
-        e2 = known_row(predictions, first - 2, b, B, D, lanes, mask, WIDE)
-    if L > 3:
-        x3 = known_row(states, first - 3, b, B, D, lanes, mask, WIDE)
-        e3 = known_row(predictions, first - 3, b, B, D, lanes, mask, WIDE)
+    x1, x2, x3 = earlier_rows(states, first, x0, b, B, D, lanes, mask, L, WIDE)
+    e1, e2, e3 = earlier_rows(predictions, first, x0, b, B, D, lanes, mask, L, WIDE)
     for i in tl.range(first, begin, loop_unroll_factor=4):
         new, e0 = scan_row(
             i, b, B, D, lanes, mask, x0, x1, x2, x3, e1, e2, e3, predictions, drift, state_coef, model_coef,

@@ -46,9 +46,8 @@ BUDGET = {
     "ddim_update_kernel": 128, "anderson_scan_kernel": 128, "anderson_mix_kernel": 128, "anderson_solve_kernel": 255,
     "ddim_norms_kernel": 128, "newton_linear_kernel": 128, "newton_prepare_kernel": 168, "newton_weights_kernel": 128,
     "newton_norms_kernel": 128, "newton_advance_kernel": 255, "window_bounds_kernel": 128, "active_rows_kernel": 64,
-    "mark_converged_kernel": 64, "copy_rows_kernel": 64, "gains_kernel": 64, "products_kernel": 255,
-    "recursion_kernel": 128, "corrected_scan_kernel": 128, "node_scan_kernel": 130,
-    "secant_fit_kernel": 96, "inverse_prepare_kernel": 168, "inverse_advance_kernel": 255,
+    "mark_converged_kernel": 64, "copy_rows_kernel": 64, "node_scan_kernel": 130, "secant_fit_kernel": 96,
+    "inverse_prepare_kernel": 168, "inverse_advance_kernel": 255,
 }  # fmt: skip
 
 

@@ -7,16 +7,9 @@ from torch import Tensor
 
 
 def ddim_update(
-    states: Tensor,
-    predictions: Tensor,
-    state_coef: Tensor,
-    model_coef: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    sq_diff: Tensor,
-    sq_norm: Tensor,
-    drift: Tensor | None = None,
-) -> None:
+    states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, lo: Tensor, hi: Tensor,
+    sq_diff: Tensor, sq_norm: Tensor, drift: Tensor | None = None,
+) -> None:  # fmt: skip
     """F[i+1] = sum_l state_coef[i,l] F[i-l] + model_coef[i,l] E[i-l] + drift[i] for lo[b] <= i < hi[b]; states <- F.
 
     Rows up to lo[b] are known, F = X there. sq_diff[i] = |F[i+1] - X[i+1]|^2, sq_norm[i] = |F[i+1]|^2, summed over D.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import _config
 from .._launches import launcher
-from .._triton_rows import combined, drift_row, known_row, older_columns, own_column, slope_row, window
+from .._triton_rows import combined, drift_row, earlier_rows, known_row, older_columns, own_column, slope_row, window
 from .._workspace import ProblemSize, cut, next_power_of_2
 from ..newton_scan._triton_prepare import gram_sums, secant_fit
 from . import layout
@@ -41,16 +41,8 @@ def reached_row(
 ):  # fmt: skip
     """Row i's prediction, and where the step leads from its state x."""
     out = known_row(predictions, i, b, B, D, lanes, mask, WIDE)
-    x1, x2, x3, e1, e2, e3 = x, x, x, x, x, x
-    if L > 1:
-        x1 = known_row(states, i - 1, b, B, D, lanes, mask, WIDE)
-        e1 = known_row(predictions, i - 1, b, B, D, lanes, mask, WIDE)
-    if L > 2:
-        x2 = known_row(states, i - 2, b, B, D, lanes, mask, WIDE)
-        e2 = known_row(predictions, i - 2, b, B, D, lanes, mask, WIDE)
-    if L > 3:
-        x3 = known_row(states, i - 3, b, B, D, lanes, mask, WIDE)
-        e3 = known_row(predictions, i - 3, b, B, D, lanes, mask, WIDE)
+    x1, x2, x3 = earlier_rows(states, i, x, b, B, D, lanes, mask, L, WIDE)
+    e1, e2, e3 = earlier_rows(predictions, i, x, b, B, D, lanes, mask, L, WIDE)
     reached = combined(i, x, x1, x2, x3, out, e1, e2, e3, state_coef, model_coef, L, WIDE)
     return out, reached + drift_row(drift, i, b, B, D, lanes, mask, DRIFT, WIDE)
 

@@ -82,32 +82,19 @@ def linear_layout(size: ProblemSize) -> Layout:
     return {"partials": ((size.steps, size.batch, blocks, 3), wide(size.dtype))}
 
 
-def secant_layout(size: ProblemSize, ring: int, stored: torch.dtype, products: bool) -> Layout:
+def secant_layout(size: ProblemSize, ring: int, stored: torch.dtype) -> Layout:
     """With secants of `ring` > 1 columns kept in `stored`: Grams summed over blocks, the inverse of every row, and the
-    states that narrower rings cannot keep; by products, what _triton_products.py passes from launch to launch."""
+    states that narrower rings cannot keep."""
     real = wide(size.dtype)
     blocks = ceil_div(size.numel, _config.config("newton_prepare", size.device).block(stored.itemsize))
-    rows, pairs, entries = (size.steps, size.batch), next_power_of_2(ring - 1), next_power_of_2(ring)
-    found: Layout = {
-        "partials": ((*rows, blocks, pairs**2 + 2), real),
-        "secant_weights": ((*rows, pairs, pairs), torch.float64),
-    }
+    rows, pairs = (size.steps, size.batch), next_power_of_2(ring - 1)
+    found: Layout = {"partials": ((*rows, blocks, pairs**2 + 2), real)}
+    found["secant_weights"] = ((*rows, pairs, pairs), torch.float64)
     if size.lags > 1:
         found["e_hat"] = ((size.lags, size.batch, size.numel), real)
-    if products:
-        found["gains"] = ((size.steps + 1, size.numel), torch.float32)
-        found["products"] = ((size.batch, size.steps, pairs, size.steps, entries), torch.float32)
-        found["gamma"] = ((size.batch, size.steps, entries), torch.float32)
-        found["norms"] = ((*rows, blocks, 3), torch.float32)
-    elif stored != size.dtype:  # by products the states stay until their last use
+    if stored != size.dtype:
         found["exact"] = ((*rows, size.numel), size.dtype)
     return found
-
-
-def by_products(size: ProblemSize, ring: int) -> bool:
-    """Whether the scan is made of products of all rows; see `_config.newton_products`."""
-    pairs = next_power_of_2(ring - 1)
-    return _config.newton_products(size.steps, size.batch, size.numel, pairs, size.lags, size.dtype)
 
 
 def newton_scan_bytes(
@@ -119,6 +106,4 @@ def newton_scan_bytes(
     if needs_none(device, backend):
         return 0
     size = ProblemSize(steps, batch, numel, lags, dtype, device)
-    if history == 0:
-        return nbytes(linear_layout(size))
-    return nbytes(secant_layout(size, history + 1, stored, by_products(size, history + 1)))
+    return nbytes(secant_layout(size, history + 1, stored) if history else linear_layout(size))

@@ -1,12 +1,11 @@
-"""Triton kernels of the quasi-Newton scan: at most three launches, seven where D is large; the host waits for none.
+"""Triton kernels of the quasi-Newton scan: at most three launches; the host waits for none.
 
 N[i+1] = sum_l a[i,l] N[i-l] + b[i,l] Ê[i-l] + drift[i], Ê[i] = E[i] + J[i] (N[i] - X[i]), J[i] a slope plus a
 multisecant correction (Lim et al. 2024, arXiv 2309.12252; Gonzalez et al. 2024, arXiv 2407.19115; Fang and Saad 2009).
 
 Slope alone: _triton_linear.py. With secants every row needs dots over all of D before it can advance. What does not
-depend on N, the plain scan, the Grams, their inverses and the ring writes, is done beforehand and in parallel
-(_triton_prepare.py); the scan proper is one program per sample and one pass over D per row, which also takes the dots
-that the next row needs. Where D is large for one program, _triton_products.py takes all dots at once instead.
+depend on N, plain scan, Grams, their inverses and ring writes, is done beforehand and in parallel, _triton_prepare.py;
+the scan proper is one program per sample and one pass over D per row, which also takes the dots of the next row.
 
 Bytes: the scan proper reads E, X, the new state and this round's column of z, H columns of z and of e, and the next
 row's z again (from cache), and writes the state: 2 H + 5 elements per state element, with the preparation 3 H + 9.
@@ -24,10 +23,9 @@ from .. import _config
 from .._launches import launcher
 from .._triton_rows import combined, drift_row, known_row, larger, older_columns, own_column, slope_row, window
 from .._workspace import ProblemSize, cut
-from . import by_products, secant_layout
-from ._triton_linear import launch_linear, launch_norms
+from . import secant_layout
+from ._triton_linear import launch_linear
 from ._triton_prepare import newton_prepare_kernel, newton_weights_kernel
-from ._triton_products import launch_products
 
 
 @triton.jit(do_not_specialize=["T", "W", "column"])
@@ -102,23 +100,16 @@ def launch(
     states: Tensor, predictions: Tensor, state_coef: Tensor, model_coef: Tensor, slope: Tensor, lo: Tensor, hi: Tensor,
     sq_diff: Tensor, sq_norm: Tensor, z: Tensor | None, e: Tensor | None, filled: Tensor | None, column: int,
     ridge: float, floor: float, drift: Tensor | None, workspace: Tensor | None = None, chunks: int | None = None,
-    products: bool | None = None,
 ) -> None:  # fmt: skip
-    """The op on contiguous tensors. chunks overrides how many parts the window is cut into beforehand, products whether
-    the scan is made of products (_triton_products.py) or passes over D row by row."""
+    """The op on contiguous tensors. chunks overrides how many parts the window is cut into beforehand."""
     tables = (slope, state_coef, model_coef, lo, hi)
-    if z is None or e is None or filled is None:
-        none = (None, None, None)
-        launch_linear(states, predictions, tables, sq_diff, sq_norm, none, drift, workspace)
-        return
-    ring, width = z.shape[:2]
-    if ring == 1:
+    if z is None or z.shape[0] == 1:
         launch_linear(states, predictions, tables, sq_diff, sq_norm, (z, e, filled), drift, workspace)
         return
+    ring, width = z.shape[:2]
     (steps, batch, numel), device, lags = predictions.shape, states.device, state_coef.shape[1]
     rows, size = min(steps, width), ProblemSize(steps, batch, numel, lags, states.dtype, device)
-    products = by_products(size, ring) if products is None else products
-    scratch = cut(secant_layout(size, ring, z.dtype, products), workspace, device)
+    scratch = cut(secant_layout(size, ring, z.dtype), workspace, device)
     partials, secant_weights = scratch["partials"], scratch["secant_weights"]
     e_hat, exact = scratch.get("e_hat"), scratch.get("exact")
     prepare, advance = _config.config("newton_prepare", device), _config.config("newton_advance", device)
@@ -135,12 +126,6 @@ def launch(
         partials, lo, hi, filled, secant_weights, sq_diff, steps, batch, width, blocks, ridge, floor, RING=ring,
         P=pairs, SPAN=8, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
-    if products:
-        launch_products(
-            states, predictions, drift, tables, z, e, sq_diff, column, block, prepare.num_warps, scratch
-        )  # fmt: skip
-        launch_norms(scratch["norms"], lo, hi, sq_diff, sq_norm, width)
-        return
     launcher(newton_advance_kernel, (batch,))(
         states, predictions, drift, *tables, z, e, secant_weights, e_hat, exact, sq_diff, sq_norm, steps, batch, numel,
         width, column, **shape, SPECTRAL=slope.shape[1] > 1, BLOCK=span, num_warps=advance.num_warps, num_stages=1,

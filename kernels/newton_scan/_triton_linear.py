@@ -82,28 +82,23 @@ def newton_norms_kernel(partials, lo, hi, sq_diff, sq_norm, T, B, W, blocks, SPA
     tl.store(sq_norm + row, tl.sum(norm).to(sq_norm.dtype.element_ty))
 
 
-def launch_norms(partials: Tensor, lo: Tensor, hi: Tensor, sq_diff: Tensor, sq_norm: Tensor, width: int) -> None:
-    """sq_diff, sq_norm <- sums over blocks of partials (T, B, blocks, 3)."""
-    steps, batch, blocks, _ = partials.shape
-    launcher(newton_norms_kernel, (batch * min(steps, width),))(
-        partials, lo, hi, sq_diff, sq_norm, steps, batch, width, blocks, SPAN=64, num_warps=1, enable_fp_fusion=True
-    )
-
-
 def launch_linear(
     states: Tensor, predictions: Tensor, tables: tuple[Tensor, ...], sq_diff: Tensor, sq_norm: Tensor,
-    rings: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None], drift: Tensor | None, workspace: Tensor | None,
+    rings: tuple[Tensor | None, ...], drift: Tensor | None, workspace: Tensor | None,
 ) -> None:  # fmt: skip
-    """On contiguous tensors. tables: slope, state_coef, model_coef, lo, hi. rings: z, e of one column and filled."""
+    """On contiguous tensors. tables: slope, state_coef, model_coef, lo, hi. rings: z, e of one column and filled, or
+    three times None."""
     (steps, batch, size), device, (slope, state_coef, _, lo, hi) = predictions.shape, states.device, tables
     config, lags = _config.config("newton_linear", device), state_coef.shape[1]
-    partials = cut(linear_layout(ProblemSize(steps, batch, size, lags, states.dtype, device)), workspace, device)[
-        "partials"
-    ]
+    plan = linear_layout(ProblemSize(steps, batch, size, lags, states.dtype, device))
+    partials = cut(plan, workspace, device)["partials"]
     width = steps if rings[0] is None else rings[0].shape[1]
     launcher(newton_linear_kernel, (partials.shape[2] * batch,))(
         states, predictions, drift, *tables, *rings, partials, steps, batch, size, width, L=lags,
         DRIFT=drift is not None, SPECTRAL=slope.shape[1] > 1, RING=0 if rings[0] is None else 1,
         BLOCK=config.block(states.element_size()), num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    launch_norms(partials, lo, hi, sq_diff, sq_norm, width)
+    launcher(newton_norms_kernel, (batch * min(steps, width),))(
+        partials, lo, hi, sq_diff, sq_norm, steps, batch, width, partials.shape[2], SPAN=64, num_warps=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip

@@ -7,14 +7,9 @@ from torch import Tensor
 
 
 def node_scan(
-    states: Tensor,
-    remainder: Tensor,
-    state_coef: Tensor,
-    remainder_coef: Tensor,
-    start: Tensor,
-    classes: Tensor | None = None,
-    drift: Tensor | None = None,
-) -> None:
+    states: Tensor, remainder: Tensor, state_coef: Tensor, remainder_coef: Tensor, start: Tensor,
+    classes: Tensor | None = None, drift: Tensor | None = None,
+) -> None:  # fmt: skip
     """y_l <- sum_m state_coef[j,l,m,k] y_m + sum_s remainder_coef[j,l,s,k] remainder[start[j]+s] + drift[j,l].
 
     For j = 0 ... n - 1 and l < L, all y at once, k = classes[d] the class of an element; y = (states[0], 0, ..., 0) at

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from deqdiff_fast.kernels import (
-    _config,
     advance_window,
     anderson_step,
     available_backends,
@@ -71,18 +70,6 @@ def test_triton_newton_is_at_most_three(launches, problem, secants):
     assert launches == (
         ["newton_prepare_kernel", "newton_weights_kernel", "newton_advance_kernel"] if secants else linear
     )
-
-
-def test_triton_newton_by_products_is_seven(launches, problem, monkeypatch):
-    monkeypatch.setattr(_config, "PRODUCTS_FROM", 1)
-    run = problem(5, 2, 17).serve("triton")
-    device, scan = run.states.device, run.scan()
-    z, e = (torch.zeros(3, 5, 2, 17, device=device) for _ in range(2))
-    filled, slope = torch.zeros(5, 2, dtype=torch.int32, device=device), torch.zeros(5, 1, device=device)
-    newton_scan(*scan[:4], slope, *scan[4:], z, e, filled, 0, drift=run.drift, backend="triton")
-    prepared = ["newton_prepare_kernel", "newton_weights_kernel"]
-    scanned = ["gains_kernel", "products_kernel", "recursion_kernel", "corrected_scan_kernel", "newton_norms_kernel"]
-    assert launches == prepared + scanned
 
 
 def test_triton_others_are_one_or_two(launches, problem):

@@ -12,7 +12,6 @@ import torch
 from races import CHECKED
 
 import deqdiff_fast.kernels as kernels
-from deqdiff_fast.kernels import _config
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("nothing is interpreted in this process", allow_module_level=True)
@@ -116,11 +115,8 @@ def counted(count, x):
     tl.store(count, now + 1)
 
 
-@pytest.mark.parametrize(
-    ("op", "products_from"), [("newton_scan", _config.PRODUCTS_FROM), ("newton_scan", 1), ("inverse_scan", 1)]
-)
-def test_triton_scans_over_time_need_their_barriers(monkeypatch, op, products_from):
-    monkeypatch.setattr(_config, "PRODUCTS_FROM", products_from)
+@pytest.mark.parametrize("op", ["newton_scan", "inverse_scan"])
+def test_triton_scans_over_time_need_their_barriers(monkeypatch, op):
     monkeypatch.setattr(type(interpreter_builder), "create_barrier", lambda self: None)
     with pytest.raises(AssertionError, match="without a barrier"):
         called(op)
@@ -139,12 +135,10 @@ def kernel_names() -> set[str]:
     return found
 
 
-def test_triton_every_kernel_is_checked(monkeypatch):
+def test_triton_every_kernel_is_checked():
     """Whatever other tests of this process have launched."""
     CHECKED.clear()
-    for products_from in (_config.PRODUCTS_FROM, 1):
-        monkeypatch.setattr(_config, "PRODUCTS_FROM", products_from)
-        for op in kernel_operands.OPS:
-            called(op)
+    for op in kernel_operands.OPS:
+        called(op)
     called("newton_scan", z=None, e=None, filled=None)
     assert kernel_names() == CHECKED

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 import deqdiff_fast as dq
 from deqdiff_fast.engine import solve
 from deqdiff_fast.kernels import (
-    _config,
     anderson_step,
     anderson_step_bytes,
     available_backends,
@@ -115,16 +114,13 @@ CASES = [
     ("newton_scan", 2, FLOAT, 0),
     ("newton_scan", 1, FLOAT, 2),
     ("newton_scan", 2, torch.bfloat16, 3),
-    ("newton_scan by products", 1, FLOAT, 3),
+    ("newton_scan", 1, FLOAT, 3),
     ("inverse_scan", 1, FLOAT, 9),
 ]
 
 
 @pytest.mark.parametrize(("op", "lags", "stored", "history"), CASES)
-def test_triton_works_inside_its_workspace(counter, problem, monkeypatch, op, lags, stored, history):
-    if "products" in op:
-        monkeypatch.setattr(_config, "PRODUCTS_FROM", 1)
-    op = op.partition(" ")[0]
+def test_triton_works_inside_its_workspace(counter, problem, op, lags, stored, history):
     steps, batch, size = 5, 2, 131
     start = problem(steps, batch, size, lags, history=history if op == "anderson_step" else 0).serve("triton")
     plain, given = start.clone(), start.clone()
