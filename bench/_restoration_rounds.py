@@ -28,7 +28,6 @@ from ._common import markdown, note
 from ._problems import Problem, relative_error
 
 OTHER_NOISE = 10**5  # images that the model made must not be sought from the noise that made them
-ETAS = (0.0, 0.85)
 TARGET, TIGHT, TIGHT_TARGET = 1e-2, 1e-5, 1e-4
 HEADER = (
     "operator", "method", "sigma", "eta", "rounds", "on nodes", "calls", "evaluations / T", "error", "consistency",
@@ -91,7 +90,7 @@ def measure(
         for method in methods:
             if method == "diffpir" and sigma == 0 and "ddnm" in methods:
                 continue  # it is the same there
-            for eta in ETAS:
+            for eta in args.etas:
                 note(f"{name}: {method}, sigma {sigma:g}, eta {eta:g} ...")
                 row = {"operator": name, "method": method, "sigma": sigma, "eta": eta}
                 yield row | _cell(args, problem, operator, y, method, sigma, eta)

@@ -26,7 +26,11 @@ PROBLEMS = ("bundled", "mixture", "policy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="default: all")
+    parser.add_argument(
+        "--problems", nargs="+", default=list(PROBLEMS), metavar="NAME",
+        help=f"of {', '.join(PROBLEMS)} (default: all), or diffusers folders",
+    )  # fmt: skip
+    parser.add_argument("--alone", action="store_true", help="without the draft and the spectrum that a model brings")
     parser.add_argument("--steps", type=positive_int, nargs="+", default=[20, 50, 100], help="T (default 20 50 100)")
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[1, 4, 16], help="B (default 1 4 16)")
     parser.add_argument("--size", type=positive_int, default=32, help="image size of the mixture (default 32)")
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def problem_of(name: str, args: argparse.Namespace) -> Problem:
     if name == "policy":
         return _policy.problem(args.device, args.fit)
-    return load(argparse.Namespace(model=name, size=args.size, device=args.device, alone=False))
+    return load(argparse.Namespace(model=name, size=args.size, device=args.device, alone=args.alone))
 
 
 def author_loop(problem: Problem, schedule: dq.Schedule) -> Callable[[Tensor], Tensor]:

@@ -86,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", choices=(*OURS, *THEIRS), help="default: all")
     parser.add_argument("--rounds", action="store_true", help="the table of rounds instead; of ours, without deepinv")
     parser.add_argument(
+        "--etas", type=float, nargs="+", default=[0.0, 0.85], metavar="ETA", help="of --rounds (default 0 0.85)"
+    )
+    parser.add_argument(
         "--watched",
         type=positive_int,
         default=2,
