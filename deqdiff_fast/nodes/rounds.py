@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .chain import NodeChain
 from .estimate import Estimate, estimate
-from .grid import equidistribute, refine, tilted
+from .grid import equidistribute, refine, round_sizes, tilted, usual
 from .problem import NodeOutcome, NodeProblem
 from .spots import missed_at, spots_along
 from .suspects import suspects
@@ -27,15 +27,15 @@ GROWING = 2.0  # times the last step: a draft makes rounds diverge
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the estimate three rounds before
 NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
 LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
-LARGEST_ESTIMATE = 3.0  # an estimate that says nothing, times the sample
+LARGEST_ESTIMATE = 3.0  # one that says nothing, times the sample
 
 Report = Callable[[int, Tensor, "NodeRounds"], object]
 """report(round, error estimate (B,), the rounds): called after every round; returning True stops."""
 
 
 def most_nodes(steps: int, sizes: list[int]) -> int:
-    """How many nodes a round may have; sizes: see `round_sizes`."""
-    return min(DENSEST * sizes[-1], steps)
+    """How many nodes a round may have, whatever the tolerance; sizes: see `round_sizes`."""
+    return min(DENSEST * max(sizes[-1], usual(steps)), steps)
 
 
 class NodeRounds:
@@ -98,6 +98,8 @@ class NodeRounds:
         nodes = self.chain.grid.nodes
         if round == 1 or found is None:
             return False
+        if round == 2 and self.sizes[-1] < usual(self.steps) and float(found.interpolation.max()) > LARGEST_ESTIMATE:
+            self.sizes = round_sizes(self.steps)  # too rough for fewer, whatever the tolerance
         if round <= len(self.sizes):
             if round == len(self.sizes):
                 self.density = tilted(self.density, nodes, found.node_roughness.amax(1).tolist())
@@ -172,8 +174,7 @@ class NodeRounds:
                 self.shortfall = torch.maximum(self.shortfall, found.shortfall(before))
                 self.rate = found.rate(before)
             total = found.total(self.rate, self.shortfall) * self.safety
-        broken = ~(found.step + found.interpolation).isfinite()
-        total = total.masked_fill(broken, float("nan"))
+        total = total.masked_fill(~(found.step + found.interpolation).isfinite(), float("nan"))
         expected = SPOT_FACTOR * float(found.interpolation[self.problem.spots.sample]) + SPOT_SLACK * self.problem.tol
         self.off = self.missed is not None and not float(self.missed) <= expected
         self.rough = self.off if self.missed is not None and self.rough is None else self.rough
@@ -244,9 +245,8 @@ class NodeRounds:
 
 
 def walk_between(steps: int, nodes: int) -> float:
-    """What linear interpolation misses of a random walk of `steps` steps, in all and up to a factor: the variance of
-    the sum of a Brownian bridge's values at the whole numbers between 0 and g is proportional to g^3 - g, and there are
-    as many bridges as nodes, of g = steps / nodes."""
+    """What linear interpolation misses of a random walk of `steps` steps, up to a factor: the sum of a Brownian bridge
+    over the whole numbers between 0 and g has a variance as g^3 - g, and there is one a node, of g = steps / nodes."""
     gap = steps / nodes
     return float((nodes * max(gap**3 - gap, 0.0)) ** 0.5)
 

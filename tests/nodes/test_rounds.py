@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
+from deqdiff_fast.nodes.grid import round_sizes
+from deqdiff_fast.nodes.rounds import NodeRounds
 from deqdiff_fast.solver import QuasiNewton
 
 pytestmark = pytest.mark.usefixtures("rows_are_known")
@@ -210,3 +212,24 @@ def test_third_order_costs_hardly_more_than_without_nodes(mixture, noise, steps)
         return model(x, t.long()) * (1 + rough[t.long()]).view(-1, 1, 1, 1)
 
     assert evaluations(uneven, schedule, x, True) < 1.25 * evaluations(uneven, schedule, x, False)
+
+
+@pytest.mark.parametrize(("rough", "tol"), [(True, 5e-2), (False, 5e-2), (True, 1e-3)])
+def test_a_larger_tolerance_has_fewer_nodes_unless_the_first_round_misses_more_than_the_sample(
+    mixture, ddim, noise, monkeypatch, rough, tol
+):
+    """And never fewer at the most than others."""
+    seen, advance = [], NodeRounds._advance
+
+    def first_round_misses(self):
+        found = advance(self)
+        if not seen:
+            found = found._replace(interpolation=found.interpolation * 0 + (5.0 if rough else 0.5))
+        seen.append(self)
+        return found
+
+    monkeypatch.setattr(NodeRounds, "_advance", first_round_misses)
+    dq.DEQSampler(mixture(), ddim(100), solver="quasi-newton", tol=tol).sample(noise(1))
+    assert seen[0].sizes == (round_sizes(100) if rough else round_sizes(100, tol=tol))
+    assert round_sizes(100)[-1] != round_sizes(100, tol=5e-2)[-1]
+    assert seen[0].most == 2 * round_sizes(100)[-1]
