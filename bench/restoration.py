@@ -89,10 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--etas", type=float, nargs="+", default=[0.0, 0.85], metavar="ETA", help="of --rounds (default 0 0.85)"
     )
     parser.add_argument(
-        "--watched",
-        type=positive_int,
-        default=2,
-        help="with --rounds: images for tol 1e-5 and for Anderson (default 2)",
+        "--watched", type=positive_int, default=2, help="of --rounds: images for tol 1e-5 and for Anderson (default 2)"
     )
     parser.add_argument("--tune", action="store_true", help="theirs: the best of several settings on these images")
     parser.add_argument(

@@ -144,7 +144,7 @@ class Options:
     def node_sizes(self) -> list[int]:
         """Numbers of nodes of the first rounds, where there are rounds on nodes."""
         noisy, rough = self.drafted and is_noisy(self.schedule), self.schedule.stochastic and not self.drafted
-        return round_sizes(self.schedule.num_steps, noisy, not rough_in_time(self.model), rough, self.asked)
+        return round_sizes(self.schedule.num_steps, noisy, not rough_in_time(self.model), rough, self.requested_tol)
 
     @property
     def drafted(self) -> bool:
@@ -167,15 +167,15 @@ class Options:
         return replace(copy(self), model=model, cuda_graph=False, graph_cache=graphs)
 
     @property
-    def asked(self) -> float:
-        """The tolerance of samples, as it was asked for."""
+    def requested_tol(self) -> float:
+        """The relative error that samples may have, as it was asked for."""
         return DEFAULT_TOL if self.tol is None else self.tol
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The relative residual below which the solve ends, for states of that dtype."""
         if self.tol is None and self.solver.tol is not None:
             return float(self.solver.tol)
-        return max(self.solver.safety * self.asked, self.floor(dtype))
+        return max(self.solver.safety * self.requested_tol, self.floor(dtype))
 
     def allowed(self, dtype: torch.dtype) -> float:
         """The relative error allowed in a sample."""

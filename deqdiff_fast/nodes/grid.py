@@ -34,23 +34,23 @@ def round_sizes(steps: int, noisy: bool = False, smooth: bool = True, rough: boo
 
     noisy: whether a chain adds so much noise between nodes that all timesteps are nodes after one round, where a draft
     makes that the faster way. smooth: whether the model is smooth in time; else all are nodes in every round. rough:
-    whether a chain adds noise between nodes, and nothing but slopes follows it there.
+    whether a chain adds noise between nodes, and nothing but slopes follows it there. tol: a larger one has fewer.
     """
     if not smooth:
         return [steps]
     half = MORE if rough else HALF * (LOOSE[0] / min(max(tol, LOOSE[0]), LOOSE[1])) ** 0.5
-    first, last = ((usual(steps),), steps) if noisy else ((FIRST, SECOND), usual(steps, half))
+    first, last = ((usual_nodes(steps),), steps) if noisy else ((FIRST, SECOND), usual_nodes(steps, half))
     return [n for n in first if 5 * n < 4 * last] + [last]
 
 
-def usual(steps: int, half: float = HALF) -> int:
+def usual_nodes(steps: int, half: float = HALF) -> int:
     return steps if steps <= SHORT else round(half * steps / (steps + half))
 
 
 def is_noisy(schedule: Schedule) -> bool:
     """Whether a chain is `noisy`: by what is renewed of a state's noise from node to node, of which more is allowed
     where nodes are few, for there they save more."""
-    size, part = schedule.sigma[1:], usual(schedule.num_steps) / schedule.num_steps
+    size, part = schedule.sigma[1:], usual_nodes(schedule.num_steps) / schedule.num_steps
     renewed = torch.where(size > 0, schedule.noise_coef / size, 0).square().clamp_max(1).mean()
     return bool(renewed * (1 - part) > RENEWED * part**0.5)
 

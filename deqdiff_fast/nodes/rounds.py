@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .chain import NodeChain
 from .estimate import Estimate, estimate
-from .grid import equidistribute, refine, round_sizes, tilted, usual
+from .grid import equidistribute, refine, round_sizes, tilted, usual_nodes
 from .problem import NodeOutcome, NodeProblem
 from .spots import missed_at, spots_along
 from .suspects import suspects
@@ -35,7 +35,7 @@ Report = Callable[[int, Tensor, "NodeRounds"], object]
 
 def most_nodes(steps: int, sizes: list[int]) -> int:
     """How many nodes a round may have, whatever the tolerance; sizes: see `round_sizes`."""
-    return min(DENSEST * max(sizes[-1], usual(steps)), steps)
+    return min(DENSEST * max(sizes[-1], usual_nodes(steps)), steps)
 
 
 class NodeRounds:
@@ -98,7 +98,7 @@ class NodeRounds:
         nodes = self.chain.grid.nodes
         if round == 1 or found is None:
             return False
-        if round == 2 and self.sizes[-1] < usual(self.steps) and float(found.interpolation.max()) > LARGEST_ESTIMATE:
+        if round == 2 and self.sizes[-1] < usual_nodes(self.steps) and found.interpolation.max() > LARGEST_ESTIMATE:
             self.sizes = round_sizes(self.steps)  # too rough for fewer, whatever the tolerance
         if round <= len(self.sizes):
             if round == len(self.sizes):

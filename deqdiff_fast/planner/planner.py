@@ -47,7 +47,7 @@ class Planner:
         ranks = options.ranks
         self.options, self.clock = options, clock or (None if ranks is None else SharedClock(ranks, options.schedule))
         self._shared = options.knowledge
-        schedule, tol = options.schedule, options.asked
+        schedule, tol = options.schedule, options.requested_tol
         chain = (schedule.num_steps, schedule.name, schedule.stochastic)
         kind = (*chain, tol, options.max_rounds, options.max_batch, options.backend, options.spectrum is None)
         on_nodes = begins_on_nodes(options, schedule.num_steps, warm=False)
