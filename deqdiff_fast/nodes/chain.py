@@ -18,9 +18,9 @@ from .problem import NodeProblem
 
 UNSETTLED = 0.1  # what the last sweep of a draft may move where they have not settled
 GROWING, LARGEST = 2.0, 3.0  # times the last move of a draft's sweeps, or times the sample: they do not settle
-SWEEPS, SETTLED = 10, 0.05  # of a draft along the chain, at most, and what part of the tolerance the last may move,
-LOOSE = 0.02  # or of what the round before has moved, if that is more: the next one moves that much again
-STILL = 3e-4  # of what the last sweep may move: a state that has moved less since the draft was asked about it
+SWEEPS, SETTLED = 10, 0.1  # of a draft along the chain, at most, and what part of the tolerance the last may move,
+LOOSE = 0.2  # or of what the round before has moved, if that is more: the next one moves that much again
+STILL = 0.03  # of what the last sweep may move: a state that has moved less since the draft was asked about it
 
 
 class NodeChain:
