@@ -131,12 +131,12 @@ def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter
 def measure(
     system: System, noise: Tensor, rows: int, *, repeats: int, budget: float, clock: Clock = time.perf_counter
 ) -> float:
-    """Least seconds of a call, which prepares, and up to `repeats` more; fewer once `budget` seconds are spent.
+    """Least seconds of a call, which prepares, and up to `repeats` more; one more once `budget` seconds are spent.
 
     The least, since a call that was disturbed would rule out all larger ones; solves that are tried put it right.
     """
     taken = [time_call(system, noise, rows, clock)]
-    while len(taken) <= repeats and sum(taken) < budget:
+    while taken[-1] < math.inf and len(taken) <= repeats and (len(taken) == 1 or sum(taken) < budget):
         taken.append(time_call(system, noise, rows, clock))
     return min(taken)
 

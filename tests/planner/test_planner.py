@@ -53,6 +53,20 @@ def solve_padded(machine, sampler, start):
     return sampler.sample(start)
 
 
+def test_the_first_call_of_a_size_which_prepares_is_not_what_the_size_costs(machine):
+    """Ten seconds are more than a warm-up gives to a size: it is called once more all the same."""
+    seen = set()
+
+    def cost(rows):
+        first, _ = rows not in seen, seen.add(rows)
+        return 10.0 if first else 1.0
+
+    _, sampler = machine(cost, steps=60)
+    plan = sampler.warmup((3, 8, 8))
+    assert len(plan.measured) > 1
+    assert [seconds for _, seconds in plan.measured] == [1.0] * len(plan.measured)
+
+
 def test_warmup_on_a_busy_device_stays_serial_and_stops_measuring(machine, noise):
     busy, sampler = machine(float)
     assert sampler.warmup((3, 8, 8)).serial
