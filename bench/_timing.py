@@ -28,15 +28,19 @@ time that they took, which the wall clock puts on whichever side happened to run
 
 
 def interleave(
-    sides: list[Side], device: str, *, passes: int, budget: float, clock: str = "wall", visit: float = 0.005
-) -> None:
+    sides: list[Side], device: str, *, passes: int, budget: float, clock: str = "wall", visit: float = 0.005,
+    warm: bool = True,
+) -> None:  # fmt: skip
     """Fill `seconds` of every side, one figure for each pass.
 
     Every pass calls all sides, beginning with another one each time; a quick side is called often enough for about
     `visit` seconds and its median counts. A side that has used up `budget` seconds and has 3 figures sits out the
     allowed passes, so that ratios are formed over the passes that both sides took part in.
+
+    Args:
+        warm: whether every side is called twice before; False where the same sides were timed just now.
     """
-    for side in sides:
+    for side in sides if warm else ():
         for _ in range(2):  # first touch of the memory, compilation, thread pools
             first = _once(side, device, clock)
         side.calls = max(1, min(25, int(visit / max(first, 1e-9))))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -113,18 +112,19 @@ def _row(args: argparse.Namespace, name: str, problem: Problem, steps: int, batc
         runs: list[dq.Stats] = []
         seconds: dict[str, list[float]] = {"loop": [], "serial": [], "sample": []}
         paired, of_serial = list[float](), list[float]()
+        sides = [
+            Side("loop", lambda: loop(noise)),
+            Side("serial", lambda: sampler.serial(noise)),
+            Side("sample", lambda: runs.append(sampler.sample(noise).stats)),
+        ]
         for first in range(0, args.noises * batch, batch):
             noise = problem.noise(range(first, first + batch))
-            sides = [
-                Side("loop", partial(loop, noise)),
-                Side("serial", partial(sampler.serial, noise)),
-                Side("sample", lambda noise=noise: runs.append(sampler.sample(noise).stats)),
-            ]
-            interleave(sides, args.device, passes=args.passes, budget=args.budget, clock=args.clock)
-            for side in sides:
-                seconds[side.name] += side.seconds
+            interleave(sides, args.device, passes=args.passes, budget=args.budget, clock=args.clock, warm=first == 0)
             paired += ratios(sides[0], sides[2])
             of_serial += ratios(sides[0], sides[1])
+            for side in sides:
+                seconds[side.name] += side.seconds
+                side.seconds = []
         reference, out = sampler.serial(noise).sample, sampler.sample(noise)
         by_hand = float(((loop(noise) - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).max())
     if not by_hand < SAME:

@@ -115,17 +115,25 @@ def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf
     return math.inf
 
 
-def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter) -> float:
-    """Seconds of a call of the draft at one timestep, the second one of two."""
+def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter, steps: int = 1) -> float:
+    """Seconds of a call of the draft at that many timesteps, the second one of two. Infinite where it runs out of
+    memory on them."""
     states = noise.detach().flatten(1).to(torch.float64 if noise.dtype == torch.float64 else torch.float32)
-    step = torch.zeros(1, dtype=torch.int64, device=noise.device)
-    with torch.no_grad():
-        draft.rows(states[None], step)
-        synchronize(noise.device)
-        start = clock()
-        draft.rows(states[None], step)
-        synchronize(noise.device)
-    return clock() - start
+    states, step = states.expand(steps, -1, -1), torch.zeros(steps, dtype=torch.int64, device=noise.device)
+    taken = math.inf
+    try:
+        for _ in range(2):
+            synchronize(noise.device)
+            start = clock()
+            with torch.no_grad():
+                draft.rows(states, step)
+            synchronize(noise.device)
+            taken = clock() - start
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return math.inf
+    return taken
 
 
 def measure(

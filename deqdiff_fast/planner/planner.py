@@ -33,11 +33,11 @@ MOST_CORRECTION = 100.0  # beyond which a time was no solver's; of a model of mi
 MOST_PREPARING = 6  # solves of a kind that may prepare something and are not believed for it
 ROUND_OVERHEAD = 1.5  # of what a serial step spends outside of the model: a round also tests and shifts its window
 ELEMENT_SECONDS = 2.4e-9  # a solver's own work for an element of a state: 48 bytes at 20 GB a second
+DRAFT_STEPS = 8  # timesteps in the call of a draft that is timed, as in a small round
+DRAFT_EVALS = 3  # evaluations of a draft for each of the model, by all sweeps of a solve
 
 _log = logging.getLogger(__name__)
 _LOCK = Lock()  # what is learned is shared between samplers, and so between threads
-
-TYPICAL_SWEEPS = 7  # of a draft in a round on nodes, its call of a batch taken to cost as much for each row as for one
 
 
 class Planner:
@@ -159,7 +159,7 @@ class Planner:
         clock = self.clock_of(workload)
         call = time_call(system, noise, rows, clock)
         if system.draft is not None:
-            stats.draft_seconds = TYPICAL_SWEEPS * time_draft(system.draft, noise, clock)
+            stats.draft_seconds = DRAFT_EVALS * time_draft(system.draft, noise, clock, DRAFT_STEPS) / DRAFT_STEPS
         with _LOCK:
             stats.costs.set_step(workload.batch, step, few)
             stats.costs.set_call(rows, min(call, step))
