@@ -19,6 +19,7 @@ from ..engine.workspace import Workspace
 from ..model.padding import padded_sizes
 from ..plan import Plan
 from ..solver.picard import Picard
+from .decide import decide
 from .measure import time_call
 from .planner import MOST_PREPARING, REFRESH, Planner
 from .probe import REPEATS, WARMUP_SECONDS, measure_sizes
@@ -26,7 +27,7 @@ from .run import solve_in_rounds
 from .timed_steps import ENOUGH, TIMED_STEPS, time_plain_steps, time_seen_steps
 from .workload import Workload
 
-NEAR = 1.5  # solves are tried that are predicted to take at most this many times what the serial chain does
+NEAR = 1.5  # solves are tried that are predicted to take at most this many times what the best way does
 
 
 def example_noise(
@@ -57,9 +58,10 @@ def warm_up(planner: Planner, noise: Tensor, model_kwargs: dict[str, Any] | None
         step = _step_seconds(planner, workload, system, draw())
         planner.record_first_steps(workload, system, step, few=False)
         measure_sizes(planner, workload, system, warmup=True)
-        serial, *solves = planner.plan(workload).candidates
-        for solve in solves:
-            if solve.seconds is not None and solve.seconds <= NEAR * (serial.seconds or 0.0):
+        solves = [c for c in planner.plan(workload).candidates if c.window > 1 and c.seconds is not None]
+        for solve in sorted(solves, key=lambda c: c.seconds or 0.0):
+            best = decide(planner.inputs(workload)).chosen.seconds or 0.0  # by what those before have shown
+            if (solve.seconds or 0.0) <= NEAR * best:
                 _try(planner, workload, Request(noise, draw()), solve.window)
         workload.stats.measure_budget = 0.0
         workload.stats.age = REFRESH
