@@ -24,7 +24,7 @@ SPOT_FACTOR, SPOT_SLACK = 1.5, 0.3  # times the estimate of interpolation, and p
 GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
-PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the estimate three rounds before
+PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the largest estimate of the three before
 NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
 LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
 LARGEST_ESTIMATE = 3.0  # one that says nothing, times the sample
@@ -83,7 +83,7 @@ class NodeRounds:
                 break
             self._note_done(trace)
             stopped = report is not None and report(round, total, self) is True
-            self._note_hopeless(found, trace)
+            self._note_hopeless(found, trace, changed)
             if stopped or self.rough or all(self._over()):
                 break
             asked = self._nodes_to_evaluate(found, before)
@@ -193,13 +193,13 @@ class NodeRounds:
         if self.suspects and self.off and self.done[self.problem.spots.sample]:
             self.rough, self.done = True, [False] * self.batch
 
-    def _note_hopeless(self, found: Estimate, trace: list[Tensor]) -> None:
+    def _note_hopeless(self, found: Estimate, trace: list[Tensor], changed: bool) -> None:
         """Which samples are left to rounds on all timesteps.
 
-        Those that do not get better, or for which no number of nodes that is allowed will do: where the chain adds
-        noise on its way, that is foretold on the first grid of the usual size and in the round after it. And those
-        whose estimate was larger than the sample once: the model decides something there, and what errors it amplifies
-        is not told.
+        Those that do not get better, other than by what was missed between nodes that have just changed; those for
+        which no number of nodes that is allowed will do: where the chain adds noise on its way, that is foretold on the
+        first grid of the usual size and in the round after it. And those whose estimate was larger than the sample
+        once: the model decides something there, and what errors it amplifies is not told.
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
@@ -208,7 +208,8 @@ class NodeRounds:
         if self.problem.drift is not None and not drafted and 0 <= len(trace) - len(self.sizes) <= 1:
             rough = self._too_noisy(found)
         for b, done in enumerate(self.done):
-            stalled = len(trace) >= PATIENT and float(trace[-1][b]) > STALLED * float(trace[-4][b])
+            largest = max(float(estimates[b]) for estimates in trace[-4:-1]) if len(trace) >= PATIENT else float("inf")
+            stalled = not changed and float(trace[-1][b]) > STALLED * largest
             diverged = len(trace) > UNTOLD and float(trace[-1][b]) > LARGEST_ESTIMATE
             self.hopeless[b] = self.hopeless[b] or (not done and (rough[b] or stalled or diverged))
 

@@ -167,7 +167,7 @@ class SpectralSlope:
 
 
 class Basis:
-    """The orthonormal change of basis, on rows (n, D): one matrix product an axis, the axes rotated in between."""
+    """The orthonormal change of basis, on rows (n, D): one matrix product an axis."""
 
     def __init__(self, channels: Tensor, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -178,13 +178,13 @@ class Basis:
         """Samples -> coefficients, in place; spare: scratch of the same shape and dtype. Returns rows."""
         if in_tf32(rows):
             return rows.copy_(self.forward(rows.double()))
-        return self._apply(rows, spare, [m.T for m in self._on(rows)])
+        return self._apply(rows, spare, self._on(rows))
 
     def inverse(self, rows: Tensor, spare: Tensor | None = None) -> Tensor:
         """Coefficients -> samples, in place."""
         if in_tf32(rows):
             return rows.copy_(self.inverse(rows.double()))
-        return self._apply(rows, spare, self._on(rows))
+        return self._apply(rows, spare, [m.T for m in self._on(rows)])
 
     def _on(self, rows: Tensor) -> list[Tensor]:
         key = (rows.device, rows.dtype)
@@ -193,15 +193,17 @@ class Basis:
         return self._ready[key]
 
     def _apply(self, rows: Tensor, spare: Tensor | None, matrices: list[Tensor]) -> Tensor:
-        spare = torch.empty_like(rows) if spare is None else spare
-        axes = list(self.shape)
-        for matrix in reversed(matrices):
-            torch.mm(rows.view(-1, axes[-1]), matrix, out=spare.view(-1, axes[-1]))
-            axes = [axes[-1], *axes[:-1]]  # the last axis goes to the front: after all of them the order is restored
-            rows.view(-1, axes[0], math.prod(axes[1:])).copy_(
-                spare.view(-1, math.prod(axes[1:]), axes[0]).transpose(1, 2)
-            )
-        return rows
+        """Each axis multiplied by its matrix, from the left, to and fro between the rows and the scratch."""
+        source, target = rows, torch.empty_like(rows) if spare is None else spare
+        before, after = len(rows), math.prod(self.shape)
+        for size, matrix in zip(self.shape, matrices):
+            after //= size
+            if after == 1:
+                torch.mm(source.view(before, size), matrix.T, out=target.view(before, size))
+            else:
+                torch.matmul(matrix, source.view(before, size, after), out=target.view(before, size, after))
+            before, source, target = before * size, target, source
+        return rows if source is rows else rows.copy_(source)
 
 
 def in_tf32(rows: Tensor) -> bool:
