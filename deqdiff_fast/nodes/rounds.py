@@ -51,6 +51,7 @@ class NodeRounds:
         self.safety = 1 + SCATTER / problem.elements.numel(problem.start.shape[1]) ** 0.5
         if problem.drift is not None and problem.draft is not None and self.sizes[-1] == self.steps:
             self.safety *= NOISE_FACTOR
+        self.unchanged = 0  # rounds since nodes have changed
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype)
         self.rate: Tensor | None = None
         self.missed: Tensor | None = None  # by interpolation, as spots have just shown
@@ -68,6 +69,7 @@ class NodeRounds:
         total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
         for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
             changed = self._change_nodes(round, found)
+            self.unchanged = 0 if changed else self.unchanged + 1
             asked = None if changed else asked
             self._ask(asked, round)
             before, found = found, self._advance().on_host()
@@ -83,7 +85,7 @@ class NodeRounds:
                 break
             self._note_done(trace)
             stopped = report is not None and report(round, total, self) is True
-            self._note_hopeless(found, trace, changed)
+            self._note_hopeless(found, trace)
             if stopped or self.rough or all(self._over()):
                 break
             asked = self._nodes_to_evaluate(found, before)
@@ -193,13 +195,13 @@ class NodeRounds:
         if self.suspects and self.off and self.done[self.problem.spots.sample]:
             self.rough, self.done = True, [False] * self.batch
 
-    def _note_hopeless(self, found: Estimate, trace: list[Tensor], changed: bool) -> None:
+    def _note_hopeless(self, found: Estimate, trace: list[Tensor]) -> None:
         """Which samples are left to rounds on all timesteps.
 
-        Those that do not get better, other than by what was missed between nodes that have just changed; those for
-        which no number of nodes that is allowed will do: where the chain adds noise on its way, that is foretold on the
-        first grid of the usual size and in the round after it. And those whose estimate was larger than the sample
-        once: the model decides something there, and what errors it amplifies is not told.
+        Those that do not get better, but for rounds in which what other nodes had missed shows, see `_estimate_error`;
+        those for which no number of nodes that is allowed will do: where the chain adds noise on its way, that is
+        foretold on the first grid of the usual size and in the round after it. And those whose estimate was larger than
+        the sample once: the model decides something there, and what errors it amplifies is not told.
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
@@ -209,7 +211,7 @@ class NodeRounds:
             rough = self._too_noisy(found)
         for b, done in enumerate(self.done):
             largest = max(float(estimates[b]) for estimates in trace[-4:-1]) if len(trace) >= PATIENT else float("inf")
-            stalled = not changed and float(trace[-1][b]) > STALLED * largest
+            stalled = self.unchanged > 1 and float(trace[-1][b]) > STALLED * largest
             diverged = len(trace) > UNTOLD and float(trace[-1][b]) > LARGEST_ESTIMATE
             self.hopeless[b] = self.hopeless[b] or (not done and (rough[b] or stalled or diverged))
 
