@@ -91,17 +91,6 @@ class Coordinates(Protocol):
         ...
 
 
-class DraftRows(Protocol):
-    """A cheap stand-in for the model, on rows of a chain, in the coordinates of its solver."""
-
-    evals: int
-    """Rows that it was called on so far."""
-
-    def rows(self, states: Tensor, steps: Tensor) -> Tensor:
-        """(n, B, D) states of timesteps steps: (n,) -> (n, B, D) predictions."""
-        ...
-
-
 def unwrap_output(output: Any) -> Any:
     """What a model means by its output: the tensor itself, `.sample` of an object (diffusers), the first of a tuple."""
     value: Any = output if isinstance(output, Tensor) else getattr(output, "sample", output)
@@ -109,6 +98,6 @@ def unwrap_output(output: Any) -> Any:
 
 
 __all__ = [
-    "Backend", "Coordinates", "DraftRows", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows", "Shared",
+    "Backend", "Coordinates", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows", "Shared",
     "shared", "unwrap_output", "without_marks",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..model.draft import Draft
-from ..planner.measure import measure, time_draft
+from ..planner.measure import measure
 from ..sampler import DEQSampler
 from ..schedule import Schedule, SpectralSlope
 from ..solution import Solution
@@ -100,14 +100,13 @@ class Trial:
     def costs(self, draft: Draft) -> tuple[float, float]:
         """Seconds of the draft over those of the model: of a call on one row, and of a row of a batch."""
         noise, kwargs, _ = self.noise(0)
-        options = self.sampler("draft", draft).options
-        system = options.system(noise, kwargs)
+        system = self.sampler("draft", draft).options.system(noise, kwargs)
         assert system.draft is not None
-        stand_in = DEQSampler(draft, self.schedule, solver="quasi-newton").options.system(noise, kwargs)
-        one = measure(system, noise, 1, repeats=REPEATS, budget=MOST_SECONDS)
-        call = min(time_draft(system.draft, noise) for _ in range(REPEATS)) / one
-        rows = [measure(what, noise, ROWS, repeats=REPEATS, budget=MOST_SECONDS) for what in (stand_in, system)]
-        return call, rows[0] / rows[1]
+        call, row = (
+            [measure(what, noise, n, repeats=REPEATS, budget=MOST_SECONDS) for what in (system.draft.model, system)]
+            for n in (1, ROWS)
+        )
+        return call[0] / call[1], row[0] / row[1]
 
     def report(self, draft: Draft, samples: int) -> DraftReport:
         """`samples` solves of each kind, after one each that prepares."""

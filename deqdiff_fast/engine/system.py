@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._types import DraftRows, Model
+from .._types import Model
 from ..kernels import newton_scan_bytes
 from ..model.batched import BatchedModel
+from ..model.draft_calls import DraftCalls
 from ..model.weighted_norm import WeightedNorm
 from ..nodes.rounds import most_nodes
 from ..schedule import Schedule, SpectralSlope
@@ -64,7 +65,7 @@ class System(BatchedModel):
         tables = cached(schedule, place, lambda: Tables.of(schedule, *place))
         self.state_coef, self.model_coef, self.step_variance, self._scalar_slope = tables
         self._slope = slope
-        self.draft: DraftRows | None = None
+        self.draft: DraftCalls | None = None
         """What stands in for the model between rounds, where the solver wants it."""
         self.node_sizes = [schedule.num_steps]
         """Numbers of nodes of the first rounds, see `round_sizes`."""

@@ -10,10 +10,13 @@ from .batched import BatchedModel
 
 
 class DraftCalls:
-    """A draft called on rows of a chain, as the model is: input scale, clipping, conditions. See `DraftRows`.
+    """A draft called on rows of a chain, as the model is: input scale, clipping, conditions.
 
     Args:
         model: the draft in the place of the model, in the model's own basis.
+
+    Attributes:
+        evals: rows that it was called on so far.
     """
 
     def __init__(self, model: BatchedModel) -> None:

@@ -15,6 +15,7 @@ a network need not do, and once rounds have settled no shortfall shows it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from .elements import ALL_ELEMENTS, Elements, joined
 from .node_grid import NodeGrid, per_element
 
 SLOWEST = 0.9  # rate of surprises that are not taken to end at all
+PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the largest estimate of the three before
 
 
 class Estimate(NamedTuple):
@@ -88,6 +90,11 @@ def estimate(
         torch.maximum(weighted / size, here / sizes[1:]),
         rough,
     )
+
+
+def stalled(trace: Sequence[float]) -> bool:
+    """Whether the estimates of the rounds no longer fall: the last is not clearly below the largest of three before."""
+    return len(trace) >= PATIENT and trace[-1] > STALLED * max(trace[-4:-1])
 
 
 def _lengths(

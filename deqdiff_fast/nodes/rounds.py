@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .chain import NodeChain
-from .estimate import Estimate, estimate
+from .estimate import STALLED, Estimate, estimate, stalled
 from .grid import equidistribute, refine, round_sizes, tilted, usual_nodes
 from .problem import NodeOutcome, NodeProblem
 from .spots import missed_at, spots_along
@@ -24,7 +24,6 @@ SPOT_FACTOR, SPOT_SLACK = 1.5, 0.3  # times the estimate of interpolation, and p
 GROWTH = 4  # one node more for so many, and that many at least
 DENSEST = 2  # times the usual number of nodes, at most
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
-PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the largest estimate of the three before
 NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
 LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
 LARGEST_ESTIMATE = 3.0  # one that says nothing, times the sample
@@ -210,10 +209,9 @@ class NodeRounds:
         if self.problem.drift is not None and not drafted and 0 <= len(trace) - len(self.sizes) <= 1:
             rough = self._too_noisy(found)
         for b, done in enumerate(self.done):
-            largest = max(float(estimates[b]) for estimates in trace[-4:-1]) if len(trace) >= PATIENT else float("inf")
-            stalled = self.unchanged > 1 and float(trace[-1][b]) > STALLED * largest
+            slow = self.unchanged > 1 and stalled([float(estimates[b]) for estimates in trace])
             diverged = len(trace) > UNTOLD and float(trace[-1][b]) > LARGEST_ESTIMATE
-            self.hopeless[b] = self.hopeless[b] or (not done and (rough[b] or stalled or diverged))
+            self.hopeless[b] = self.hopeless[b] or (not done and (rough[b] or slow or diverged))
 
     def _too_noisy(self, found: Estimate) -> list[bool]:
         """For which samples as many nodes as there may be would leave too much of what the noise of every step does."""

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._types import DraftRows
-from ..engine.system import System
+from ..model.batched import BatchedModel
 from ..model.padding import out_of_memory
 from .cost_curve import Curve
 from .round_model import average
@@ -89,7 +88,7 @@ class Costs:
             self._calls = {n: s * new / old for n, s in self._calls.items()}
 
 
-def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf_counter) -> float:
+def time_call(system: BatchedModel, noise: Tensor, rows: int, clock: Clock = time.perf_counter) -> float:
     """Seconds of one model call on that many rows: the noise, at the first timesteps. Counts as evaluations.
 
     Infinite where the model runs out of memory on them; `system.learned` has it.
@@ -115,29 +114,8 @@ def time_call(system: System, noise: Tensor, rows: int, clock: Clock = time.perf
     return math.inf
 
 
-def time_draft(draft: DraftRows, noise: Tensor, clock: Clock = time.perf_counter, steps: int = 1) -> float:
-    """Seconds of a call of the draft at that many timesteps, the second one of two. Infinite where it runs out of
-    memory on them."""
-    states = noise.detach().flatten(1).to(torch.float64 if noise.dtype == torch.float64 else torch.float32)
-    states, step = states.expand(steps, -1, -1), torch.zeros(steps, dtype=torch.int64, device=noise.device)
-    taken = math.inf
-    try:
-        for _ in range(2):
-            synchronize(noise.device)
-            start = clock()
-            with torch.no_grad():
-                draft.rows(states, step)
-            synchronize(noise.device)
-            taken = clock() - start
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        return math.inf
-    return taken
-
-
 def measure(
-    system: System, noise: Tensor, rows: int, *, repeats: int, budget: float, clock: Clock = time.perf_counter
+    system: BatchedModel, noise: Tensor, rows: int, *, repeats: int, budget: float, clock: Clock = time.perf_counter
 ) -> float:
     """Least seconds of a call, which prepares, and up to `repeats` more; one more once `budget` seconds are spent.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..model.knowledge import signature_of, variant_of
 from ..plan import Plan, RoundEstimate
 from .decide import PlannerInputs, candidate, decide, predict
 from .free_memory import usable_bytes
-from .measure import Clock, Costs, time_call, time_draft
+from .measure import Clock, Costs, measure, time_call
 from .round_model import FULL_ROUNDS, Expectation, average
 from .shared_clock import SharedClock
 from .workload import Workload, WorkloadStats
@@ -159,7 +160,9 @@ class Planner:
         clock = self.clock_of(workload)
         call = time_call(system, noise, rows, clock)
         if system.draft is not None:
-            stats.draft_seconds = DRAFT_EVALS * time_draft(system.draft, noise, clock, DRAFT_STEPS) / DRAFT_STEPS
+            rows = DRAFT_STEPS * workload.batch
+            call_of_draft = measure(system.draft.model, noise, rows, repeats=1, budget=math.inf, clock=clock)
+            stats.draft_seconds = DRAFT_EVALS * call_of_draft / DRAFT_STEPS
         with _LOCK:
             stats.costs.set_step(workload.batch, step, few)
             stats.costs.set_call(rows, min(call, step))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from deqdiff_fast.nodes.estimate import SLOWEST, Estimate, estimate
+from deqdiff_fast.nodes.estimate import SLOWEST, Estimate, estimate, stalled
 from deqdiff_fast.nodes.node_grid import NodeGrid
 
 STEPS, NODES, BATCH, SIZE = 23, [0, 3, 7, 8, 15, 21, 22], 2, 5
@@ -102,3 +104,17 @@ def test_a_round_that_moved_more_than_foretold_scales_what_follows():
     assert numbers(0.1, 0.1).shortfall(numbers(0.2, 1.0)).item() == 1
     assert numbers(0.0, 0.0).shortfall(numbers(0.0, 0.0)).item() == 1  # 0 / 0
     torch.testing.assert_close(numbers(0.0, 0.1, 0.02).total(0.1 * one, 3 * one), one * 0.06)
+
+
+@pytest.mark.parametrize(
+    ("trace", "expected"),
+    [
+        ([math.inf] * 3 + [0.13, 0.048, 0.014, 0.026, 0.023, 0.011], False),  # by nodes added in the 7th round
+        ([math.inf] * 3 + [0.13, 0.1, 0.08, 0.075, 0.07, 0.068], True),
+        ([math.inf] * 3 + [0.13, 0.1, 0.08, 0.2, 0.15], True),
+        ([math.inf] * 3 + [0.1, 0.1, 0.1, 0.1], False),  # too early
+        ([math.inf] * 3 + [0.3, 0.2, 0.1, 0.05, 0.03], False),
+    ],
+)
+def test_stalled(trace, expected):
+    assert stalled(trace) is expected
