@@ -201,7 +201,8 @@ class Basis:
             if after == 1:
                 torch.mm(source.view(before, size), matrix.T, out=target.view(before, size))
             else:
-                torch.matmul(matrix, source.view(before, size, after), out=target.view(before, size, after))
+                view = (before, size, after)
+                torch.bmm(matrix.expand(before, -1, -1), source.view(view), out=target.view(view))
             before, source, target = before * size, target, source
         return rows if source is rows else rows.copy_(source)
 
