@@ -72,6 +72,7 @@ class Guided:
         _check_pair(cond, uncond)
         self.model, self.cond, self.uncond = model, cond, uncond
         self.base_model = getattr(model, "base_model", model)  # what a planner learns outlives this object
+        self._marked = getattr(model, "takes_marks", False)  # it tells what has a row for each of x by itself
         self.scale, self.rescale = _check_scale(scale), _check_rescale(rescale)
 
     def parameters(self) -> list[Tensor]:
@@ -140,8 +141,7 @@ class Guided:
         return combine(low, high, scale, self.rescale)
 
     def _call(self, x: Tensor, t: Tensor, rows: list[Any], shared: list[Any], layout: _Layout) -> Tensor:
-        marked = getattr(self.model, "takes_marks", False)  # it tells what has a row for each of x by itself
-        given = {_ROW: iter(rows), _SHARED: map(Shared, without_marks(shared)) if marked else iter(shared)}
+        given = {_ROW: iter(rows), _SHARED: map(Shared, without_marks(shared)) if self._marked else iter(shared)}
         leaves = [next(given[value]) if value is _ROW or value is _SHARED else value for value in layout.constants]
         kwargs: dict[str, Any] = tree_unflatten(leaves, layout.structure)
         args = (kwargs.pop(""),) if layout.positional else ()

@@ -17,17 +17,17 @@ def padded_sizes(limit: int, batch: int) -> tuple[int, ...]:
 
 
 def is_compiled(model: Any) -> bool:
-    """Whether the model, or a part of it right below, went through torch.compile, which specialises on batch sizes."""
+    """Whether the model, or a part of it, went through torch.compile, which specialises on batch sizes."""
     inner = getattr(model, "base_model", model)  # a wrapper of ours, around the user's model
     if inner is not model:
         return is_compiled(inner)
-    if hasattr(model, "_torchdynamo_orig_callable") or getattr(model, "_compiled_call_impl", None) is not None:
-        return True
-    if not isinstance(model, nn.Module):
-        return False
-    if type(model).__name__ == "OptimizedModule" and type(model).__module__.startswith("torch._dynamo"):
-        return True
-    return any(is_compiled(child) for child in model.children())
+    parts = model.modules() if isinstance(model, nn.Module) else (model,)
+    return any(
+        "_torchdynamo_orig_callable" in getattr(part, "__dict__", ())
+        or getattr(part, "_compiled_call_impl", None) is not None
+        or (type(part).__name__ == "OptimizedModule" and type(part).__module__.startswith("torch._dynamo"))
+        for part in parts
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:
