@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
+from deqdiff_fast.nodes import chain
 from deqdiff_fast.engine import solve
 from deqdiff_fast.loop.task import Lookahead
 from deqdiff_fast.nodes.rounds import UNTOLD
@@ -89,7 +90,10 @@ def test_schedules_of_other_kinds(mixture, noise, karras, method):
     assert found.stats.rounds <= plain.stats.rounds
 
 
-def test_a_linear_draft_is_quasi_newton(mixture, ddim, noise):
+def test_a_linear_draft_is_quasi_newton(mixture, ddim, noise, monkeypatch):
+    """But for what sweeps leave, when they go on until the sample stands still."""
+    for name, value in (("LOOSE", 0.0), ("SETTLED", 1e-3), ("SWEEPS", 50)):
+        monkeypatch.setattr(chain, name, value)
     schedule, model = ddim(50), mixture()
     slope = dict(zip(schedule.timesteps.tolist(), schedule.slope().float()))
 
@@ -99,7 +103,7 @@ def test_a_linear_draft_is_quasi_newton(mixture, ddim, noise):
     found, _ = solved(model, schedule, noise(), linear, solver=dq.Drafted(slope="scalar", history=0), tol=1e-2)
     newton, _ = solved(model, schedule, noise(), None, solver=dq.QuasiNewton(slope="scalar", history=0), tol=1e-2)
     assert found.stats.rounds == newton.stats.rounds
-    assert torch.allclose(found.stats.residual_trace, newton.stats.residual_trace, rtol=1e-2)
+    assert torch.allclose(found.stats.residual_trace, newton.stats.residual_trace, rtol=1e-3)
 
 
 def test_better_drafts_take_fewer_rounds(mixture, ddim, noise):
