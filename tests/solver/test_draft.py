@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import deqdiff_fast as dq
-from deqdiff_fast.nodes import chain
 from deqdiff_fast.engine import solve
 from deqdiff_fast.loop.task import Lookahead
+from deqdiff_fast.nodes import chain
 from deqdiff_fast.nodes.rounds import UNTOLD
 
 TIGHT = {"tol": 1e-4, "max_batch": 512}
