@@ -31,7 +31,7 @@ class Expectation:
     """Rounds and evaluations of a solve with a given window, for one schedule and tolerance.
 
     A solve corrects the formula for solves of its kind (all timesteps or a window, batch, warm) fully, and for kinds
-    never tried by the mean of all corrections so far.
+    never tried, of those that begin with rounds on nodes as it does or does not, by the mean of all corrections so far.
 
     Args:
         num_steps: T.
@@ -49,7 +49,7 @@ class Expectation:
         self.num_steps, self.drafted, self.nodes, self.certify = num_steps, drafted, nodes, certify
         self.decades = math.log10(TRUSTED_TOL / min(max(tol, 1e-8), 1.0))
         self._corrections: dict[tuple[bool, int, bool], RoundEstimate] = {}  # factors on the formula
-        self._general = RoundEstimate(1.0, 1.0)
+        self._general = dict.fromkeys((False, True), RoundEstimate(1.0, 1.0))  # for kinds never tried, by `_on_nodes`
 
     def prior(self, window: int, batch: int = 1, warm: bool = False) -> RoundEstimate:
         """What the formula says; T rounds for a window of 1."""
@@ -57,8 +57,8 @@ class Expectation:
         if width <= 1:
             return RoundEstimate(steps, 1.0)
         slowest = PER_DOUBLING ** math.log2(max(batch, 1))
-        if self.nodes and width == steps and not warm:
-            return self._on_nodes(slowest)
+        if self._on_nodes(window, warm):
+            return self._prior_on_nodes(slowest)
         share = width / steps
         evaluations, active = max(EVALUATIONS * share**EXPONENT, FEWEST), 1 / (1 + EMPTYING * share)
         if width == steps:
@@ -67,7 +67,10 @@ class Expectation:
         rounds = max(evaluations / (share * active), 1 / share, 2.0) * slowest
         return RoundEstimate(min(rounds, steps), evaluations)
 
-    def _on_nodes(self, slowest: float) -> RoundEstimate:
+    def _on_nodes(self, window: int, warm: bool) -> bool:
+        return bool(self.nodes) and window >= self.num_steps and not warm
+
+    def _prior_on_nodes(self, slowest: float) -> RoundEstimate:
         """Rounds on nodes: a few on fewer of them, then on as many as the tolerance wants, less what is skipped."""
         steps, (*first, last) = self.num_steps, self.nodes
         rounds = DRAFTED_ROUNDS if self.drafted else NODE_ROUNDS + PER_TENFOLD * math.log10(steps / 20)
@@ -86,9 +89,10 @@ class Expectation:
         prior, steps = self.prior(window, batch, warm), self.num_steps
         if min(window, steps) <= 1:
             return prior
-        factor = self._corrections.get((window >= steps, batch, warm), self._general)
+        on_nodes = self._on_nodes(window, warm)
+        factor = self._corrections.get((window >= steps, batch, warm), self._general[on_nodes])
         rounds = min(max(prior.rounds * factor.rounds, 1.0, steps / window), float(steps))
-        least = rounds / steps if self.nodes and window >= steps and not warm else 1.0
+        least = rounds / steps if on_nodes else 1.0
         return RoundEstimate(rounds, min(max(prior.evaluations * factor.evaluations, least), float(window) * rounds))
 
     def learn(self, window: int, batch: int, taken: RoundEstimate, warm: bool = False) -> None:
@@ -97,7 +101,8 @@ class Expectation:
         ratio = RoundEstimate(taken.rounds / prior.rounds, taken.evaluations / prior.evaluations)
         self._corrections[key] = _average(self._corrections.get(key, ratio), ratio)
         if not warm:
-            self._general = _average(self._general, ratio)
+            on_nodes = self._on_nodes(window, warm)
+            self._general[on_nodes] = _average(self._general[on_nodes], ratio)
 
 
 def average(old: float, new: float) -> float:

@@ -74,6 +74,17 @@ def test_work_left():
     assert not give_up(5, 1.0, 5, 1.0)
 
 
+def test_rounds_on_nodes_say_nothing_of_those_with_a_window():
+    expect = Expectation(100, nodes=round_sizes(100))
+    windowed, on_nodes = expect(48), expect(100)
+    expect.learn(100, 1, RoundEstimate(15.0, 5.0))
+    assert expect(48) == windowed
+    assert expect(100, 4).rounds > on_nodes.rounds, "they do of those with more samples"
+    expect.learn(48, 1, RoundEstimate(20.0, 9.0))
+    assert expect(100) == pytest.approx((15.0, 5.0))
+    assert expect(24).rounds > Expectation(100)(24).rounds
+
+
 @pytest.mark.parametrize(
     ("steps", "plain", "drafted"), [(20, 3.1, 2.75), (50, 2.0, 1.45), (100, 1.25, 0.85), (1000, 0.18, 0.11)]
 )
