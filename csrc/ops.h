@@ -9,6 +9,7 @@
   X(newton_scan)       \
   X(inverse_scan)      \
   X(node_scan)         \
+  X(secant_fit)        \
   X(mark_converged)
 
 namespace deqdiff {

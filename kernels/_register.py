@@ -21,7 +21,7 @@ from ._launches import Repeats
 
 _ARGUMENT = re.compile(r"(Tensor|int|float|bool|str)(\(\w+!\))?(\??) (\w+)")
 # What the C++ form takes in float64, and in float32 unless the states are float64; other tensors as they are stored.
-_FLOAT64 = frozenset({"state_coef", "model_coef", "sq_diff", "sq_norm", "sq_miss", "gram"})
+_FLOAT64 = frozenset("state_coef model_coef sq_diff sq_norm sq_miss gram size ridges guess_error".split())  # noqa: SIM905
 _WIDE = frozenset({"slope", "weight"})
 _NEEDS_FLOAT64 = frozenset({"newton_scan", "inverse_scan"})  # their fits: on the CPU where the device has none
 

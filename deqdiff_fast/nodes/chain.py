@@ -11,7 +11,7 @@ from ..kernels import node_scan
 from .draft_answers import DraftAnswers
 from .drift import composite_drift
 from .guess import spread_gap
-from .history import History, NodeHistory
+from .history import History, NodeHistory, put, through
 from .host_history import HostHistory
 from .node_grid import NodeGrid, Transfer, per_element
 from .problem import NodeProblem
@@ -42,7 +42,7 @@ class NodeChain:
         if problem.host is None:
             self.history = NodeHistory(*kept, problem.draft is not None, problem.elements, problem.backend)
         else:
-            self.history = HostHistory(*kept, problem.elements, self.slope, problem.host, problem.backend)
+            self.history = HostHistory(*kept, problem.elements, problem.host, problem.backend)
         self.surprise = torch.zeros_like(self.remainder)
         self.moved = 1.0  # relative, by the sweeps of the last round
         if problem.guess is not None:
@@ -51,7 +51,7 @@ class NodeChain:
             self.remainder = spread_gap(problem.guess, shape, self.grid.influence, problem.classes, last)
             self._scan(self.remainder, self.states)
         elif self.draft is not None:
-            self._sweep(None, self.remainder)
+            self._sweep(self.remainder)
 
     def _grid(self, nodes: list[int]) -> NodeGrid:
         like, chain = self.problem.start, self.problem.chain
@@ -83,75 +83,69 @@ class NodeChain:
         problem, like, old = self.problem, self.problem.start, self.grid
         make: Callable[[], Transfer] = lambda: Transfer.of(problem.chain, old.nodes, nodes, like.dtype, like.device)  # noqa: E731
         transfer: Transfer = problem.cache(("transfer", old.nodes, nodes), make)
-        remainder, before, slope = self.remainder, self.states, self.slope
+        remainder, before = self.remainder, self.states
         self._use(self._grid(list(nodes)))
         node_scan(
             self.states, remainder, *transfer.steps, classes=problem.classes, drift=self.drift, backend=problem.backend
         )
-        self.remainder = torch.mm(transfer.scaled, remainder.flatten(1)).view(len(nodes), *like.shape)
-        self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1], (slope, self.slope))
+        self.remainder = through(transfer.scaled, remainder)
+        self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1])
         self.surprise = torch.zeros_like(self.remainder)
 
-    def learn(self, asked: Tensor | None, answers: Tensor) -> None:
-        """What the model said at the nodes, (n, B, D); asked: (n, B) bool, where it was asked, None for everywhere."""
+    def learn(self, at: Tensor | None, answers: Tensor) -> None:
+        """What the model said at the nodes, (n, B, D); at: (r,) int64 in which of the n B rows, None for all."""
         states = self.states[:-1]
-        draft = None if self.answers is None else self.answers.at(states, STILL * SETTLED * self.problem.tol)
-        surprise = torch.addcmul(answers, self.slope, states, value=-1).sub_(self.remainder)
+        off = None if self.answers is None else answers - self.answers.at(states, STILL * SETTLED * self.problem.tol)
+        remainder = torch.addcmul(answers, self.slope, states, value=-1)
+        surprise = remainder - self.remainder
         if self.history.guess_error is None:
             (self.history.guess_error,) = self.problem.elements.norms(surprise.norm(dim=2))
-        if asked is not None:
-            torch.where(asked[..., None], surprise, self.surprise, out=surprise)
-        self.surprise = surprise
-        self.history.push(asked, states, answers, draft)
-
-    def base(self) -> Tensor:
-        """(n, B, D): the remainders as the model last gave them."""
-        return self.history.base(self.slope)
+        put(self.surprise, surprise, at)
+        self.history.push(at, states, remainder, off)
 
     def advance(self) -> Tensor:
         """The chain with what is known now. Returns (n, B): the step at each node against the last one, at most 1."""
         history = self.history
-        history.prepare(self.slope)
+        history.prepare()
         if self.draft is None:
-            self._correct(self.base(), self.remainder)
+            self._correct(self.remainder)
         else:
-            self._sweep(self.base(), self.remainder)
+            self._sweep(self.remainder, history.off)
         made, before = self.problem.elements.norms(history.distance(self.states[:-1]), history.moved())
         return torch.where(before > 0, made / before, (made > 0).to(made)).nan_to_num_(1.0).clamp_max_(1.0)
 
-    def _correct(self, base: Tensor, out: Tensor) -> None:
+    def _correct(self, out: Tensor) -> None:
+        base = self.history.base()
         self._scan(base, self.states)  # by the slopes, then once more with what the secants add along it
         self.history.correct(base, self.states[:-1], out)
         self._scan(out, self.states)
 
-    def _sweep(self, base: Tensor | None, out: Tensor) -> None:
-        """The chain of the draft, corrected by what the model said: base, None for nothing; out <- its remainders.
+    def _sweep(self, out: Tensor, off: list[Tensor] | None = None) -> None:
+        """The chain of the draft, corrected by what the model said other than the draft, off[0]; out <- its remainders.
 
         Then once more with what the secants add along it; in every sweep they would feed on themselves.
         """
         last = self.states[-1].clone()
-        if not self._settle(base, None, out):
-            self._give_up_draft(base, out)
-        elif base is not None:
+        if not self._settle(None if off is None else off[0], out):
+            self._give_up_draft(out, off is not None)
+        elif off is not None:
             self.moved = self._moved_from(last)
             states, remainder, extra = self.states.clone(), out.clone(), torch.empty_like(out)
-            self.history.correct(torch.zeros_like(out), states[:-1], extra)
-            if not self._settle(base, extra, out):
+            self.history.correct(off[0], states[:-1], extra)
+            if not self._settle(extra, out):
                 self.states.copy_(states), out.copy_(remainder)
 
     def _moved_from(self, last: Tensor) -> float:
         """By how much the sample has moved, relative; of the sample of the batch that has moved most."""
         return float(((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max())
 
-    def _settle(self, base: Tensor | None, extra: Tensor | None, out: Tensor) -> bool:
-        """Sweeps of the draft over all nodes at once, until they move the sample no more; whether they have settled."""
+    def _settle(self, extra: Tensor | None, out: Tensor) -> bool:
+        """Sweeps of the draft over all nodes at once, until they move the sample no more; whether they have settled.
+
+        extra: (n, B, D), beside what the draft says; None at first, when nothing is known of the model.
+        """
         assert self.answers is not None
         moved, bound = float("inf"), max(SETTLED * self.problem.tol, LOOSE * self.moved)
-        if (
-            base is not None and isinstance(self.history, NodeHistory) and self.history.draft is not None
-        ):  # by what the model said other than the draft
-            off = self.history.e[0] - self.history.draft[0]
-            extra = off if extra is None else off.add_(extra)
         for _ in range(SWEEPS):
             states, last = self.states[:-1], self.states[-1].clone()
             torch.addcmul(self.answers.at(states, STILL * bound), self.slope, states, value=-1, out=out)
@@ -163,18 +157,19 @@ class NodeChain:
                 return False
             if moved <= bound:
                 return True
-        return base is None or moved <= UNSETTLED
+        return extra is None or moved <= UNSETTLED
 
-    def _give_up_draft(self, base: Tensor | None, out: Tensor) -> None:
-        """Go on without a draft whose chain cannot be made by sweeps, with the slopes in its place."""
+    def _give_up_draft(self, out: Tensor, told: bool) -> None:
+        """Go on without a draft whose chain cannot be made by sweeps, with the slopes in its place; told: whether the
+        model has said anything."""
         self.forget_draft()
-        if base is None:
+        if told:
+            self.history.prepare()
+            self._correct(out)
+        else:
             out.zero_()
             self._scan(out, self.states)
-        else:
-            self.history.prepare(self.slope)
-            self._correct(base, out)
 
     def forget_draft(self) -> None:
         """Go on without a draft."""
-        self.draft = self.answers = self.history.draft = None
+        self.draft = self.answers = self.history.off = None

@@ -54,12 +54,9 @@ def stencil(sources: Tensor, at: Tensor, points: int = POINTS) -> tuple[Tensor, 
 def lagrange(known: Tensor, at: Tensor) -> Tensor:
     """(..., m, S): what the polynomial through values at `known`: (m, S), distinct in a row, takes of each at `at`:
     (..., m)."""
-    known, count = known.double(), known.shape[1]
-    weights = torch.ones(*at.shape, count, dtype=torch.float64)
-    for j in range(count):
-        for k in range(count):
-            if k != j:
-                weights[..., j] *= (at.double() - known[:, k]) / (known[:, j] - known[:, k])
+    known, other = known.double(), ~torch.eye(known.shape[1], dtype=torch.bool)
+    apart = torch.where(other, known[:, :, None] - known[:, None], 1).prod(-1)
+    weights: Tensor = torch.where(other, (at.double()[..., None] - known)[..., None, :], 1).prod(-1) / apart
     return weights
 
 

@@ -31,5 +31,7 @@ class DraftAnswers:
         at = moved.any(1).nonzero()[:, 0]
         if len(at):
             nodes = tuple(self.nodes[k] for k in at.tolist())
-            self._states[at], self._said = states[at], self._said.index_copy(0, at, self.draft(states[at], nodes))
+            there = states.index_select(0, at)
+            self._states.index_copy_(0, at, there)
+            self._said = self._said.index_copy(0, at, self.draft(there, nodes))
         return self._said

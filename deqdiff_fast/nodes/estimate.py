@@ -103,11 +103,11 @@ def _lengths(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """L2 over elements: of the states; of the next step of the sample, and each node's part in it; of what that does to
     the next state; of what interpolation misses, in the sample and in the next state; of this step of the sample."""
-    expected = surprise * shrinking[..., None]
+    expected, local = surprise * shrinking[..., None], per_element(grid.local, classes)
     weighted = expected * per_element(grid.influence, classes)
     together, parts = weighted.sum(0).norm(dim=1), weighted.norm(dim=2)
-    here = expected.mul_(per_element(grid.local, classes)).norm(dim=2)
+    here = expected.mul_(local).norm(dim=2)
     missed = torch.mm(grid.leave_one_out, remainder.flatten(1)).view_as(remainder)
-    rough_here = (missed * per_element(grid.local_excess, classes)).norm(dim=2)
+    rough_here = torch.mul(missed, local, out=expected).norm(dim=2) * grid.unasked[:, None]
     rough = missed.mul_(per_element(grid.excess, classes)).norm(dim=2)
     return states.norm(dim=2), together, parts, here, rough, rough_here, (states[-1] - last).norm(dim=1)

@@ -179,3 +179,10 @@ def refine(nodes: list[int], score: list[float], count: int) -> list[int]:
             if left >= 0 and right < len(nodes):
                 known.add((nodes[left] + nodes[right]) // 2)
     return sorted(known)
+
+
+def walk_between(steps: int, nodes: int) -> float:
+    """What linear interpolation misses of a random walk of `steps` steps, up to a factor: the sum of a Brownian bridge
+    over the whole numbers between 0 and g has a variance as g^3 - g, and there is one a node, of g = steps / nodes."""
+    gap = steps / nodes
+    return float((nodes * max(gap**3 - gap, 0.0)) ** 0.5)

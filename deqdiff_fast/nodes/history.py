@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .._devices import float64
 from ..kernels import secant_fit
@@ -31,7 +32,7 @@ class History:
         backend: of the op that fits the secants.
     """
 
-    draft: Tensor | None = None
+    off: list[Tensor] | None = None  # (n, B, D) each, the answers less a draft's, where there is one
 
     def __init__(
         self, columns: int, like: Tensor, ridge: float, floor: float, elements: Elements, backend: str = "auto"
@@ -42,20 +43,21 @@ class History:
         self.count = torch.zeros(like.shape[:2], dtype=torch.int32, device=like.device)
         self.guess_error: Tensor | None = None  # (n, B), of the ends that were interpolated
 
-    def push(self, asked: Tensor | None, states: Tensor, predictions: Tensor, draft: Tensor | None) -> None:
-        """New answers at the nodes asked: (n, B) bool, None for all; (n, B, D) each."""
-        if asked is None:
+    def push(self, at: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
+        """New answers, at: (r,) int64 in which of the n B rows, None for all; states and remainders, and what answers
+        are less a draft's, (n, B, D) each."""
+        if at is None:
             self.ridges[1:] = self.ridges[:-1].clone()
             self.ridges[0] = self.ridge
             self.count.add_(1).clamp_max_(self.columns)
             return
         for h in range(self.columns - 1, 0, -1):
-            torch.where(asked, self.ridges[h - 1], self.ridges[h], out=self.ridges[h])
-        self.ridges[0].masked_fill_(asked, self.ridge)
-        self.count.add_(asked).clamp_max_(self.columns)
+            put(self.ridges[h], self.ridges[h - 1], at)
+        self.ridges[0].view(-1).index_fill_(0, at, self.ridge)
+        self.count.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32)).clamp_max_(self.columns)
 
-    def base(self, slope: Tensor) -> Tensor:
-        """(n, B, D): the remainders as the model last gave them, for slopes (n, 1, D or 1)."""
+    def base(self) -> Tensor:
+        """(n, B, D): the remainders as the model last gave them."""
         raise NotImplementedError
 
     def distance(self, states: Tensor) -> Tensor:
@@ -67,17 +69,13 @@ class History:
         only."""
         raise NotImplementedError
 
-    def moved_to(self, transfer: Transfer, old: Tensor, new: Tensor, slopes: tuple[Tensor, Tensor]) -> History:
-        """The same for other nodes: what the model would have answered there, by interpolation in time.
-
-        Args:
-            old, new: the states as they are now at these nodes and at the others, (n, B, D) and (m, B, D).
-            slopes: at these nodes and at the others.
-        """
+    def moved_to(self, transfer: Transfer, old: Tensor, new: Tensor) -> History:
+        """The same for other nodes: what the model would have answered there, by interpolation in time; old, new: the
+        states as they are now at these nodes and at the others, (n, B, D) and (m, B, D)."""
         raise NotImplementedError
 
-    def prepare(self, slope: Tensor) -> None:
-        """Secants and their Gram matrices, for slopes (n, 1, D or 1)."""
+    def prepare(self) -> None:
+        """Secants and their Gram matrices."""
         raise NotImplementedError
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
@@ -106,9 +104,9 @@ class History:
         secant_fit(self.fit, *there, self.floor, SHORTEST, GUESSED_RIDGE / 2, NONLINEAR, backend=self.backend)
 
     def _weights(self, along: Tensor) -> Tensor:
-        """(n B, H, 1) of the secants' remainders, from float64 products of secants and steps over the elements here."""
-        (along,) = self.elements.sums(along)
-        weights: Tensor = torch.bmm(self.fit, along).nan_to_num_(0.0, 0.0, 0.0)
+        """(n B, 1, h) of the secants' remainders, from float64 products of h secants and steps over elements here."""
+        (along,), count = self.elements.sums(along), along.shape[2]
+        weights: Tensor = torch.bmm(along, self.fit[:, :count, :count]).nan_to_num_(0.0, 0.0, 0.0)
         return weights
 
 
@@ -117,7 +115,7 @@ class NodeHistory(History):
 
     Args:
         columns, like, ridge, floor, elements, backend: see `History`.
-        drafted: whether a draft's predictions are kept too; secants are then those of the difference to it.
+        drafted: whether there is a draft; secants are then those of the difference to it.
     """
 
     def __init__(
@@ -125,75 +123,81 @@ class NodeHistory(History):
         elements: Elements = ALL_ELEMENTS, backend: str = "auto",
     ) -> None:  # fmt: skip
         super().__init__(columns, like, ridge, floor, elements, backend)
-        self.z = like.new_zeros(columns, *like.shape)
-        self.e, self.draft = torch.zeros_like(self.z), torch.zeros_like(self.z) if drafted else None
+        self.z, self.rest = list[Tensor](), list[Tensor]()  # states and remainders
+        self.off = list[Tensor]() if drafted else None
         self.dz: Tensor | None = None
         self.dr: Tensor | None = None
 
-    def push(self, asked: Tensor | None, states: Tensor, predictions: Tensor, draft: Tensor | None) -> None:
-        super().push(asked, states, predictions, draft)
-        columns = [(self.z, states), (self.e, predictions)]
-        if self.draft is not None and draft is not None:
-            columns.append((self.draft, draft))
-        for kept, new in columns:
-            if asked is None:
-                kept[1:] = kept[:-1].clone()
-                kept[0] = new
-                continue
-            rows = asked[..., None]
-            for h in range(len(kept) - 1, 0, -1):
-                torch.where(rows, kept[h - 1], kept[h], out=kept[h])
-            torch.where(rows, new, kept[0], out=kept[0])
+    def push(self, at: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
+        super().push(at, states, remainder, off)
+        self._shift(self.z, states.clone() if at is None else states, at)
+        self._shift(self.rest, remainder, at)
+        if self.off is not None and off is not None:
+            self._shift(self.off, off, at)
 
-    def base(self, slope: Tensor) -> Tensor:
-        return self.e[0] - slope * self.z[0]
+    def _shift(self, kept: list[Tensor], new: Tensor, at: Tensor | None) -> None:
+        """A new first column, and the others one further; where it is all of it, the tensor itself."""
+        if at is None:
+            kept.insert(0, new)
+            del kept[self.columns :]
+            return
+        if len(kept) < self.columns:
+            kept.append(torch.zeros_like(new))
+        for older, newer in zip(kept[:0:-1], kept[-2::-1]):
+            put(older, newer, at)
+        put(kept[0], new, at)
+
+    def base(self) -> Tensor:
+        return self.rest[0]
 
     def distance(self, states: Tensor) -> Tensor:
         length: Tensor = (states - self.z[0]).norm(dim=2)
         return length
 
     def moved(self) -> Tensor:
-        if len(self.z) == 1:
-            return torch.full_like(self.count, float("nan"), dtype=self.z.dtype)
-        length: Tensor = (self.z[0] - self.z[1]).norm(dim=2)
+        length: Tensor = (self.z[0] - self.z[:2][-1]).norm(dim=2)
         return length.masked_fill_(self.count < 2, float("nan"))
 
-    def moved_to(self, transfer: Transfer, old: Tensor, new: Tensor, slopes: tuple[Tensor, Tensor]) -> NodeHistory:
-        found = NodeHistory(
-            len(self.z), new, self.ridge, self.floor, self.draft is not None, self.elements, self.backend
-        )
-        before, after = slopes
-        for h in range(len(self.z)):
-            torch.sub(new, through(transfer.plain, old - self.z[h]), out=found.z[h])
-            kept = [(self.e, found.e)]
-            if self.draft is not None and found.draft is not None:
-                kept.append((self.draft, found.draft))
-            for values, target in kept:
-                rest = through(transfer.scaled, values[h] - before * self.z[h])
-                torch.add(rest, after * found.z[h], out=target[h])
+    def moved_to(self, transfer: Transfer, old: Tensor, new: Tensor) -> NodeHistory:
+        kept = (self.columns, new, self.ridge, self.floor, self.off is not None, self.elements, self.backend)
+        found = NodeHistory(*kept)
+        found.z = [new - through(transfer.plain, old - z) for z in self.z]
+        found.rest = [through(transfer.scaled, rest) for rest in self.rest]
+        if self.off is not None:
+            found.off = [through(transfer.scaled, off) for off in self.off]
         self._move_marks(found, transfer)
         return found
 
-    def prepare(self, slope: Tensor) -> None:
-        if len(self.z) == 1:
-            return
+    def prepare(self) -> None:
         self.dz = self.dr = None  # their memory, before that of the new ones
-        dz, dr = self.z[1:] - self.z[0], self.e[1:] - self.e[0]
-        if self.draft is None:
-            dr.addcmul_(slope, dz, value=-1)
-        else:
-            dr -= self.draft[1:] - self.draft[0]
-        self.dz, self.dr = (secants.flatten(1, 2).transpose(0, 1) for secants in (dz, dr))  # (n B, H, D)
-        self._fit(torch.bmm(self.dz, self.dz.transpose(1, 2)), self.z[0].norm(dim=2))
+        if len(self.z) < 2:
+            return
+        self.dz, self.dr = (secants(kept) for kept in (self.z, self.rest if self.off is None else self.off))
+        gram, later = torch.bmm(self.dz, self.dz.transpose(1, 2)), self.columns - len(self.z)
+        self._fit(pad(gram, (0, later, 0, later)) if later else gram, self.z[0].norm(dim=2))
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
         dz, dr = self.dz, self.dr
         if dz is None or dr is None:
             out.copy_(base)
             return
-        moved = (states - self.z[0]).view(len(dz), -1, 1)
-        weights, numel = self._weights(float64(torch.bmm(dz, moved))).to(dz), dz.shape[2]
-        torch.baddbmm(base.reshape(-1, 1, numel), weights.transpose(1, 2), dr, out=out.view(-1, 1, numel))
+        rows, numel = len(dz), dz.shape[2]
+        moved = (states - self.z[0]).view(rows, 1, numel)  # a row from the left: five times as fast on a CPU
+        weights = self._weights(float64(torch.bmm(moved, dz.transpose(1, 2)))).to(dz)
+        torch.baddbmm(base.reshape(rows, 1, numel), weights, dr, out=out.view(rows, 1, numel))
+
+
+def secants(kept: list[Tensor]) -> Tensor:
+    """(n B, h, D): each column but the first, (n, B, D), less the first."""
+    return torch.stack(kept[1:]).sub_(kept[0]).flatten(1, 2).transpose(0, 1)
+
+
+def put(target: Tensor, values: Tensor, at: Tensor | None) -> None:
+    """Rows of (n, B, ...), or all."""
+    if at is None:
+        target.copy_(values)
+    else:
+        target.view(-1, *target.shape[2:]).index_copy_(0, at, values.flatten(0, 1)[at])
 
 
 def through(weights: Tensor, values: Tensor) -> Tensor:

@@ -37,17 +37,15 @@ class HostHistory(History):
 
     Args:
         columns, like, ridge, floor, elements, backend: see `History`.
-        slope: (n, 1, D or 1), of the predictions in the states.
         host: where memory comes from.
     """
 
     def __init__(
-        self, columns: int, like: Tensor, ridge: float, floor: float, elements: Elements, slope: Tensor,
-        host: HostMemory, backend: str = "auto",
+        self, columns: int, like: Tensor, ridge: float, floor: float, elements: Elements, host: HostMemory,
+        backend: str = "auto",
     ) -> None:  # fmt: skip
         super().__init__(columns, like, ridge, floor, elements, backend)
-        self.slope, self.host, self.fitted = slope, host, False
-        self.shape, self.dtype, self.device = tuple(like.shape), like.dtype, like.device
+        self.host, self.shape, self.dtype, self.device = host, tuple(like.shape), like.dtype, like.device
         self.pieces = elements.pieces(like.shape[2])
         self.kept: list[LeasedTensors | None] = []
 
@@ -71,29 +69,27 @@ class HostHistory(History):
         """On the device, as it is."""
         return stored.to(self.device, non_blocking=True)
 
-    def _slope(self, at: slice) -> Tensor:
-        return self.slope if self.slope.shape[2] == 1 else self.slope[..., at]
-
     def _secants(self, stored: Tensor) -> Tensor:
         """(n B, H, d): older answers less the newest, from their differences."""
         found = self._load(stored).to(self.dtype).cumsum(0).permute(1, 2, 0, 3)
         return found.reshape(-1, *found.shape[2:])
 
-    def push(self, asked: Tensor | None, states: Tensor, predictions: Tensor, draft: Tensor | None) -> None:
-        super().push(asked, states, predictions, draft)
-        for at, memory in self._each():
-            new = states[..., at]
-            rest = torch.addcmul(predictions[..., at], self._slope(at), new, value=-1)
-            for value, newest, older in ((new, "states", "steps"), (rest, "rest", "changes")):
+    def push(self, at: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
+        super().push(at, states, remainder, off)
+        rows = (
+            None if at is None else torch.zeros_like(self.count).view(-1).index_fill_(0, at, 1).view(*self.shape[:2], 1)
+        )
+        for piece, memory in self._each():
+            values = (states[..., piece], "states", "steps"), (remainder[..., piece], "rest", "changes")
+            for value, newest, older in values:
                 before, kept = self._load(memory[newest]), self._load(memory[older])
                 moved = torch.cat([(before - value)[None].to(STORED), kept])[: len(kept)]
-                if asked is not None:
-                    rows = asked[..., None]
-                    moved, value = moved.where(rows, kept), value.where(rows, before)
+                if rows is not None:
+                    moved, value = torch.where(rows > 0, moved, kept), torch.where(rows > 0, value, before)
                 memory[older].copy_(moved, non_blocking=True)
                 memory[newest].copy_(value, non_blocking=True)
 
-    def base(self, slope: Tensor) -> Tensor:
+    def base(self) -> Tensor:
         found = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for at, memory in self._each():
             found[..., at] = self._load(memory["rest"])
@@ -109,9 +105,9 @@ class HostHistory(History):
         parts = [(self._load(memory["steps"][0]).to(self.dtype).norm(dim=2),) for _, memory in self._each()]
         return joined(parts)[0].masked_fill(self.count < 2, float("nan"))
 
-    def moved_to(self, transfer: Transfer, old: Tensor, new: Tensor, slopes: tuple[Tensor, Tensor]) -> HostHistory:
+    def moved_to(self, transfer: Transfer, old: Tensor, new: Tensor) -> HostHistory:
         kept = (self.columns, new, self.ridge, self.floor, self.elements)
-        found = HostHistory(*kept, slopes[1], self.host, self.backend)
+        found = HostHistory(*kept, self.host, self.backend)
         for k, (at, memory) in enumerate(self._each()):
             target = found._memory(at)
             away = through(transfer.plain, old[..., at] - self._load(memory["states"]))
@@ -126,9 +122,8 @@ class HostHistory(History):
         self._move_marks(found, transfer)
         return found
 
-    def prepare(self, slope: Tensor) -> None:
-        self.fitted = self.columns > 1
-        if not self.fitted:
+    def prepare(self) -> None:
+        if self.columns == 1:
             return
         gram, sizes = torch.zeros((), dtype=torch.float64), []
         for _, memory in self._each():
@@ -138,14 +133,14 @@ class HostHistory(History):
         self._fit(gram, joined(sizes)[0])
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
-        if not self.fitted:
+        if self.columns == 1:
             out.copy_(base)
             return
         along = torch.zeros((), dtype=torch.float64)
         for at, memory in self._each():
-            moved = (states[..., at] - self._load(memory["states"])).flatten(0, 1)[..., None]
-            along = float64(torch.bmm(self._secants(memory["steps"]), moved)) + along
-        weights = self._weights(along).to(self.dtype).transpose(1, 2)
+            moved = (states[..., at] - self._load(memory["states"])).flatten(0, 1)[:, None]
+            along = float64(torch.bmm(moved, self._secants(memory["steps"]).transpose(1, 2))) + along
+        weights = self._weights(along).to(self.dtype)
         for at, memory in self._each():
             extra = torch.bmm(weights, self._secants(memory["changes"])).view(*self.shape[:2], -1)
             torch.add(base[..., at], extra, out=out[..., at])

@@ -28,7 +28,7 @@ class NodeGrid:
     influence: Tensor  # (n, K) d sample / d remainder
     local: Tensor  # (n, K) d state of the next node / d remainder
     excess: Tensor  # (n, K) that part of the influence that stands for timesteps that are not asked
-    local_excess: Tensor  # (n, K) that part of `local` that does
+    unasked: Tensor  # (n,) that part of `local` that does
     leave_one_out: Tensor  # (n, n)
 
     @classmethod
@@ -40,7 +40,7 @@ class NodeGrid:
         number = torch.arange(len(nodes))
         local = steps.remainder_coef[number, 0, number - steps.start]
         length = torch.cat([at[1:], torch.tensor([len(chain.unit)])]) - at
-        unasked = local * ((length - 1) / length)[:, None]
+        unasked = (length - 1) / length
         tables = [chain.slope[at], influence, local, influence - own, unasked, leave_one_out(at, chain.unit)]
         return cls(tuple(nodes), at.to(device), on(steps, dtype, device), *(t.to(device, dtype) for t in tables))
 
@@ -60,12 +60,12 @@ class Transfer:
         device: torch.device,
     ) -> Transfer:  # fmt: skip
         known, at = torch.tensor(sources), torch.tensor(targets)
+        plain = interpolation(known, at)
+        scaled = plain * chain.unit[known] / chain.unit[at, None]
         return cls(
-            on(composite_steps(chain, at, known), dtype, device),
-            interpolation(known, at).to(device, dtype),
-            interpolation(known, at, chain.unit).to(device, dtype),
+            on(composite_steps(chain, at, known), dtype, device), plain.to(device, dtype), scaled.to(device, dtype),
             torch.isin(at, known).to(device),
-        )
+        )  # fmt: skip
 
 
 def on(steps: CompositeSteps, dtype: torch.dtype, device: torch.device) -> CompositeSteps:

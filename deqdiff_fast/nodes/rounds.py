@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .chain import NodeChain
 from .estimate import STALLED, Estimate, estimate, stalled
-from .grid import equidistribute, refine, round_sizes, tilted, usual_nodes
+from .grid import equidistribute, refine, round_sizes, tilted, usual_nodes, walk_between
 from .problem import NodeOutcome, NodeProblem
 from .spots import missed_at, spots_along
 from .suspects import suspects
@@ -57,7 +57,12 @@ class NodeRounds:
         self.suspects: tuple[int, ...] = ()  # spots that are asked again, until states have settled
         self.off = False  # whether those that were just asked miss too much
         self.density = problem.density
-        self.chain = NodeChain(problem, equidistribute(self.density, self.sizes[0]))
+        self.chain = NodeChain(problem, self._even_nodes(self.sizes[0]))
+
+    def _even_nodes(self, count: int) -> list[int]:
+        """So many that share out the density; by that of the problem they are known from earlier solves."""
+        make: Callable[[], list[int]] = lambda: equidistribute(self.density, count)  # noqa: E731
+        return make() if self.density is not self.problem.density else self.problem.cache(("even", count), make)
 
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
         """Up to `limit` rounds, until all samples are good enough."""
@@ -104,7 +109,7 @@ class NodeRounds:
         if round <= len(self.sizes):
             if round == len(self.sizes):
                 self.density = tilted(self.density, nodes, found.node_roughness.amax(1).tolist())
-            wanted = equidistribute(self.density, self.sizes[round - 1])
+            wanted = self._even_nodes(self.sizes[round - 1])
         elif self._too_rough(found):
             score = found.node_roughness.amax(1).tolist()
             wanted = refine(list(nodes), score, min(self._wanting(found), self.most - len(nodes)))
@@ -134,6 +139,7 @@ class NodeRounds:
         rows = torch.tensor(nodes)[:, None] * batch + torch.arange(batch)
         slots = torch.arange(rows.numel()).view(rows.shape)
         rows, slots = (rows.flatten(), slots.flatten()) if asked is None else (rows[asked], slots[asked])
+        told = len(slots)
         first = round == len(self.sizes)
         wanted = problem.spots if first else problem.spots._replace(timesteps=self.suspects)
         spots = spots_along(chain, wanted) if first or self.suspects else None
@@ -148,7 +154,7 @@ class NodeRounds:
         problem.ask(states, rows, slots, answers, round)
         self.evaluated.update(nodes)
         count = len(nodes) * batch
-        chain.learn(None if asked is None else asked.to(device), answers[:count].view_as(chain.remainder))
+        chain.learn(None if asked is None else slots[:told], answers[:count].view_as(chain.remainder))
         if spots is not None:
             said = answers[count:].view_as(spots.states)
             self.missed = missed_at(spots, chain, said)
@@ -243,13 +249,6 @@ class NodeRounds:
             little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
         return asked & ~torch.tensor(self._over())
-
-
-def walk_between(steps: int, nodes: int) -> float:
-    """What linear interpolation misses of a random walk of `steps` steps, up to a factor: the sum of a Brownian bridge
-    over the whole numbers between 0 and g has a variance as g^3 - g, and there is one a node, of g = steps / nodes."""
-    gap = steps / nodes
-    return float((nodes * max(gap**3 - gap, 0.0)) ** 0.5)
 
 
 def _grows(found: Estimate, before: Estimate) -> bool:

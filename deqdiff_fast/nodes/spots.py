@@ -87,7 +87,7 @@ def missed_at(spots: SpotStates, chain: NodeChain, answers: Tensor) -> Tensor:
     By the rule of `estimate.estimate`: an interval counts at least as much as it moves the state at its end.
     """
     problem, which = chain.problem, slice(chain.problem.spots.sample, chain.problem.spots.sample + 1)
-    known, states = chain.base()[:, which], chain.states[:, which]
+    known, states = chain.history.base()[:, which], chain.states[:, which]
     own = joined(
         [
             _carried(spots.tables, None if problem.classes is None else problem.classes[at], answers[..., at],

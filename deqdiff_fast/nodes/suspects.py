@@ -35,7 +35,8 @@ def suspects(spots: SpotStates, chain: NodeChain, answers: Tensor) -> tuple[int,
     tables = (missed, problem.chain.influence[at], problem.chain.model_coef[at, :1])
     loo, far, near = (table.to(like.device, like.dtype) for table in tables)
     states = torch.cat([chain.states[:-1, which], spots.states])[order]
-    own = torch.cat([chain.base()[:, which], remainder_at(spots.tables, problem.classes, answers, spots.states)])[order]
+    known = chain.history.base()[:, which]
+    own = torch.cat([known, remainder_at(spots.tables, problem.classes, answers, spots.states)])[order]
     parts = []
     for piece in problem.elements.pieces(like.shape[2]):
         classes = None if problem.classes is None else problem.classes[piece]

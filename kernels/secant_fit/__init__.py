@@ -19,11 +19,10 @@ def _validate(given: Arguments) -> None:
     (rows, columns, _), device = gram.shape, gram.device
     expect("gram", gram, (rows, columns, columns), WIDE, device)
     expect("fit", fit, (rows, columns, columns), (torch.float64,), device)
-    expect("size", given["size"], (rows,), WIDE, device)
     expect("count", given["count"], (rows,), INDEX, device)
-    expect("ridges", given["ridges"], (columns, rows), WIDE, device)
-    if given["guess_error"] is not None:
-        expect("guess_error", given["guess_error"], (rows,), WIDE, device)
+    for name, sizes in {"size": (rows,), "ridges": (columns, rows), "guess_error": (rows,)}.items():
+        if given[name] is not None:
+            expect(name, given[name], sizes, WIDE, device)
 
 
 _op = register(
@@ -32,7 +31,8 @@ _op = register(
     "float floor, float shortest, float guessed, float nonlinear) -> ()",
     _reference,
     validate=_validate,
-    storage=("fit", "gram"),
+    cpp=lambda given: dict(zip("RH", given["gram"].shape)),
+    storage=("fit",),
 )
 
 
@@ -57,7 +57,7 @@ def secant_fit(
         floor, shortest: relative to `size`, and to the longest column of the row.
         guessed: the ridge of secants with a guessed end is above this.
         nonlinear: what part of a step a prediction may change by beside the slope.
-        backend: as for `ddim_update`; there is no C++ form, "cpp" means the reference.
+        backend: as for `ddim_update`.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device.

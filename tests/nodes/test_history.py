@@ -25,10 +25,16 @@ class Linear:
         return torch.einsum("nbij,nbj->nbi", self.matrix, x) + self.offset
 
 
+def tell(kept, slope, states, answers, asked=None, draft=None):
+    """One round; asked: (n, B) bool, where the model was asked."""
+    at = None if asked is None else asked.flatten().nonzero()[:, 0]
+    kept.push(at, states, answers - slope * states, None if draft is None else answers - draft)
+
+
 def corrected(kept, slope, states):
-    kept.prepare(slope)
+    kept.prepare()
     out = torch.empty_like(states)
-    kept.correct(kept.e[0] - slope * kept.z[0], states, out)
+    kept.correct(kept.base(), states, out)
     return out + slope * states
 
 
@@ -37,7 +43,7 @@ def test_secants_are_the_jacobian_along_the_steps(gaussian, rounds):
     kept, model, slope = history(gaussian), Linear(gaussian), gaussian(NODES, 1, SIZE, seed=3)
     tried = [gaussian(NODES, BATCH, SIZE, seed=20 + k) for k in range(rounds)]
     for x in tried:
-        kept.push(None, x, model(x), None)
+        tell(kept, slope, x, model(x))
     known = tried[-COLUMNS:]
     weights = torch.linspace(0.4, -0.7, len(known) - 1, dtype=torch.float64)
     inside = known[-1] + sum(w * (x - known[-1]) for w, x in zip(weights, known[:-1]))
@@ -48,7 +54,7 @@ def test_secants_are_the_jacobian_along_the_steps(gaussian, rounds):
 
 def test_one_answer_leaves_the_slope(gaussian):
     kept, slope, x = history(gaussian), gaussian(NODES, 1, SIZE, seed=3), gaussian(NODES, BATCH, SIZE)
-    kept.push(None, x, 2 * x, None)
+    tell(kept, slope, x, 2 * x)
     y = gaussian(NODES, BATCH, SIZE, seed=5)
     torch.testing.assert_close(corrected(kept, slope, y), 2 * x + slope * (y - x))
     assert kept.moved().isnan().all()
@@ -56,9 +62,10 @@ def test_one_answer_leaves_the_slope(gaussian):
 
 def test_no_history_at_all(gaussian):
     kept, x = NodeHistory(1, gaussian(NODES, BATCH, SIZE), 1e-6, 1e-5), gaussian(NODES, BATCH, SIZE)
+    slope = torch.zeros(NODES, 1, 1).double()
     for k in range(3):
-        kept.push(None, x + k, 2 * x, None)
-    torch.testing.assert_close(corrected(kept, torch.zeros(NODES, 1, 1).double(), x), 2 * x)
+        tell(kept, slope, x + k, 2 * x)
+    torch.testing.assert_close(corrected(kept, slope, x), 2 * x)
     assert kept.moved().isnan().all()
 
 
@@ -70,7 +77,7 @@ def test_each_node_and_sample_counts_for_itself(gaussian):
     kept, tried = history(gaussian), [gaussian(NODES, BATCH, SIZE, seed=20 + k) for k in range(6)]
     for asked, x in zip(masks, tried):
         unasked = torch.where(asked[..., None], model(x), float("nan"))  # garbage where nobody asked
-        kept.push(asked, x, unasked, None)
+        tell(kept, slope, x, unasked, asked)
     probe = gaussian(NODES, BATCH, SIZE, seed=50)
     got = corrected(kept, slope, probe)
     for n in range(NODES):
@@ -78,7 +85,8 @@ def test_each_node_and_sample_counts_for_itself(gaussian):
             alone = NodeHistory(COLUMNS, probe[n : n + 1, b : b + 1], 1e-12, 1e-9)
             for asked, x in zip(masks, tried):
                 if asked[n, b]:
-                    alone.push(None, x[n : n + 1, b : b + 1], model(x)[n : n + 1, b : b + 1], None)
+                    own, row = slice(n, n + 1), (slice(n, n + 1), slice(b, b + 1))
+                    tell(alone, slope[own], x[row], model(x)[row])
             assert alone.count.item() == kept.count[n, b]
             expected = corrected(alone, slope[n : n + 1], probe[n : n + 1, b : b + 1])[0, 0]
             torch.testing.assert_close(got[n, b], expected, rtol=1e-8, atol=1e-8)
@@ -88,9 +96,11 @@ def test_all_asked_is_as_no_mask(gaussian):
     model, kept, masked = Linear(gaussian), history(gaussian), history(gaussian)
     for k in range(5):
         x = gaussian(NODES, BATCH, SIZE, seed=20 + k)
-        kept.push(None, x, model(x), None)
-        masked.push(torch.ones(NODES, BATCH, dtype=torch.bool), x, model(x), None)
-    for name in ("z", "e", "ridges", "count"):
+        tell(kept, 0, x, model(x))
+        tell(masked, 0, x, model(x), torch.ones(NODES, BATCH, dtype=torch.bool))
+    for name in ("z", "rest"):
+        assert torch.equal(torch.stack(getattr(kept, name)), torch.stack(getattr(masked, name)))
+    for name in ("ridges", "count"):
         assert torch.equal(getattr(kept, name), getattr(masked, name))
 
 
@@ -100,11 +110,11 @@ def test_what_is_not_finite_stays_where_it_is(gaussian, bad):
     kept, clean = history(gaussian), history(gaussian)
     for k in range(4):
         x = gaussian(NODES, BATCH, SIZE, seed=20 + k)
-        clean.push(None, x, model(x), None)
+        tell(clean, slope, x, model(x))
         x = x.clone()
         if k == 1:
             x[2, 1, 3] = bad
-        kept.push(None, x, model(x), None)
+        tell(kept, slope, x, model(x))
     probe = gaussian(NODES, BATCH, SIZE, seed=50)
     got, expected = corrected(kept, slope, probe), corrected(clean, slope, probe)
     others = torch.ones(NODES, BATCH, dtype=torch.bool)
@@ -115,7 +125,7 @@ def test_what_is_not_finite_stays_where_it_is(gaussian, bad):
 def test_a_step_of_no_length_is_no_secant(gaussian):
     kept, slope, x = history(gaussian), torch.zeros(NODES, 1, SIZE, dtype=torch.float64), gaussian(NODES, BATCH, SIZE)
     for _ in range(3):
-        kept.push(None, x, 2 * x, None)
+        tell(kept, slope, x, 2 * x)
     torch.testing.assert_close(corrected(kept, slope, x + 1), 2 * x)
     assert not kept.moved().any()
 
@@ -125,28 +135,28 @@ def test_other_nodes(random_chain, gaussian, drafted):
     old, new = (0, 5, 9, 22), (0, 3, 5, 14, 22)
     chain = random_chain(23, 1, SIZE)
     transfer = Transfer.of(chain, old, new, torch.float64, torch.device("cpu"))
-    before, after = chain.slope[list(old)][:, None], chain.slope[list(new)][:, None]
+    slope = chain.slope[list(old)][:, None]
     kept, model = history(gaussian, drafted), Linear(gaussian)
     tried = [gaussian(NODES, BATCH, SIZE, seed=20 + k) for k in range(3)]
     for x in tried:
-        kept.push(None, x, model(x), 0.5 * x if drafted else None)
+        tell(kept, slope, x, model(x), draft=0.5 * x if drafted else None)
     states = gaussian(len(new), BATCH, SIZE, seed=40)
     now = tried[-1].clone()
     for j, t in enumerate(new):  # the states at nodes that stay are what they were
         if t in old:
             now[old.index(t)] = states[j]
-    moved = kept.moved_to(transfer, now, states, (before, after))
+    moved = kept.moved_to(transfer, now, states)
     for j, t in enumerate(new):
         if t not in old:
             assert bool((moved.ridges[:, j] == 1e-2).all())
             continue
         k = old.index(t)
-        for name in ("z", "e", *(("draft",) if drafted else ())):
-            got, expected = getattr(moved, name)[:3, j], getattr(kept, name)[:3, k]
-            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        for name in ("z", "rest", *(("off",) if drafted else ())):
+            for got, expected in zip(getattr(moved, name), getattr(kept, name), strict=True):
+                torch.testing.assert_close(got[j], expected[k], rtol=1e-12, atol=1e-12)
         assert torch.equal(moved.ridges[:, j], kept.ridges[:, k])
     assert bool((moved.count == 3).all())
-    assert (moved.draft is not None) == drafted
+    assert (moved.off is not None) == drafted
 
 
 def test_other_nodes_by_interpolation_in_time(random_chain, gaussian):
@@ -162,12 +172,13 @@ def test_other_nodes_by_interpolation_in_time(random_chain, gaussian):
         return chain.slope[list(at)][:, None] * x + rest
 
     kept, start = history(gaussian), gaussian(NODES, BATCH, SIZE)
+    before, after = (chain.slope[list(nodes)][:, None] for nodes in (old, new))
     for k in range(2):
-        kept.push(None, start + k, model(start + k, old), None)
+        tell(kept, before, start + k, model(start + k, old))
     states = gaussian(len(new), BATCH, SIZE, seed=40)
-    slopes = chain.slope[list(old)][:, None], chain.slope[list(new)][:, None]
-    moved = kept.moved_to(transfer, start, states, slopes)
+    moved = kept.moved_to(transfer, start, states)
     for h in range(2):
-        torch.testing.assert_close(moved.e[h], model(moved.z[h], new), rtol=1e-9, atol=1e-9)
+        expected = model(moved.z[h], new) - after * moved.z[h]
+        torch.testing.assert_close(moved.rest[h], expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(moved.z[1], states)
     torch.testing.assert_close(moved.z[0], states + 1)

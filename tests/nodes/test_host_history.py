@@ -22,43 +22,42 @@ def host(tensors):
     return made
 
 
-def both(gaussian, slope, piece=None, columns=COLUMNS):
+def both(gaussian, piece=None, columns=COLUMNS):
     like = gaussian(NODES, BATCH, SIZE)
-    kept = HostHistory(columns, like, 1e-9, 1e-9, Elements(piece), slope, host)
+    kept = HostHistory(columns, like, 1e-9, 1e-9, Elements(piece), host)
     return NodeHistory(columns, like, 1e-9, 1e-9), kept
 
 
-def model(gaussian):
+def remainders(gaussian):
+    """Of a model, as a function of the states."""
     matrix = gaussian(NODES, BATCH, SIZE, SIZE, seed=7)
     return lambda x: torch.einsum("nbij,nbj->nbi", matrix, x) + torch.sin(3 * x)
 
 
-def corrected(kept, slope, states):
-    kept.prepare(slope)
+def corrected(kept, states):
+    kept.prepare()
     out = torch.empty_like(states)
-    kept.correct(kept.base(slope), states, out)
+    kept.correct(kept.base(), states, out)
     return out
 
 
 def push_all(gaussian, histories, rounds, masked):
-    ask, draw = model(gaussian), torch.Generator().manual_seed(4)
+    ask, draw = remainders(gaussian), torch.Generator().manual_seed(4)
     for k in range(rounds):
         x = gaussian(NODES, BATCH, SIZE, seed=20 + k)
-        asked = None if not masked or k == 0 else torch.rand(NODES, BATCH, generator=draw) < 0.6
-        answers = ask(x)
-        if asked is not None:
-            answers = torch.where(asked[..., None], answers, float("nan"))
+        asked = torch.rand(NODES, BATCH, generator=draw) < 0.6 if masked and k else None
+        found = ask(x) if asked is None else torch.where(asked[..., None], ask(x), float("nan"))
         for kept in histories:
-            kept.push(asked, x, answers, None)
+            kept.push(None if asked is None else asked.flatten().nonzero()[:, 0], x, found)
 
 
-def agree(histories, slope, gaussian, **near):
+def agree(histories, gaussian, **near):
     beside, there = histories
-    states = gaussian(len(slope), BATCH, SIZE, seed=50)
-    torch.testing.assert_close(there.base(slope), beside.base(slope))
+    states = gaussian(*there.shape[:2], SIZE, seed=50)
+    torch.testing.assert_close(there.base(), beside.base())
     torch.testing.assert_close(there.distance(states), beside.distance(states))
     torch.testing.assert_close(there.moved(), beside.moved(), equal_nan=True, **near)
-    torch.testing.assert_close(corrected(there, slope, states), corrected(beside, slope, states), **near)
+    torch.testing.assert_close(corrected(there, states), corrected(beside, states), **near)
     for name in ("ridges", "count"):
         assert torch.equal(getattr(there, name), getattr(beside, name))
 
@@ -68,19 +67,17 @@ def agree(histories, slope, gaussian, **near):
 @pytest.mark.parametrize("piece", [None, 1, 4])
 def test_in_pieces_and_without_rounding_it_is_the_same(gaussian, monkeypatch, piece, rounds, masked):
     monkeypatch.setattr(host_history, "STORED", torch.float64)
-    slope = gaussian(NODES, 1, SIZE, seed=3)
-    histories = both(gaussian, slope, piece)
+    histories = both(gaussian, piece)
     push_all(gaussian, histories, rounds, masked)
-    agree(histories, slope, gaussian, rtol=1e-6, atol=1e-6)
+    agree(histories, gaussian, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("columns", [1, 2])
 def test_few_columns(gaussian, monkeypatch, columns):
     monkeypatch.setattr(host_history, "STORED", torch.float64)
-    slope = gaussian(NODES, 1, 1, seed=3)
-    histories = both(gaussian, slope, 4, columns)
+    histories = both(gaussian, 4, columns)
     push_all(gaussian, histories, 3, False)
-    agree(histories, slope, gaussian, rtol=1e-6, atol=1e-6)
+    agree(histories, gaussian, rtol=1e-6, atol=1e-6)
 
 
 def test_other_nodes(random_chain, gaussian, monkeypatch):
@@ -88,36 +85,34 @@ def test_other_nodes(random_chain, gaussian, monkeypatch):
     old, new = (0, 5, 9, 22), (0, 3, 5, 14, 22)
     chain = random_chain(23, 1, SIZE)
     transfer = Transfer.of(chain, old, new, torch.float64, torch.device("cpu"))
-    slopes = chain.slope[list(old)][:, None], chain.slope[list(new)][:, None]
-    histories = both(gaussian, slopes[0], 4)
+    histories = both(gaussian, 4)
     push_all(gaussian, histories, 3, True)
     before, after = gaussian(NODES, BATCH, SIZE, seed=31), gaussian(len(new), BATCH, SIZE, seed=32)
-    moved = [kept.moved_to(transfer, before, after, slopes) for kept in histories]
-    agree(moved, slopes[1], gaussian, rtol=1e-5, atol=1e-5)
+    moved = [kept.moved_to(transfer, before, after) for kept in histories]
+    agree(moved, gaussian, rtol=1e-5, atol=1e-5)
     assert histories[1].kept == [None, None]  # no piece is kept twice
 
 
 def test_bfloat16_keeps_the_newest_answer_and_blunts_the_secants_a_little(gaussian):
-    slope = gaussian(NODES, 1, SIZE, seed=3)
-    histories = both(gaussian, slope)
+    histories = both(gaussian)
     push_all(gaussian, histories, 3, False)
     given.clear()
     beside, there = histories
     x = gaussian(NODES, BATCH, SIZE, seed=22)
     near = x + 1e-3 * gaussian(NODES, BATCH, SIZE, seed=60)
     for kept in histories:  # steps of a thousandth: kept as differences, they have their three digits all the same
-        kept.push(None, near, model(gaussian)(near), None)
-    torch.testing.assert_close(there.base(slope), beside.base(slope), rtol=1e-13, atol=1e-14)
+        kept.push(None, near, remainders(gaussian)(near))
+    torch.testing.assert_close(there.base(), beside.base(), rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(there.moved(), beside.moved(), rtol=4e-3, atol=0)
     states = near + 1e-3 * gaussian(NODES, BATCH, SIZE, seed=61)
-    base = beside.base(slope)
-    exact, blunt = (corrected(kept, slope, states) - base for kept in histories)
+    base = beside.base()
+    exact, blunt = (corrected(kept, states) - base for kept in histories)
     assert float((blunt - exact).norm() / exact.norm()) < 3e-2
 
 
 def test_half_of_the_bytes(gaussian):
     given.clear()
-    histories = both(gaussian, gaussian(NODES, 1, SIZE, seed=3), 4)
+    histories = both(gaussian, 4)
     push_all(gaussian, histories, 2, False)
     held = sum(t.nbytes for made in given for t in made.values())
     assert held == NODES * BATCH * SIZE * (2 * 8 + 2 * (COLUMNS - 1) * 2)
