@@ -51,9 +51,9 @@ class History:
             self.ridges[0] = self.ridge
             self.count.add_(1).clamp_max_(self.columns)
             return
-        for h in range(self.columns - 1, 0, -1):
-            put(self.ridges[h], self.ridges[h - 1], at)
-        self.ridges[0].view(-1).index_fill_(0, at, self.ridge)
+        ridges = self.ridges.view(self.columns, -1)
+        ridges[1:, at] = ridges[:-1, at]
+        ridges[0].index_fill_(0, at, self.ridge)
         self.count.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32)).clamp_max_(self.columns)
 
     def base(self) -> Tensor:
@@ -130,15 +130,14 @@ class NodeHistory(History):
 
     def push(self, at: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
         super().push(at, states, remainder, off)
-        self._shift(self.z, states.clone() if at is None else states, at)
-        self._shift(self.rest, remainder, at)
-        if self.off is not None and off is not None:
-            self._shift(self.off, off, at)
+        for kept, new in ((self.z, states), (self.rest, remainder), (self.off, off)):
+            if kept is not None and new is not None:
+                self._shift(kept, new, at)
 
     def _shift(self, kept: list[Tensor], new: Tensor, at: Tensor | None) -> None:
-        """A new first column, and the others one further; where it is all of it, the tensor itself."""
+        """A new first column, and the others one further."""
         if at is None:
-            kept.insert(0, new)
+            kept.insert(0, new.clone())
             del kept[self.columns :]
             return
         if len(kept) < self.columns:

@@ -120,10 +120,10 @@ class Planner:
         inside = 0.0 if calls is None else calls.of_step(batch, limit)
         outside = 0.0 if step is None else max(step - inside, 0.0)
         row = noise[:1].numel() * ELEMENT_SECONDS + stats.draft_seconds / batch
+        on_nodes, known = self.on_nodes(workload, steps), stats.corrections
 
-        def correction(window: int) -> float:
-            whole = window >= steps
-            return stats.corrections.get(whole, stats.corrections.get(not whole, 1.0))
+        def correction(window: int) -> float:  # windows are not corrected by rounds on nodes, which are another thing
+            return known.get(window >= steps, 1.0 if on_nodes else known.get(window < steps, 1.0))
 
         return PlannerInputs(
             steps=steps, batch=batch, step=step, calls=calls,
@@ -132,7 +132,7 @@ class Planner:
             fits=lambda window: self._fits(workload, window, usable), limit=limit,
             max_rounds=self.options.round_limit(), windows=not self.options.node_only,
             previous=None if previous is None else previous.chosen.window,
-            nodes=self._nodes if self.on_nodes(workload, steps) else [],
+            nodes=self._nodes if on_nodes else [],
         )  # fmt: skip
 
     def _fits(self, workload: Workload, window: int, usable: float) -> bool:
@@ -182,10 +182,9 @@ class Planner:
         """Whether to learn from a solve with that window; prepared: it made tables that later ones find made."""
         stats = workload.stats
         first = (window >= self.options.schedule.num_steps) not in stats.corrections
-        if not (prepared and first and stats.preparing < MOST_PREPARING):
-            return True
-        stats.preparing += 1
-        return False
+        waits = prepared and first and stats.preparing < MOST_PREPARING
+        stats.preparing += waits
+        return not waits
 
     def record_rounds(
         self, workload: Workload, window: int, taken: RoundEstimate, seconds: float, complete: bool, gave_up: bool
@@ -215,6 +214,8 @@ class Planner:
             stats.corrections[whole] = ratio if outlier else average(old, ratio)
             stats.suspect = False
             self._compare(stats, seconds)
+            if gave_up or seconds > inputs.steps * (inputs.step or math.inf):
+                stats.plan = None  # the next one is made at once, whatever the budget: this costs more
 
     def check_due(self, workload: Workload) -> bool:
         """Whether the serial chain, which solves by rounds never see, should be timed again."""

@@ -63,7 +63,8 @@ def solve_in_rounds(
     begun: Workspace | None = None, front: int = 0,
 ) -> Solution:  # fmt: skip
     """By rounds. start: `time.perf_counter()` at the start. begun: a workspace in which the first `front` steps were
-    made already. Nothing is learned from the first solves that have to prepare what later ones find prepared."""
+    made already. Nothing is learned from the first solves that have to prepare what later ones find prepared, unless
+    they are slower than the serial chain beside that."""
     options, clock, evals = planner.options, planner.clock_of(workload), system.model_evals
     began = clock()
     system.max_batch, window = plan.chosen.piece, plan.chosen.window
@@ -77,10 +78,10 @@ def solve_in_rounds(
     head = None if begun is None else Head(begun, front)
     prepared = seconds_of_tables(options.schedule)
     solution = solve_rounds(system, options, request, stats, start, head, monitor)
-    new_tables: float = seconds_of_tables(options.schedule) > prepared
-    if options.ranks is not None:
-        new_tables = options.ranks.first(float(new_tables))
-    believed = planner.believes(workload, window, bool(new_tables))
+    tables = seconds_of_tables(options.schedule) - prepared
+    tables = tables if options.ranks is None else options.ranks.first(tables)
+    slow = clock() - began - tables > step * system.num_steps  # even without them
+    believed = planner.believes(workload, window, tables > 0 and not slow)
     usual = stats.check_evals <= AFTERWARDS or monitor.gave_up
     if stats.stop_reason != "callback" and believed and usual:
         seconds, rows, share = clock() - began - monitor.outside, stats.model_evals - evals, 1.0

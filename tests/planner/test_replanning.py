@@ -30,6 +30,27 @@ def test_a_solve_that_becomes_dear_is_finished_serially(machine, noise, relative
     assert sampler.plan((3, 8, 8), batch=2).serial, "and the next one starts that way"
 
 
+def test_what_was_given_up_is_not_tried_again(machine, noise):
+    """Not even where measurements have cost so much that nothing is left for a plan."""
+    costs = [1.0]
+    device, sampler = machine(lambda n: 1.0 if n <= 2 else costs[0], tol=1e-5)
+    sampler.warmup((3, 8, 8), batch=2)
+    costs[0] = 40.0
+    sampler.planner.workload(noise(2), None).stats.measure_budget = -1e6
+    reasons = [solve(device, sampler, noise(2, seed=k)).stats.stop_reason for k in range(3)]
+    assert reasons == ["replanned", "serial", "serial"]
+
+
+@pytest.mark.parametrize("nodes", [True, False])
+def test_rounds_on_nodes_say_nothing_of_windows(machine, noise, nodes):
+    _, sampler = machine(lambda n: 1.0)
+    sampler = sampler._with(replace(sampler.options, solver=dq.QuasiNewton(nodes=nodes)))
+    workload = sampler.planner.workload(noise(2), None)
+    workload.stats.corrections[True] = 5.0
+    correction = sampler.planner.inputs(workload).correction
+    assert (correction(50), correction(8)) == (5.0, 1.0 if nodes else 5.0)
+
+
 def test_a_window_that_becomes_dear_is_finished_serially(machine, noise, relative_error):
     costs = [1.0]
     device, sampler = machine(lambda n: 1.0 if n <= 2 else costs[0], tol=1e-5)

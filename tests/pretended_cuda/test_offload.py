@@ -81,7 +81,7 @@ def test_what_is_on_the_device_and_what_waits(device, monkeypatch, ddim):
     assert all(pinned for _, pinned in asked)
     assert peaks["device"] <= planned["device"][0]
     assert peaks["offload"] <= planned["offload"][0]
-    assert peaks["offload"] < 0.5 * peaks["device"]
+    assert peaks["offload"] < 0.55 * peaks["device"]
     assert planned["device"][1] == 0
     assert max(count for count, _ in asked) <= planned["offload"][1]
     serial = sampler.serial(noise, generator=draw()).sample

@@ -104,7 +104,7 @@ def what_nodes_leave_is_made_serially() -> None:
 
 def a_share_of_the_memory() -> None:
     """All that is there at a time, and what was planned, are one process's divided by the ranks, but for a few rows."""
-    size, x, chain = dist.get_world_size(), noise(1, torch.float32, 6000), schedule(20)
+    size, x, chain = dist.get_world_size(), noise(1, torch.float32, 6000), schedule(30)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return (1 - t.to(x.dtype) / 2000)[:, None] * x + 0.1 * torch.tanh(x)
