@@ -93,7 +93,7 @@ class NodeChain:
         self.surprise = torch.zeros_like(self.remainder)
 
     def learn(self, at: Tensor | None, answers: Tensor) -> None:
-        """What the model said at the nodes, (n, B, D), written to; at: (r,) int64 in which of n B rows, None for all."""
+        """What the model said at the nodes, (n, B, D), written to; at: (r,) int64 in which of n B rows, None: all."""
         states = self.states[:-1]
         off = None if self.answers is None else answers - self.answers.at(states, STILL * SETTLED * self.problem.tol)
         remainder = answers.addcmul_(self.slope, states, value=-1)
@@ -160,7 +160,7 @@ class NodeChain:
         return extra is None or moved <= UNSETTLED
 
     def _give_up_draft(self, out: Tensor, told: bool) -> None:
-        """Go on without a draft whose sweeps do not settle, by the slopes; told: whether the model has said anything."""
+        """Go on without a draft whose sweeps do not settle, by slopes; told: whether the model has said anything."""
         self.forget_draft()
         if told:
             self.history.prepare()
