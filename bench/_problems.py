@@ -74,6 +74,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alone", action="store_true", help="without the draft and the spectrum that the model brings, as a stranger's"
     )
+    parser.add_argument(
+        "--betas", choices=("own", "linear"), default="own", help="linear: the chain of DDPM's betas, 1e-4 to 0.02; a "
+        "model of other ones is asked at that of its times which has the noise level"
+    )  # fmt: skip
     parser.add_argument("--size", type=positive_int, default=32, help="image size of the mixture (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first noise (default 0)")
     parser.add_argument(
@@ -85,11 +89,7 @@ def load(args: argparse.Namespace) -> Problem:
     """The problem that the arguments of `add_model_arguments` name."""
     if args.model == "mixture":
         shape = (3, args.size, args.size)
-
-        def mixture_schedule(steps: int, eta: float, spacing: str | None = None) -> dq.Schedule:
-            return dq.Schedule.ddim(ABAR, timesteps(TRAIN_STEPS, steps, spacing or "leading"), eta=eta)
-
-        return Problem("mixture", Mixture(shape), mixture_schedule, shape, args.device)
+        return Problem("mixture", Mixture(shape), linear_betas, shape, args.device)
     from deqdiff_fast.integrations.diffusers import ddim_schedule, load_model
 
     loaded = load_model(args.model, device=args.device)
@@ -99,10 +99,35 @@ def load(args: argparse.Namespace) -> Problem:
     def schedule(steps: int, eta: float, spacing: str | None = None) -> dq.Schedule:
         return ddim_schedule(loaded.scheduler, steps, eta=eta, spacing=spacing)
 
-    return Problem(
+    problem = Problem(
         Path(args.model).name, loaded.model, schedule, loaded.info.sample_shape, args.device,
         None if args.alone else loaded.spectrum, None if args.alone else loaded.draft,
     )  # fmt: skip
+    if getattr(args, "betas", "own") == "linear":
+        problem.name, problem.schedule = f"{problem.name}, linear betas", linear_betas
+        times = same_levels(loaded.scheduler.alphas_cumprod.double()).to(args.device, torch.float32)
+        problem.model = at_times(problem.model, times)
+        problem.draft = None if problem.draft is None else at_times(problem.draft, times)
+    return problem
+
+
+def linear_betas(steps: int, eta: float, spacing: str | None = None) -> dq.Schedule:
+    """The chain of DDPM's betas (Ho et al. 2020, arXiv 2006.11239)."""
+    return dq.Schedule.ddim(ABAR, timesteps(TRAIN_STEPS, steps, spacing or "leading"), eta=eta)
+
+
+def same_levels(abar: Tensor) -> Tensor:
+    """(1000,) times, between the integers, at which a model of those alphas_cumprod, (N,), has the noise of `ABAR`."""
+    level = -torch.logit(ABAR)
+    own = -torch.logit(abar)
+    after = torch.searchsorted(own, level).clamp(1, len(own) - 1)
+    part = (level - own[after - 1]) / (own[after] - own[after - 1])
+    return (after - 1 + part).clamp(0, len(own) - 1)
+
+
+def at_times(model: Callable[..., Any], times: Tensor) -> Callable[..., Any]:
+    """The model asked at times[t] in the place of t."""
+    return lambda x, t, **kwargs: model(x, times[t], **kwargs)
 
 
 def solvers(names: list[str] | None, drafted: bool = False) -> dict[str, Solver]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._types import FrozenNoise
+from ..model.guidance import Guided
 from ..model.outputs import output_fault
 from ..model.padding import out_of_memory
 from ..model.transforms import call
@@ -64,6 +65,8 @@ class PlainChain:
         # of every call a row of its own: the model may write to it
         self._times = system.times[:, None].expand(-1, batch).clone(memory_format=torch.contiguous_format).unbind(0)
         self._kwargs = system.expand_kwargs(torch.arange(batch, device=system.device)) if system.model_kwargs else {}
+        if isinstance(system.model, Guided):
+            self._kwargs = system.model.joined(**self._kwargs)
         self._draws = iter(()) if frozen is None else iter(frozen.draws)
         self._shape, self._dtype = tuple(noise.shape), noise.dtype
         self.states, self.outputs = [noise.detach().to(system.dtype, copy=True)], list[Tensor]()

@@ -47,7 +47,6 @@ class _Layout:
 
     structure: TreeSpec
     constants: tuple[Any, ...]  # the leaves that are no tensors; `_ROW`, `_SHARED` where a tensor goes
-    positional: bool
 
 
 _ROW, _SHARED = object(), object()  # a tensor with one row for each sample; one without
@@ -95,8 +94,7 @@ class Guided:
 
         extra: the caller's `model_kwargs`, of which what has `batch` rows is per sample. Raises ValueError.
         """
-        positional = isinstance(self.cond, Tensor)
-        branches = [{"": value} if positional else value for value in (self.uncond, self.cond)]
+        branches = [{"": value} if isinstance(value, Tensor) else value for value in (self.uncond, self.cond)]
         taken = sorted(set(extra) & set(branches[0]))
         if taken:
             raise ValueError(f"model_kwargs: {', '.join(taken)} is given in cond and uncond already")
@@ -116,7 +114,7 @@ class Guided:
                 constants.append(_SHARED)
             else:
                 constants.append(u)
-        layout = _Layout(structure, tuple(constants), positional)
+        layout = _Layout(structure, tuple(constants))
         bound: dict[str, Any] = {"rows": rows, "shared": shared, "layout": layout}
         if isinstance(self.scale, Tensor):
             if len(self.scale) not in (1, batch):
@@ -129,23 +127,27 @@ class Guided:
         if layout is None:
             bound = self.bind_batch(len(x), given)
             layout, given = bound.pop("layout"), without_marks(bound)
-        rows, scale = given["rows"], given.get("scale", self.scale)
+        scale = given.get("scale", self.scale)
+        kwargs = given["joined"] if "joined" in given else self.joined(layout=layout, **given)["joined"]
         if not isinstance(scale, Tensor) and scale == 1.0:
-            return self._call(x, t, [c for _, c in rows], given["shared"], layout)
-        both = [torch.cat([u, c]) if isinstance(u, Tensor) else u + c for u, c in rows]
-        low: Tensor
-        high: Tensor
-        low, high = self._call(torch.cat([x, x]), torch.cat([t, t]), both, given["shared"], layout).chunk(2)
+            return self._call(x, t, kwargs)
+        low, high = self._call(torch.cat([x, x]), torch.cat([t, t]), kwargs).chunk(2)
         if isinstance(scale, Tensor):
             scale = scale.to(low.dtype).view(-1, *[1] * (low.dim() - 1))
         return combine(low, high, scale, self.rescale)
 
-    def _call(self, x: Tensor, t: Tensor, rows: list[Any], shared: list[Any], layout: _Layout) -> Tensor:
-        given = {_ROW: iter(rows), _SHARED: map(Shared, without_marks(shared)) if self._marked else iter(shared)}
-        leaves = [next(given[value]) if value is _ROW or value is _SHARED else value for value in layout.constants]
-        kwargs: dict[str, Any] = tree_unflatten(leaves, layout.structure)
-        args = (kwargs.pop(""),) if layout.positional else ()
-        output = self.model(x, t, *args, **kwargs)
+    def joined(self, *, layout: Any, **given: Any) -> dict[str, Any]:
+        """What `bind_batch` returned, with the model's own arguments for both branches, for calls on the same rows."""
+        rows, shared, scale = given["rows"], given["shared"], given.get("scale", self.scale)
+        one = not isinstance(scale, Tensor) and scale == 1.0
+        both = [c if one else torch.cat([u, c]) if isinstance(u, Tensor) else u + c for u, c in rows]
+        leaves = {_ROW: iter(both), _SHARED: map(Shared, without_marks(shared)) if self._marked else iter(shared)}
+        values = [next(leaves[value]) if value is _ROW or value is _SHARED else value for value in layout.constants]
+        return {"layout": layout, **given, "joined": tree_unflatten(values, layout.structure)}
+
+    def _call(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        args, named = [kwargs[""]] if "" in kwargs else [], {name: value for name, value in kwargs.items() if name}
+        output = self.model(x, t, *args, **named)
         value = unwrap_output(output)
         if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(x):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

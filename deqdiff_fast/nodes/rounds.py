@@ -77,7 +77,8 @@ class NodeRounds:
             asked = None if changed else asked
             self._ask(asked, round)
             before, found = found, self._advance().on_host()
-            if before is not None and chain.draft is not None and round > UNTOLD + 2 and _grows(found, before):
+            grown = before is not None and bool((found.step > GROWING * before.step).any())
+            if grown and chain.draft is not None and round > UNTOLD + 2:
                 chain.forget_draft()  # what it makes of the secants grows
             latest = self._estimate_error(found, before if round > UNTOLD else None, changed)
             if asked is not None:  # nothing is new of samples that were not asked about
@@ -249,8 +250,3 @@ class NodeRounds:
             little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
         asked = torch.zeros_like(little).scatter_(0, order, ~little)
         return asked & ~torch.tensor(self._over())
-
-
-def _grows(found: Estimate, before: Estimate) -> bool:
-    """Whether steps have become much longer than in the round before."""
-    return bool((found.step > GROWING * before.step).any())

@@ -126,13 +126,11 @@ class Planner:
             return known.get(window >= steps, 1.0 if on_nodes else known.get(window < steps, 1.0))
 
         return PlannerInputs(
-            steps=steps, batch=batch, step=step, calls=calls,
-            expect=lambda window: stats.expectation(window, batch, workload.warm),
+            steps=steps, batch=batch, step=step, calls=calls, limit=limit, max_rounds=self.options.round_limit(),
+            expect=lambda window: stats.expectation(window, batch, workload.warm), windows=not self.options.node_only,
             overhead=lambda rows: ROUND_OVERHEAD * outside + rows * row, correction=correction,
-            fits=lambda window: self._fits(workload, window, usable), limit=limit,
-            max_rounds=self.options.round_limit(), windows=not self.options.node_only,
+            fits=lambda window: self._fits(workload, window, usable), nodes=self._nodes if on_nodes else [],
             previous=None if previous is None else previous.chosen.window,
-            nodes=self._nodes if on_nodes else [],
         )  # fmt: skip
 
     def _fits(self, workload: Workload, window: int, usable: float) -> bool:

@@ -166,3 +166,20 @@ def test_guesses(figures):
         assert all(len(run["curve"]) == run["rounds"] for run in runs)
         if "%" in name:
             assert all(run["guess"] == pytest.approx(float(name.split("%")[0]) / 100, rel=1e-3) for run in runs)
+
+
+def test_another_noise_schedule_asks_the_model_at_its_own_time(baseline):
+    problems = importlib.import_module("bench._problems")
+    linear = problems.ABAR
+    torch.testing.assert_close(problems.same_levels(linear), torch.arange(1000.0, dtype=torch.float64))
+    angle = (torch.arange(1, 401, dtype=torch.float64) / 401 * 0.99 + 0.008) / 1.008 * torch.pi / 2
+    cosine = angle.cos().square()
+    times = problems.same_levels(cosine)
+    before = times.floor().long().clamp_max(398)
+    level = torch.logit(cosine)
+    found = level[before] + (times - before) * (level[before + 1] - level[before])
+    inside = (torch.logit(linear) <= level[0]) & (torch.logit(linear) >= level[-1])
+    assert inside.sum() > 850
+    torch.testing.assert_close(found[inside], torch.logit(linear)[inside])
+    asked = problems.at_times(lambda x, t, scale: scale * t, times)
+    assert torch.equal(asked(None, torch.tensor([3, 999]), scale=2), 2 * times[[3, 999]])
