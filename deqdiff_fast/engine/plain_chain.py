@@ -82,8 +82,9 @@ class PlainChain:
             inputs = x if self._once and x.dtype == system.model_dtype else x.to(system.model_dtype, copy=True)
             if system.input_scale is not None:
                 inputs.mul_(steps.input_scale[i])
+            kwargs = self._kwargs_at(i) if system.told_steps else self._kwargs
             try:
-                output = call(system.model, inputs, self._times[i], self._kwargs_at(i))
+                output = call(system.model, inputs, self._times[i], kwargs)
             except Exception as error:
                 if (system.batch > 1 and out_of_memory(error)) or not self.finite():  # what it says may be about NaN
                     return False
@@ -102,9 +103,7 @@ class PlainChain:
         return True
 
     def _kwargs_at(self, i: int) -> dict[str, Any]:
-        """Of the call at step i."""
-        if not self.system.told_steps:
-            return self._kwargs
+        """Of the call at step i, of a model that is told steps."""
         return {**self._kwargs, "step": torch.full((self.system.batch,), i, device=self.system.device)}
 
     def _remember(self, i: int, x: Tensor, output: Tensor, drift: Tensor | None) -> None:

@@ -128,10 +128,10 @@ class Guided:
             bound = self.bind_batch(len(x), given)
             layout, given = bound.pop("layout"), without_marks(bound)
         scale = given.get("scale", self.scale)
-        kwargs = given["joined"] if "joined" in given else self.joined(layout=layout, **given)["joined"]
+        args, kwargs = given["joined"] if "joined" in given else self.joined(layout=layout, **given)["joined"]
         if not isinstance(scale, Tensor) and scale == 1.0:
-            return self._call(x, t, kwargs)
-        low, high = self._call(torch.cat([x, x]), torch.cat([t, t]), kwargs).chunk(2)
+            return self._call(x, t, args, kwargs)
+        low, high = self._call(torch.cat([x, x]), torch.cat([t, t]), args, kwargs).chunk(2)
         if isinstance(scale, Tensor):
             scale = scale.to(low.dtype).view(-1, *[1] * (low.dim() - 1))
         return combine(low, high, scale, self.rescale)
@@ -143,12 +143,11 @@ class Guided:
         both = [c if one else torch.cat([u, c]) if isinstance(u, Tensor) else u + c for u, c in rows]
         leaves = {_ROW: iter(both), _SHARED: map(Shared, without_marks(shared)) if self._marked else iter(shared)}
         values = [next(leaves[value]) if value is _ROW or value is _SHARED else value for value in layout.constants]
-        return {"layout": layout, **given, "joined": tree_unflatten(values, layout.structure)}
+        kwargs: dict[str, Any] = tree_unflatten(values, layout.structure)
+        return {"layout": layout, **given, "joined": ([kwargs.pop("")] if "" in kwargs else [], kwargs)}
 
-    def _call(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        args, named = [kwargs[""]] if "" in kwargs else [], {name: value for name, value in kwargs.items() if name}
-        output = self.model(x, t, *args, **named)
-        value = unwrap_output(output)
+    def _call(self, x: Tensor, t: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+        value = unwrap_output(self.model(x, t, *args, **kwargs))
         if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(x):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"model: expected a tensor of {len(x)} rows or an object with .sample, got {got}")
