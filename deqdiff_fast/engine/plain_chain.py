@@ -117,9 +117,9 @@ class PlainChain:
     def hand_over(self, work: Workspace) -> None:
         """The steps made so far, into a workspace that was begun with the same noise."""
         chain, done = work.chain, self.front
-        for k, (state, output) in enumerate(zip(self.states[done - 1 :: -1], self.outputs[::-1], strict=True)):
-            chain.states[k + 1].copy_(self.system.to_basis(state.flatten(1)))
-            chain.predictions[k].copy_(self.system.to_basis(output.flatten(1)))
+        for kept, there in ((self.states[done - 1 :: -1], chain.states[1:]), (self.outputs[::-1], chain.predictions)):
+            rows = torch.stack(kept).flatten(0, 1).flatten(1)
+            there[:done].copy_(self.system.to_basis(rows).view_as(there[:done]))
 
     def reset(self) -> None:
         """No solve will take over."""
