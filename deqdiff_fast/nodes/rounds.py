@@ -74,7 +74,8 @@ class NodeRounds:
         for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
             changed = self._change_nodes(round, found)
             self.unchanged = 0 if changed else self.unchanged + 1
-            asked = None if changed else asked
+            if changed:  # all of them, of the samples that want more
+                asked = ~torch.tensor(self._over()).expand(len(chain.grid.nodes), -1) if any(self._over()) else None
             self._ask(asked, round)
             before, found = found, self._advance().on_host()
             grown = before is not None and bool((found.step > GROWING * before.step).any())
@@ -140,7 +141,6 @@ class NodeRounds:
         rows = torch.tensor(nodes)[:, None] * batch + torch.arange(batch)
         slots = torch.arange(rows.numel()).view(rows.shape)
         rows, slots = (rows.flatten(), slots.flatten()) if asked is None else (rows[asked], slots[asked])
-        told = len(slots)
         first = round == len(self.sizes)
         wanted = problem.spots if first else problem.spots._replace(timesteps=self.suspects)
         spots = spots_along(chain, wanted) if first or self.suspects else None
@@ -155,7 +155,7 @@ class NodeRounds:
         problem.ask(states, rows, slots, answers, round)
         self.evaluated.update(nodes)
         count = len(nodes) * batch
-        chain.learn(None if asked is None else slots[:told], answers[:count].view_as(chain.remainder))
+        chain.learn(None if asked is None else slots[: int(asked.sum())], answers[:count].view_as(chain.remainder))
         if spots is not None:
             said = answers[count:].view_as(spots.states)
             self.missed = missed_at(spots, chain, said)
