@@ -149,15 +149,16 @@ def test_samples_that_are_done_are_not_asked_about_at_other_nodes(mixture, ddim,
 
     def watched(self, asked, round):
         nodes, over = self.chain.grid.nodes, torch.tensor(self._over())
-        seen.append((nodes, over, None if asked is None else asked.any(0)))
         ask(self, asked, round)
+        seen.append((nodes, over, None if asked is None else asked.any(0), self.chain.history.guess_error))
 
     monkeypatch.setattr(NodeRounds, "_ask", watched)
     sampler = dq.DEQSampler(mixture(components=10), ddim(100), solver="quasi-newton", window=100)
     assert all(bool(sampler.sample(noise(8, seed=seed)).converged.all()) for seed in (0, 1, 3))
     late = [entry for before, entry in itertools.pairwise(seen) if before[0] != entry[0] and bool(entry[1].any())]
     assert late, "nodes changed while some sample was done"
-    assert all(asked is not None and not bool((asked & over).any()) for _, over, asked in late)
+    assert all(asked is not None and not bool((asked & over).any()) for _, over, asked, _ in late)
+    assert not any(bool(error[:, over].any()) for _, over, _, error in late), "of answers that nobody gave"
 
 
 @pytest.mark.parametrize("spoiled", [0.0, 0.05])
