@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .options import Options
 
 ITERATES = 8  # states, remainders, answers, surprises and what is made of them in a round, old and new
-ITERATES_LEFT = 9  # where the history is on the host and what is made is made in pieces
+ITERATES_LEFT = 11  # where the history is on the host and what is made is made in pieces
 PIECE_BYTES = 1 << 28  # that the host keeps of a piece; pinned memory comes in powers of two
 PIECES = 3  # of that size that are on the device at a time
 
@@ -111,7 +111,8 @@ class Placement:
         kept: int = rows * self.numel * _kept(system, settings)
         drift = self.numel * system.num_steps * system.batch * system.dtype.itemsize * system.schedule.stochastic
         left = (ITERATES_LEFT + system.schedule.stochastic) * size
-        return held + left + PIECES * min(PIECE_BYTES, kept), kept + drift
+        piece = min(PIECE_BYTES, kept)  # on the host one is there twice while it is moved to other nodes
+        return held + left + PIECES * piece, kept + piece + drift
 
 
 def _kept(system: System, settings: Any) -> int:

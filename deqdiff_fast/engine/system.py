@@ -13,7 +13,7 @@ from ..kernels import newton_scan_bytes
 from ..model.batched import BatchedModel
 from ..model.draft_calls import DraftCalls
 from ..model.weighted_norm import WeightedNorm
-from ..nodes.rounds import most_nodes
+from ..nodes.grid import most_nodes
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
 from ..schedule.tables import step_variance

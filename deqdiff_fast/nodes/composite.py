@@ -98,18 +98,21 @@ def composite_steps(chain: LinearChain, targets: Tensor, sources: Tensor) -> Com
     return CompositeSteps(coef[:, :, :lags], coef[:, :, lags:], start.int())
 
 
-def node_influence(steps: CompositeSteps) -> Tensor:
-    """(n, K): d sample / d remainder at each source, where these are the targets too."""
+def node_influence(steps: CompositeSteps) -> tuple[Tensor, Tensor]:
+    """(n, K) each: d sample / d remainder at each source, where these are the targets too; and d sample / d state after
+    each step, with the states before it that the chain knows, moved as much."""
     state, remainder, start = steps
     count, lags, points = remainder.shape[:3]
     found = torch.zeros(count, remainder.shape[3], dtype=torch.float64)
     carried = torch.zeros(lags, remainder.shape[3], dtype=torch.float64)
     carried[0] = 1
+    after = torch.empty_like(found)
     for j in range(count - 1, -1, -1):
+        after[j] = carried.sum(0)
         first = int(start[j])
         found[first : first + points] += (carried[:, None] * remainder[j]).sum(0)
         carried = (carried[:, None] * state[j]).sum(0)
-    return found
+    return found, after
 
 
 def leave_one_out(sources: Tensor, unit: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ FEWEST_STEPS = 10  # of a chain that is worth rounds on nodes
 SHORT = 16  # timesteps of a chain all of which are nodes in the end
 RENEWED = 0.016  # see `is_noisy`
 HALF, MORE = 45, 90  # nodes of the rounds that follow: T HALF / (T + HALF), or with MORE, see `round_sizes`
+DENSEST = 2  # times the usual number of nodes, at most
 LOOSE = 1e-2, 1e-1  # tolerances from which and up to which HALF becomes less: interpolation errs by about n^-2
 TILT, MOST_TILTED = 0.5, 4  # by what part, and how often that, of what nodes have seen their density is tilted
 FEWEST_SEEN = 4  # nodes
@@ -45,6 +46,11 @@ def round_sizes(steps: int, noisy: bool = False, smooth: bool = True, rough: boo
 
 def usual_nodes(steps: int, half: float = HALF) -> int:
     return steps if steps <= SHORT else round(half * steps / (steps + half))
+
+
+def most_nodes(steps: int, sizes: list[int]) -> int:
+    """How many nodes a round may have, whatever the tolerance; sizes: see `round_sizes`."""
+    return min(DENSEST * max(sizes[-1], usual_nodes(steps)), steps)
 
 
 def is_noisy(schedule: Schedule) -> bool:

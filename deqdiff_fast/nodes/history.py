@@ -82,6 +82,10 @@ class History:
         """out <- base + the secants' part for states that have moved on: (n, B, D) each."""
         raise NotImplementedError
 
+    def carry(self, moved: Tensor, out: Tensor) -> None:
+        """out <- the secants' part for states that move by that much: (n, B, D) each."""
+        raise NotImplementedError
+
     def _move_marks(self, found: History, transfer: Transfer) -> None:
         """Ridges and counts at other nodes."""
         for h, ridges in enumerate(found.ridges):
@@ -176,14 +180,18 @@ class NodeHistory(History):
         self._fit(pad(gram, (0, later, 0, later)) if later else gram, self.z[0].norm(dim=2))
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
+        self.carry(states - self.z[0], out)
+        out.add_(base)
+
+    def carry(self, moved: Tensor, out: Tensor) -> None:
         dz, dr = self.dz, self.dr
         if dz is None or dr is None:
-            out.copy_(base)
+            out.zero_()
             return
         rows, numel = len(dz), dz.shape[2]
-        moved = (states - self.z[0]).view(rows, 1, numel)  # a row from the left: five times as fast on a CPU
+        moved = moved.view(rows, 1, numel)  # a row from the left: five times as fast on a CPU
         weights = self._weights(float64(torch.bmm(moved, dz.transpose(1, 2)))).to(dz)
-        torch.baddbmm(base.reshape(rows, 1, numel), weights, dr, out=out.view(rows, 1, numel))
+        torch.bmm(weights, dr, out=out.view(rows, 1, numel))
 
 
 def secants(kept: list[Tensor]) -> Tensor:

@@ -133,14 +133,19 @@ class HostHistory(History):
         self._fit(gram, joined(sizes)[0])
 
     def correct(self, base: Tensor, states: Tensor, out: Tensor) -> None:
+        for at, memory in self._each():
+            torch.sub(states[..., at], self._load(memory["states"]), out=out[..., at])
+        self.carry(out, out)
+        out.add_(base)
+
+    def carry(self, moved: Tensor, out: Tensor) -> None:
         if self.columns == 1:
-            out.copy_(base)
+            out.zero_()
             return
         along = torch.zeros((), dtype=torch.float64)
         for at, memory in self._each():
-            moved = (states[..., at] - self._load(memory["states"])).flatten(0, 1)[:, None]
-            along = float64(torch.bmm(moved, self._secants(memory["steps"]).transpose(1, 2))) + along
+            piece = moved[..., at].flatten(0, 1)[:, None]
+            along = float64(torch.bmm(piece, self._secants(memory["steps"]).transpose(1, 2))) + along
         weights = self._weights(along).to(self.dtype)
         for at, memory in self._each():
-            extra = torch.bmm(weights, self._secants(memory["changes"])).view(*self.shape[:2], -1)
-            torch.add(base[..., at], extra, out=out[..., at])
+            out[..., at] = torch.bmm(weights, self._secants(memory["changes"])).view(*self.shape[:2], -1)

@@ -26,6 +26,7 @@ class NodeGrid:
     steps: CompositeSteps
     slope: Tensor  # (n, K) of the prediction in the state
     influence: Tensor  # (n, K) d sample / d remainder
+    after: Tensor  # (n, K) d sample / d state of the next node
     local: Tensor  # (n, K) d state of the next node / d remainder
     excess: Tensor  # (n, K) that part of the influence that stands for timesteps that are not asked
     unasked: Tensor  # (n,) that part of `local` that does
@@ -35,13 +36,13 @@ class NodeGrid:
     def of(cls, chain: LinearChain, nodes: list[int], dtype: torch.dtype, device: torch.device) -> NodeGrid:
         at = torch.tensor(nodes)
         steps = composite_steps(chain, at, at)
-        influence = node_influence(steps)
+        influence, after = node_influence(steps)
         own = chain.influence[at]
         number = torch.arange(len(nodes))
         local = steps.remainder_coef[number, 0, number - steps.start]
         length = torch.cat([at[1:], torch.tensor([len(chain.unit)])]) - at
         unasked = (length - 1) / length
-        tables = [chain.slope[at], influence, local, influence - own, unasked, leave_one_out(at, chain.unit)]
+        tables = [chain.slope[at], influence, after, local, influence - own, unasked, leave_one_out(at, chain.unit)]
         return cls(tuple(nodes), at.to(device), on(steps, dtype, device), *(t.to(device, dtype) for t in tables))
 
 

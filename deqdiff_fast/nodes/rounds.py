@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .chain import NodeChain
-from .estimate import STALLED, Estimate, estimate, stalled
-from .grid import equidistribute, refine, round_sizes, tilted, usual_nodes, walk_between
+from .estimate import Estimate, estimate, stalled, worth_asking
+from .grid import equidistribute, most_nodes, refine, round_sizes, tilted, usual_nodes, walk_between
+from .growth import growth
 from .problem import NodeOutcome, NodeProblem
 from .spots import missed_at, spots_along
 from .suspects import suspects
@@ -17,12 +18,12 @@ from .suspects import suspects
 MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
 SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sqrt(D)
 NOISE_FACTOR = 1.5  # times the estimate, where a draft goes through a chain that adds much noise: it scatters there
-SKIPPED = 0.03  # part of the tolerance that nodes that are not asked again may cost
 UNTOLD = 3  # rounds before which nothing was foretold that could be believed
+SOON = 0.3  # times the step that was foretold: the next one may be as short
+DOUBTED = 0.15  # of the sample: how far the model may carry an error of the tolerance
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
 SPOT_FACTOR, SPOT_SLACK = 1.5, 0.3  # times the estimate of interpolation, and part of the tolerance more, in spots
 GROWTH = 4  # one node more for so many, and that many at least
-DENSEST = 2  # times the usual number of nodes, at most
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
 NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
 LARGEST_FALL = 30.0  # times the tolerance: from there no single round leads to the end
@@ -30,11 +31,6 @@ LARGEST_ESTIMATE = 3.0  # one that says nothing, times the sample
 
 Report = Callable[[int, Tensor, "NodeRounds"], object]
 """report(round, error estimate (B,), the rounds): called after every round; returning True stops."""
-
-
-def most_nodes(steps: int, sizes: list[int]) -> int:
-    """How many nodes a round may have, whatever the tolerance; sizes: see `round_sizes`."""
-    return min(DENSEST * max(sizes[-1], usual_nodes(steps)), steps)
 
 
 class NodeRounds:
@@ -50,6 +46,7 @@ class NodeRounds:
         self.safety = 1 + SCATTER / problem.elements.numel(problem.start.shape[1]) ** 0.5
         if problem.drift is not None and problem.draft is not None and self.sizes[-1] == self.steps:
             self.safety *= NOISE_FACTOR
+        self.unsure = torch.full((self.batch,), problem.amplifies)
         self.unchanged = 0  # rounds since nodes have changed
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype)
         self.rate: Tensor | None = None
@@ -58,6 +55,7 @@ class NodeRounds:
         self.off = False  # whether those that were just asked miss too much
         self.density = problem.density
         self.chain = NodeChain(problem, self._even_nodes(self.sizes[0]))
+        self.last = self.chain.states[-1].clone(), self.chain.states[-1].clone()  # samples of the rounds before
 
     def _even_nodes(self, count: int) -> list[int]:
         """So many that share out the density; by that of the problem they are known from earlier solves."""
@@ -77,7 +75,10 @@ class NodeRounds:
             if changed:  # all of them, of the samples that want more
                 asked = ~torch.tensor(self._over()).expand(len(chain.grid.nodes), -1) if any(self._over()) else None
             self._ask(asked, round)
-            before, found = found, self._advance().on_host()
+            before, found = found, self._advance(round, found).on_host()
+            if self._seems_done(found):  # suddenly
+                found = self._estimate(growth(chain)).on_host()
+            self.unsure |= found.growth * self.problem.tol >= DOUBTED
             grown = before is not None and bool((found.step > GROWING * before.step).any())
             if grown and chain.draft is not None and round > UNTOLD + 2:
                 chain.forget_draft()  # what it makes of the secants grows
@@ -94,7 +95,8 @@ class NodeRounds:
             self._note_hopeless(found, trace)
             if stopped or self.rough or all(self._over()):
                 break
-            asked = self._nodes_to_evaluate(found, before)
+            asked = worth_asking(found, before, self.shortfall * self.safety, self.problem.tol)
+            asked &= ~torch.tensor(self._over())
             asked = None if bool(asked.all()) else asked
         return NodeOutcome(
             chain.grid, chain.states, chain.remainder, self.done, total, trace, len(self.evaluated), stopped, broken,
@@ -126,7 +128,7 @@ class NodeRounds:
         """How many more nodes to try, where these do not do: as many as noise wants between them, or a few."""
         count = nodes = len(self.chain.grid.nodes)
         if self.problem.drift is not None:
-            rough = float((self.shortfall * found.interpolation).max())
+            rough = float(found.missed(self.shortfall).max())
             enough = walk_between(self.steps, nodes) * ROUGH * self.problem.tol / rough
             while count < self.most and walk_between(self.steps, count) > enough:
                 count += 1
@@ -161,14 +163,31 @@ class NodeRounds:
             self.missed = missed_at(spots, chain, said)
             self.suspects = suspects(spots, chain, said) if first else self.suspects
 
-    def _advance(self) -> Estimate:
-        """The chain with what is known now, and how good it is."""
-        chain, last = self.chain, self.chain.states[-1].clone()
-        shrinking = chain.advance()
+    def _advance(self, round: int, foretold: Estimate | None) -> Estimate:
+        """The chain with what is known now, and how good it is; how far the model carries errors, where that counts."""
+        self.last = self.chain.states[-1].clone(), self.last[0]
+        self.shrinking = self.chain.advance()
+        soon = foretold is not None and self._any_near(SOON * foretold.next_step)
+        counts = self.chain.draft is None and (soon or round == len(self.sizes))
+        return self._estimate(growth(self.chain) if counts else None)
+
+    def _estimate(self, grown: Tensor | None) -> Estimate:
+        """How good the chain is, by how much further than the linear model the model carries errors, (n, B)."""
+        chain, problem = self.chain, self.problem
         return estimate(
-            chain.grid, self.problem.classes, chain.surprise, shrinking, chain.remainder, chain.states, last,
-            self.problem.elements,
+            chain.grid, problem.classes, chain.surprise, self.shrinking, chain.remainder, chain.states, *self.last,
+            problem.elements, grown,
         )  # fmt: skip
+
+    def _seems_done(self, found: Estimate) -> bool:
+        """Whether it is not known yet how far the model carries errors, and that would decide."""
+        unknown = self.chain.draft is None and not bool((found.growth > 0).any())
+        return unknown and self._any_near(torch.hypot(found.next_step, found.interpolation))
+
+    def _any_near(self, error: Tensor) -> bool:
+        """Whether some sample that is not over would be good enough with such an error, (B,)."""
+        near = self.shortfall * self.safety * error <= self.problem.tol
+        return bool((near & ~torch.tensor(self._over())).any())
 
     def _estimate_error(self, found: Estimate, before: Estimate | None, changed: bool) -> Tensor:
         """(B,) float64: the estimate of the error.
@@ -191,13 +210,10 @@ class NodeRounds:
 
     def _note_done(self, trace: list[Tensor]) -> None:
         """Which samples are good enough. Sudden estimates, and any where models amplify, count the second time only."""
-        tol, estimates, unsure = self.problem.tol, trace[-1].tolist(), self.problem.amplifies
-        last = trace[-2].tolist() if len(trace) > UNTOLD + (not unsure) else [0.0] * self.batch
-        most = tol if unsure else LARGEST_FALL * tol
-        self.done = [
-            e <= tol and (done or (before <= most and not lost))
-            for e, done, before, lost in zip(estimates, self.done, last, self.hopeless)
-        ]
+        tol, last, first = self.problem.tol, trace[:-1][-1:] or trace, len(trace) == UNTOLD + 1
+        most = torch.where(self.unsure, tol, float("inf") if first else LARGEST_FALL * tol)
+        sure = torch.tensor(self.done) | ((last[-1] <= most) & ~torch.tensor(self.hopeless))
+        self.done = ((trace[-1] <= tol) & sure).tolist()
         if self.suspects and self.off and self.done[self.problem.spots.sample]:
             self.rough, self.done = True, [False] * self.batch
 
@@ -210,7 +226,7 @@ class NodeRounds:
         the sample once: the model decides something there, and what errors it amplifies is not told.
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
-        settled = (scale * found.next_step <= tol) & (scale * found.interpolation > tol)
+        settled = (scale * found.next_step <= tol) & (self.safety * found.missed(self.shortfall) > tol)
         rough = (settled & (len(self.chain.grid.nodes) >= self.most)).tolist()
         drafted = self.chain.draft is not None and self.sizes[-1] == self.steps
         if self.problem.drift is not None and not drafted and 0 <= len(trace) - len(self.sizes) <= 1:
@@ -230,23 +246,10 @@ class NodeRounds:
 
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is neither done nor hopeless wants more nodes."""
-        scale = self.shortfall * max(1.0, ROUGH * self.safety)  # for else it may be that alone what is above tol
-        rough = (scale * found.interpolation > ROUGH * self.problem.tol).tolist()
+        scale = max(1.0, ROUGH * self.safety)  # for else it may be that alone what is above tol
+        rough = (scale * found.missed(self.shortfall) > ROUGH * self.problem.tol).tolist()
         return any(wanted and not over for wanted, over in zip(rough, self._over()))
 
     def _over(self) -> list[bool]:
         """Which samples no round on nodes is made for any more."""
         return [done or lost for done, lost in zip(self.done, self.hopeless)]
-
-    def _nodes_to_evaluate(self, found: Estimate, before: Estimate | None) -> Tensor:
-        """(n, B) bool: all nodes but those where the next surprise is foretold to count for next to nothing.
-
-        What is foretold of a node that is not asked stays as it is. Where only that is left, all nodes are asked.
-        """
-        counts, order = found.node_surprise.sort(0)
-        scale, tol = self.shortfall * self.safety, self.problem.tol
-        little = counts.cumsum(0) * scale <= SKIPPED * tol
-        if before is not None:
-            little &= (found.next_step < STALLED * before.next_step) | (found.next_step * scale > tol)
-        asked = torch.zeros_like(little).scatter_(0, order, ~little)
-        return asked & ~torch.tensor(self._over())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..nodes.rounds import most_nodes
+from ..nodes.grid import most_nodes
 from ..plan import Candidate, Plan, RoundEstimate
 from .cost_curve import MARGIN, Curve
 

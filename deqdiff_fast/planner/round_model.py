@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..nodes.rounds import DENSEST, UNTOLD
+from ..nodes.grid import DENSEST
+from ..nodes.rounds import UNTOLD
 from ..plan import RoundEstimate
 
 # Fitted to quasi-Newton solves to a relative error of TRUSTED_TOL, deterministic DDIM, one sample: the bundled image

@@ -22,7 +22,7 @@ def grid(random_chain):
 def made(grid, surprise, remainder, scan, start, shrinking=None):
     states = scan(grid.steps, remainder, start, CLASSES)
     shrinking = torch.ones(len(NODES), BATCH, dtype=torch.float64) if shrinking is None else shrinking
-    return states, estimate(grid, CLASSES, surprise, shrinking, remainder, states, torch.zeros_like(start))
+    return states, estimate(grid, CLASSES, surprise, shrinking, remainder, states, *[torch.zeros_like(start)] * 2)
 
 
 def test_the_next_step_is_what_the_surprises_do_to_the_sample(grid, scan, gaussian):
@@ -49,7 +49,7 @@ def test_all_timesteps_leave_nothing_to_interpolate(random_chain, scan, gaussian
     every = NodeGrid.of(random_chain(STEPS, 1, 3), list(range(STEPS)), torch.float64, torch.device("cpu"))
     rest, start = gaussian(STEPS, BATCH, SIZE), gaussian(BATCH, SIZE, seed=2)
     states, flat = scan(every.steps, rest, start, CLASSES), torch.ones(STEPS, BATCH, dtype=torch.float64)
-    found = estimate(every, CLASSES, torch.zeros_like(rest), flat, rest, states, start)
+    found = estimate(every, CLASSES, torch.zeros_like(rest), flat, rest, states, start, start)
     assert bool((found.interpolation < 1e-10).all())
 
 
@@ -64,21 +64,38 @@ def test_samples_do_not_mix(grid, scan, gaussian):
         torch.testing.assert_close(getattr(both, name)[..., 0], getattr(other, name)[..., 0])
 
 
+def test_growth_counts_beside_the_linear_model(grid, scan, gaussian):
+    start, rest, surprise = gaussian(BATCH, SIZE), gaussian(7, BATCH, SIZE, seed=2), gaussian(7, BATCH, SIZE, seed=3)
+    states, plain = made(grid, surprise, rest, scan, start)
+    growth, flat = gaussian(7, BATCH, seed=4).abs() + 1, torch.ones(7, BATCH, dtype=torch.float64)
+    rows = (grid, CLASSES, surprise, flat, rest, states, *[torch.zeros_like(start)] * 2)
+    no_more = estimate(*rows, growth=flat)
+    torch.testing.assert_close(tuple(no_more)[:-1], tuple(plain)[:-1])
+    assert plain.growth.tolist() == [0.0] * BATCH  # not known
+    assert no_more.growth.tolist() == [1.0] * BATCH
+    found = estimate(*rows, growth=growth)
+    torch.testing.assert_close(found.interpolation, plain.interpolation)  # which spots are held against
+    torch.testing.assert_close(found.node_roughness, plain.node_roughness * growth)
+    torch.testing.assert_close(found.grown, (plain.node_roughness * growth).norm(dim=0))
+    moved = scan(grid.steps, rest + growth[..., None] * surprise, start, CLASSES)[-1]
+    torch.testing.assert_close(found.next_step, (moved - states[-1]).norm(dim=1) / states[-1].norm(dim=1))
+
+
 def test_all_zero_is_finite(grid, scan):
     zero = torch.zeros(7, BATCH, SIZE, dtype=torch.float64)
     _, found = made(grid, zero, zero, scan, torch.zeros(BATCH, SIZE, dtype=torch.float64))
     assert all(bool(value.isfinite().all()) for value in found)
 
 
-def numbers(next_step, step, interpolation=0.0):
+def numbers(next_step, step, interpolation=0.0, grown=0.0, along=0.0):
     one = torch.ones(1, 1, dtype=torch.float64)
-    values = (torch.tensor([v], dtype=torch.float64) for v in (next_step, interpolation, step))
-    return Estimate(*values, one, one)
+    values = (torch.tensor([v], dtype=torch.float64) for v in (next_step, interpolation, grown, step, along))
+    return Estimate(*values, one, one, one[0])
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.8])
 def test_steps_that_shrink_are_a_geometric_series(rate):
-    before, now = numbers(rate, 1.0), numbers(rate * rate, rate)
+    before, now = numbers(rate, 1.0), numbers(rate * rate, rate, along=rate)  # all in one direction
     left = sum(rate ** (2 + k) for k in range(400))
     total = now.total(now.rate(before), torch.ones(1, dtype=torch.float64))
     torch.testing.assert_close(total, torch.tensor([left], dtype=torch.float64))
@@ -86,7 +103,7 @@ def test_steps_that_shrink_are_a_geometric_series(rate):
 
 @pytest.mark.parametrize("rate", [1.0, 3.0, 1e6])
 def test_steps_that_do_not_shrink_are_finite(rate):
-    before, now = numbers(1.0, 1.0), numbers(rate, rate)
+    before, now = numbers(1.0, 1.0), numbers(rate, rate, along=rate)
     total = now.total(now.rate(before), torch.ones(1, dtype=torch.float64))
     torch.testing.assert_close(total, torch.tensor([rate / (1 - SLOWEST)], dtype=torch.float64))
 
@@ -98,12 +115,32 @@ def test_the_slower_of_the_two_rates_counts():
     assert numbers(0.0, 0.0).rate(numbers(0.0, 0.0)).item() == 0  # 0 / 0
 
 
+def test_what_moves_the_sample_to_and_fro_does_not_add_up():
+    before = numbers(2e-3, 2e-3)
+    assert numbers(2e-3, 2e-3, along=-2e-6).rate(before).item() == 0  # rounding
+    assert numbers(2e-3, 2e-3, along=4e-6).rate(before).item() == pytest.approx(1)  # in the same direction
+    assert numbers(2e-3, 3e-3, along=-6e-6).rate(before).item() == pytest.approx(1.5)  # more than was foretold
+    assert numbers(1e-3, 2e-3, along=-4e-6).rate(before).item() == pytest.approx(1)  # surprises that become smaller
+
+
+def test_how_far_a_step_goes_on_is_seen(grid, scan, gaussian):
+    start, rest = gaussian(BATCH, SIZE), gaussian(7, BATCH, SIZE, seed=2)
+    states = scan(grid.steps, rest, start, CLASSES)
+    last, before = gaussian(BATCH, SIZE, seed=5), gaussian(BATCH, SIZE, seed=6)
+    flat = torch.ones(7, BATCH, dtype=torch.float64)
+    found = estimate(grid, CLASSES, torch.zeros_like(rest), flat, rest, states, last, before)
+    expected = ((states[-1] - last) * (last - before)).sum(1) / states[-1].square().sum(1)
+    torch.testing.assert_close(found.along, expected)
+
+
 def test_a_round_that_moved_more_than_foretold_scales_what_follows():
     one = torch.ones(1, dtype=torch.float64)
     assert numbers(0.1, 0.6).shortfall(numbers(0.2, 1.0)).item() == pytest.approx(3)
     assert numbers(0.1, 0.1).shortfall(numbers(0.2, 1.0)).item() == 1
     assert numbers(0.0, 0.0).shortfall(numbers(0.0, 0.0)).item() == 1  # 0 / 0
     torch.testing.assert_close(numbers(0.0, 0.1, 0.02).total(0.1 * one, 3 * one), one * 0.06)
+    torch.testing.assert_close(numbers(0.0, 0.1, 0.02, 0.05).total(0.1 * one, 3 * one), one * 0.06)
+    torch.testing.assert_close(numbers(0.0, 0.1, 0.02, 0.07).total(0.1 * one, 3 * one), one * 0.07)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ import deqdiff_fast as dq
 from deqdiff_fast.engine import placement
 from deqdiff_fast.engine.placement import Placement
 from deqdiff_fast.memory import SolverMemory
-from deqdiff_fast.nodes.grid import round_sizes
-from deqdiff_fast.nodes.rounds import most_nodes
+from deqdiff_fast.nodes.grid import most_nodes, round_sizes
 from deqdiff_fast.ranks.group import Ranks
 from deqdiff_fast.ranks.shares import share_of
 

@@ -1,0 +1,67 @@
+"""How far errors are carried: as by slopes where nothing else is known, exactly where the answers tell the Jacobian."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deqdiff_fast.nodes.elements import ALL_ELEMENTS
+from deqdiff_fast.nodes.growth import LARGEST, SWEEPS, growth
+from deqdiff_fast.nodes.history import NodeHistory
+from deqdiff_fast.nodes.node_grid import NodeGrid
+
+BATCH, COLUMNS = 3, 4
+
+
+@pytest.fixture
+def told(random_chain, scan, gaussian):
+    """A chain at some nodes of a model that adds `beyond`: (n,), times the state to what its slopes say."""
+
+    def make(nodes, steps, beyond, answers, lags=1):
+        grid = NodeGrid.of(random_chain(steps, lags, 1), nodes, torch.float64, torch.device("cpu"))
+        count = len(nodes)
+        if count == steps:  # nothing is missed: as if each node had all of its remainder wrong
+            grid = replace(grid, unasked=torch.ones(count).double(), leave_one_out=torch.eye(count).double())
+        history = NodeHistory(COLUMNS, gaussian(count, BATCH, 1), 1e-14, 1e-12)
+        for k in range(answers):
+            states = gaussian(count, BATCH, 1, seed=10 + k)
+            history.push(None, states, beyond[:, None, None] * states)
+        history.prepare()
+        rest = gaussian(count, BATCH, 1, seed=30)
+        states = scan(grid.steps, rest, gaussian(BATCH, 1), torch.zeros(1))
+        problem = SimpleNamespace(classes=None, elements=ALL_ELEMENTS, backend="reference")
+        return SimpleNamespace(problem=problem, grid=grid, remainder=rest, states=states, history=history)
+
+    return make
+
+
+@pytest.mark.parametrize("nodes", [[0, 3, 7, 8, 15, 21, 22], [0, 22], [0], list(range(23))], ids=len)
+def test_nothing_but_slopes_is_no_growth(told, nodes):
+    one_answer = told(nodes, 23, torch.ones(len(nodes)).double(), 1)
+    torch.testing.assert_close(growth(one_answer), torch.ones(len(nodes), BATCH, dtype=torch.float64))
+    no_more = told(nodes, 23, torch.zeros(len(nodes)).double(), 2)
+    torch.testing.assert_close(growth(no_more), torch.ones(len(nodes), BATCH, dtype=torch.float64))
+
+
+def test_it_is_the_jacobian_that_the_answers_tell(told, random_chain):
+    steps = SWEEPS + 1
+    chain = random_chain(steps, 1, 1)
+    a, b, c = chain.state_coef[:, 0], chain.model_coef[:, 0], chain.slope[:, 0]
+    beyond = torch.linspace(0.5, 2.0, steps, dtype=torch.float64) * (b * (a + b * c)).sign()
+    gain = ((a + b * (c + beyond)) / (a + b * c)).abs()
+    after = [gain[j + 1 :].prod() for j in range(steps)]  # an error that begins after node j
+    expected = torch.stack(after).clamp(1, LARGEST)
+    assert expected.max() > 1.5
+    found = growth(told(list(range(steps)), steps, beyond, 2))
+    torch.testing.assert_close(found, expected[:, None].expand(-1, BATCH), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_bounded_and_never_below_one(told):
+    nodes = [0, 3, 7, 8, 15, 21, 22]
+    for factor in (-0.5, 1e3, 1e200, float("nan")):
+        found = growth(told(nodes, 23, torch.full((7,), factor, dtype=torch.float64), 2))
+        assert bool((found >= 1).all())
+        assert bool((found <= LARGEST).all())
