@@ -168,7 +168,7 @@ class NodeRounds:
         self.last = self.chain.states[-1].clone(), self.last[0]
         self.shrinking = self.chain.advance()
         soon = foretold is not None and self._any_near(SOON * foretold.next_step)
-        counts = self.chain.draft is None and (soon or round == len(self.sizes))
+        counts = self.chain.draft is None and (soon or round == max(len(self.sizes), UNTOLD))
         return self._estimate(growth(self.chain) if counts else None)
 
     def _estimate(self, grown: Tensor | None) -> Estimate:

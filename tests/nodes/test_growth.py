@@ -8,12 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import deqdiff_fast as dq
+from deqdiff_fast.nodes import rounds
 from deqdiff_fast.nodes.elements import ALL_ELEMENTS
 from deqdiff_fast.nodes.growth import LARGEST, SWEEPS, growth
 from deqdiff_fast.nodes.history import NodeHistory
 from deqdiff_fast.nodes.node_grid import NodeGrid
 
 BATCH, COLUMNS = 3, 4
+# (T, seed, sample): on the way to another mode of the data than the serial chain's, where the model amplifies
+NEAR_A_DECISION = [(50, 172, 1), (50, 186, 3), (100, 118, 1), (100, 162, 7), (100, 187, 0)]
 
 
 @pytest.fixture
@@ -65,3 +69,19 @@ def test_it_is_bounded_and_never_below_one(told):
         found = growth(told(nodes, 23, torch.full((7,), factor, dtype=torch.float64), 2))
         assert bool((found >= 1).all())
         assert bool((found <= LARGEST).all())
+
+
+def test_fewer_samples_are_false_where_the_model_amplifies(mixture, ddim, noise, relative_error, monkeypatch):
+    def false(tol=5e-2):
+        wrong = []
+        for steps, seed, k in NEAR_A_DECISION:
+            sampler = dq.DEQSampler(mixture(), ddim(steps), solver="quasi-newton", tol=tol, window=steps)
+            start = noise(8, seed=seed)[k : k + 1]
+            found = sampler.sample(start)
+            error = relative_error(found.sample, sampler.serial(start).sample)
+            wrong.append(bool(found.converged.all()) and float(error) > tol)
+        return sum(wrong)
+
+    told = false()
+    monkeypatch.setattr(rounds, "growth", lambda chain: torch.ones(len(chain.remainder), chain.states.shape[1]))
+    assert told < false()
