@@ -28,7 +28,7 @@ def solve_key(system: System, settings: tuple[Any, ...]) -> tuple[Any, ...]:
     precision = getattr(matmul, "fp32_precision", None) or matmul.allow_tf32  # the first is torch's since 2.9
     return (
         system.batch, system.shape, system.model_dtype, system.device, system.max_batch, str(structure), shapes,
-        autocast, precision, torch.is_inference_mode_enabled(), settings,
+        autocast, precision, torch.is_inference_mode_enabled(), system.basis is None, settings,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def linear_chain(schedule: Schedule, slope: SpectralSlope | str | None) -> tuple
 
 def node_problem(
     place: Placement, lease: Lease, noise: Tensor, generator: Generators, tol: float, settings: Any, backend: str,
-    slope: SpectralSlope | str | None, made: Chain | None, spots: Spots,
+    made: Chain | None, spots: Spots,
 ) -> NodeProblem:  # fmt: skip
     """The problem of one solve.
 
@@ -45,6 +45,7 @@ def node_problem(
     already. spots: asked beside the nodes.
     """
     system, schedule, device = place.system, place.system.schedule, place.system.device
+    slope = system.linear_model
     chain, classes = cached(schedule, ("linear", slope), lambda: linear_chain(schedule, slope))  # a spectrum: itself
     drift = place.drift(lease)
     if made is None:

@@ -79,11 +79,10 @@ class NodeSolve:
         spots = Spots() if self.certify_all else checked.spots(tol, system.batch)
         with torch.no_grad():
             self.problem = node_problem(
-                self.place, self.lease, noise, request.generator, tol, solver, options.backend, options.slope(noise),
-                made, spots,
+                self.place, self.lease, noise, request.generator, tol, solver, options.backend, made, spots
             )  # fmt: skip
             if request.init is not None:
-                guess = sample_guess(system, self.problem.chain, request.init, options.slope(noise))
+                guess = sample_guess(system, self.problem.chain, request.init)
                 self.problem.guess = guess._replace(sample=self.place.own(guess.sample))
         self.outcome: NodeOutcome | None = None
 

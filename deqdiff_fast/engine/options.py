@@ -208,13 +208,13 @@ class Options:
         known = [rows for rows in (limit, self.learned.get("max_batch")) if rows is not None]
         return min(known, default=None)
 
-    def slope(self, noise: Tensor) -> SpectralSlope | str | None:
-        """The slope that the solver wants; raises ValueError where the spectrum is one of other samples."""
+    def slope(self, noise: Tensor, prior: bool = True) -> SpectralSlope | str | None:
+        """What the solver wants; raises ValueError where the spectrum is one of other samples. prior: see `system`."""
         slope = self.solver.slope
         if self.weight is not None:
             return None if slope is None else "scalar"  # the norm has coordinates of its own
         if isinstance(slope, str) and slope in ("auto", "spectral"):
-            slope = self.spectrum or prior_spectrum(tuple(noise.shape[1:])) or "scalar"
+            slope = self.spectrum or (prior_spectrum(tuple(noise.shape[1:])) if prior else None) or "scalar"
         if isinstance(slope, SpectralSlope) and noise.dim() > 1 and slope.shape != tuple(noise.shape[1:]):
             raise ValueError(
                 f"noise: expected samples of the spectrum's shape {slope.shape}, got {tuple(noise.shape[1:])}"
@@ -237,10 +237,11 @@ class Options:
         warn_of_guesses(model_kwargs, noise.shape[0])
         self.norm(noise)
 
-    def system(self, noise: Tensor, model_kwargs: dict[str, Any] | None, serial: bool = False) -> System:
-        """The chain that starts at `noise`; the arguments have passed `check_request`."""
-        slope = "scalar" if serial else self.slope(noise)
-        norm = None if serial else self.norm(noise)
+    def system(
+        self, noise: Tensor, model_kwargs: dict[str, Any] | None, serial: bool = False, prior: bool = True
+    ) -> System:
+        """The chain from `noise`, of a request that was checked. prior: whether the shape of a sample may give a slope."""
+        slope, norm = ("scalar", None) if serial else (self.slope(noise, prior), self.norm(noise))
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope, norm)
         system.learned, system.give_way = self.learned, self.graph_cache.on_shortage()
         system.node_sizes = self.node_sizes
@@ -255,6 +256,5 @@ class Options:
 
     def most_rows(self, noise: Tensor) -> int:
         """Rows of the largest model call that a solve can make."""
-        window = self.schedule.num_steps if self.window == "auto" else min(int(self.window), self.schedule.num_steps)
-        rows = window * noise.shape[0]
+        rows = self.first_window * noise.shape[0]
         return min(rows, self.row_limit(noise) or rows)

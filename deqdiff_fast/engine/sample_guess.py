@@ -12,7 +12,7 @@ from .._types import unwrap_output, without_marks
 from ..loop.base import Chain
 from ..nodes.composite import LinearChain
 from ..nodes.guess import SampleGuess, spread_gap
-from ..schedule import Schedule, SpectralSlope
+from ..schedule import Schedule
 from ..schedule.cache import cached
 from .initial_guess import linear_scan
 from .node_problem import linear_chain
@@ -52,11 +52,11 @@ def resolve_init(
     return found.detach()
 
 
-def sample_guess(system: System, chain: LinearChain, init: Tensor, key: Any) -> SampleGuess:
-    """As the rounds on nodes want it. key: of the slopes, for the cache."""
-    schedule = system.schedule
+def sample_guess(system: System, chain: LinearChain, init: Tensor) -> SampleGuess:
+    """As the rounds on nodes want it."""
+    schedule, key = system.schedule, ("resolving", system.linear_model)
     sample = system.to_basis(init.reshape(system.batch, -1).to(system.dtype))
-    return SampleGuess(sample, cached(schedule, ("resolving", key), lambda: resolving(schedule, chain)))
+    return SampleGuess(sample, cached(schedule, key, lambda: resolving(schedule, chain)))
 
 
 def resolving(schedule: Schedule, chain: LinearChain) -> Tensor:
@@ -66,11 +66,11 @@ def resolving(schedule: Schedule, chain: LinearChain) -> Tensor:
     return known * (1 - known) / chain.unit[:, None]
 
 
-def guess_towards(chain: Chain, system: System, slope: SpectralSlope | str | None, init: Tensor) -> None:
-    """Fill states 1..T with the chain that ends at `init`, (B, *shape). slope: the solver's."""
-    schedule, slope = system.schedule, slope or "scalar"
+def guess_towards(chain: Chain, system: System, init: Tensor) -> None:
+    """Fill states 1..T with the chain that ends at `init`, (B, *shape)."""
+    schedule, slope = system.schedule, system.linear_model or "scalar"
     linear, classes = cached(schedule, ("linear", slope), lambda: linear_chain(schedule, slope))
-    guess = sample_guess(system, linear, init, slope)
+    guess = sample_guess(system, linear, init)
     lo, hi = torch.zeros_like(chain.lo), torch.full_like(chain.hi, chain.num_steps)
     chain.predictions.zero_()
     linear_scan(chain, system.diagonal_slope, lo, hi)

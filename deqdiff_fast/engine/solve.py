@@ -133,7 +133,7 @@ def _rounds(
         device = DeviceWork(lookahead, work.system.pad_round, replay, state)
         _set_up(work, request, head, nodes, device)
         if warm and request.init is not None:
-            work.guess_towards(request.init, options.slope(request.noise))
+            work.guess_towards(request.init)
         over = nodes is not None and _is_over(nodes, monitor)
         task = Task(
             chain=work.chain, solver=solver, memory=work.memory, evaluate=work.evaluate, rebuild=work.rebuild,

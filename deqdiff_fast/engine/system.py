@@ -64,7 +64,8 @@ class System(BatchedModel):
         place = (noise.device, self.dtype, self.accumulator)
         tables = cached(schedule, place, lambda: Tables.of(schedule, *place))
         self.state_coef, self.model_coef, self.step_variance, self._scalar_slope = tables
-        self._slope = slope
+        self.linear_model = slope
+        """The argument `slope`."""
         self.draft: DraftCalls | None = None
         """What stands in for the model between rounds, where the solver wants it."""
         self.node_sizes = [schedule.num_steps]
@@ -78,15 +79,15 @@ class System(BatchedModel):
     @cached_property
     def diagonal_slope(self) -> Tensor:
         """(T,) or (T, D), of the Gaussian model of the data; made where it is wanted, as rounds on nodes do without."""
-        if not isinstance(self._slope, SpectralSlope):
+        if not isinstance(self.linear_model, SpectralSlope):
             return self._scalar_slope
-        slopes, which = self._slope.classes(self.schedule)  # of the rounds on nodes, whose remainders are taken over
+        slopes, which = self.linear_model.classes(self.schedule)  # as rounds on nodes have it, whose remainders stay
         return slopes.to(self.device, self.dtype).index_select(1, which.to(self.device))
 
     @cached_property
     def slope(self) -> Tensor:
         """The same as solvers linearise the model with: zeros where they do not."""
-        return torch.zeros_like(self.diagonal_slope) if self._slope is None else self.diagonal_slope
+        return torch.zeros_like(self.diagonal_slope) if self.linear_model is None else self.diagonal_slope
 
     def to_basis(self, rows: Tensor) -> Tensor:
         """(n, D) in the coordinates of the solver, a copy."""

@@ -13,7 +13,6 @@ from ..loop.base import Bounds, Chain, ProblemSize, Solver
 from ..loop.rows import repeat_rows
 from ..loop.task import Replay, run_eager
 from ..memory import Lease, MemoryPlan, SolverMemory
-from ..schedule import SpectralSlope
 from ..schedule.noise import discard_draws, fill_drift
 from .initial_guess import extrapolate, gaussian_guess
 from .sample_guess import guess_towards
@@ -105,10 +104,10 @@ class Workspace:
         else:
             replay(("guess", 0), lambda: gaussian_guess(chain, self.system.diagonal_slope))
 
-    def guess_towards(self, init: Tensor, slope: SpectralSlope | str | None) -> None:
-        """States 1..T: a chain that ends at a guess of the sample, (B, *shape). slope: the solver's."""
+    def guess_towards(self, init: Tensor) -> None:
+        """States 1..T: a chain that ends at a guess of the sample, (B, *shape)."""
         self.warm = True
-        guess_towards(self.chain, self.system, slope, init)
+        guess_towards(self.chain, self.system, init)
 
     def resume(self, other: Workspace, front: int) -> None:
         """Take over a chain of the same system whose first `front` steps are made; later states are extrapolated."""

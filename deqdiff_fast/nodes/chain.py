@@ -98,7 +98,10 @@ class NodeChain:
         off = None if self.answers is None else answers - self.answers.at(states, STILL * SETTLED * self.problem.tol)
         remainder = answers.addcmul_(self.slope, states, value=-1)
         surprise = torch.sub(remainder, self.remainder, out=self.remainder)  # which the chain is about to replace
-        put(self.surprise, surprise, at)
+        if at is None:
+            self.surprise, self.remainder = surprise, self.surprise
+        else:
+            put(self.surprise, surprise, at)
         if self.history.guess_error is None:  # 0 where the model was not asked
             (self.history.guess_error,) = self.problem.elements.norms(self.surprise.norm(dim=2))
         self.history.push(at, states, remainder, off)

@@ -140,12 +140,11 @@ def _lengths(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """L2 over elements: of the states; of the next step of the sample, and each node's part in it; of what that does to
     the next state; of what interpolation misses, in the sample and in the next state; of this step of the sample."""
-    expected, local = surprise * shrinking[..., None], per_element(grid.local, classes)
-    weighted = expected * per_element(grid.influence, classes)
-    weighted.mul_(growth[..., None])
-    together, parts = weighted.sum(0).norm(dim=1), weighted.norm(dim=2)
-    here = expected.mul_(local).norm(dim=2)
+    weighted, local = surprise * per_element(grid.influence, classes), per_element(grid.local, classes)
+    scale = shrinking * growth
+    together = torch.bmm(scale.T[:, None], weighted.transpose(0, 1))[:, 0].norm(dim=1)
+    parts, here = weighted.norm(dim=2) * scale, torch.mul(surprise, local, out=weighted).norm(dim=2) * shrinking
     missed = torch.mm(grid.leave_one_out, remainder.flatten(1)).view_as(remainder)
-    rough_here = torch.mul(missed, local, out=expected).norm(dim=2) * grid.unasked[:, None]
+    rough_here = torch.mul(missed, local, out=weighted).norm(dim=2) * grid.unasked[:, None]
     rough = missed.mul_(per_element(grid.excess, classes)).norm(dim=2)
     return states.norm(dim=2), together, parts, here, rough, rough_here, (states[-1] - last).norm(dim=1)

@@ -29,9 +29,10 @@ def growth(chain: NodeChain) -> Tensor:
     """(n, B) >= 1: the factor by which an error that begins after each node counts for more than by slopes."""
     grid, problem, rest = chain.grid, chain.problem, chain.remainder
     drift = rest.new_zeros(len(rest), grid.steps.state_coef.shape[1], *rest.shape[1:])
+    leave_one_out = grid.leave_one_out * grid.unasked[:, None]
     for at, classes in _pieces(chain):
-        missed = torch.mm(grid.leave_one_out, rest[..., at].flatten(1)).view_as(rest[..., at])
-        drift[:, 0, :, at] = missed.mul_(grid.unasked[:, None, None]).mul_(per_element(grid.local, classes))
+        missed = torch.mm(leave_one_out, rest[..., at].flatten(1)).view_as(rest[..., at])
+        torch.mul(missed, per_element(grid.local, classes), out=drift[:, 0, :, at])
     moved, extra = torch.zeros_like(chain.states), torch.zeros_like(rest)
     for sweep in range(SWEEPS + 1):
         if sweep:

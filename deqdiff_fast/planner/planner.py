@@ -34,6 +34,7 @@ MOST_CORRECTION = 100.0  # beyond which a time was no solver's; of a model of mi
 MOST_PREPARING = 6  # solves of a kind that may prepare something and are not believed for it
 ROUND_OVERHEAD = 1.5  # of what a serial step spends outside of the model: a round also tests and shifts its window
 ELEMENT_SECONDS = 2.4e-9  # a solver's own work for an element of a state: 48 bytes at 20 GB a second
+SHORT_STEP = 2e-4  # seconds of a step, for a sample, that a prior pays for
 DRAFT_STEPS = 8  # timesteps in the call of a draft that is timed, as in a small round
 DRAFT_EVALS = 3  # evaluations of a draft for each of the model, by all sweeps of a solve
 
@@ -80,6 +81,14 @@ class Planner:
                 rounds = self._shared.setdefault(("rounds", certify, *self._kind), rounds)
                 stats = self._shared.setdefault(key, WorkloadStats(costs, rounds))
         return Workload(noise, model_kwargs, warm, stats)
+
+    def system(self, workload: Workload, serial: bool = False) -> System:
+        """The chain of a request. Without the prior by the shape of a sample where steps take next to no time: what it
+        saves of them is then less than it takes to change rows to its basis and back."""
+        stats, step = workload.stats, workload.stats.costs.step(workload.batch)
+        if stats.prior is None and step is not None:
+            stats.prior = step >= SHORT_STEP * workload.batch
+        return self.options.system(workload.noise, workload.model_kwargs, serial, stats.prior is not False)
 
     def clock_of(self, workload: Workload) -> Clock:
         """What such solves, and all that they are compared with, are timed by."""
@@ -138,7 +147,7 @@ class Planner:
         known, options = workload.stats.solver_bytes, self.options
         for size in (options.schedule.num_steps, window):
             if size not in known:
-                system = options.system(workload.noise, workload.model_kwargs)
+                system = self.system(workload)
                 device = host = 0
                 if self.on_nodes(workload, size):  # whose memory stays until the rounds that may follow have begun
                     device, host = Placement.of(system, options).bytes(options.solver)

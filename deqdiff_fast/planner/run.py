@@ -41,11 +41,11 @@ def solve_planned(planner: Planner, request: Request, model_kwargs: dict[str, An
         clock, probes = planner.clock_of(workload), None
         began = clock()
         if may_probe(workload):
-            probes = options.system(noise, model_kwargs)
+            probes = planner.system(workload)
             measure_sizes(planner, workload, probes)
         plan = planner.plan(workload)
         stats.measure_budget -= clock() - began
-        system = options.system(noise, model_kwargs, serial=plan.serial)
+        system = planner.system(workload, serial=plan.serial)
         if probes is not None:
             system.model_evals, system.model_calls = probes.model_evals, probes.model_calls
         if not plan.serial:
@@ -97,7 +97,7 @@ def solve_in_rounds(
 def _timed_start(planner: Planner, workload: Workload, request: Request, start: float, first: bool) -> Solution:
     """Start serially and time that. Where nothing is known, measure a batch too. Go on as it then seems best."""
     options = planner.options
-    system = options.system(workload.noise, workload.model_kwargs)
+    system = planner.system(workload)
     chain = plain_chain(system, request, keep=True)
     if chain is None:
         return _timed_where_seen(planner, workload, request, start, first)
@@ -147,7 +147,7 @@ def _plan_by(planner: Planner, workload: Workload, system: System, step: float, 
 def _timed_where_seen(planner: Planner, workload: Workload, request: Request, start: float, first: bool) -> Solution:
     """`_timed_start` in the solver's memory, where somebody looks on."""
     options = planner.options
-    system = options.system(workload.noise, workload.model_kwargs)
+    system = planner.system(workload)
     steps = system.num_steps
     stats = Stats(solver="serial", window=1, stop_reason="serial")
     work = Workspace.open(system, Picard(), 1, options.memory, options.backend)

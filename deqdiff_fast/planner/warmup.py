@@ -103,5 +103,4 @@ def _try(planner: Planner, workload: Workload, request: Request, window: int) ->
     whole = window >= planner.options.schedule.num_steps
     for k in range(MOST_PREPARING + REPEATS):
         if whole not in workload.stats.corrections or (k <= REPEATS and clock() - began < WARMUP_SECONDS):
-            system = planner.options.system(workload.noise, workload.model_kwargs)
-            solve_in_rounds(planner, workload, request, plan, system, time.perf_counter())
+            solve_in_rounds(planner, workload, request, plan, planner.system(workload), time.perf_counter())

@@ -22,7 +22,7 @@ class WorkloadStats:
     measurement takes at most; infinite where none helps. solver_bytes: memory of a solve, by its window. draft_seconds:
     of a draft, if there is one, for a timestep of a round, on the mean. suspect: whether the last solve by rounds took
     quite another time than those before. unchecked: solves by rounds since the serial chain was timed. preparing: those
-    that were not believed.
+    that were not believed. prior: whether solves use that by the shape of a sample, None where it is not known yet.
     """
 
     costs: Costs
@@ -37,6 +37,7 @@ class WorkloadStats:
     suspect: bool = False
     unchecked: int = 0
     preparing: int = 0
+    prior: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from deqdiff_fast.model.knowledge import signature_of
 from deqdiff_fast.nodes.grid import round_sizes
 from deqdiff_fast.planner.decide import decide
 from deqdiff_fast.planner.round_model import Expectation
+from deqdiff_fast.schedule.prior import prior_spectrum
+from deqdiff_fast.schedule.spectral import SpectralSlope
 
 pytestmark = pytest.mark.usefixtures("rows_are_known")
 
@@ -32,6 +34,20 @@ def test_warmup_measures_and_then_solves_in_parallel(machine, noise, relative_er
     assert out.stats.stop_reason == "converged"
     assert relative_error(out.sample, sampler.serial(noise(2)).sample).max() < 1e-2
     assert out.stats.plan.chosen.seconds == pytest.approx(out.stats.rounds, rel=0.5)
+
+
+@pytest.mark.parametrize("seconds, spectrum, expected", [(1e-5, None, False), (1.0, None, True), (1e-5, "given", True)])
+def test_solves_of_short_steps_do_without_the_prior(machine, noise, relative_error, seconds, spectrum, expected):
+    """A change of basis takes longer there than the model does. A spectrum that was given is used all the same."""
+    given = None if spectrum is None else prior_spectrum((3, 8, 8))
+    device, sampler = machine(lambda n: seconds, steps=100, spectrum=given)
+    sampler.warmup((3, 8, 8))
+    system = sampler.planner.system(sampler.planner.workload(noise(1), None))
+    assert isinstance(system.linear_model, SpectralSlope) == expected
+    assert (system.basis is not None) == expected
+    out = solve(device, sampler, noise(1))
+    assert not out.stats.plan.serial
+    assert relative_error(out.sample, sampler.serial(noise(1)).sample).max() < 1e-2
 
 
 @pytest.mark.parametrize("max_batch", [None, 20])
