@@ -194,18 +194,17 @@ class Planner:
         return not waits
 
     def record_rounds(
-        self, workload: Workload, window: int, taken: RoundEstimate, seconds: float, complete: bool, gave_up: bool
+        self, workload: Workload, window: int, taken: RoundEstimate, seconds: float, gave_up: bool
     ) -> None:
         """A solve with that window took so many rounds and evaluations, and so long.
 
-        complete: it began at the noise. gave_up: it was given up, so its time is believed however surprising it is.
+        gave_up: it was given up, so its time is believed however surprising it is.
         """
         stats = workload.stats
         with _LOCK:
             inputs = self.inputs(workload)
             predicted, whole = predict(inputs, window, taken), window >= inputs.steps
-            if complete:
-                stats.expectation.learn(window, workload.batch, taken, workload.warm)
+            stats.expectation.learn(window, workload.batch, taken, workload.warm)
             saved = 0.0 if inputs.step is None else max(inputs.step * inputs.steps - seconds, 0.0)
             stats.measure_budget += PROBING * seconds + REINVESTED * saved
             if predicted is None:
@@ -230,7 +229,8 @@ class Planner:
         with _LOCK:
             stats.unchecked += 1
             unlike = bool(stats.corrections) and stats.costs.is_of_few(workload.batch)
-            return (stats.suspect and stats.measure_budget >= 0) or unlike or stats.unchecked > REFRESH
+            suspect = stats.suspect and stats.unchecked > 1 and stats.measure_budget >= 0  # and not just timed
+            return suspect or unlike or stats.unchecked > REFRESH
 
     def record_check(self, workload: Workload, step: float) -> None:
         """A stretch of serial steps at the beginning of a solve took so long each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -63,8 +64,8 @@ def solve_in_rounds(
     begun: Workspace | None = None, front: int = 0,
 ) -> Solution:  # fmt: skip
     """By rounds. start: `time.perf_counter()` at the start. begun: a workspace in which the first `front` steps were
-    made already. Nothing is learned from the first solves that have to prepare what later ones find prepared, unless
-    they are slower than the serial chain beside that."""
+    made already: nothing is learned from such a solve. Nor from the first ones that have to prepare what later ones find
+    prepared, unless they are slower than the serial chain beside that."""
     options, clock, evals = planner.options, planner.clock_of(workload), system.model_evals
     began = clock()
     system.max_batch, window = plan.chosen.piece, plan.chosen.window
@@ -82,15 +83,15 @@ def solve_in_rounds(
     tables = tables if options.ranks is None else options.ranks.first(tables)
     slow = clock() - began - tables > step * system.num_steps  # even without them
     believed = planner.believes(workload, window, tables > 0 and not slow)
-    usual = stats.check_evals <= AFTERWARDS or monitor.gave_up
+    usual = taken_over == 0 and (stats.check_evals <= AFTERWARDS or monitor.gave_up)
     if stats.stop_reason != "callback" and believed and usual:
         seconds, rows, share = clock() - began - monitor.outside, stats.model_evals - evals, 1.0
-        rounds = stats.rounds - taken_over
+        rounds = float(stats.rounds)
         if monitor.gave_up and monitor.rounds:  # it counts with what it would still have taken
             share += monitor.left / monitor.rounds
             seconds, rows, rounds = monitor.spent * share, monitor.rows, monitor.rounds
         taken = RoundEstimate(rounds * share, rows * share / (system.num_steps * system.batch))
-        planner.record_rounds(workload, window, taken, seconds, complete=taken_over == 0, gave_up=monitor.gave_up)
+        planner.record_rounds(workload, window, taken, seconds, gave_up=monitor.gave_up)
     return solution
 
 
@@ -107,7 +108,7 @@ def _timed_start(planner: Planner, workload: Workload, request: Request, start: 
     if step is None or not chain.finite():
         return _timed_where_seen(planner, workload, request, start, first)
     plan = _plan_by(planner, workload, system, step, first)
-    if not plan.serial and until < steps:
+    if (steps - until) * step > (math.inf if plan.serial else plan.chosen.seconds or 0.0):  # else go on as begun
         head = None
         if planner.on_nodes(workload, plan.chosen.window):
             workload.stats.measure_budget -= step * until  # they begin at the noise

@@ -107,6 +107,36 @@ def test_reality_corrects_the_predictions(machine, noise):
     assert now.seconds > 1.4 * promised.seconds
 
 
+def test_nothing_is_learned_from_a_solve_that_takes_over_timed_steps(machine, noise, relative_error):
+    """It makes room for them and takes them over, and what is left is no solve from the noise: so others are believed."""
+    extra = [0.0]
+    device, sampler = machine(lambda n: 1.0 + extra[0] * (n > 2), tol=1e-5)
+    sampler = sampler._with(replace(sampler.options, solver=dq.QuasiNewton(nodes=False)))
+    sampler.warmup((3, 8, 8), batch=2)
+    stats = sampler.planner.workload(noise(2), None).stats
+    known, stats.unchecked, extra[0] = dict(stats.corrections), planning.REFRESH, 3.0
+    out = solve(device, sampler, noise(2))
+    assert device.sizes[:4] == [2, 2, 2, 2], "steps of the serial chain were timed again"
+    assert not out.stats.plan.serial and not out.stats.finished_serially
+    assert relative_error(out.sample, sampler.serial(noise(2)).sample).max() < 1e-5
+    assert stats.corrections == known and not stats.suspect
+    solve(device, sampler, noise(2, seed=1))
+    assert stats.suspect, "the next one is a surprise"
+
+
+def test_a_chain_that_is_mostly_made_when_it_was_timed_is_finished_serially(machine, noise):
+    """Rounds would take longer than the steps that are left."""
+    device, sampler = machine(lambda n: 1e-4, tol=1e-5)
+    sampler = sampler._with(replace(sampler.options, solver=dq.QuasiNewton(nodes=False)))
+    assert not sampler.warmup((3, 8, 8), batch=2).serial
+    stats = sampler.planner.workload(noise(2), None).stats
+    stats.plan = replace(stats.plan, chosen=replace(stats.plan.chosen, seconds=40e-4))
+    stats.unchecked, stats.measure_budget = planning.REFRESH, -1.0  # no new plan
+    out = solve(device, sampler, noise(2))
+    assert device.sizes == [2] * 50
+    assert (out.stats.stop_reason, out.stats.finished_serially) == ("serial", 50)
+
+
 def test_a_slower_machine_changes_no_plan(machine, noise):
     speed = [1.0]
     device, sampler = machine(lambda n: speed[0] * (1 + n / 40))
