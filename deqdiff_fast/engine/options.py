@@ -240,7 +240,7 @@ class Options:
     def system(
         self, noise: Tensor, model_kwargs: dict[str, Any] | None, serial: bool = False, prior: bool = True
     ) -> System:
-        """The chain from `noise`, of a request that was checked. prior: whether the shape of a sample may give a slope."""
+        """The chain from `noise`, of a request that was checked. prior: whether the sample's shape may give a slope."""
         slope, norm = ("scalar", None) if serial else (self.slope(noise, prior), self.norm(noise))
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope, norm)
         system.learned, system.give_way = self.learned, self.graph_cache.on_shortage()

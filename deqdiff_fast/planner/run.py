@@ -64,8 +64,8 @@ def solve_in_rounds(
     begun: Workspace | None = None, front: int = 0,
 ) -> Solution:  # fmt: skip
     """By rounds. start: `time.perf_counter()` at the start. begun: a workspace in which the first `front` steps were
-    made already: nothing is learned from such a solve. Nor from the first ones that have to prepare what later ones find
-    prepared, unless they are slower than the serial chain beside that."""
+    made already: nothing is learned from such a solve. Nor from the first ones that have to prepare what later ones
+    find prepared, unless they are slower than the serial chain beside that."""
     options, clock, evals = planner.options, planner.clock_of(workload), system.model_evals
     began = clock()
     system.max_batch, window = plan.chosen.piece, plan.chosen.window

@@ -36,7 +36,9 @@ def test_warmup_measures_and_then_solves_in_parallel(machine, noise, relative_er
     assert out.stats.plan.chosen.seconds == pytest.approx(out.stats.rounds, rel=0.5)
 
 
-@pytest.mark.parametrize("seconds, spectrum, expected", [(1e-5, None, False), (1.0, None, True), (1e-5, "given", True)])
+@pytest.mark.parametrize(
+    ("seconds", "spectrum", "expected"), [(1e-5, None, False), (1.0, None, True), (1e-5, "given", True)]
+)
 def test_solves_of_short_steps_do_without_the_prior(machine, noise, relative_error, seconds, spectrum, expected):
     """A change of basis takes longer there than the model does. A spectrum that was given is used all the same."""
     given = None if spectrum is None else prior_spectrum((3, 8, 8))
