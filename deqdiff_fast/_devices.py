@@ -1,18 +1,47 @@
-"""Where numbers live that nobody has placed, and float64 where a device has none."""
+"""The user's default device and autocast, kept from our numbers; and float64 where a device has none."""
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_hidden = threading.local()  # .device: the user's default one, while ours is in its place
+KINDS = ("cpu", "cuda", "xpu", "mps")  # of devices that autocast knows
+_hidden = threading.local()  # .settings: the user's, while torch's defaults are in their place
+
+
+class Settings(NamedTuple):
+    """Of the user's, which are for a model and not for our numbers."""
+
+    device: torch.device
+    """The default one."""
+    autocast: dict[str, torch.dtype]
+    """By the kind of device, where it is on."""
+
+    @property
+    def usual(self) -> bool:
+        return self.device.type == "cpu" and not self.autocast
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.device.type != default_device().type:
+                stack.enter_context(self.device)
+            now = _autocast()
+            for kind in now.keys() | self.autocast.keys():
+                wanted = self.autocast.get(kind)
+                if wanted != now.get(kind):
+                    stack.enter_context(torch.autocast(kind, wanted, enabled=wanted is not None))
+            yield
+
+
+USUAL = Settings(torch.device("cpu"), {})
 
 
 def default_device() -> torch.device:
@@ -21,20 +50,32 @@ def default_device() -> torch.device:
     return torch.empty(0).device
 
 
-def tables_on_cpu(function: Function) -> Function:
-    """A function of ours whose tables lie on the CPU, also under `torch.set_default_device` or `with torch.device`."""
+def _autocast() -> dict[str, torch.dtype]:
+    return {kind: torch.get_autocast_dtype(kind) for kind in KINDS if torch.is_autocast_enabled(kind)}
+
+
+@contextmanager
+def _hiding(settings: Settings | None, ours: Settings) -> Iterator[None]:
+    """A block in which `ours` hold and the user's are those, to be brought back for a model."""
+    before, _hidden.settings = hidden_settings(), settings
+    try:
+        with ours.applied():
+            yield
+    finally:
+        _hidden.settings = before
+
+
+def with_torch_defaults(function: Function) -> Function:
+    """A function of ours whose tables lie on the CPU and whose products are not rounded, also under
+    `torch.set_default_device`, `with torch.device` or `torch.autocast`."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        own = default_device()
-        if own.type == "cpu":
+        own = Settings(default_device(), _autocast())
+        if own.usual:
             return function(*args, **kwargs)
-        before, _hidden.device = getattr(_hidden, "device", None), own
-        try:
-            with torch.device("cpu"):
-                return function(*args, **kwargs)
-        finally:
-            _hidden.device = before
+        with _hiding(own, USUAL):
+            return function(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
 
@@ -42,46 +83,45 @@ def tables_on_cpu(function: Function) -> Function:
 Class = TypeVar("Class", bound=type)
 
 
-def methods_with_tables_on_cpu(kind: Class) -> Class:
+def methods_with_torch_defaults(kind: Class) -> Class:
     """A class whose constructor and public methods are such functions."""
     for name, value in list(vars(kind).items()):
         if callable(value) and (name == "__init__" or not name.startswith("_")):
-            setattr(kind, name, tables_on_cpu(value))
+            setattr(kind, name, with_torch_defaults(value))
     return kind
 
 
 @contextmanager
-def users_default() -> Iterator[None]:
-    """For calls of a user's code from within: it finds its own default device."""
-    device = getattr(_hidden, "device", None)
-    if device is None:
+def users_settings() -> Iterator[None]:
+    """For calls of a user's code from within: it finds its own default device and autocast."""
+    settings = hidden_settings()
+    if settings is None:
         yield
         return
-    _hidden.device = None
-    try:
-        with device:
-            yield
-    finally:
-        _hidden.device = device
+    with _hiding(None, settings):
+        yield
 
 
-def hidden_default() -> torch.device | None:
-    """What `users_default` brings back; None where it has nothing to do."""
-    found: torch.device | None = getattr(_hidden, "device", None)
+def hidden_settings() -> Settings | None:
+    """What `users_settings` brings back; None where it has nothing to do."""
+    found: Settings | None = getattr(_hidden, "settings", None)
     return found
 
 
+def users_autocast(kind: str) -> torch.dtype | None:
+    """The dtype that a model on such a device finds itself cast to; None where it does not."""
+    hidden = hidden_settings()
+    return (_autocast() if hidden is None else hidden.autocast).get(kind)
+
+
 def hidden_in_backward(backward: Function) -> Function:
-    """A backward of ours that calls the model once more: torch runs it without the default device of the forward, which
-    is `ctx.default_device`."""
+    """A backward of ours that calls the model once more: torch runs it without the settings of the forward, which are
+    `ctx.settings`."""
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: Tensor) -> Any:
-        before, _hidden.device = hidden_default(), ctx.default_device
-        try:
+        with _hiding(ctx.settings, USUAL):
             return backward(ctx, *grads)
-        finally:
-            _hidden.device = before
 
     return wrapped  # type: ignore[return-value]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._devices import tables_on_cpu
+from ._devices import with_torch_defaults
 from ._types import Backend, Generators, Model, OnFailure
 from .engine import arguments
 from .engine.reporting import ProgressBar, report_not_converged
@@ -75,7 +75,7 @@ class DEQInverter:
         ValueError: a bad value.
     """
 
-    @tables_on_cpu
+    @with_torch_defaults
     def __init__(
         self,
         model: Model,
@@ -117,7 +117,7 @@ class DEQInverter:
         vars(new).update(vars(self), memory=copy(self.memory))
         return new
 
-    @tables_on_cpu
+    @with_torch_defaults
     def invert(
         self,
         image: Tensor,

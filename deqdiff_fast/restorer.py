@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._devices import methods_with_tables_on_cpu
+from ._devices import methods_with_torch_defaults
 from ._types import Generators, Model, shared
 from .engine import arguments
 from .engine.reporting import ProgressBar
@@ -33,7 +33,7 @@ from .schedule.prior import prior_spectrum
 from .solution import Callback, Solution, Stats
 
 
-@methods_with_tables_on_cpu
+@methods_with_torch_defaults
 class DEQRestorer:
     """Restore images from measurements y = A x + sigma n with a diffusion model, all timesteps at once.
 

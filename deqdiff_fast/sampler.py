@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ._devices import methods_with_tables_on_cpu
+from ._devices import methods_with_torch_defaults
 from ._types import Backend, Generators, Model, OnFailure
 from .engine.begin import begun
 from .engine.node_only import check_options
@@ -35,7 +35,7 @@ from .solution import Callback, Solution
 _begun = partial(begun, usable_bytes)
 
 
-@methods_with_tables_on_cpu
+@methods_with_torch_defaults
 class DEQSampler:
     """The sample of a diffusion chain, all timesteps solved at once (Pokle, Geng, Kolter 2022, arXiv 2210.12867).
 

@@ -37,10 +37,10 @@ def load_module(file: Path, name: str) -> ModuleType:
 
 HELPERS = (
     "app/app_cases", "cli/cli_cases", "distillation/distill_cases", "distillation/pair_cases", "engine/graph_tape",
-    "former_names", "integrations/plain_samplers", "inversion/descent_cases", "kernels/interpreter_cache",
-    "kernels/kernel_operands", "kernels/races", "operators/operator_cases", "planner/planner_cases",
-    "pretended_cuda/graph_api", "pretended_cuda/graph_solves", "ranks/rank_launch", "schedule/scheduler_cases",
-    "solvers",
+    "entry_points", "former_names", "integrations/plain_samplers", "inversion/descent_cases",
+    "kernels/interpreter_cache", "kernels/kernel_operands", "kernels/races", "operators/operator_cases",
+    "planner/planner_cases", "pretended_cuda/graph_api", "pretended_cuda/graph_solves", "ranks/rank_launch",
+    "schedule/scheduler_cases", "solvers",
 )  # fmt: skip
 for helper in HELPERS:  # for `from solvers import SOLVERS`; one may import those before it
     load_module(Path(__file__).parent / f"{helper}.py", helper.rpartition("/")[2])

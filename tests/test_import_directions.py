@@ -38,7 +38,7 @@ ONLY = {
     "loop": {"errors", "_types", "kernels"},
     "solver": {"errors", "_types", "kernels", "loop"},
     "nodes": {"errors", "_types", "_devices", "kernels", "schedule"},
-    "ranks": {"errors", "_types", "_locks", "kernels", "solution", "model"},
+    "ranks": {"errors", "_types", "_devices", "_locks", "kernels", "solution", "model"},
     "schedule": {"errors", "_types", "_devices", "_locks"},
     "memory": {"errors", "_locks", "_C"},
     "operators": {"errors", "_devices"},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .._types import Model
 from ..engine import arguments
 from ..model.draft import Draft
@@ -34,7 +34,7 @@ DRAFT, SPECTRUM = "draft.safetensors", "spectrum.safetensors"
 _log = logging.getLogger("deqdiff_fast")
 
 
-@tables_on_cpu
+@with_torch_defaults
 def distill(
     model: Model,
     schedule: Schedule,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from .._devices import users_autocast
 from .system import System
 
 DEPTH = 4  # wrappers around wrappers
@@ -22,8 +23,7 @@ def solve_key(system: System, settings: tuple[Any, ...]) -> tuple[Any, ...]:
     """Shapes, dtypes and settings of a solve, and of torch."""
     leaves, structure = tree_flatten(system.model_kwargs)
     shapes = tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), repr(x)) for x in leaves)
-    device = system.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = users_autocast(system.device.type)
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None) or matmul.allow_tf32  # the first is torch's since 2.9
     return (

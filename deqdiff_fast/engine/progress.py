@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._devices import users_default
+from .._devices import users_settings
 from ..loop.window import Window
 from ..solution import Callback, RoundInfo, asks_to_stop
 from .reporting import ProgressBar
@@ -30,7 +30,7 @@ class Reporter:
         self.bar.show(sum(front), residual, round=round)
         if self.callback is None:
             return None
-        with users_default():
+        with users_settings():
             return asks_to_stop(self.callback(self._info(round, list(front), where, residual)))
 
     def _info(self, round: int, front: list[int], where: Window | list[int], residual: Tensor) -> RoundInfo:

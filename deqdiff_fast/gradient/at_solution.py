@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from .._devices import hidden_default, hidden_in_backward
+from .._devices import hidden_in_backward, hidden_settings
 from ..solution import Solution
 from .base import Problem
 from .batched_vjp import BatchedVJP
@@ -38,7 +38,7 @@ class _AtSolution(Function):
     ) -> Tensor:
         solution = problem.solve()
         solutions.append(solution)
-        ctx.default_device = hidden_default()
+        ctx.settings = hidden_settings()
         ctx.system, ctx.cotangents, ctx.kwargs, ctx.noise = problem.system, cotangents, kwargs, noise
         ctx.save_for_backward(solution.trajectory, *leaves)
         sample: Tensor = solution.sample.clone()

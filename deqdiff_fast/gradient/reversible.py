@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .._devices import hidden_default, hidden_in_backward
+from .._devices import hidden_in_backward, hidden_settings
 from ..errors import ConvergenceWarning
 from ..solution import Solution
 from .base import Problem, Relaxed
@@ -112,7 +112,7 @@ class _Iteration(Function):
             z = (1 - b) * z + b * f.scan(first, y, vjp.predictions(y[:-1]))
             if ended:
                 break
-        ctx.run, ctx.rounds, ctx.noise, ctx.default_device = run, rounds, noise, hidden_default()
+        ctx.run, ctx.rounds, ctx.noise, ctx.settings = run, rounds, noise, hidden_settings()
         ctx.save_for_backward(y, z, noise, *leaves, *anchors)
         states.append(z)
         return z[-1].view(noise.shape).to(noise.dtype)

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .._types import Model
 from ..engine import arguments
 from ..engine.row_check import check_rows_now
@@ -33,7 +33,7 @@ _log = logging.getLogger("deqdiff_fast")
 
 
 @torch.no_grad()
-@tables_on_cpu
+@with_torch_defaults
 def sample_deq(
     model: Model,
     x: Tensor,

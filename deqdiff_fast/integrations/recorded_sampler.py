@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._devices import users_default
+from .._devices import users_settings
 from .._types import FrozenNoise
 from ..errors import NotAffineError
 from ..schedule import Schedule
@@ -78,7 +78,7 @@ def record_sampler(
     try:
         recursion, levels = _recursion(sampler, model, sigmas.detach().cpu().double(), extra)
         own = _Recorder(model, lambda: torch.zeros_like(x))
-        with users_default():
+        with users_settings():
             own.run(sampler, torch.zeros_like(x), sigmas, extra)
         if len(own.states) != len(levels):
             raise NotAffineError("it calls its model another number of times when it is run again")

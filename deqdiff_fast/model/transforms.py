@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.utils._pytree import tree_leaves
 
-from .._devices import hidden_default, users_default
+from .._devices import hidden_settings, users_settings
 from .._types import Model, unwrap_output
 
 INSTEAD = "differentiate with torch.autograd, requires_grad_() and backward()"
@@ -38,8 +38,8 @@ def check_inputs(model: Any, reverse: bool = False, **given: Any) -> None:
 def call(model: Model, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Any:
     """What a model means by its output. Raises NotImplementedError where that has a tangent, of a tensor that
     `check_inputs` could not see."""
-    if hidden_default() is not None:
-        with users_default():
+    if hidden_settings() is not None:
+        with users_settings():
             return call(model, x, t, kwargs)
     if forward_ad._current_level < 0:
         return unwrap_output(model(x, t, **kwargs))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .circular import Circular
 from .convolution import PADDINGS, check_kernel_fits, convolution_matrices, kernel_factors
 from .delegate import Delegate
@@ -33,7 +33,7 @@ class Blur(Delegate):
             `padding="circular"`; or, when it is used, one that is larger than the images.
     """
 
-    @tables_on_cpu
+    @with_torch_defaults
     def __init__(self, kernel: Tensor, padding: str = "circular", *, rtol: float | None = None) -> None:
         if padding not in PADDINGS:
             raise ValueError(f"padding: expected one of {', '.join(PADDINGS)}, got {padding!r}")
@@ -55,7 +55,7 @@ class Blur(Delegate):
             super().__init__(_SeparableBlur(factors, padding, rtol))
 
     @classmethod
-    @tables_on_cpu
+    @with_torch_defaults
     def gaussian(
         cls,
         std: float | tuple[float, float],
@@ -89,7 +89,7 @@ class Blur(Delegate):
         return cls(kernel / kernel.sum(), padding, rtol=rtol)
 
     @classmethod
-    @tables_on_cpu
+    @with_torch_defaults
     def uniform(cls, size: int | tuple[int, int], padding: str = "circular", *, rtol: float | None = None) -> Blur:
         """The mean over `size` x `size` pixels, or over size[0] x size[1]."""
         height, width = (size, size) if isinstance(size, int) else size

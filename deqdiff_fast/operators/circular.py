@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .base import Operator, Shape, check_images, compute_dtype
 from .convolution import check_kernel_fits, convolution_matrices
 
@@ -117,7 +117,7 @@ class Circular(Operator):
             self._cache[key] = found
         return found
 
-    @tables_on_cpu
+    @with_torch_defaults
     def _make(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Spectrum:
         height, width = self.kernel.shape[2:]
         check_kernel_fits((height, width), size)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .base import Operator, Shape, compute_dtype
 
 Violation = tuple[str, float, float]  # the identity, its relative violation, what is allowed
 
 
-@tables_on_cpu
+@with_torch_defaults
 def check(
     operator: Operator,
     shape: Shape,

@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .base import check_images
 
 _NORMAL = 0.6744897501960817  # the median of |n| for n standard normal
 
 
-@tables_on_cpu
+@with_torch_defaults
 def estimate_sigma(y: Tensor, mask: Tensor | None = None) -> Tensor:
     """The standard deviation of white Gaussian noise in images: the median of their finest diagonal details.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .base import Operator, Shape, compute_dtype
 from .blur import Blur
 from .colorize import Colorize
@@ -18,7 +18,7 @@ _VECTORS = ("U", "U_adjoint", "V", "V_adjoint")
 _TRIALS = ((3, 16, 16), (2, 16, 16), (1, 16, 16))  # where nothing says which images are meant
 
 
-@tables_on_cpu
+@with_torch_defaults
 def take(physics: Any, shape: Shape | None = None) -> Operator:
     """An operator of this library for an object of another one.
 

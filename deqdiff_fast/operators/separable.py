@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .base import Operator, Shape, check_images, compute_dtype
 
 _KEPT = 16  # decompositions kept, for as many image shapes, dtypes and devices
@@ -131,7 +131,7 @@ class Separable(Operator):
             self._cache[key] = found
         return found
 
-    @tables_on_cpu
+    @with_torch_defaults
     def _make(self, x_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decomposition:
         return decompose(self.axis_matrices(x_shape), self.cutoff(dtype), device, dtype)
 

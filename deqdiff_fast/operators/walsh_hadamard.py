@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .base import Operator, Shape, check_images, compute_dtype, per_device
 
 
@@ -29,7 +29,7 @@ class WalshHadamard(Operator):
 
     decomposed = True
 
-    @tables_on_cpu
+    @with_torch_defaults
     def __init__(self, size: tuple[int, int], ratio: float, seed: int = 0) -> None:
         height, width = size
         numel = height * width

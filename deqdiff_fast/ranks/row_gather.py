@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._devices import users_autocast
 from ..errors import ModelOutputError, RankError
 from .faults import OTHER_FORM, Attempt, attempt, raise_on_all
 from .group import Ranks, bits, number
@@ -145,4 +146,4 @@ def _form_of(value: Tensor) -> RowForm:
 
 def kind_of(*values: Any) -> Hashable:
     """What the form of a model's rows depends on besides its arguments."""
-    return (*values, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    return (*values, users_autocast("cpu"), users_autocast("cuda"))

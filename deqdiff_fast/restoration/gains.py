@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from ..operators import Operator
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.spectral import average_rings
@@ -39,12 +39,12 @@ class ChainSlope(SpectralSlope):
     gains: Tensor
     which: Tensor
 
-    @tables_on_cpu
+    @with_torch_defaults
     def classes(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """See `SpectralSlope.classes`."""
         return _slope_of(self.gains, schedule), self.which
 
-    @tables_on_cpu
+    @with_torch_defaults
     def slope(self, schedule: Schedule) -> Tensor:
         """See `SpectralSlope.slope`."""
         return _slope_of(self.gains, schedule)[:, self.which]

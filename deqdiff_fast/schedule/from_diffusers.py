@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from ..errors import NotAffineError
 from . import noise_levels as levels
 from .affine_fit import Recursion, fit
@@ -49,7 +49,7 @@ REFUSED = {
 }
 
 
-@tables_on_cpu
+@with_torch_defaults
 def scheduler_fields(
     scheduler: Any, num_inference_steps: int | None = None, *, step_range: StepRange = ALL_STEPS, **kwargs: Any
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from . import tables
 from .clip import Clip
 from .from_diffusers import scheduler_fields
@@ -67,7 +67,7 @@ class Schedule:
     x0_coef: Tensor | None = None
     draws: Tensor | None = None
 
-    @tables_on_cpu
+    @with_torch_defaults
     def __post_init__(self) -> None:
         tables.choice("prediction_type", self.prediction_type, tables.PREDICTION_TYPES)
         steps = tables.numbers(self.timesteps)
@@ -109,14 +109,14 @@ class Schedule:
         """Whether the chain adds noise on its way."""
         return bool((self.noise_coef != 0).any())
 
-    @tables_on_cpu
+    @with_torch_defaults
     def denoised_coef(self) -> Tensor:
         """(T, 2) float64 [p, q]: the denoised estimate of step i is x0 = p x_i + q o_i."""
         if self.x0_coef is not None:
             return self.x0_coef
         return tables.denoised_coef(self.signal[:-1], self.sigma[:-1], self.prediction_type)
 
-    @tables_on_cpu
+    @with_torch_defaults
     def slope(self, variance: float | Tensor = 1.0) -> Tensor:
         """The c_i with E[o_i | x_i] = c_i x_i for zero-mean Gaussian data.
 
@@ -142,7 +142,7 @@ class Schedule:
         slope = (mean - p) / q
         return torch.where(slope.isfinite(), slope, 0)
 
-    @tables_on_cpu
+    @with_torch_defaults
     def path_error(self) -> Tensor:
         """(T,) float64: how far each step leaves the path of one data point; see `path_error.path_error`."""
         return path_error(
@@ -161,7 +161,7 @@ class Schedule:
         return schedule
 
     @classmethod
-    @tables_on_cpu
+    @with_torch_defaults
     def ddim(
         cls,
         alphas_cumprod: Tensor | Sequence[float],
@@ -186,7 +186,7 @@ class Schedule:
         return cls._checked(tables.ddim_tables(alphas_cumprod, timesteps, eta, final_alpha_cumprod, prediction_type))
 
     @classmethod
-    @tables_on_cpu
+    @with_torch_defaults
     def ddpm(
         cls,
         alphas_cumprod: Tensor | Sequence[float],
@@ -208,7 +208,7 @@ class Schedule:
         return cls._checked(fields) if variance == "fixed_small" else cls(**fields)  # fixed_large widens the marginals
 
     @classmethod
-    @tables_on_cpu
+    @with_torch_defaults
     def from_sigmas(
         cls,
         sigmas: Tensor | Sequence[float],

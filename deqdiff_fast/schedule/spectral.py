@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._devices import tables_on_cpu
+from .._devices import with_torch_defaults
 from .._types import Model
 from .chain import draw_samples
 from .schedule import Schedule
@@ -51,7 +51,7 @@ class SpectralSlope:
     variance: Tensor
     channels: Tensor
 
-    @tables_on_cpu
+    @with_torch_defaults
     def __post_init__(self) -> None:
         variance, channels = self.variance.detach().cpu().double(), self.channels.detach().cpu().double()
         count = variance.shape[0] if variance.dim() else 0
@@ -72,7 +72,7 @@ class SpectralSlope:
         return tuple(self.variance.shape)
 
     @classmethod
-    @tables_on_cpu
+    @with_torch_defaults
     def fit(cls, samples: Tensor) -> SpectralSlope:
         """From samples: channel covariance, then variances averaged over rings of equal frequency.
 
@@ -99,7 +99,7 @@ class SpectralSlope:
         return cls(average_rings(power).clamp_min(MIN_VARIANCE), channels)
 
     @classmethod
-    @tables_on_cpu
+    @with_torch_defaults
     def from_model(
         cls,
         model: Model,
@@ -135,7 +135,7 @@ class SpectralSlope:
         write_tensors({"variance": self.variance.float(), "channels": self.channels}, path)
 
     @classmethod
-    @tables_on_cpu
+    @with_torch_defaults
     def load(cls, path: str | Path) -> SpectralSlope:
         """Read a file that `save` wrote.
 
@@ -147,12 +147,12 @@ class SpectralSlope:
             stored, _ = read_tensors(path)
             return cls(stored["variance"], stored["channels"])
 
-    @tables_on_cpu
+    @with_torch_defaults
     def basis(self) -> Basis:
         """The change of basis between samples and coefficients."""
         return Basis(self.channels, self.shape)
 
-    @tables_on_cpu
+    @with_torch_defaults
     def classes(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """(T, K) float64 the slopes of variances that are not about the same, and (D,) int64 which of them each
         coefficient has."""
@@ -160,7 +160,7 @@ class SpectralSlope:
         values, which = torch.unique(level, return_inverse=True)
         return schedule.slope((values * SAME_VARIANCE).exp()), which
 
-    @tables_on_cpu
+    @with_torch_defaults
     def slope(self, schedule: Schedule) -> Tensor:
         """(T, D) float64: c_i of every coefficient, see `Schedule.slope`."""
         return schedule.slope(self.variance.flatten())

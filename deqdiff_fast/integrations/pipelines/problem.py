@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._devices import tables_on_cpu
+from ..._devices import with_torch_defaults
 from ..._types import FrozenNoise
 from ...errors import NotAffineError
 from ...schedule import Schedule
@@ -143,7 +143,7 @@ def _step_range(scheduler: Any, timestep: Any, count: int | None) -> StepRange:
     return StepRange(begin, len(every) if count is None else min(begin + count, len(every)))
 
 
-@tables_on_cpu
+@with_torch_defaults
 def _schedule(scheduler: Any, step_range: StepRange, options: dict[str, Any], input_scaled: bool) -> Schedule:
     """The probed schedule; the last few are cached, since a pipeline is usually called with the same settings again."""
     state = [(name, _frozen(value)) for name, value in sorted(vars(scheduler).items()) if name != "_internal_dict"]
