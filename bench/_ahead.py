@@ -46,7 +46,7 @@ STREAMS = (
 HISTORIES = ("g", "z", "e")
 INTEGERS = ("lo", "hi", "filled", "previous_bounds", "first", "last", "start", "classes", "count")
 SETTINGS = (
-    "ridge", "floor", "stale", "undamped", "freeze", "finish", "shortest", "guessed", "nonlinear", "damping", "reach",
+    "ridge", "floor", "stale", "undamped", "freeze", "finish", "guessed", "nonlinear", "damping", "reach",
 )  # fmt: skip
 SINGLE = ("weights", "newton_norms", "window_bounds", "mark_converged", "secant_fit")  # one warp a program
 ALONE = ("newton_advance", "inverse_advance")  # one program a sample

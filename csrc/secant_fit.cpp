@@ -13,15 +13,10 @@ namespace {
 // The columns of one row that are kept, with their ridges; returns how many.
 int keep(const SecantFitProblem& p, std::int64_t r, const double* gram, int* kept, double* lengths, double* ridges) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  double longest = 0;
-  for (int k = 0; k < p.columns; ++k) {
-    lengths[k] = std::sqrt(gram[k * p.columns + k]);
-    longest = std::max(longest, std::isnan(lengths[k]) ? kInfinity : lengths[k]);
-  }
   int found = 0;
   for (int k = 0; k < p.columns && k + 1 < p.count[r]; ++k) {
-    const double length = lengths[k];
-    if (!(length > p.floor * p.size[r] && length > p.shortest * longest && length < kInfinity)) continue;
+    const double length = lengths[k] = std::sqrt(gram[k * p.columns + k]);
+    if (!(length > p.floor * p.size[r] && length < kInfinity)) continue;
     double ridge = p.ridges[k * p.rows + r];
     if (p.guess_error != nullptr && ridge > p.guessed) {
       const double error = p.guess_error[r] / std::max(p.nonlinear * length, 1e-300), more = error * error;
@@ -79,7 +74,6 @@ void secant_fit_call(Arguments& a) {
   p.ridges = a.table<const double>("ridges", data);
   p.guess_error = a.table<const double>("guess_error", false);
   p.floor = a.number("floor", false, false);
-  p.shortest = a.number("shortest", false, false);
   p.guessed = a.number("guessed", false, false);
   p.nonlinear = a.number("nonlinear", false, false);
   a.finish();

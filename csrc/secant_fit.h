@@ -17,7 +17,7 @@ struct SecantFitProblem {
   const double* guess_error;  // (R,), or null
   std::int64_t rows;
   int columns;
-  double floor, shortest, guessed, nonlinear;
+  double floor, guessed, nonlinear;
 };
 
 void secant_fit(const SecantFitProblem& problem);

@@ -26,6 +26,7 @@ from torch import Tensor
 from .elements import ALL_ELEMENTS, Elements, joined
 from .node_grid import NodeGrid, per_element
 
+FASTEST = 0.05  # of a step, the next one is no shorter: part of it leaves the directions that secants know
 SLOWEST = 0.9  # rate of surprises that are not taken to end at all
 SKIPPED = 0.03  # part of the tolerance that nodes that are not asked again may cost
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the largest estimate of the three before
@@ -73,7 +74,8 @@ class Estimate(NamedTuple):
 
     def total(self, rate: Tensor, shortfall: Tensor) -> Tensor:
         """(B,): the estimate of the error, by the rate of the rounds and the largest shortfall so far."""
-        return torch.hypot(shortfall * self.next_step / (1 - rate.clamp(0, SLOWEST)), self.missed(shortfall))
+        next_step = torch.maximum(shortfall * self.next_step, FASTEST * self.step)
+        return torch.hypot(next_step / (1 - rate.clamp(0, SLOWEST)), self.missed(shortfall))
 
 
 def estimate(

@@ -11,7 +11,6 @@ from ..kernels import secant_fit
 from .elements import ALL_ELEMENTS, Elements
 from .node_grid import Transfer
 
-SHORTEST = 0.02  # step worth keeping, relative to the longest: stretched that much, it says little
 GUESSED_RIDGE = 1e-2  # of a secant with an end that was interpolated and not asked, at least
 NONLINEAR = 0.3  # by how much a prediction may change with the state beside the slope
 
@@ -105,7 +104,7 @@ class History:
         place = torch.device("cpu") if gram.device.type == "mps" else gram.device  # MPS has no float64
         there = (row if row is None or row.device == place else row.to(place) for row in rows)
         self.fit = torch.empty(gram.shape, dtype=torch.float64, device=place)
-        secant_fit(self.fit, *there, self.floor, SHORTEST, GUESSED_RIDGE / 2, NONLINEAR, backend=self.backend)
+        secant_fit(self.fit, *there, self.floor, GUESSED_RIDGE / 2, NONLINEAR, backend=self.backend)
 
     def _weights(self, along: Tensor) -> Tensor:
         """(n B, 1, h) of the secants' remainders, from float64 products of h secants and steps over elements here."""

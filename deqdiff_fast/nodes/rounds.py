@@ -19,7 +19,6 @@ MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in thes
 SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sqrt(D)
 NOISE_FACTOR = 1.5  # times the estimate, where a draft goes through a chain that adds much noise: it scatters there
 UNTOLD = 3  # rounds before which nothing was foretold that could be believed
-SOON = 0.3  # times the step that was foretold: the next one may be as short
 DOUBTED = 0.15  # of the sample: how far the model may carry an error of the tolerance
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
 SPOT_FACTOR, SPOT_SLACK = 1.5, 0.3  # times the estimate of interpolation, and part of the tolerance more, in spots
@@ -75,8 +74,8 @@ class NodeRounds:
             if changed:  # all of them, of the samples that want more
                 asked = ~torch.tensor(self._over()).expand(len(chain.grid.nodes), -1) if any(self._over()) else None
             self._ask(asked, round)
-            before, found = found, self._advance(round, found).on_host()
-            if self._seems_done(found):  # suddenly
+            before, found = found, self._advance(round).on_host()
+            if self._seems_done(found):
                 found = self._estimate(growth(chain)).on_host()
             self.unsure |= found.growth * self.problem.tol >= DOUBTED
             grown = before is not None and bool((found.step > GROWING * before.step).any())
@@ -163,12 +162,11 @@ class NodeRounds:
             self.missed = missed_at(spots, chain, said)
             self.suspects = suspects(spots, chain, said) if first else self.suspects
 
-    def _advance(self, round: int, foretold: Estimate | None) -> Estimate:
-        """The chain with what is known now, and how good it is; how far the model carries errors, where that counts."""
+    def _advance(self, round: int) -> Estimate:
+        """The chain with what is known now, and how good it is; how far errors are carried, where nodes are chosen."""
         self.last = self.chain.states[-1].clone(), self.last[0]
         self.shrinking = self.chain.advance()
-        soon = foretold is not None and self._any_near(SOON * foretold.next_step)
-        counts = self.chain.draft is None and (soon or round == max(len(self.sizes), UNTOLD))
+        counts = self.chain.draft is None and round == max(len(self.sizes), UNTOLD)
         return self._estimate(growth(self.chain) if counts else None)
 
     def _estimate(self, grown: Tensor | None) -> Estimate:
@@ -180,13 +178,10 @@ class NodeRounds:
         )  # fmt: skip
 
     def _seems_done(self, found: Estimate) -> bool:
-        """Whether it is not known yet how far the model carries errors, and that would decide."""
-        unknown = self.chain.draft is None and not bool((found.growth > 0).any())
-        return unknown and self._any_near(torch.hypot(found.next_step, found.interpolation))
-
-    def _any_near(self, error: Tensor) -> bool:
-        """Whether some sample that is not over would be good enough with such an error, (B,)."""
-        near = self.shortfall * self.safety * error <= self.problem.tol
+        """Whether it is not known yet how far the model carries errors, and some sample would be good enough."""
+        if self.chain.draft is not None or bool((found.growth > 0).any()):
+            return False
+        near = self.shortfall * self.safety * torch.hypot(found.next_step, found.interpolation) <= self.problem.tol
         return bool((near & ~torch.tensor(self._over())).any())
 
     def _estimate_error(self, found: Estimate, before: Estimate | None, changed: bool) -> Tensor:

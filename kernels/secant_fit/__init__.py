@@ -28,7 +28,7 @@ def _validate(given: Arguments) -> None:
 _op = register(
     __name__,
     "secant_fit(Tensor(a!) fit, Tensor gram, Tensor size, Tensor count, Tensor ridges, Tensor? guess_error, "
-    "float floor, float shortest, float guessed, float nonlinear) -> ()",
+    "float floor, float guessed, float nonlinear) -> ()",
     _reference,
     validate=_validate,
     cpp=lambda given: dict(zip("RH", given["gram"].shape)),
@@ -38,7 +38,7 @@ _op = register(
 
 def secant_fit(
     fit: Tensor, gram: Tensor, size: Tensor, count: Tensor, ridges: Tensor, guess_error: Tensor | None, floor: float,
-    shortest: float, guessed: float, nonlinear: float, *, backend: str = "auto",
+    guessed: float, nonlinear: float, *, backend: str = "auto",
 ) -> None:  # fmt: skip
     """The least squares fit of a step by secants, in place: gamma = fit dZ^T dx.
 
@@ -54,7 +54,6 @@ def secant_fit(
         ridges: (H, R) of every column, relative to its length squared.
         guess_error: (R,) the error of what the secants with a ridge above `guessed` end at; their ridge is at least the
             square of it relative to what the step may have changed beside the slope. None for none.
-        floor, shortest: relative to `size`, and to the longest column of the row.
         guessed: the ridge of secants with a guessed end is above this.
         nonlinear: what part of a step a prediction may change by beside the slope.
         backend: as for `ddim_update`.
@@ -63,4 +62,4 @@ def secant_fit(
         ValueError: an argument has the wrong shape, dtype or device.
         BackendUnavailableError: a backend asked for by name cannot serve these tensors here.
     """
-    _op(backend, fit, gram, size, count, ridges, guess_error, floor, shortest, guessed, nonlinear)
+    _op(backend, fit, gram, size, count, ridges, guess_error, floor, guessed, nonlinear)

@@ -16,7 +16,7 @@ from ..newton_scan._triton_prepare import inverse
 
 @triton.jit(do_not_specialize=["R"])
 def secant_fit_kernel(
-    fit, gram, size, count, ridges, guess_error, R, floor: tl.float64, shortest: tl.float64, guessed: tl.float64,
+    fit, gram, size, count, ridges, guess_error, R, floor: tl.float64, guessed: tl.float64,
     nonlinear: tl.float64, H: tl.constexpr, P: tl.constexpr, GUESSED: tl.constexpr,
 ):  # fmt: skip
     """One row; P >= H columns, of which those from H on are none."""
@@ -27,9 +27,8 @@ def secant_fit_kernel(
     inside = (slots < H)[:, None] & (slots < H)[None, :]
     products = tl.load(gram + at, mask=inside, other=0.0).to(tl.float64)
     length = tl.sqrt(tl.sum(tl.where(eye, products, 0.0), axis=1))
-    longest = tl.max(tl.where(length == length, length, float("inf")), axis=0)  # NaN and Inf: no column is kept
     least = tl.full((), floor, tl.float64) * tl.load(size + row).to(tl.float64)
-    keep = known & (length > least) & (length > tl.full((), shortest, tl.float64) * longest) & (length < float("inf"))
+    keep = known & (length > least) & (length < float("inf"))
     ridge = tl.load(ridges + tl.cast(slots, tl.int64) * R + row, mask=slots < H, other=1.0).to(tl.float64)
     if GUESSED:
         error = tl.load(guess_error + row).to(tl.float64)
@@ -48,12 +47,12 @@ def secant_fit_kernel(
 
 def launch(
     fit: Tensor, gram: Tensor, size: Tensor, count: Tensor, ridges: Tensor, guess_error: Tensor | None, floor: float,
-    shortest: float, guessed: float, nonlinear: float,
+    guessed: float, nonlinear: float,
 ) -> None:  # fmt: skip
     """The op on contiguous tensors: one launch."""
     rows, columns, _ = gram.shape
     if rows:
         launcher(secant_fit_kernel, (rows,))(
-            fit, gram, size, count, ridges, guess_error, rows, floor, shortest, guessed, nonlinear, H=columns,
+            fit, gram, size, count, ridges, guess_error, rows, floor, guessed, nonlinear, H=columns,
             P=triton.next_power_of_2(columns), GUESSED=guess_error is not None, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip

@@ -72,7 +72,7 @@ def _secants(normal: Any) -> dict[str, Any]:
         "count": torch.tensor([4, 3, 2, 1, 4], dtype=torch.int32),
         "ridges": torch.full((COLUMNS, NODES), 1e-6).scatter_(0, torch.tensor([[0, 1, 2, 0, 1]]), 1e-2),
         "guess_error": 0.1 * normal(NODES).abs(),
-        "floor": 1e-5, "shortest": 0.02, "guessed": 5e-3, "nonlinear": 0.3,
+        "floor": 1e-5, "guessed": 5e-3, "nonlinear": 0.3,
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from kernel_operands import operands
 
 from deqdiff_fast.kernels import secant_fit
 
-SETTINGS = {"floor": 1e-5, "shortest": 0.02, "guessed": 5e-3, "nonlinear": 0.3}
+SETTINGS = {"floor": 1e-5, "guessed": 5e-3, "nonlinear": 0.3}
 TENSORS = ("gram", "size", "count", "ridges", "guess_error")
 
 
@@ -20,7 +20,7 @@ def one_row(gram, size, count, ridges, guess_error):
     lengths = [math.sqrt(float(gram[k, k])) for k in range(columns)]
     kept = [
         k for k in range(columns)
-        if k + 1 < count and lengths[k] > SETTINGS["floor"] * size and lengths[k] > SETTINGS["shortest"] * max(lengths)
+        if k + 1 < count and lengths[k] > SETTINGS["floor"] * size
     ]  # fmt: skip
     found = torch.zeros(columns, columns, dtype=torch.float64)
     if not kept:
@@ -83,7 +83,7 @@ def test_float32_grams(backend):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["column", "product", "nowhere"])
 def test_what_is_not_finite(backend, value, where):
-    """A broken column takes its whole row with it, for no column is longer than it; the others are as ever."""
+    """A broken column drops out; the others are as ever."""
     given = problem(4, 3) | {"count": torch.full((4,), 4, dtype=torch.int32)}
     before, there = placed(given, backend)
     secant_fit(before, **there, **SETTINGS, backend=backend)
@@ -96,7 +96,9 @@ def test_what_is_not_finite(backend, value, where):
     assert fit.isfinite().all()
     assert torch.equal(fit[[0, 2, 3]], before[[0, 2, 3]])
     if where == "column":
-        assert not fit[1].any()
+        assert not fit[1, 2].any()
+        assert not fit[1, :, 2].any()
+        assert fit[1, :2, :2].any()
 
 
 def test_no_rows(backend):

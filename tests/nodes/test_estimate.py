@@ -138,9 +138,15 @@ def test_a_round_that_moved_more_than_foretold_scales_what_follows():
     assert numbers(0.1, 0.6).shortfall(numbers(0.2, 1.0)).item() == pytest.approx(3)
     assert numbers(0.1, 0.1).shortfall(numbers(0.2, 1.0)).item() == 1
     assert numbers(0.0, 0.0).shortfall(numbers(0.0, 0.0)).item() == 1  # 0 / 0
-    torch.testing.assert_close(numbers(0.0, 0.1, 0.02).total(0.1 * one, 3 * one), one * 0.06)
-    torch.testing.assert_close(numbers(0.0, 0.1, 0.02, 0.05).total(0.1 * one, 3 * one), one * 0.06)
-    torch.testing.assert_close(numbers(0.0, 0.1, 0.02, 0.07).total(0.1 * one, 3 * one), one * 0.07)
+    torch.testing.assert_close(numbers(0.0, 0.0, 0.02).total(0.1 * one, 3 * one), one * 0.06)
+    torch.testing.assert_close(numbers(0.0, 0.0, 0.02, 0.05).total(0.1 * one, 3 * one), one * 0.06)
+    torch.testing.assert_close(numbers(0.0, 0.0, 0.02, 0.07).total(0.1 * one, 3 * one), one * 0.07)
+
+
+def test_the_next_step_is_no_twentieth_of_the_last():
+    one = torch.ones(1, dtype=torch.float64)
+    torch.testing.assert_close(numbers(1e-6, 0.2).total(0 * one, one), one * 0.01)
+    torch.testing.assert_close(numbers(0.03, 0.2).total(0 * one, one), one * 0.03)
 
 
 @pytest.mark.parametrize(
