@@ -11,7 +11,7 @@ from ..kernels import node_scan
 from .draft_answers import DraftAnswers
 from .drift import composite_drift
 from .guess import spread_gap
-from .history import History, NodeHistory, put, through
+from .history import History, NodeHistory, through
 from .host_history import HostHistory
 from .node_grid import NodeGrid, Transfer, per_element
 from .problem import NodeProblem
@@ -90,7 +90,7 @@ class NodeChain:
         )
         self.remainder = through(transfer.scaled, remainder)
         self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1])
-        self.surprise = torch.zeros_like(self.remainder)
+        self.surprise = through(transfer.scaled, self.surprise)
 
     def learn(self, at: Tensor | None, answers: Tensor) -> None:
         """What the model said at the nodes, (n, B, D), written to; at: (r,) int64 in which of n B rows, None: all."""
@@ -98,13 +98,16 @@ class NodeChain:
         off = None if self.answers is None else answers - self.answers.at(states, STILL * SETTLED * self.problem.tol)
         remainder = answers.addcmul_(self.slope, states, value=-1)
         surprise = torch.sub(remainder, self.remainder, out=self.remainder)  # which the chain is about to replace
-        if at is None:
-            self.surprise, self.remainder = surprise, self.surprise
-        else:
-            put(self.surprise, surprise, at)
+        asked = None
+        if at is not None:
+            asked = torch.zeros_like(self.history.count, dtype=torch.bool)
+            asked.view(-1).index_fill_(0, at, True)
+        self.remainder, before = self.surprise, self.surprise  # scratch
+        self.surprise = surprise if asked is None else torch.where(asked[..., None], surprise, before)
         if self.history.guess_error is None:  # 0 where the model was not asked
-            (self.history.guess_error,) = self.problem.elements.norms(self.surprise.norm(dim=2))
-        self.history.push(at, states, remainder, off)
+            (error,) = self.problem.elements.norms(self.surprise.norm(dim=2))
+            self.history.guess_error = error if asked is None else error * asked
+        self.history.push(asked, states, remainder, off)
 
     def advance(self) -> Tensor:
         """The chain with what is known now. Returns (n, B): the step at each node against the last one, at most 1."""

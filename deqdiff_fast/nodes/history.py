@@ -42,18 +42,12 @@ class History:
         self.count = torch.zeros(like.shape[:2], dtype=torch.int32, device=like.device)
         self.guess_error: Tensor | None = None  # (n, B), of the ends that were interpolated
 
-    def push(self, at: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
-        """New answers, at: (r,) int64 in which of the n B rows, None for all; states and remainders, and what answers
-        are less a draft's, (n, B, D) each."""
-        if at is None:
-            self.ridges[1:] = self.ridges[:-1].clone()
-            self.ridges[0] = self.ridge
-            self.count.add_(1).clamp_max_(self.columns)
-            return
-        ridges = self.ridges.view(self.columns, -1)
-        ridges[1:, at] = ridges[:-1, at]
-        ridges[0].index_fill_(0, at, self.ridge)
-        self.count.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32)).clamp_max_(self.columns)
+    def push(self, asked: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
+        """New answers, asked: (n, B) bool of which nodes and samples, None for all; states and remainders, and what
+        answers are less a draft's, (n, B, D) each."""
+        new = torch.cat([torch.full_like(self.ridges[:1], self.ridge), self.ridges[:-1]])
+        self.ridges = new if asked is None else torch.where(asked, new, self.ridges)
+        self.count.add_(1 if asked is None else asked).clamp_max_(self.columns)
 
     def base(self) -> Tensor:
         """(n, B, D): the remainders as the model last gave them."""
@@ -91,7 +85,7 @@ class History:
             guessed = torch.full_like(ridges, GUESSED_RIDGE)
             known = through((transfer.plain == 1).to(ridges.dtype), self.ridges[h])
             torch.where(transfer.kept[:, None], known, guessed, out=ridges)
-        found.count.copy_(self.count.amin(0).expand_as(found.count))
+        found.count.copy_(self.count.amax(0).expand_as(found.count))
 
     def _fit(self, gram: Tensor, size: Tensor) -> None:
         """From Gram matrices of the secants, (n B, H, H), and sizes of the states, (n, B), over the elements here."""
@@ -131,23 +125,20 @@ class NodeHistory(History):
         self.dz: Tensor | None = None
         self.dr: Tensor | None = None
 
-    def push(self, at: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
-        super().push(at, states, remainder, off)
+    def push(self, asked: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
+        super().push(asked, states, remainder, off)
+        rows = None if asked is None else asked[..., None]
         for kept, new in ((self.z, states), (self.rest, remainder), (self.off, off)):
             if kept is not None and new is not None:
-                self._shift(kept, new, at)
+                self._shift(kept, new, rows)
 
-    def _shift(self, kept: list[Tensor], new: Tensor, at: Tensor | None) -> None:
-        """A new first column, and the others one further."""
-        if at is None:
-            kept.insert(0, new.clone())
-            del kept[self.columns :]
-            return
+    def _shift(self, kept: list[Tensor], new: Tensor, rows: Tensor | None) -> None:
+        """A new first column, and the others one further; one that a row lacks is what it has for the oldest."""
         if len(kept) < self.columns:
-            kept.append(torch.zeros_like(new))
-        for older, newer in zip(kept[:0:-1], kept[-2::-1]):
-            put(older, newer, at)
-        put(kept[0], new, at)
+            kept.append(kept[-1] if kept else new)
+        for h in range(len(kept) - 1, 0, -1):
+            kept[h] = kept[h - 1] if rows is None else torch.where(rows, kept[h - 1], kept[h])
+        kept[0] = new.clone() if rows is None else torch.where(rows, new, kept[0])
 
     def base(self) -> Tensor:
         return self.rest[0]
@@ -196,14 +187,6 @@ class NodeHistory(History):
 def secants(kept: list[Tensor]) -> Tensor:
     """(n B, h, D): each column but the first, (n, B, D), less the first."""
     return torch.stack(kept[1:]).sub_(kept[0]).flatten(1, 2).transpose(0, 1)
-
-
-def put(target: Tensor, values: Tensor, at: Tensor | None) -> None:
-    """Rows of (n, B, ...), or all."""
-    if at is None:
-        target.copy_(values)
-    else:
-        target.view(-1, *target.shape[2:]).index_copy_(0, at, values.flatten(0, 1)[at])
 
 
 def through(weights: Tensor, values: Tensor) -> Tensor:

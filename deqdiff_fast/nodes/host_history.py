@@ -74,18 +74,16 @@ class HostHistory(History):
         found = self._load(stored).to(self.dtype).cumsum(0).permute(1, 2, 0, 3)
         return found.reshape(-1, *found.shape[2:])
 
-    def push(self, at: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
-        super().push(at, states, remainder, off)
-        rows = (
-            None if at is None else torch.zeros_like(self.count).view(-1).index_fill_(0, at, 1).view(*self.shape[:2], 1)
-        )
+    def push(self, asked: Tensor | None, states: Tensor, remainder: Tensor, off: Tensor | None = None) -> None:
+        super().push(asked, states, remainder, off)
+        rows, seen = None if asked is None else asked[..., None], (self.count > 1)[..., None]
         for piece, memory in self._each():
             values = (states[..., piece], "states", "steps"), (remainder[..., piece], "rest", "changes")
             for value, newest, older in values:
                 before, kept = self._load(memory[newest]), self._load(memory[older])
-                moved = torch.cat([(before - value)[None].to(STORED), kept])[: len(kept)]
+                moved = torch.cat([((before - value) * seen)[None].to(STORED), kept])[: len(kept)]
                 if rows is not None:
-                    moved, value = torch.where(rows > 0, moved, kept), torch.where(rows > 0, value, before)
+                    moved, value = torch.where(rows, moved, kept), torch.where(rows, value, before)
                 memory[older].copy_(moved, non_blocking=True)
                 memory[newest].copy_(value, non_blocking=True)
 

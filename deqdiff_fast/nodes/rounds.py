@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .chain import NodeChain
-from .estimate import Estimate, estimate, stalled, worth_asking
+from .estimate import Estimate, at_nodes, estimate, stalled, worth_asking
 from .grid import equidistribute, most_nodes, refine, round_sizes, tilted, usual_nodes, walk_between
 from .growth import growth
 from .problem import NodeOutcome, NodeProblem
@@ -64,15 +64,17 @@ class NodeRounds:
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
         """Up to `limit` rounds, until all samples are good enough."""
         chain, trace = self.chain, list[Tensor]()
-        asked: Tensor | None = None
+        worth = torch.ones(len(chain.grid.nodes), self.batch, dtype=torch.bool)
         stopped = broken = False
         found: Estimate | None = None
         total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
         for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
+            nodes = chain.grid.nodes
             changed = self._change_nodes(round, found)
             self.unchanged = 0 if changed else self.unchanged + 1
-            if changed:  # all of them, of the samples that want more
-                asked = ~torch.tensor(self._over()).expand(len(chain.grid.nodes), -1) if any(self._over()) else None
+            worth = at_nodes(worth, nodes, chain.grid.nodes) if changed else worth
+            wanted = worth & ~torch.tensor(self._over())
+            asked = None if bool(wanted.all()) else wanted
             self._ask(asked, round)
             before, found = found, self._advance(round).on_host()
             if self._seems_done(found):
@@ -94,9 +96,7 @@ class NodeRounds:
             self._note_hopeless(found, trace)
             if stopped or self.rough or all(self._over()):
                 break
-            asked = worth_asking(found, before, self.shortfall * self.safety, self.problem.tol)
-            asked &= ~torch.tensor(self._over())
-            asked = None if bool(asked.all()) else asked
+            worth = worth_asking(found, before, self.shortfall * self.safety, self.problem.tol)
         return NodeOutcome(
             chain.grid, chain.states, chain.remainder, self.done, total, trace, len(self.evaluated), stopped, broken,
             self.rough, self.check_evals,

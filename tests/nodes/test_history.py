@@ -27,8 +27,7 @@ class Linear:
 
 def tell(kept, slope, states, answers, asked=None, draft=None):
     """One round; asked: (n, B) bool, where the model was asked."""
-    at = None if asked is None else asked.flatten().nonzero()[:, 0]
-    kept.push(at, states, answers - slope * states, None if draft is None else answers - draft)
+    kept.push(asked, states, answers - slope * states, None if draft is None else answers - draft)
 
 
 def corrected(kept, slope, states):
@@ -157,6 +156,25 @@ def test_other_nodes(random_chain, gaussian, drafted):
         assert torch.equal(moved.ridges[:, j], kept.ridges[:, k])
     assert bool((moved.count == 3).all())
     assert (moved.off is not None) == drafted
+
+
+def test_other_nodes_where_some_were_asked_less_often(random_chain, gaussian):
+    """What they lack is what they have for the oldest answer: they have not moved since, and others lose nothing."""
+    old, new = (0, 5, 9, 22), (0, 5, 22)
+    chain = random_chain(23, 1, SIZE)
+    transfer = Transfer.of(chain, old, new, torch.float64, torch.device("cpu"))
+    slope, kept, model = chain.slope[list(old)][:, None], history(gaussian), Linear(gaussian)
+    asked = torch.ones(NODES, BATCH, dtype=torch.bool)
+    asked[0] = False
+    for k in range(3):
+        x = gaussian(NODES, BATCH, SIZE, seed=20 + k)
+        tell(kept, slope, x, model(x), asked if k else None)
+    states = gaussian(NODES, BATCH, SIZE, seed=40)
+    moved = kept.moved_to(transfer, states, states[[0, 1, 3]])
+    assert bool((moved.count == 3).all())
+    for got, expected in zip(moved.z, kept.z, strict=True):
+        torch.testing.assert_close(got[1:], expected[[1, 3]], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got[0], kept.z[0][0], rtol=1e-12, atol=1e-12)
 
 
 def test_other_nodes_by_interpolation_in_time(random_chain, gaussian):

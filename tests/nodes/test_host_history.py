@@ -48,7 +48,7 @@ def push_all(gaussian, histories, rounds, masked):
         asked = torch.rand(NODES, BATCH, generator=draw) < 0.6 if masked and k else None
         found = ask(x) if asked is None else torch.where(asked[..., None], ask(x), float("nan"))
         for kept in histories:
-            kept.push(None if asked is None else asked.flatten().nonzero()[:, 0], x, found)
+            kept.push(asked, x, found)
 
 
 def agree(histories, gaussian, **near):

@@ -161,6 +161,23 @@ def test_samples_that_are_done_are_not_asked_about_at_other_nodes(mixture, ddim,
     assert not any(bool(error[:, over].any()) for _, over, _, error in late), "of answers that nobody gave"
 
 
+@pytest.mark.parametrize("steps", [20, 50, 1000])
+def test_the_noise_is_asked_about_once(mixture, ddim, noise, steps):
+    """It never changes, whatever the nodes are; others that have settled are not asked again at new nodes either."""
+    model, asked = mixture(), []
+
+    def counted(x, t):
+        asked.extend(t.tolist())
+        return model(x, t)
+
+    sampler = dq.DEQSampler(counted, ddim(steps), solver="quasi-newton")
+    for seed in range(4):
+        asked.clear()
+        found = sampler.sample(noise(1, seed=seed))
+        assert found.stats.rounds == found.stats.node_rounds >= 4
+        assert asked.count(max(asked)) == 1
+
+
 @pytest.mark.parametrize("spoiled", [0.0, 0.05])
 def test_a_draft(mixture, ddim, noise, solved, spoiled):
     draft = mixture()
