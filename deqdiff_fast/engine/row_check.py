@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._types import OnFailure
 from ..errors import ModelOutputError
 from ..model.knowledge import signature_of, variant_of
 from ..model.padding import out_of_memory
@@ -37,6 +38,7 @@ MOST_SAMPLES = 8  # all of which are compared; of larger batches one a timestep
 LARGEST = {torch.float64: 2e-3, torch.float32: 1e-2}  # relative difference that may be rounding, TF32's included
 LARGEST_HALF = 5e-2  # of the other dtypes
 SEVERAL = 3.0  # times what rounding does to the sample, typically: what a tolerance must leave to it
+ROUNDED = 15  # rounds after which none gets nearer, where every size of a batch rounds in another way
 MOST_SOLVES = 32  # between two looks
 GOLDEN = 0.6180339887498949  # multiples of it spread out evenly
 
@@ -145,27 +147,25 @@ def _record(system: System, options: Options, noise: Tensor) -> RowRecord:
 
 
 def with_tolerance_in_reach(options: Options, record: RowRecord, dtype: torch.dtype) -> tuple[Options, bool]:
-    """The same options, or those with the tolerance that rounding allows; whether it is the one asked for.
-
-    Where it is not, that is said once in the log, and nothing is finished serially.
-    """
+    """The same options, or those with the tolerance that rounding allows; whether it is the one asked for. Where it is
+    not, that is said once in the log, nothing is finished serially, and rounds of other sizes are not made for long."""
     schedule, tol, least = options.schedule, options.allowed(dtype), options.floor(dtype)
-    weight: Tensor = cached(schedule, "prediction weight", lambda: prediction_weight(schedule))
-    floor = SEVERAL * record.rounding * float(weight.norm())
+    floor = SEVERAL * record.rounding * cached(schedule, "rounding", lambda: float(prediction_weight(schedule).norm()))
     asked = tol if options.tol is None else options.tol
     if max(floor, least) <= asked:
         return options, True
     if not record.told:
         record.told = True
-        why = f"the states are {str(dtype).removeprefix('torch.')}, whose rounding"
-        if floor > least:
-            why = f"the model's predictions depend on the size of a batch by {record.rounding:.1e}, which"
+        sizes = f"the model's predictions depend on the size of a batch by {record.rounding:.1e}, which"
+        why = sizes if floor > least else f"the states are {str(dtype).removeprefix('torch.')}, whose rounding"
         _log.warning(
             "tol = %.1e is out of reach: %s moves the sample by about %.1e; rounds end there. "
             "Use a dtype with more digits, or sampler.serial",
             asked, why, max(floor, least),
         )  # fmt: skip
-    return replace(options, tol=max(floor, tol), on_failure="raise" if options.on_failure == "raise" else "warn"), False
+    limit = min(options.round_limit(), ROUNDED if floor > least else options.round_limit())
+    end: OnFailure = "raise" if options.on_failure == "raise" else "warn"
+    return replace(options, tol=max(floor, tol), max_rounds=limit, on_failure=end), False
 
 
 def _difference(system: System, noise: Tensor, number: int, most: int) -> float:

@@ -130,8 +130,9 @@ class Rounded:
         return y + self.size * y.norm() / y.numel() ** 0.5 * torch.randn(y.shape, generator=draw)
 
 
-def test_rounding_is_not_refused_and_bounds_the_tolerance(mixture, ddim, noise, relative_error, caplog):
-    plain, x = mixture(), noise(1)
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5])
+def test_rounding_is_not_refused_and_bounds_the_tolerance(mixture, ddim, noise, relative_error, caplog, seed):
+    plain, x = mixture(), noise(1, seed=seed)
     sampler = dq.DEQSampler(Rounded(plain, 5e-4), ddim(50), solver="quasi-newton", tol=1e-4)
     with caplog.at_level(logging.WARNING, logger="deqdiff_fast"):
         found = [sampler.sample(x) for _ in range(2)]
