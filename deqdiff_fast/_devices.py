@@ -24,34 +24,32 @@ class Settings(NamedTuple):
     autocast: dict[str, torch.dtype]
     """By the kind of device, where it is on."""
 
-    @property
-    def usual(self) -> bool:
-        return self.device.type == "cpu" and not self.autocast
+    @classmethod
+    def now(cls) -> Settings:
+        casts = {kind: torch.get_autocast_dtype(kind) for kind in KINDS if torch.is_autocast_enabled(kind)}
+        return cls(default_device(), casts)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
+        """A block in which they hold."""
         with ExitStack() as stack:
-            if self.device.type != default_device().type:
+            now = Settings.now()
+            if self.device.type != now.device.type:
                 stack.enter_context(self.device)
-            now = _autocast()
-            for kind in now.keys() | self.autocast.keys():
+            for kind in now.autocast.keys() | self.autocast.keys():
                 wanted = self.autocast.get(kind)
-                if wanted != now.get(kind):
+                if wanted != now.autocast.get(kind):
                     stack.enter_context(torch.autocast(kind, wanted, enabled=wanted is not None))
             yield
 
 
-USUAL = Settings(torch.device("cpu"), {})
+TORCH_DEFAULTS = Settings(torch.device("cpu"), {})
 
 
 def default_device() -> torch.device:
     """Where torch puts what nobody has placed. `torch.get_default_device` does not say: in torch 2.6 it knows nothing
     of `with torch.device`, and fails once a default was taken back."""
     return torch.empty(0).device
-
-
-def _autocast() -> dict[str, torch.dtype]:
-    return {kind: torch.get_autocast_dtype(kind) for kind in KINDS if torch.is_autocast_enabled(kind)}
 
 
 @contextmanager
@@ -71,10 +69,10 @@ def with_torch_defaults(function: Function) -> Function:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        own = Settings(default_device(), _autocast())
-        if own.usual:
+        own = Settings.now()
+        if own.device.type == "cpu" and not own.autocast:
             return function(*args, **kwargs)
-        with _hiding(own, USUAL):
+        with _hiding(own, TORCH_DEFAULTS):
             return function(*args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -110,8 +108,7 @@ def hidden_settings() -> Settings | None:
 
 def users_autocast(kind: str) -> torch.dtype | None:
     """The dtype that a model on such a device finds itself cast to; None where it does not."""
-    hidden = hidden_settings()
-    return (_autocast() if hidden is None else hidden.autocast).get(kind)
+    return (hidden_settings() or Settings.now()).autocast.get(kind)
 
 
 def hidden_in_backward(backward: Function) -> Function:
@@ -120,7 +117,7 @@ def hidden_in_backward(backward: Function) -> Function:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: Tensor) -> Any:
-        with _hiding(ctx.settings, USUAL):
+        with _hiding(ctx.settings, TORCH_DEFAULTS):
             return backward(ctx, *grads)
 
     return wrapped  # type: ignore[return-value]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .._devices import TORCH_DEFAULTS
 from .base import Evaluate, keep_inactive, secant
 
 
@@ -65,7 +65,7 @@ class AndersonIteration:
         self.store(value)
         residuals = self.history()[1]
         # one product of matrices: faster than the new row alone, which is one of a matrix and a vector
-        with full_precision(value.device):
+        with TORCH_DEFAULTS.applied():  # autocast is for f: products in bfloat16 would round z
             self.gram = torch.bmm(residuals, residuals.mT)
         with torch.no_grad():
             return self.gram[:, self.column, self.column].sqrt(), torch.linalg.vector_norm(value, dim=1)
@@ -89,7 +89,7 @@ class AndersonIteration:
     def advance(self, evaluate: Evaluate, active: Tensor | None) -> None:
         values, residuals = self.history()
         alpha = mixing_weights(self.gram, self.column, self.settings.ridge)[:, None].to(values.dtype)
-        with full_precision(values.device):
+        with TORCH_DEFAULTS.applied():
             mixed = torch.bmm(alpha, values)[:, 0]
             if self.settings.damping < 1:
                 mixed = mixed - (1 - self.settings.damping) * torch.bmm(alpha, residuals)[:, 0]
@@ -102,12 +102,6 @@ class AndersonIteration:
         rows = torch.arange(len(at), device=at.device)
         value = values[rows, at]
         return value - residuals[rows, at], value, ((self.column - at) % values.shape[1]).cpu()
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """A block without the user's autocast, which is for f: products in bfloat16 would round z."""
-    off: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
-    return off if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def mixing_weights(gram: Tensor, newest: int, ridge: float) -> Tensor:

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
-from .._devices import default_device
+from .._devices import Settings
 from ..errors import ConvergenceWarning
 from ..gradient.reversible import MISSED
 from .anchors import Anchors
@@ -100,9 +98,7 @@ class Tape:
         self.at = -1
         self.captured: list[Tensor] = []
         self.value = self.y = self.z = iteration.z.detach()[:0]
-        device = iteration.z.device.type
-        self.default = default_device()  # torch runs backward passes without it
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self.settings = Settings.now()  # torch runs backward passes without them
 
     @property
     def own_dtype(self) -> torch.dtype:
@@ -148,13 +144,6 @@ class Tape:
             raise RuntimeError("gradient: f saved fewer tensors than the first time; it must do the same in every call")
         return self.captured[packed.number]
 
-    @contextmanager
-    def surroundings(self) -> Iterator[None]:
-        """Autocast and the default device, as they were on the way there."""
-        own = self.default if self.default.type != "cpu" else nullcontext()
-        with torch.autocast(*self.autocast), own:
-            yield
-
     def evaluate(self) -> None:
         """Evaluate f where the way back stands, and keep what it saves."""
         self.captured = captured = []  # those of the last one are gone by now
@@ -166,7 +155,7 @@ class Tape:
             raise AssertionError("this graph is never gone back through")
 
         state = (self.y if self.at % 2 else self.z).detach().requires_grad_(self.needs_grad[self.at])
-        with torch.enable_grad(), self.surroundings(), saved_tensors_hooks(pack, unpack):
+        with torch.enable_grad(), self.settings.applied(), saved_tensors_hooks(pack, unpack):
             self.value = self.f(state).detach()
 
     def step_back(self) -> None:
@@ -193,7 +182,7 @@ class Tape:
         known, pair = self.anchors.nearest(round)
         b = self.relaxation
         y, z = pair
-        with torch.no_grad(), self.surroundings():
+        with torch.no_grad(), self.settings.applied():
             for k in range(known, round):
                 active = self.rounds > k
                 y = torch.where(active, (1 - b) * y + b * self.f(z), y)
