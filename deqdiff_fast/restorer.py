@@ -57,16 +57,9 @@ class DEQRestorer:
     """
 
     def __init__(
-        self,
-        model: Model,
-        schedule: Schedule,
-        operator: Any,
-        sigma: float | Tensor | None = 0.0,
-        method: str | Method = "ddnm",
-        *,
-        temperature: float = 1.0,
-        **options: Any,
-    ) -> None:
+        self, model: Model, schedule: Schedule, operator: Any, sigma: float | Tensor | None = 0.0,
+        method: str | Method = "ddnm", *, temperature: float = 1.0, **options: Any,
+    ) -> None:  # fmt: skip
         arguments.check_model(model)
         arguments.check_schedule(schedule)
         self.model, self.schedule, self.method = model, schedule, resolve(method)
@@ -91,15 +84,9 @@ class DEQRestorer:
         )
 
     def restore(
-        self,
-        y: Tensor,
-        model_kwargs: dict[str, Any] | None = None,
-        generator: Generators = None,
-        callback: Callback | None = None,
-        progress: bool = False,
-        *,
-        noise: Tensor | None = None,
-    ) -> Restoration:
+        self, y: Tensor, model_kwargs: dict[str, Any] | None = None, generator: Generators = None,
+        callback: Callback | None = None, progress: bool = False, *, noise: Tensor | None = None,
+    ) -> Restoration:  # fmt: skip
         """Restore the images behind measurements.
 
         Differentiable with respect to y, noise, the parameters of the model and tensors in model_kwargs, as
@@ -140,15 +127,9 @@ class DEQRestorer:
             spent.append(found.stats)
 
     def serial(
-        self,
-        y: Tensor,
-        model_kwargs: dict[str, Any] | None = None,
-        generator: Generators = None,
-        callback: Callback | None = None,
-        progress: bool = False,
-        *,
-        noise: Tensor | None = None,
-    ) -> Restoration:
+        self, y: Tensor, model_kwargs: dict[str, Any] | None = None, generator: Generators = None,
+        callback: Callback | None = None, progress: bool = False, *, noise: Tensor | None = None,
+    ) -> Restoration:  # fmt: skip
         """The plain restoring chain, one model call after the other; arguments and result as for `restore`."""
         task, start, kwargs, solver = self._begin(y, model_kwargs, generator, noise)
         solution = solver.sampler.serial(start.state.to(y.dtype), kwargs, start.draws, callback, progress)

@@ -101,17 +101,10 @@ class SpectralSlope:
     @classmethod
     @with_torch_defaults
     def from_model(
-        cls,
-        model: Model,
-        schedule: Schedule,
-        shape: tuple[int, ...],
-        *,
-        count: int = 16,
-        seed: int = 0,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str = "cpu",
+        cls, model: Model, schedule: Schedule, shape: tuple[int, ...], *, count: int = 16, seed: int = 0,
+        model_kwargs: dict[str, Any] | None = None, device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> SpectralSlope:
+    ) -> SpectralSlope:  # fmt: skip
         """From samples of a model, drawn by the serial chain of a (short) schedule.
 
         Args:
