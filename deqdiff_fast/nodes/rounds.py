@@ -16,7 +16,7 @@ from .spots import missed_at, spots_along
 from .suspects import suspects
 
 MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
-SCATTER = 8.0  # estimates are sums over D elements, and scatter by this over sqrt(D)
+MARGIN, SCATTER = 1.05, 8.0  # of estimates, sums over D elements: they scatter by that, and by this over sqrt(D)
 NOISE_FACTOR = 1.5  # times the estimate, where a draft goes through a chain that adds much noise: it scatters there
 UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 DOUBTED = 0.15  # of the sample: how far the model may carry an error of the tolerance
@@ -42,7 +42,7 @@ class NodeRounds:
         self.done, self.hopeless = [False] * self.batch, [False] * self.batch
         self.rough: bool | None = None  # as far as spots have shown
         self.evaluated, self.check_evals = set[int](), 0
-        self.safety = 1 + SCATTER / problem.elements.numel(problem.start.shape[1]) ** 0.5
+        self.safety = MARGIN + SCATTER / problem.elements.numel(problem.start.shape[1]) ** 0.5
         if problem.drift is not None and problem.draft is not None and self.sizes[-1] == self.steps:
             self.safety *= NOISE_FACTOR
         self.unsure = torch.full((self.batch,), problem.amplifies)
