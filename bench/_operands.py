@@ -189,7 +189,7 @@ class Fused:
         )  # fmt: skip
 
     def secant_fit(self, backend: str | None = None) -> None:
-        secant_fit(*self.secants, None, 1e-5, 0.02, 5e-3, 0.3, backend=backend or self.backend)
+        secant_fit(*self.secants, None, 1e-5, 5e-3, 0.3, backend=backend or self.backend)
 
     def node_scan(self, backend: str | None = None) -> None:
         node_scan(self.states, self.predictions, *self.nodes, backend=backend or self.backend)

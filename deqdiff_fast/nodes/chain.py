@@ -90,7 +90,7 @@ class NodeChain:
         )
         self.remainder = through(transfer.scaled, remainder)
         self.history = self.history.moved_to(transfer, before[:-1], self.states[:-1])
-        self.surprise = through(transfer.scaled, self.surprise)
+        self.surprise = torch.zeros_like(self.remainder)
 
     def learn(self, at: Tensor | None, answers: Tensor) -> None:
         """What the model said at the nodes, (n, B, D), written to; at: (r,) int64 in which of n B rows, None: all."""

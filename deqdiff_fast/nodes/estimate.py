@@ -136,13 +136,6 @@ def worth_asking(found: Estimate, before: Estimate | None, scale: Tensor, tol: f
     return torch.zeros_like(little).scatter_(0, order, ~little)
 
 
-def at_nodes(worth: Tensor, before: tuple[int, ...], nodes: tuple[int, ...]) -> Tensor:
-    """`worth_asking` at other nodes: of those that were there before as it was, and all of the new ones."""
-    number = {node: k for k, node in enumerate(before)}
-    new = torch.ones_like(worth[0])
-    return torch.stack([worth[number[node]] if node in number else new for node in nodes])
-
-
 def _lengths(
     grid: NodeGrid, classes: Tensor | None, shrinking: Tensor, growth: Tensor, surprise: Tensor, remainder: Tensor,
     states: Tensor, last: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .chain import NodeChain
-from .estimate import Estimate, at_nodes, estimate, stalled, worth_asking
+from .estimate import Estimate, estimate, stalled, worth_asking
 from .grid import equidistribute, most_nodes, refine, round_sizes, tilted, usual_nodes, walk_between
 from .growth import growth
 from .problem import NodeOutcome, NodeProblem
@@ -69,10 +69,11 @@ class NodeRounds:
         found: Estimate | None = None
         total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
         for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
-            nodes = chain.grid.nodes
             changed = self._change_nodes(round, found)
             self.unchanged = 0 if changed else self.unchanged + 1
-            worth = at_nodes(worth, nodes, chain.grid.nodes) if changed else worth
+            if changed:  # all of them but the noise, which stays as it is
+                worth = torch.ones(len(chain.grid.nodes), self.batch, dtype=torch.bool)
+                worth[0] = False
             wanted = worth & ~torch.tensor(self._over())
             asked = None if bool(wanted.all()) else wanted
             self._ask(asked, round)

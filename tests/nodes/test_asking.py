@@ -33,7 +33,7 @@ def test_samples_that_are_done_are_not_asked_about_at_other_nodes(mixture, ddim,
 
 @pytest.mark.parametrize("steps", [20, 50, 1000])
 def test_the_noise_is_asked_about_once(mixture, ddim, noise, steps):
-    """It never changes, whatever the nodes are; others that have settled are not asked again at new nodes either."""
+    """It never changes, whatever the nodes are."""
     model, asked = mixture(), []
 
     def counted(x, t):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deqdiff_fast.nodes.estimate import SLOWEST, Estimate, at_nodes, estimate, stalled
+from deqdiff_fast.nodes.estimate import SLOWEST, Estimate, estimate, stalled
 from deqdiff_fast.nodes.node_grid import NodeGrid
 
 STEPS, NODES, BATCH, SIZE = 23, [0, 3, 7, 8, 15, 21, 22], 2, 5
@@ -147,13 +147,6 @@ def test_the_next_step_is_no_twentieth_of_the_last():
     one = torch.ones(1, dtype=torch.float64)
     torch.testing.assert_close(numbers(1e-6, 0.2).total(0 * one, one), one * 0.01)
     torch.testing.assert_close(numbers(0.03, 0.2).total(0 * one, one), one * 0.03)
-
-
-def test_what_is_worth_asking_at_other_nodes():
-    """What was there before is as it was, new nodes are all asked."""
-    worth = torch.tensor([[False, True], [True, False], [False, False]])
-    found = at_nodes(worth, (0, 4, 9), (0, 2, 9))
-    assert found.tolist() == [[False, True], [True, True], [False, False]]
 
 
 @pytest.mark.parametrize(
