@@ -27,7 +27,7 @@ from ..model.knowledge import signature_of, variant_of
 from ..model.padding import out_of_memory
 from ..model.recording import RecordedModel
 from ..model.sample_kwargs import is_guess, with_guesses_shared
-from ..nodes.grid import prediction_weight
+from ..nodes.grid import GOLDEN, prediction_weight
 from ..schedule.cache import cached
 from .options import Options
 from .system import System
@@ -40,7 +40,6 @@ LARGEST_HALF = 5e-2  # of the other dtypes
 SEVERAL = 3.0  # times what rounding does to the sample, typically: what a tolerance must leave to it
 ROUNDED = 15  # rounds after which none gets nearer, where every size of a batch rounds in another way
 MOST_SOLVES = 32  # between two looks
-GOLDEN = 0.6180339887498949  # multiples of it spread out evenly
 
 _log = logging.getLogger(__name__)
 
@@ -146,13 +145,14 @@ def _record(system: System, options: Options, noise: Tensor) -> RowRecord:
     return record
 
 
-def with_tolerance_in_reach(options: Options, record: RowRecord, dtype: torch.dtype) -> tuple[Options, bool]:
+def with_tolerance_in_reach(
+    options: Options, record: RowRecord, dtype: torch.dtype, nodes: bool
+) -> tuple[Options, bool]:  # fmt: skip
     """The same options, or those with the tolerance that rounding allows; whether it is the one asked for. Where it is
-    not, that is said once in the log, nothing is finished serially, and rounds of other sizes are not made for long."""
+    not, that is said once in the log, nothing is finished serially, and after rounds on `nodes` few others are made."""
     schedule, tol, least = options.schedule, options.allowed(dtype), options.floor(dtype)
     floor = SEVERAL * record.rounding * cached(schedule, "rounding", lambda: float(prediction_weight(schedule).norm()))
-    asked = tol if options.tol is None else options.tol
-    if max(floor, least) <= asked:
+    if max(floor, least) <= (asked := tol if options.tol is None else options.tol):
         return options, True
     if not record.told:
         record.told = True
@@ -163,7 +163,7 @@ def with_tolerance_in_reach(options: Options, record: RowRecord, dtype: torch.dt
             "Use a dtype with more digits, or sampler.serial",
             asked, why, max(floor, least),
         )  # fmt: skip
-    limit = min(options.round_limit(), ROUNDED if floor > least else options.round_limit())
+    limit = min(options.round_limit(), ROUNDED) if nodes and floor > least else options.round_limit()
     end: OnFailure = "raise" if options.on_failure == "raise" else "warn"
     return replace(options, tol=max(floor, tol), max_rounds=limit, on_failure=end), False
 

@@ -89,12 +89,12 @@ def solve_rounds(
     """By rounds over `stats.window` timesteps.
 
     Args:
-        started: `time.perf_counter()` at the start.
-        head: the first steps, where some were made already.
+        started: `time.perf_counter()` at the start. head: the first steps, where some were made already.
         monitor: asked after every round; where it gives up, the rest is made serially.
     """
     rows = check_rows(system, options, request.noise)
-    options, in_reach = with_tolerance_in_reach(options, rows, request.noise.dtype)
+    nodes = begins_on_nodes(options, stats.window, request.init_trajectory is not None)
+    options, in_reach = with_tolerance_in_reach(options, rows, request.noise.dtype, nodes)
     make = partial(solve_on_nodes, serially=solve_serially) if options.node_only else _rounds
     solution = make(system, options, request, stats, started, head, monitor)
     if rows.solves == 1:

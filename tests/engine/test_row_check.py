@@ -148,6 +148,17 @@ def test_rounding_is_not_refused_and_bounds_the_tolerance(mixture, ddim, noise, 
     assert looser.stats.stop_reason == "converged"
 
 
+@pytest.mark.parametrize("settings", [{"window": 6}, {"solver": "picard"}])
+def test_rounding_ends_no_window_and_no_slow_solver_early(mixture, ddim, noise, relative_error, settings):
+    """What they have made after as many rounds is far from a sample."""
+    plain, x = mixture(), noise(1)
+    sampler = dq.DEQSampler(Rounded(plain, 2e-4), ddim(100), tol=1e-5, **{"solver": "quasi-newton"} | settings)
+    found = sampler.sample(x)
+    assert found.stats.rounds > 15
+    assert found.stats.stop_reason == "rounding"
+    assert relative_error(found.sample, sampler.serial(x).sample).max() < 5e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_honest_models_pass(mixture, ddim, noise, dtype):
     assert dq.DEQSampler(mixture(), ddim(20), solver="picard").sample(noise(2).to(dtype)).converged.all()
