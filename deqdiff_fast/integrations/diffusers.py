@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def ddim_schedule(
     changes: dict[str, Any] = {"clip_sample": False} if clip is False else {}
     if spacing not in (None, "quad"):
         changes["timestep_spacing"] = spacing
-    ddim = _library().DDIMScheduler.from_config(scheduler.config, **changes)
+    ddim = _as_ddim(scheduler, changes)
     if spacing != "quad":
         return Schedule.from_diffusers(ddim, steps, eta=eta)
     if ddim.config.clip_sample:
@@ -136,6 +137,19 @@ def ddim_schedule(
         final_alpha_cumprod=float(ddim.final_alpha_cumprod),
         prediction_type=ddim.config.prediction_type,
     )
+
+
+def _as_ddim(scheduler: Any, changes: dict[str, Any]) -> Any:
+    """A `DDIMScheduler` with its noise levels and settings: `from_config` puts its own defaults where the scheduler has
+    those of its own class, and makes betas anew."""
+    kind, config, levels = _library().DDIMScheduler, scheduler.config, scheduler.alphas_cumprod
+    own = {name: config[name] for name in inspect.signature(kind.__init__).parameters if name in config}
+    own |= {"clip_sample": config.get("clip_sample", False), "beta_schedule": "linear", "trained_betas": None}
+    ddim = kind.from_config(config, **{**own, "num_train_timesteps": len(levels), **changes})
+    ddim.alphas_cumprod = levels.cpu()
+    if not ddim.config.set_alpha_to_one:
+        ddim.final_alpha_cumprod = ddim.alphas_cumprod[0]
+    return ddim
 
 
 def _library() -> Any:

@@ -24,6 +24,7 @@ from ..schedule.probe import SHAPE, Probing
 
 _MAX_LAGS = 8  # LMS of order 4 looks back 4 calls, twice as many where a step has two
 _TOLERANCE, _VERIFY_TOLERANCE = 1e-10, 1e-8
+_SIZES = ((1.0, 30.0), (1 / 30, 1 / 30))  # of the two samples it is checked on: it may do something else beyond a bound
 
 
 @dataclass
@@ -101,17 +102,17 @@ def record_sampler(
 def _recursion(
     sampler: Callable[..., Any], model: Any, sigmas: Tensor, extra: dict[str, Any]
 ) -> tuple[Recursion, Tensor]:
-    """The chain without its noise, checked on a run with noise; the levels (T + 1,) of its states."""
+    """The chain without its noise, checked on runs with noise; the levels (T + 1,) of its states."""
     own = torch.Generator().manual_seed(0)
     takes = inspect.signature(sampler).parameters
 
     def normal() -> Tensor:  # not randn, which is the sampler's noise while it runs
         return torch.empty(SHAPE, dtype=torch.float64).normal_(generator=own)
 
-    def zeros() -> Tensor:
-        return torch.zeros(SHAPE, dtype=torch.float64)
+    def run(sizes: tuple[float, float], noise: Tensor) -> tuple[Tensor, Tensor, Tensor, list[float]]:
+        def draw() -> Tensor:
+            return normal() * torch.tensor(sizes, dtype=torch.float64).view(2, 1, 1, 1)
 
-    def run(draw: Callable[[], Tensor], noise: Tensor) -> tuple[Tensor, Tensor, Tensor, list[float]]:
         found, start, mode = _Recorder(model, draw), draw(), Probing()
         mode.noise = noise
         given = {"noise_sampler": lambda *levels: noise} if "noise_sampler" in takes else {}
@@ -125,18 +126,20 @@ def _recursion(
         )
 
     noise = normal()
-    (first, states, outputs, levels), (_, still, _, _), (start, noisy, drawn, _) = (
-        run(draw, size * noise) for draw, size in ((normal, 0.0), (zeros, 1.0), (normal, 1.0))
-    )
-    if not len(states) == len(still) == len(noisy):
+    first, states, outputs, levels = run((1.0, 1.0), 0 * noise)
+    _, still, _, _ = run((0.0, 0.0), noise)
+    checks = [run(sizes, noise) for sizes in _SIZES]
+    if not all(len(states) == len(other) for other in (still, *(noisy for _, noisy, _, _ in checks))):
         raise NotAffineError("how often it calls its model depends on what that returns")
     if not torch.equal(states[0], first):
         raise NotAffineError("it does not begin with the state that it is given")
     found = fit(states, outputs, torch.zeros_like(outputs), max_lags=_MAX_LAGS, tolerance=_TOLERANCE)
     whole = Recursion(found.state_coef, found.model_coef, torch.ones(len(outputs), dtype=torch.float64))
-    replay = whole.replay(start + still[0], drawn, torch.stack(_added(found, list(still))))
-    if not bool(((replay - noisy).abs().amax(1) <= _VERIFY_TOLERANCE * noisy.abs().amax(1).cummax(0).values).all()):
-        raise NotAffineError("its noise depends on its state or on the model's outputs")
+    added = torch.stack(_added(found, list(still)))
+    for start, noisy, drawn, _ in checks:
+        apart = (whole.replay(start + still[0], drawn, added) - noisy).abs().amax(1)
+        if not bool((apart <= _VERIFY_TOLERANCE * noisy.abs().amax(1).cummax(0).values).all()):
+            raise NotAffineError("it bounds or rescales something, or its noise depends on its state or the outputs")
     return whole, torch.tensor([*levels, float(sigmas[-1])], dtype=torch.float64)
 
 

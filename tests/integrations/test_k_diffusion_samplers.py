@@ -143,11 +143,24 @@ def multiplied(model, x, sigmas, extra_args=None, callback=None, disable=None):
     return x
 
 
+def bounded(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for now, after in pairwise(sigmas):
+        x = x + (x - model(x, ones(x, now)).clamp(-6, 6)) / now * (after - now)
+    return x
+
+
+def weakened(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for now, after in pairwise(sigmas):
+        denoised = model(x, ones(x, now))
+        x = x + (x - denoised * (0.5 if denoised.std() > 0.5 else 1.0)) / now * (after - now)
+    return x
+
+
 def otherwise(model, x, sigma_min, sigma_max, n, extra_args=None, callback=None, disable=None):
     return x
 
 
-@pytest.mark.parametrize("sampler", [adaptive, rescaled, until_small, multiplied, otherwise])
+@pytest.mark.parametrize("sampler", [adaptive, rescaled, until_small, multiplied, bounded, weakened, otherwise])
 def test_samplers_of_another_kind_are_refused_by_name_before_a_call(karras, noise, sampler):
     model = Prompted()
     with pytest.raises(dq.NotAffineError, match=rf"method: {sampler.__name__} cannot be solved in parallel .*\("):

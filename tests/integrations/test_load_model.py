@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import deqdiff_fast as dq
-from deqdiff_fast.integrations.diffusers import load_model
+from deqdiff_fast.integrations.diffusers import ddim_schedule, load_model
 
 WEIGHTS, CONFIG = "unet/diffusion_pytorch_model.safetensors", "unet/config.json"
 RULES, SPECTRUM, DRAFT = "scheduler/scheduler_config.json", "spectrum.safetensors", "draft.safetensors"
@@ -98,3 +98,22 @@ def test_what_is_not_there_stays_an_os_error(whole, tmp_path):
     (folder / WEIGHTS).unlink()
     with pytest.raises(OSError, match="found in directory"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("TCDScheduler", {}),
+        ("CogVideoXDDIMScheduler", {"snr_shift_scale": 1.0}),
+        ("UnCLIPScheduler", {}),
+        ("PNDMScheduler", {}),
+        ("DDPMScheduler", {"beta_schedule": "sigmoid"}),
+        ("DDPMScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+    ],
+)
+def test_ddim_has_the_noise_levels_of_the_scheduler(name, settings):
+    given = getattr(diffusers, name)(**settings)
+    schedule = ddim_schedule(given, 10, spacing="leading")
+    expected = given.alphas_cumprod[schedule.timesteps.long()].sqrt().double()
+    assert torch.allclose(schedule.signal[:-1], expected, atol=1e-6)
+    assert (schedule.clip is not None) == bool(given.config.get("clip_sample"))

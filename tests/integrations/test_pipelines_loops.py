@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -111,3 +113,52 @@ def test_a_terminal_signal_of_zero(make, tiny, relative_error):
     assert relative_error(ours, reference).max() < 1e-3
     with pytest.raises(dq.NotAffineError, match="zero signal"):
         tiny.call(parallel(make("sd", "DDIMScheduler", **config)), **tiny.arguments("sd"))
+
+
+class Tokenizer:
+    def __call__(self, phrases, **settings):
+        return Ids(input_ids=torch.zeros(len(phrases), 4, dtype=torch.long))
+
+
+class Ids(dict):
+    def to(self, device):
+        return self
+
+
+class TextEncoder(torch.nn.Module):
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, input_ids):
+        drawn = torch.randn(len(input_ids), 16, generator=torch.Generator().manual_seed(2))
+        return SimpleNamespace(pooler_output=drawn)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_a_loop_that_switches_a_part_of_its_network_off(tiny, relative_error, share):
+    """GLIGEN grounds boxes in the first steps only."""
+
+    def pipeline():
+        torch.manual_seed(0)
+        unet = tiny.conditioned.unet(attention_type="gated")
+        for name, weight in unet.named_parameters():
+            if "alpha" in name:
+                torch.nn.init.ones_(weight)
+            elif "fuser" in name and weight.dim() == 2:
+                weight.data.mul_(3)
+        parts = {"vae": tiny.conditioned.decoder(), "unet": unet, "text_encoder": TextEncoder()}
+        parts |= {"tokenizer": Tokenizer(), "requires_safety_checker": False}
+        return tiny.families.assemble("StableDiffusionGLIGENPipeline", parts, tiny.scheduler("DDIMScheduler"))
+
+    def picture(pipe):
+        given = {name: value[:1] for name, value in tiny.conditioned.prompts().items()}
+        given |= {"gligen_phrases": ["a"], "gligen_boxes": [[0.1, 0.1, 0.5, 0.6]]}
+        draw = torch.Generator().manual_seed(1)
+        return pipe(
+            generator=draw, num_inference_steps=12, output_type="latent", height=8, width=8,
+            gligen_scheduled_sampling_beta=share, **given,
+        ).images  # fmt: skip
+
+    reference, pipe = picture(pipeline()), pipeline()
+    dq.integrations.diffusers.parallelize(pipe, solver="quasi-newton", tol=1e-5)
+    assert relative_error(picture(pipe), reference).max() < 1e-4
+    assert (pipe.last_solution.stats.finished_serially > 0) == (share < 1)

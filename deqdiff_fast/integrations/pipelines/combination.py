@@ -17,7 +17,8 @@ from torch import Tensor
 from ..._devices import float64
 from ...model.guidance import combine
 
-_TOLERANCE = 8  # in units of the dtype's rounding: the same operations on the same numbers
+_TOLERANCE = 2  # in units of the dtype's rounding: the same operations on the same numbers
+_CLEARLY = 0.5  # times what the first combination that matches is off by: what is missing there is no rounding
 _NEAR = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative: how exact the numbers of a fit are
 _NEAR_HALF = 2e-2
 
@@ -57,17 +58,17 @@ class Combination:
             guided = guided * (next(sizes) / next(sizes))
         return guided if self.sign > 0 else -guided
 
-    def matches(self, parts: list[Tensor], guided: Tensor) -> bool:
-        """Whether the loop has made `guided` of the parts."""
-        ours = self(parts)
+    def apart(self, parts: list[Tensor], guided: Tensor) -> float:
+        """By how much what the loop has made of the parts differs, in units of what rounding may do."""
         size = sum(abs(w) * float64(part).norm() for w, part in zip(self._sizes(), parts))
-        return bool((float64(ours) - float64(guided)).norm() <= _TOLERANCE * torch.finfo(self.dtype).eps * size)
+        unit = _TOLERANCE * torch.finfo(self.dtype).eps * size
+        return float((float64(self(parts)) - float64(guided)).norm() / unit)
 
     def still(self, parts: list[Tensor], guided: Tensor, hints: list[float], before: list[float]) -> bool:
         """Whether a later step makes the same of its outputs: of half precision numbers alone do not show it."""
         if hints != before and find_combination(parts, guided, hints) != self:
             return False
-        return self.matches(parts, guided)
+        return self.apart(parts, guided) <= 1
 
     def __str__(self) -> str:
         minus = "-" if self.sign < 0 else ""
@@ -101,8 +102,13 @@ def find_combination(parts: list[Tensor], guided: Tensor, hints: list[float]) ->
     if not parts or any(part.shape != guided.shape for part in parts):
         return None
     near = _NEAR.get(parts[0].dtype, _NEAR_HALF)
-    found = (c for tolerance in (near, 0.0) for c in _candidates(parts, guided, hints, tolerance))
-    return next((each for each in found if each.matches(parts, guided)), None)
+    for tolerance in (near, 0.0):
+        found = [(c.apart(parts, guided), c) for c in _candidates(parts, guided, hints, tolerance)]
+        found = [(apart, c) for apart, c in found if apart <= 1]
+        if found:
+            first, best = found[0], min(found, key=lambda each: each[0])
+            return (best if best[0] < _CLEARLY * first[0] else first)[1]
+    return None
 
 
 def _candidates(parts: list[Tensor], guided: Tensor, hints: list[float], near: float) -> Iterator[Combination]:

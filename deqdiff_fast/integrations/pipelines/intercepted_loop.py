@@ -31,7 +31,7 @@ from .outputs import StepOutputs
 from .overwriting import Noising
 from .placement import locate
 from .problem import check_chain
-from .proxies import DenoiserProxy, Output, scheduler_proxy
+from .proxies import DenoiserProxy, scheduler_proxy
 from .recording import check_call, differs, first_problem, next_model, read_step, steps_otherwise
 from .refusals import Unknown, goes_on, not_parallel, refuses_unknown, way_back
 from .row_check import own_output, row_fault
@@ -39,7 +39,6 @@ from .serial_steps import with_serial_steps
 from .solved_chain import SolvedChain
 
 _LOG = logging.getLogger("deqdiff_fast")
-_MOST_PARTS = 4  # of a chain that are solved, each with another model; the rest is made serially
 
 
 class InterceptedLoop:
@@ -58,7 +57,6 @@ class InterceptedLoop:
         self.scaled: tuple[Tensor, Tensor] | None = None  # of the current step: before and after scaling
         self.marker: Tensor | None = None  # what the loop was given in the place of its first scaled input
         self.index, self.serial, self.taken_over_at = 0, False, 0
-        self.changed_at: list[int] = []  # the steps from which on the loop had another model
         self.fresh: Any = None  # the scheduler before the first step
         self.timestep: Any = None  # of that step, where it is known before a network is called
         self.before: Fingerprint | None = None  # of networks with parts of a user's own, before the first call
@@ -111,7 +109,7 @@ class InterceptedLoop:
         if self.chain is None:
             check_call(call, self.scheduler, self.timestep, self.kind)
         if self.chain is not None and self.chain.ended(call, self.index):
-            self.chain, self.index, self.changed_at, self.fresh = None, 0, [], None
+            self.chain, self.index, self.fresh = None, 0, None
             self._before_steps()
         if self.chain is not None and not self.calls and (change := self._change(call)):
             self._take_over(change)
@@ -133,17 +131,18 @@ class InterceptedLoop:
             return self._step_serially(model_output, timestep, sample, *args, **kwargs)
         if args or not isinstance(sample, Tensor) or not isinstance(model_output, Tensor):
             raise Unknown("passes arguments to its scheduler")
-        as_dict = kwargs.pop("return_dict", True)
+        form = {"return_dict": kwargs.pop("return_dict")} if "return_dict" in kwargs else {}
         sample, own = self._follow(model_output, timestep, sample, kwargs)
         if own is not None:
-            return self._step_serially(own, timestep, sample, return_dict=as_dict, **kwargs)
+            return self._step_serially(own, timestep, sample, **form, **kwargs)
         assert self.chain is not None
-        state = self.chain.advance(self.index, timestep, sample, kwargs)
+        result = self.chain.advance(self.index, timestep, sample, kwargs | form)
         self.index += 1
-        self.calls, self.scaled, self.outputs, self.marker, self.noising = [], None, StepOutputs(), None, None
+        self.calls, self.scaled, self.marker, self.noising = [], None, None, None
+        self.outputs = StepOutputs(self.index)
         self.hints = numbers(self.pipe, self.arguments)
         self.monitor.remember(self.chain.problem, self.index)
-        return Output(prev_sample=state) if as_dict else (state,)
+        return result
 
     def finish(self) -> None:
         """After the pipeline's call: what the scheduler did itself belongs to the solution, too."""
@@ -190,9 +189,7 @@ class InterceptedLoop:
             change = "another step" if steps_otherwise(problem, stepped, sample, timestep, kwargs, self.index) else ""
             if differs(problem, *step, self.hints, self.index):
                 problem = next_model(problem, *step, self.index, self.kind)
-                self.chain.change(problem, self.index)
-                self.changed_at.append(self.index)
-                if len(self.changed_at) >= _MOST_PARTS or self.index - 1 in self.changed_at:
+                if self.chain.change(problem, self.index):
                     change = "another model in every step"
             if change:
                 self._take_over(change, within=True)

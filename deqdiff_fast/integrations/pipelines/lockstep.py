@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...schedule.probe import next_state
 from .problem import DenoisingProblem
 
 _NO_EFFECT = 1e-9  # of a model output's coefficient: the output cannot be read off the next state
@@ -25,14 +24,13 @@ class Lockstep:
         self.outputs: list[Tensor] = []
         self.known: dict[int, Tensor] = {}  # those of steps whose next state does not contain them
 
-    def advance(self, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]) -> Tensor:
+    def advance(self, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]) -> Any:
         """The next step; arguments and result as of the scheduler's own."""
         index = len(self.outputs)
         output = self.known[index] if index in self.known else self._output(index)
         self.outputs.append(output)
         whole = torch.cat([output.to(self.problem.first.output.dtype)] * self.problem.halves)
-        after: Tensor = next_state(self.scheduler.step(whole, timestep, sample, **step_kwargs))
-        return after
+        return self.scheduler.step(whole, timestep, sample, **step_kwargs)
 
     def _output(self, i: int) -> Tensor:
         """o_i from the recursion, solved for it; from the model where it does not enter x_{i+1}."""

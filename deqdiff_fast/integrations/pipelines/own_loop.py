@@ -32,7 +32,8 @@ def parallel_loop(scheduler: Any, model: nn.Module, **options: Any) -> Iterator[
     The loop is left as it is. Its first step is recorded (how it calls the model, guidance, what it gives to
     `scheduler.step`), then the whole chain is solved, and the remaining steps hand out the solved states. What the loop
     does otherwise than in its first step is noticed, as in a pipeline, and solved anew or made serially. Nothing is
-    differentiated within the block.
+    differentiated within the block. The model's outputs are random numbers there, for the scheduler only: take previews
+    from `step(...).pred_original_sample`.
 
     ```python
     scheduler.set_timesteps(50)

@@ -110,6 +110,8 @@ class Output(dict[str, Tensor]):
     """What models and schedulers return: attributes, keys or positions."""
 
     def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"the model's output has no {name!r}; it has {', '.join(self)}")
         return self[name]
 
     def __getitem__(self, key: Any) -> Any:

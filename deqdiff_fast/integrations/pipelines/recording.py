@@ -99,17 +99,19 @@ def next_model(
     for call in calls:
         if not place(call, source):
             raise Unknown("prepares its model's input")
-    for call, solved in zip(calls, problem.model.calls):
-        if solved.rule is not None and call.component is solved.component and not fits(solved, call, problem, index):
-            exclude(solved.rule, kind)
     check_calls(calls, outputs)
     own = guided[: len(guided) // problem.halves]
     found = find_combination(output_parts(calls, outputs, problem.start), own, hints)
     if found is None or not is_tiled(guided, own):
         raise Unknown("combines its model's outputs")
-    problem = replace(problem, model=GuidedModel(calls, found, len(problem.start)))
     find_rules(calls, problem, index, kind)
-    return problem
+    for call, solved in zip(calls, problem.model.calls):
+        if call.component is solved.component and not fits(solved, call, problem, index):
+            assert call.rule is not None
+            assert solved.rule is not None
+            if call.rule.fits(solved.timestep, torch.as_tensor(problem.timesteps[0])):
+                exclude(solved.rule, kind)
+    return replace(problem, model=GuidedModel(calls, found, len(problem.start)))
 
 
 def output_parts(calls: list[Call], outputs: StepOutputs, start: Tensor) -> list[Tensor]:

@@ -69,7 +69,9 @@ def _subject(pipe: Any) -> tuple[str, str]:
 
 def _options(pipe: Any, arguments: dict[str, Any]) -> list[str]:
     """Those that a call was given and that may change what a step does: numbers, switches, settings, callbacks."""
-    known = inspect.signature(type(pipe).__call__).parameters if callable(pipe) else {}
+    if not callable(pipe):
+        return []
+    known = inspect.signature(type(pipe).__call__).parameters
     found = []
     for name, value in arguments.items():
         items = value if isinstance(value, (list, tuple)) else [value]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...sampler import DEQSampler
+from ...schedule.probe import next_state
 from ...solution import RoundInfo, Solution
 from .calls import Call
 from .chain_part import chain_part
@@ -20,7 +21,9 @@ from .overwriting import Noising, Overwriting, can_be_fixed, find_overwriting, f
 from .problem import DenoisingProblem
 from .random_state import RandomState
 from .recording import fits
+from .refusals import Unknown
 
+_MOST_PARTS = 4  # of a chain that are solved, each with another model; the rest is made serially
 # of networks, by the kind and length of chains: the steps at which an earlier one had another model
 _CHANGES: WeakKeyDictionary[Any, dict[Any, set[int]]] = WeakKeyDictionary()
 
@@ -45,13 +48,22 @@ class SolvedChain:
         self.interrupted = False  # while a part was solved: there is no next step
         self.overwriting: Overwriting | None = None
         self.lockstep = Lockstep(scheduler, problem, self.states, self.noises)
+        self.changed_at: list[int] = []  # the steps from which on the loop had another model
+        self.before: Any = None  # what it made of outputs before the last of these
         self.changes = _CHANGES.setdefault(problem.model.base_model, {}).setdefault((kind, steps), set())
 
-    def change(self, problem: DenoisingProblem, index: int) -> None:
-        """Another model from step `index` on."""
+    def change(self, problem: DenoisingProblem, index: int) -> bool:
+        """Another model from step `index` on. Returns whether there are too many of them; raises Unknown where the loop
+        does one thing to large outputs and another to small ones, as which they are given in turns."""
+        again = index - 1 in self.changed_at
+        if again and problem.model.combination == self.before:
+            raise Unknown("makes of its model's outputs what depends on their size,")
+        self.before = self.problem.model.combination
         self.problem = self.lockstep.problem = problem
+        self.changed_at.append(index)
         self.changes.add(index)
         self.known = index
+        return again or len(self.changed_at) >= _MOST_PARTS
 
     def overwrite(self, sample: Tensor, index: int, noising: Noising | None) -> bool:
         """Whether the loop writes over a part of every state, as it has done before step `index`; then the rest is
@@ -78,14 +90,18 @@ class SolvedChain:
         same = index >= len(self.problem.timesteps) and call.component is first.component
         return same and fits(first, call, self.problem, 0)
 
-    def advance(self, index: int, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]) -> Tensor:
-        """Step `index` of the scheduler; returns what the loop is given for the next state. Where it is expected to
-        write over that, it is what the scheduler makes of the model's own output: the loop may as well not write."""
-        after = self.lockstep.advance(timestep, sample, step_kwargs)
-        state = self.states[index + 1]
+    def advance(self, index: int, timestep: Any, sample: Tensor, step_kwargs: dict[str, Any]) -> Any:
+        """Step `index` of the scheduler: what that returns, with the solved state as the next one. Where the loop is
+        expected to write over that, it is what the scheduler makes of the model's own output: it may as well not."""
+        result = self.lockstep.advance(timestep, sample, step_kwargs)
+        after, state = next_state(result), self.states[index + 1]
         if index in self.lockstep.known and self.overwriting is not None:
             state = torch.where(self.overwriting.mask, state, after[: len(state)].to(state.dtype))
-        return torch.cat([state] * self.problem.halves).to(torch.promote_types(state.dtype, after.dtype))
+        state = torch.cat([state] * self.problem.halves).to(torch.promote_types(state.dtype, after.dtype))
+        if isinstance(result, tuple):
+            return (state, *result[1:])
+        result.prev_sample = state
+        return result
 
     def _interrupting(self) -> bool:
         return bool(getattr(self.pipe, "_interrupt", False))

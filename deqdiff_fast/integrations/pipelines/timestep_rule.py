@@ -71,5 +71,5 @@ def find_rule(given: Any, t: Tensor, scheduler: Any, module: Any, pipeline: type
 
 
 def exclude(rule: TimestepRule, pipeline: type) -> None:
-    """A later step has shown that pipelines of this class have another rule: both agree at the first timestep."""
+    """A later step has shown that pipelines of this class have another rule, which says the same of the first one."""
     _EXCLUDED.setdefault(pipeline, set()).add(rule.name)
