@@ -97,7 +97,13 @@ def unwrap_output(output: Any) -> Any:
     return value[0] if isinstance(value, (tuple, list)) and value else value
 
 
+def parameters_of(model: Any) -> list[Tensor]:
+    """Those of a module, or of a wrapper with such a method."""
+    found = getattr(model, "parameters", None)
+    return [value for value in found() if isinstance(value, Tensor)] if callable(found) else []
+
+
 __all__ = [
     "Backend", "Coordinates", "FrozenNoise", "Generators", "Model", "OnFailure", "Rows", "Shared",
-    "shared", "unwrap_output", "without_marks",
+    "parameters_of", "shared", "unwrap_output", "without_marks",
 ]  # fmt: skip

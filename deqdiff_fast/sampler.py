@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ._devices import methods_with_torch_defaults
-from ._types import Backend, Generators, Model, OnFailure
+from ._types import Backend, Generators, Model, OnFailure, parameters_of
 from .engine.begin import begun
 from .engine.node_only import check_options
 from .engine.node_solve import without_other_states
@@ -182,7 +182,7 @@ class DEQSampler:
         noise = request.noise
         if noise.shape[0] == 0 or not torch.is_grad_enabled():
             return self._solve(without_other_states(request, self.options), model_kwargs)
-        parameters = [p for p in getattr(self.model, "parameters", list)() if p.requires_grad]
+        parameters = [p for p in parameters_of(self.model) if p.requires_grad]
         own: list[Tensor] = getattr(self.model, "conditioning_tensors", list)()  # a guided model's conditioning
         kwargs = [x for x in (*tree_leaves(model_kwargs), *own) if isinstance(x, Tensor) and x.requires_grad]
         if not (noise.requires_grad or parameters or kwargs):

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._devices import with_torch_defaults
-from .._types import Model
+from .._types import Model, parameters_of
 from ..engine import arguments
 from ..model.draft import Draft
 from ..model.recording import Recording
@@ -151,7 +151,7 @@ def _check(minutes: Any, steps: Any, recording: Any) -> None:
 def _identity(teacher: Teacher, seed: int, recording: Recording | None) -> dict[str, Any]:
     """What an unfinished distillation must agree in to be gone on with."""
     schedule = teacher.schedule
-    parameters = [p for p in getattr(teacher.model, "parameters", list)() if isinstance(p, Tensor)]
+    parameters = parameters_of(teacher.model)
 
     def total(values: list[Tensor]) -> float:
         return math.fsum(float(value.detach().double().sum()) for value in values)

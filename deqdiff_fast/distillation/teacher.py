@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .._types import Model, Shared
+from .._types import Model, Shared, parameters_of
 from ..engine.row_limit import row_limit
 from ..errors import NonFiniteError
 from ..model.batched import BatchedModel
@@ -28,7 +28,7 @@ Drawn = dict[str, Any] | Callable[[int], dict[str, Any]] | None
 def inputs_like(model: Model, device: torch.device | str | None) -> Tensor:
     """An empty tensor of the dtype and on the device of the model's inputs: `device`, or that of its first
     parameter."""
-    first = next(iter(getattr(model, "parameters", list)()), torch.empty(0))
+    first = next(iter(parameters_of(model)), torch.empty(0))
     dtype = first.dtype if first.is_floating_point() else torch.float32
     return torch.empty(0, dtype=dtype, device=first.device if device is None else torch.device(device))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..model.sample_kwargs import check_dense
 from ..ranks.agreement import begin_together
 from ..ranks.digests import random_state, software, weights_digest
 from . import arguments
@@ -41,6 +42,8 @@ def begun(
 
     def check() -> None:
         options.check_request(request.noise, model_kwargs, request.generator, reverse)
+        if what[0] != "serial":
+            check_dense(model_kwargs, len(request.noise))
         check_request(options, request)
         arguments.check_trajectory(request.init_trajectory, request.noise, options.schedule.num_steps)
         arguments.check_callback(request.callback)

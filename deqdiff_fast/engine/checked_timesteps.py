@@ -63,9 +63,10 @@ class CheckedTimesteps:
             if outcome.rough:
                 self.failures = min(self.failures + 1, MOST_FAILURES)
                 self.waiting = 2**self.failures
-                self.tol.fill_(math.inf)
+                self.tol = torch.full_like(self.weight, math.inf)
             elif outcome.rough is not None:
                 seen = list(spots.timesteps)
+                self.tol = self.tol.clone()  # nobody may write to one that was made under `torch.inference_mode`
                 self.tol[seen] = self.tol[seen].clamp_max(tol)
                 self.failures = 0
 

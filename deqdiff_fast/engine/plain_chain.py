@@ -92,7 +92,7 @@ class PlainChain:
             system.model_calls, system.model_evals = system.model_calls + 1, system.model_evals + system.batch
             if output_fault(output, self._shape, system.device):
                 return False
-            output = output.to(x.dtype)
+            output = output.to(x.dtype, copy=self._kept > 1)  # the model may write its next output over this one
             drift = next(self._draws).to(x.dtype) * steps.noise_coef[i] if self.frozen and steps.draws[i] else None
             if new is None:
                 self._remember(i, x, output, drift)

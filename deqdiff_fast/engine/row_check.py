@@ -245,7 +245,7 @@ def _predict(system: System, states: Tensor, step: Tensor, sample: Tensor) -> Te
         more = torch.arange(size, device=step.device) % count
         states, step, kwargs = states[more], step[more], system.expand_kwargs(sample[more])
     system.check_evals += count
-    return system.to_basis(system.predict(states.clone(), step, kwargs)[:asked])
+    return system.to_basis(system.predict(states, step, kwargs)[:asked])
 
 
 def _message(system: System, step: int, steps: list[int], apart: float, sample: int) -> str:

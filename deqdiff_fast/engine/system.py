@@ -91,11 +91,13 @@ class System(BatchedModel):
 
     def to_basis(self, rows: Tensor) -> Tensor:
         """(n, D) in the coordinates of the solver, a copy."""
-        return rows.clone() if self.basis is None else self.basis.forward(rows.clone())
+        rows = rows.clone(memory_format=torch.contiguous_format)  # the change of basis takes no other
+        return rows if self.basis is None else self.basis.forward(rows)
 
     def from_basis(self, rows: Tensor) -> Tensor:
         """(n, D) in the coordinates of the model, a copy."""
-        return rows.clone() if self.basis is None else self.basis.inverse(rows.clone())
+        rows = rows.clone(memory_format=torch.contiguous_format)
+        return rows if self.basis is None else self.basis.inverse(rows)
 
     def denoised(self, states: Tensor, predictions: Tensor, step: list[int]) -> Tensor:
         """(B, *shape): the clean sample predicted at timestep step[b] of each sample b, in the model's dtype."""

@@ -89,7 +89,7 @@ class _Run:
     def noise(self, noise: Tensor) -> Tensor:
         if noise.device.type == "mps":
             raise ValueError("gradient: 'reversible' needs float64, which MPS does not have; use 'implicit'")
-        return noise.detach().flatten(1).double()
+        return noise.detach().flatten(1).to(torch.float64, copy=True)  # it may be an inference tensor
 
 
 class _Iteration(Function):
@@ -113,7 +113,7 @@ class _Iteration(Function):
             if ended:
                 break
         ctx.run, ctx.rounds, ctx.noise, ctx.settings = run, rounds, noise, hidden_settings()
-        ctx.save_for_backward(y, z, noise, *leaves, *anchors)
+        ctx.save_for_backward(y, z, first, *leaves, *anchors)
         states.append(z)
         return z[-1].view(noise.shape).to(noise.dtype)
 
@@ -121,11 +121,10 @@ class _Iteration(Function):
     @first_order
     @hidden_in_backward
     def backward(ctx: Any, grad: Tensor) -> Any:
-        y, z, noise, *rest = ctx.saved_tensors
+        y, z, first, *rest = ctx.saved_tensors
         run, b = ctx.run, ctx.run.relaxation
         leaves, anchors = rest[: len(ctx.needs_input_grad) - 3], rest[len(ctx.needs_input_grad) - 3 :]
-        vjp, first = run.vjp(leaves), run.noise(noise)
-        needed = ctx.needs_input_grad[3:]
+        vjp, needed = run.vjp(leaves), ctx.needs_input_grad[3:]
         wanted = [leaf for leaf, need in zip(leaves, needed) if need]
         sums = [torch.zeros_like(leaf) for leaf in wanted]
         to_y, to_z, to_noise = torch.zeros_like(y), torch.zeros_like(z), torch.zeros_like(first)
@@ -138,13 +137,13 @@ class _Iteration(Function):
             if left and left % run.segment == 0:
                 y, z = anchors[2 * (left // run.segment) - 2 :][:2]
         with torch.enable_grad():
-            leaf = first.requires_grad_(True)
+            leaf = first.detach().requires_grad_(True)
             guess = run.f.initial_states(leaf)
             (to_first,) = torch.autograd.grad(guess, leaf, to_y + to_z)
         _check(guess.detach(), y, z, float((to_y.norm() + to_z.norm()) / grad.norm()), b)
         found = iter(sums)
         grads = [next(found) if need else None for need in needed]
-        return (None, None, (to_noise + to_first).view(noise.shape).to(grad.dtype), *grads)
+        return (None, None, (to_noise + to_first).view_as(grad).to(grad.dtype), *grads)
 
 
 def _vjp_of_map(

@@ -40,7 +40,7 @@ def bind(model: Model, batch: int, model_kwargs: dict[str, Any] | None) -> tuple
     if guided is not None:
         kwargs = guided(batch, kwargs)
     leaves, structure = tree_flatten(kwargs, is_leaf=lambda value: is_whole(value, batch))
-    smaller = any(isinstance(x, Tensor) and x.dim() > 0 and 0 < x.shape[0] < batch for x in leaves)
+    smaller = any(isinstance(x, Tensor) and x.dim() > 0 and 0 < x.size(0) < batch for x in leaves)
     if guided is None and not smaller:
         return model, kwargs
     rows = [k for k, leaf in enumerate(leaves) if is_per_sample(leaf, batch)]

@@ -197,9 +197,10 @@ class BatchedModel:
 
     def predict(self, states: Tensor, step: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """(n, D) states at timesteps step: (n,) -> (n, D) predictions, differentiable, in the model's own coordinates;
-        kwargs as the rows need them."""
-        inputs = states if self.input_scale is None else states * self.input_scale[step, None]
-        return self.clip(self._call(inputs.to(self.model_dtype), step, kwargs, 0), states, step).to(self.dtype)
+        kwargs as the rows need them. The model may write to its input and, in the next call, to its output."""
+        inputs = states.clone() if self.input_scale is None else states * self.input_scale[step, None]
+        output = self.clip(self._call(inputs.to(self.model_dtype), step, kwargs, 0), states, step)
+        return output.to(self.dtype, copy=True)
 
     def expand_kwargs(self, sample: Tensor, key: Any = None) -> dict[str, Any]:
         """model_kwargs with every per-sample tensor (first dimension B) indexed by `sample`: (n,), for n rows.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from .._types import Model, Shared, unwrap_output, without_marks
+from .._types import Model, Shared, parameters_of, unwrap_output, without_marks
 from .sample_kwargs import is_list_of_strings, is_whole
 
 
@@ -76,8 +75,7 @@ class Guided:
 
     def parameters(self) -> list[Tensor]:
         """The parameters of the model, where it is a module: what a sample can be differentiated with respect to."""
-        found: Callable[[], Any] = getattr(self.model, "parameters", list)
-        return list(found())
+        return parameters_of(self.model)
 
     @property
     def deqdiff_ranks(self) -> Any:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from .._locks import Lock
 from .._types import Model
-from .sample_kwargs import is_list_of_strings, is_per_sample
+from .sample_kwargs import is_dense, is_list_of_strings, is_per_sample
 
 _SHARED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _lock = Lock()
@@ -70,7 +70,7 @@ def signature_of(noise: Tensor, model_kwargs: dict[str, Any] | None) -> Any:
 
 
 def _kind(leaf: Any, batch: int) -> Any:
-    if isinstance(leaf, Tensor):
+    if isinstance(leaf, Tensor) and is_dense(leaf):
         shape = tuple(leaf.shape)
         return ("row", shape[1:], leaf.dtype) if is_per_sample(leaf, batch) else (shape, leaf.dtype)
     return leaf if isinstance(leaf, (bool, int, str, type(None))) else type(leaf).__name__

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
@@ -14,6 +15,7 @@ from .._types import Shared, shared
 _log = logging.getLogger("deqdiff_fast")
 _told: set[str] = set()  # what was said of a guess already
 _INNER = (dict, list, tuple, Shared)
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # whose vectors index_select does not take
 _LARGE = 2**20  # bytes of one sample, of which copies for every timestep are worth a word
 
 
@@ -26,8 +28,24 @@ def is_list_of_strings(value: Any, batch: int | None = None) -> bool:
 def is_per_sample(value: Any, batch: int) -> bool:
     """Whether it is a tensor of first dimension `batch`, or a list of as many strings."""
     if isinstance(value, Tensor):
-        return value.dim() > 0 and value.shape[0] == batch
+        return value.dim() > 0 and value.size(0) == batch
     return is_list_of_strings(value, batch)
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether rows of it can be taken."""
+    return value.layout == torch.strided and not value.is_nested
+
+
+def check_dense(values: Any, batch: int) -> None:
+    """Raises ValueError where a tensor belongs to the samples whose rows cannot be taken."""
+    for path, value in tree_flatten_with_path(values, is_leaf=lambda x: isinstance(x, Shared))[0]:
+        if isinstance(value, Tensor) and is_per_sample(value, batch) and not is_dense(value):
+            raise ValueError(
+                f"model_kwargs{keystr(path)}: expected a dense tensor, whose rows can be repeated for timesteps, got a "
+                f"{'nested' if value.is_nested else value.layout} one of {batch} rows; mark it with "
+                "deqdiff_fast.shared(...) if it belongs to all samples"
+            )
 
 
 def is_whole(value: Any, batch: int) -> bool:
@@ -55,9 +73,14 @@ def _select(values: Any, batch: int, rows: Tensor, rest: Callable[[Any], Any]) -
     def select(value: Any) -> Any:
         if not is_per_sample(value, batch):
             return rest(value)
-        if isinstance(value, Tensor):
-            return value.index_select(0, rows.to(value.device))
-        return type(value)(value[row] for row in rows.tolist())
+        if not isinstance(value, Tensor):
+            return type(value)(value[row] for row in rows.tolist())
+        if not is_dense(value):
+            if rows.tolist() == list(range(batch)):
+                return value
+            check_dense(values, batch)
+        at = rows.to(value.device)
+        return value[at] if value.dtype in _UNSIGNED else value.index_select(0, at)
 
     return tree_map(select, values, is_leaf=lambda value: isinstance(value, Shared) or is_list_of_strings(value))
 
@@ -82,7 +105,7 @@ def warn_of_guesses(model_kwargs: dict[str, Any] | None, batch: int) -> None:
     for name, what, taken in _guesses(model_kwargs, "", batch) if model_kwargs and batch > 1 else ():
         _tell(logging.WARNING, f"model_kwargs{name}: {what}, for {batch} samples, {taken}")
     for path, value in tree_flatten_with_path(model_kwargs or {}, is_leaf=lambda x: isinstance(x, Shared))[0]:
-        if isinstance(value, Tensor) and is_per_sample(value, batch) and value[:1].nbytes >= _LARGE:
+        if isinstance(value, Tensor) and is_per_sample(value, batch) and is_dense(value) and value[:1].nbytes >= _LARGE:
             _tell(
                 logging.INFO,
                 f"model_kwargs{keystr(path)}: {value[:1].nbytes / 2**20:.1f} MB for each sample are copied for every "

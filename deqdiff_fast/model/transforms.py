@@ -11,7 +11,7 @@ from torch._C import _functorch
 from torch.utils._pytree import tree_leaves
 
 from .._devices import hidden_settings, users_settings
-from .._types import Model, unwrap_output
+from .._types import Model, parameters_of, unwrap_output
 
 INSTEAD = "differentiate with torch.autograd, requires_grad_() and backward()"
 
@@ -26,7 +26,7 @@ def check_inputs(model: Any, reverse: bool = False, **given: Any) -> None:
             f"{INSTEAD}, or call it outside and use what it returns"
         )
     if forward_ad._current_level >= 0:
-        own = [list(getattr(model, name, list)()) for name in ("parameters", "conditioning_tensors")]
+        own = [parameters_of(model), list(getattr(model, "conditioning_tensors", list)())]
         for name, values in {**given, "model": own}.items():
             if any(has_tangent(value) for value in tree_leaves(values)):
                 raise NotImplementedError(

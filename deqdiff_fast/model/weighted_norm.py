@@ -41,6 +41,7 @@ class Weight:
             raise ValueError("weight: a spectrum is of samples whose entries all count the same; give one of the two")
         return None if weight is None else cls(weight)
 
+    @torch.inference_mode(False)
     def on(self, shape: tuple[int, ...]) -> WeightedNorm:
         """The norm of samples of that shape; raises ValueError where the weight cannot be broadcast to it."""
         made = self._made.get(shape)
@@ -81,5 +82,6 @@ class WeightedNorm:
     def _on(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         key = (rows.device, rows.dtype)
         if key not in self._ready:
-            self._ready[key] = (self.scale.to(*key), (1 / self.scale).to(*key))
+            with torch.inference_mode(False):  # kept for solves with gradients
+                self._ready[key] = (self.scale.to(*key), (1 / self.scale).to(*key))
         return self._ready[key]

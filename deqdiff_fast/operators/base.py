@@ -120,7 +120,8 @@ def per_device(cache: dict[Any, Tensor], tensor: Tensor, device: torch.device, d
     """`tensor` there, copied once."""
     key = (device, dtype)
     if key not in cache:
-        cache[key] = tensor.to(dtype).to(device)
+        with torch.inference_mode(False):  # kept for solves with gradients
+            cache[key] = tensor.to(dtype, copy=True).to(device)
     return cache[key]
 
 

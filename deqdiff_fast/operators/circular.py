@@ -118,6 +118,7 @@ class Circular(Operator):
         return found
 
     @with_torch_defaults
+    @torch.inference_mode(False)  # kept for solves with gradients
     def _make(self, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Spectrum:
         height, width = self.kernel.shape[2:]
         check_kernel_fits((height, width), size)

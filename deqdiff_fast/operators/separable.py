@@ -132,6 +132,7 @@ class Separable(Operator):
         return found
 
     @with_torch_defaults
+    @torch.inference_mode(False)  # kept for solves with gradients
     def _make(self, x_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decomposition:
         return decompose(self.axis_matrices(x_shape), self.cutoff(dtype), device, dtype)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._types import parameters_of
 from ..engine.arguments import check_shape, count
 from ..engine.options import Options
 from ..engine.solve import Request, plain_chain
@@ -35,7 +36,7 @@ def example_noise(
 ) -> Tensor:
     """Noise of the kind that a request would have; dtype and device are those of the model unless given."""
     check_shape(shape)
-    first = next(iter(getattr(options.model, "parameters", list)()), torch.empty(0))
+    first = next(iter(parameters_of(options.model)), torch.empty(0))
     size = (count("batch", batch) or 1, *shape)
     noise = torch.randn(size, generator=torch.Generator().manual_seed(0)) * options.schedule.init_noise_sigma
     return noise.to(first.device if device is None else torch.device(device), first.dtype if dtype is None else dtype)

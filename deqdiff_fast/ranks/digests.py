@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._types import parameters_of
 from ..kernels import available_backends
 from ..model.knowledge import shared_with_model
 from .row_gather import checksum
@@ -62,7 +63,7 @@ def random_state(generator: Any, device: torch.device) -> Any:
 
 def weights_digest(model: Any) -> int:
     """A number for the model's weights. Computed anew where they were written to."""
-    weights = [p for p in getattr(model, "parameters", list)() if isinstance(p, Tensor)]
+    weights = parameters_of(model)
     if not weights:
         return 0
     written = tuple((id(p), 0 if p.is_inference() else p._version) for p in weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .._types import Model, Shared, unwrap_output, without_marks
+from .._types import Model, Shared, parameters_of, unwrap_output, without_marks
 from ..errors import ModelOutputError
 from ..model.guidance import Guided
 from .group import Ranks
@@ -120,5 +120,5 @@ class ShardedModel:
     def _differentiable(self, x: Tensor, given: Any) -> list[Tensor]:
         """The parameters and arguments that need a gradient."""
         plain = [leaf.value if isinstance(leaf, Shared) else leaf for leaf in tree_leaves(given)]
-        parameters = list(getattr(self.model, "parameters", list)())
-        return [value for value in (x, *plain, *parameters) if isinstance(value, Tensor) and value.requires_grad]
+        given = (x, *plain, *parameters_of(self.model))
+        return [value for value in given if isinstance(value, Tensor) and value.requires_grad]

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
+from .._types import parameters_of
 from .faults import attempt, raise_on_all
 from .row_gather import checksum, kind_of
 from .shares import own_arguments, share_of
@@ -44,7 +45,7 @@ class Call:
 
     def forward(self) -> Tensor | None:
         """This rank's rows, with a graph of their own."""
-        parameters = {id(p) for p in getattr(self.model.model, "parameters", list)()}
+        parameters = {id(p) for p in parameters_of(self.model.model)}
         self.leaves = [v if id(v) in parameters else v.detach().requires_grad_() for v in self.wanted]
         leaf_of = {id(value): leaf for value, leaf in zip(self.wanted, self.leaves)}
         replace: Callable[[Tensor], Tensor] = lambda value: leaf_of.get(id(value), value)  # noqa: E731
@@ -52,7 +53,7 @@ class Call:
         with torch.enable_grad():
             x, given = replace(self.x), tree_map_only(Tensor, replace, self.given)
             own = own_arguments(given, len(x), start, stop)
-            self.output = self.model.own_rows(x[start:stop], self.t[start:stop], own)
+            self.output = self.model.own_rows(x[start:stop].clone(), self.t[start:stop], own)
         return None if self.output is None else self.output.detach()
 
     def backward(self, grad: Tensor) -> list[Tensor]:

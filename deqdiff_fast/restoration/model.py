@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._types import Model, unwrap_output
+from .._types import Model, parameters_of, unwrap_output
 from ..errors import ModelOutputError
 from ..model.knowledge import variant_of
 from ..model.outputs import output_fault
@@ -55,8 +55,7 @@ class RestoringModel:
 
     def parameters(self) -> list[Tensor]:
         """Those of the model, where it is a module."""
-        found: Callable[[], Any] = getattr(self.model, "parameters", list)
-        return list(found())
+        return parameters_of(self.model)
 
     def conditioning_tensors(self) -> list[Tensor]:
         """Those of a guided model."""

@@ -57,7 +57,8 @@ def draw_samples(
     def predict(x: Tensor, i: int) -> Tensor:
         t = schedule.timesteps[i].to(noise.device).expand(len(x))
         t = t.to(noise.dtype) if t.is_floating_point() else t
-        out: Tensor = unwrap_output(model((x * scale[i]).view(noise.shape), t, **kwargs)).flatten(1).to(noise.dtype)
+        out: Tensor = unwrap_output(model((x * scale[i]).view(noise.shape), t, **kwargs)).flatten(1)
+        out = out.to(noise.dtype, copy=True)  # the model may write its next output over this one
         if clip is None:
             return out
         denoised = coef[i][0] * x + coef[i][1] * out

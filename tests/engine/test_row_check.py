@@ -176,3 +176,10 @@ def test_a_tolerance_below_the_rounding_of_the_states(caplog, mixture, ddim, noi
     assert ("tol = 1.0e-09 is out of reach: the states are float32" in caplog.text) is not reached
     off = (found.sample - sampler.serial(noise(2).to(dtype)).sample).norm() / found.sample.norm()
     assert off < (1e-9 if reached else 1e-5)
+
+
+def test_outputs_whose_batch_axis_lies_innermost(mixture, ddim, noise):
+    def last(x, t):
+        return mixture()(x, t).movedim(0, -1).contiguous().movedim(-1, 0)
+
+    assert dq.DEQSampler(last, ddim(20), solver="quasi-newton").sample(noise(2)).converged.all()

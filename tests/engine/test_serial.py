@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deqdiff_fast as dq
+from deqdiff_fast.schedule.chain import draw_samples
 
 READS = ("aten._local_scalar_dense.default", "aten.is_nonzero.default", "aten.equal.default", "aten.nonzero.default")
 LOOKED_AT = {"return_trajectory": True}  # such a chain is made in the solver's memory
@@ -72,7 +73,7 @@ def test_a_step_is_what_a_loop_by_hand_does(ddim, noise, batch, eta, most):
 def test_multistep_steps_copy_what_the_model_may_write_to(noise):
     found = per_step(lambda n: dq.Schedule.from_sigmas(torch.linspace(5, 0, n + 1), method="dpmpp_2m"), noise(1))
     assert found.pop("aten.tanh.default") == 1
-    assert sum(found.values()) <= 6, "a copy, its scale, two states and two outputs"
+    assert sum(found.values()) <= 7, "copies of input and output, a scale, two states and two outputs"
 
 
 def test_no_number_is_read_on_the_way(ddim, noise):
@@ -117,6 +118,19 @@ def test_it_is_the_recursion(ddim, noise, relative_error, kind, batch):
     for state, exact in zip(seen.trajectory, expected, strict=True):
         assert relative_error(state.double(), exact).max() < 1e-5
     assert (plain.stats.model_evals, plain.stats.model_calls) == (23 * batch, 23)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_model_may_write_its_next_output_over_the_last(ddim, noise, kind):
+    """As a recorded graph does, or an engine with outputs of its own."""
+    schedule, buffer = SCHEDULES[kind](ddim), torch.empty_like(noise(2))
+
+    def run(model):
+        generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+        chain = dq.DEQSampler(model, schedule).serial(noise(2), generator=generators[0]).sample
+        return torch.stack([chain, draw_samples(model, schedule, noise(2), None, generators[1])])
+
+    assert torch.equal(run(lambda x, t: torch.tanh(x, out=buffer)), run(half))
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)

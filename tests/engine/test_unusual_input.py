@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -150,3 +152,35 @@ def test_states_whose_squares_vanish_are_refused(mixture, ddim, noise, scale, dt
     assert model.calls == 0
     start[1] = 0
     dq.DEQSampler(mixture(), ddim(5)).sample(start)
+
+
+def test_the_batch_axis_may_lie_innermost(mixture, ddim, noise, relative_error):
+    def last(x):
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+    sampler = dq.DEQSampler(mixture(), ddim(20), solver="quasi-newton")
+    expected = sampler.serial(noise(2)).sample
+    for start, init in ((last(noise(2)), None), (noise(2), last(expected))):
+        assert relative_error(sampler.sample(start, init=init).sample, expected).max() < 1e-2
+    assert dq.DEQInverter(mixture(), ddim(20)).invert(last(expected)).converged.all()
+
+
+def test_after_a_solve_under_inference_mode(mixture, ddim, noise):
+    sampler = dq.DEQSampler(mixture(), ddim(100), solver="quasi-newton")
+    with torch.inference_mode():
+        sampler.sample(noise(1))
+    for gradient in (False, False, True):
+        out = sampler.sample(noise(1).requires_grad_(gradient))
+        assert out.converged.all()
+        assert out.sample.requires_grad is gradient
+    out.sample.sum().backward()
+
+
+def test_parameters_that_are_no_method(mixture, ddim, noise):
+    class Model:
+        parameters: ClassVar = {"width": 8}
+        __call__ = staticmethod(mixture())
+
+    sampler = dq.DEQSampler(Model(), ddim(5), solver="picard")
+    assert sampler.sample(noise(2)).converged.all()
+    sampler.warmup((3, 8, 8))

@@ -11,6 +11,7 @@ from torch import nn
 
 import deqdiff_fast as dq
 import deqdiff_fast.sampler
+from deqdiff_fast.gradient.batched_vjp import CHUNK, BatchedVJP
 
 
 class Learned(nn.Module):
@@ -116,6 +117,48 @@ def test_a_solve_that_copies_the_conditions(ddim, monkeypatch, bent, backpropaga
     out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-8).sample(start, {"cond": cond})
     expected = torch.autograd.grad(backpropagation(model, schedule, start, cond=cond).pow(3).sum(), cond)
     assert apart(torch.autograd.grad(out.sample.pow(3).sum(), cond)[0], expected[0])[0] <= 1e-6
+
+
+class Rude(nn.Module):
+    """A model whose first layer works in place."""
+
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, t):
+        return self.inner(x.mul_(0.5), t)
+
+
+@pytest.mark.parametrize("mode", EXACT[:3])
+def test_noise_made_under_inference_mode(ddim, mode, bent):
+    model, start = bent(), torch.ones(3, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        given = start.clone()
+    sampler = dq.DEQSampler(model, ddim(12), solver="quasi-newton", gradient=mode)
+    found = [torch.autograd.grad(sampler.sample(x).sample.sum(), [*model.parameters()]) for x in (given, start)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("mode", EXACT[:3])
+def test_a_model_that_writes_to_its_input(ddim, mode, bent, backpropagation, apart):
+    model, schedule, draw = Rude(bent()), ddim(12), torch.Generator().manual_seed(1)
+    start = torch.randn(3, 6, generator=draw, dtype=torch.float64, requires_grad=True)
+    leaves = [start, *model.parameters()]
+    expected = torch.autograd.grad(backpropagation(model, schedule, start).pow(3).sum(), leaves)
+    out = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-8, gradient=mode).sample(start)
+    for a, b in zip(torch.autograd.grad(out.sample.pow(3).sum(), leaves), expected, strict=True):
+        assert apart(a, b)[0] <= 1e-5
+
+
+def test_predictions_of_a_model_that_has_one_output_buffer(ddim, noise):
+    states, buffer = torch.randn(40, 3, 4, generator=torch.Generator().manual_seed(1)), torch.empty(CHUNK, 4)
+
+    def found(model):
+        system = dq.DEQSampler(model, ddim(40)).options.system(noise(3, (4,)), None)
+        return BatchedVJP(system, {}).predictions(states)
+
+    assert torch.equal(found(lambda x, t: torch.tanh(x, out=buffer[: len(x)])), found(lambda x, t: torch.tanh(x)))
 
 
 @pytest.mark.parametrize("mode", ["unrolled", "reversible"])

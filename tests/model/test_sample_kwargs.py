@@ -195,3 +195,37 @@ def test_large_side_inputs_are_not_copied_for_every_timestep(ddim, noise, relati
     assert caplog.text.count("model_kwargs['volumes']: 1.0 MB for each sample are copied for every timestep") == 1
     for one in expected:
         assert relative_error(found.sample, one.sample).max() < 1e-4
+
+
+ROWS_OF_NO_SAMPLE = {
+    "coo": lambda: torch.eye(3).to_sparse(),
+    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(n, 2) for n in (1, 2, 3)], layout=torch.jagged),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(n, 2) for n in (1, 2, 3)]),
+    "mkldnn": lambda: torch.eye(3).to_mkldnn(),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS_OF_NO_SAMPLE)
+def test_tensors_whose_rows_cannot_be_taken_are_passed_on_or_refused(ddim, noise, kind):
+    value, given = ROWS_OF_NO_SAMPLE[kind](), []
+
+    def model(x, t, table):
+        given.append(table["a"])
+        return 0.5 * torch.tanh(x)
+
+    sampler = dq.DEQSampler(model, ddim(8), solver="quasi-newton")
+    sampler.serial(noise(3, (8,)), {"table": {"a": value}})
+    sampler.sample(noise(3, (8,)), {"table": {"a": dq.shared(value)}})
+    assert all(one is value for one in given)
+    with pytest.raises(ValueError, match=r"model_kwargs\['table'\]\['a'\]: expected a dense tensor.*shared\("):
+        sampler.sample(noise(3, (8,)), {"table": {"a": value}})
+    with pytest.raises(ValueError, match=r"model_kwargs\['table'\]\['a'\]: expected a dense tensor"):
+        dq.DEQInverter(model, ddim(8), "equilibrium").invert(noise(3, (8,)), {"table": {"a": value}})
+
+
+def test_rows_of_unsigned_integers(ddim, noise):
+    labels = torch.tensor([1, 2, 3], dtype=torch.uint16)
+    seen = dq.DEQSampler(lambda x, t, k: x / (1 + k.to(x)[:, None]), ddim(8), solver="picard", tol=1e-5)
+    found, expected = (solve(noise(3, (8,)), {"k": labels}).sample for solve in (seen.sample, seen.serial))
+    assert torch.allclose(found, expected, atol=1e-4)

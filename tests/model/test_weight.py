@@ -121,6 +121,15 @@ def test_gradients_pass_through_a_weighted_solve(bent, ddim, noise, backpropagat
     assert apart(got, wanted)[0] < 1e-3
 
 
+def test_a_norm_that_was_first_used_under_inference_mode_has_gradients(weight):
+    with torch.inference_mode():
+        norm = Weight(weight).on((READ + PADDING,))
+        norm.inverse(torch.ones(1, READ + PADDING))
+    rows = torch.ones(1, READ + PADDING, requires_grad=True)
+    (2 * norm.forward(1 * rows)).sum().backward()
+    torch.testing.assert_close(rows.grad[0, :READ], torch.full((READ,), 2.0))
+
+
 def test_a_norm_that_a_few_entries_make_is_told_once(mixture, ddim, noise, caplog, weight):
     model, start = padded(mixture), noise(2, (READ + PADDING,))
 

@@ -169,3 +169,12 @@ def test_every_name_is_in_the_cases() -> None:
     made = {type(case.make()) for case in CASES.values()}
     named = {operators.Bicubic, operators.Blur, operators.Colorize, operators.Compose, operators.Downsample}
     assert made == named | {operators.Inpaint, operators.WalshHadamard}
+
+
+def test_what_it_keeps_of_a_call_under_inference_mode_has_gradients(case: Case) -> None:
+    with torch.inference_mode():
+        operator, x = case.make(), images(case)
+        operator.A_dagger(operator.A(x))
+    given = images(case).requires_grad_()
+    operator.A_dagger(operator.A(given)).sum().backward()
+    assert given.grad is not None
