@@ -14,6 +14,7 @@ from ._devices import methods_with_torch_defaults
 from ._types import Generators, Model, shared
 from .engine import arguments
 from .engine.reporting import ProgressBar
+from .gradient.base import refuse_inference_mode
 from .model.stand_in import stand_in
 from .operators import check, take
 from .restoration import Method, resolve
@@ -168,6 +169,7 @@ class DEQRestorer:
         Raises:
             ValueError: a bad argument, or a loss that is not finite or of another shape; else as `restore`.
         """
+        refuse_inference_mode("fit_noise")
         arguments.count("steps", steps)
         arguments.positive("lr", lr)
         if self.temperature == 0:
@@ -194,8 +196,8 @@ class DEQRestorer:
     ) -> tuple[Task, Start, dict[str, Any], UnknownsSolver]:
         """The chain of unknowns, in the dtype of the measurements or float32, and what solves it."""
         arguments.check_kwargs(model_kwargs)
-        if KEY in (model_kwargs or {}):
-            raise ValueError(f"model_kwargs: {KEY!r} is a name that the restorer needs itself")
+        for name in {KEY, "step"} & set(model_kwargs or {}):
+            raise ValueError(f"model_kwargs: {name!r} is a name that the restorer needs itself; wrap the model")
         y, sigma = check_measurements(y, self.operator, self.sigma)
         shape = tuple(self.operator.input_shape(y.shape))
         if (shape, y.device) not in self._checked:
@@ -217,7 +219,8 @@ class DEQRestorer:
         level = 0.0 if task.sigma is None else float(task.sigma.detach().mean())
         key = (shape, f"{level:.1g}", task.y.device)
         if key not in self._solvers:
-            spectrum, unseen, variance = self._spectrum or prior_spectrum(shape[1:]), 1.0, 1.0
+            weighted = self._options.get("weight") is not None  # in whose norm no spectrum holds
+            spectrum, unseen, variance = self._spectrum or (None if weighted else prior_spectrum(shape[1:])), 1.0, 1.0
             if spectrum is not None:
                 if spectrum.shape != shape[1:]:
                     expected = f"that of samples of shape {shape[1:]}, which y measures"

@@ -123,7 +123,7 @@ def invert(problem: Any, image: Any, method: str, args: argparse.Namespace) -> A
         return inverter.invert(image, generator=problem.streams(len(image)), callback=advance)
 
 
-def read(paths: list[Path], shape: tuple[int, ...], resize: bool) -> Any:
+def read(paths: list[Path], shape: tuple[int, ...], resize: bool | None) -> Any:
     """(B, C, H, W) float64 in [-1, 1]. Raises CommandError as `read_picture`."""
     import torch
 

@@ -60,7 +60,7 @@ def _mask(path: Path | None, shape: tuple[int, ...], seed: int) -> Any:
         return torch.rand(shape[1:], generator=draw) < 0.5
     from ._reading import read_picture
 
-    mask = read_picture(path, (1, *shape[1:]), False)[0] > 0
+    mask = read_picture(path, (1, *shape[1:]), None)[0] > 0
     if not bool(mask.any()):
         raise CommandError(f"--mask {path}: it has no white pixel: nothing would be measured")
     return mask

@@ -17,13 +17,13 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF 6.0
 WHITES = (255, 65535, 2**31 - 1)
 
 
-def read_picture(path: Path, shape: tuple[int, ...], resize: bool) -> Tensor:
+def read_picture(path: Path, shape: tuple[int, ...], resize: bool | None) -> Tensor:
     """(C, H, W) float64 in [-1, 1]: turned as its EXIF data say, in front of white where it is transparent.
 
     Args:
         path: a file.
         shape: (1, H, W) or (3, H, W).
-        resize: scale it to that size.
+        resize: scale it to that size; None where the user is not asked.
 
     Raises:
         CommandError: no picture, one of another size, or one whose values do not say what is white.
@@ -42,7 +42,9 @@ def read_picture(path: Path, shape: tuple[int, ...], resize: bool) -> Tensor:
     size = planes[0].size
     if size != (width, height) and not resize:
         found = f"{size[0]} x {size[1]}"
-        raise CommandError(f"{path}: {found} pixels, and the model makes {width} x {height}; pass --resize")
+        wanted = f"and the model makes {width} x {height}; pass --resize"
+        wanted = f"expected {width} x {height}; scale it first" if resize is None else wanted
+        raise CommandError(f"{path}: {found} pixels, {wanted}")
     if size != (width, height):
         planes = [plane.resize((width, height), Image.Resampling.LANCZOS) for plane in planes]
     pixels = np.stack([np.asarray(plane, dtype=np.float64) for plane in planes])

@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--simulate", action="store_true", help="IMAGEs are the truth: measure them, with that noise")
     parser.add_argument("--truth", nargs="+", type=Path, metavar="IMAGE", help="the truth, to compare with")
     parser.add_argument("--mask", type=Path, help="of inpaint: a picture, white where it is measured (default: half)")
-    parser.add_argument("--width", type=positive_float, default=1.0, help="of blur and motion, in pixels (default 1)")
+    parser.add_argument("--width", type=positive_float, help="of blur and motion, in pixels (default 1)")
     parser.add_argument("--model", default="bundled", help="diffusers folder, hub name or 'bundled' (the default)")
     parser.add_argument("--method", choices=tuple(NAMED), default="ddnm", help="default ddnm")
     parser.add_argument("--steps", type=positive_int, default=50, help="timesteps of the chain (default 50)")
@@ -77,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--truth: expected {len(args.images)} pictures, one for each measurement")
     if args.simulate and args.sigma is None:
         raise CommandError("--sigma auto: with --simulate the noise is added here; give its standard deviation")
+    for option, operators in (("mask", ("inpaint",)), ("width", ("blur", "motion"))):
+        if getattr(args, option) is not None and args.operator not in operators:
+            raise CommandError(f"--{option}: it is of {' and '.join(operators)}; leave it out for {args.operator}")
     if args.out.exists() and not args.out.is_dir():
         raise CommandError(f"--out {args.out}: that is a file; name a folder")
     check_folder(args.out)
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         max_batch=args.max_batch, group=_devices.group_of(args),
     )  # fmt: skip
     shape = problem.info.sample_shape
-    operator = make_operator(args.operator, shape, width=args.width, mask=args.mask, seed=args.seed)
+    operator = make_operator(args.operator, shape, width=args.width or 1.0, mask=args.mask, seed=args.seed)
     y, truth = measurements(args, problem, operator)
     problem.check_room(len(y))
     options = {name: value for name, value in problem.kwargs.items() if value is not None}
@@ -118,7 +121,7 @@ def measurements(args: argparse.Namespace, problem: Any, operator: Any) -> tuple
 
     shape = problem.info.sample_shape
     paths = args.images if args.simulate else args.truth
-    truth = None if not paths else read(paths, shape, False).to(problem.device, problem.dtype)
+    truth = None if not paths else read(paths, shape, None).to(problem.device, problem.dtype)
     probe = operator.A(torch.zeros(1, *shape, device=problem.device, dtype=problem.dtype))
     if args.simulate:
         draw = torch.Generator().manual_seed(args.seed)
@@ -129,7 +132,7 @@ def measurements(args: argparse.Namespace, problem: Any, operator: Any) -> tuple
             f"--operator {args.operator}: its measurements are no pictures; give the truth with --simulate, or use "
             "DEQRestorer in Python"
         )
-    return read(args.images, tuple(probe.shape[1:]), False).to(problem.device, problem.dtype), truth
+    return read(args.images, tuple(probe.shape[1:]), None).to(problem.device, problem.dtype), truth
 
 
 def restore(problem: Any, restorer: Any, y: Any, args: argparse.Namespace) -> Any:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .._devices import with_torch_defaults
 from .._types import Model, parameters_of
 from ..engine import arguments
+from ..gradient.base import refuse_inference_mode
 from ..model.draft import Draft
 from ..model.recording import Recording
 from ..schedule import Schedule
@@ -83,6 +84,7 @@ def distill(
         TypeError, ValueError: a bad argument, by name. NonFiniteError, ModelOutputError: the model's fault.
         OSError: `out` cannot be written in.
     """
+    refuse_inference_mode("distill")
     arguments.check_model(model)
     arguments.check_schedule(schedule)
     arguments.check_shape(shape)

@@ -150,11 +150,11 @@ class GET(nn.Module):
                 h = block(h, injection)
             return x + (h - z)
 
-        start = x.detach() if x.dtype.itemsize >= 4 else x.detach().float()  # under autocast it may be half
+        start = x.detach().to(self.embed.weight.dtype)  # under autocast it may be half
+        steps = self.max_steps if max_steps is None else max_steps
         z, info = equilibrium(
-            f, start, solver=self.solver, tol=self.tol, max_steps=max_steps or self.max_steps,
-            gradient=self.gradient, on_failure="ignore",
-        )  # fmt: skip
+            f, start, solver=self.solver, tol=self.tol, max_steps=steps, gradient=self.gradient, on_failure="ignore"
+        )
         patches = (
             self.last(self.last_norm(z))
             .to(noise.dtype)

@@ -87,7 +87,7 @@ class Job:
                 _log.info("going on with an unfinished distillation, after %.0f s", self.spent)
             elif recording is not None:
                 self.stages = ALONE
-                self.store, samples = pairs_of(recording, self.levels)
+                self.store, samples = pairs_of(recording, self.levels, self.teacher.shape)
                 self._new_draft(linear_part(samples))
             else:
                 self._own_chains()

@@ -77,15 +77,17 @@ class PairStore:
         return store
 
 
-def pairs_of(recording: Recording, levels: DraftLevels) -> tuple[PairStore, Tensor]:
+def pairs_of(recording: Recording, levels: DraftLevels, shape: tuple[int, ...]) -> tuple[PairStore, Tensor]:
     """The pairs in what solves have asked, and clean samples, (n, *shape), as predicted at the least noise.
 
     The iterates of a state, round after round, are the inputs of the same time that lie nearest to each other.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few, or they are not of samples of that shape.
     """
     x, t, y, pooled = recording.tensors()
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"recording: expected samples of shape {shape}, got {tuple(x.shape[1:])}")
     store = PairStore(pooled)
     store.add(x, t, y, torch.arange(len(x)))
     for time in torch.tensor(sorted(set(t.tolist())), dtype=t.dtype):

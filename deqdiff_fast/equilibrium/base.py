@@ -64,6 +64,7 @@ class FlatFunction:
 
     def __call__(self, z: Tensor) -> Tensor:
         self.calls += 1
+        z = z.clone() if z.is_inference() else z  # which has no version that would tell of a change in place
         version = None if z.is_inference() else z._version
         value = self.f(z.to(self.dtype).view(self.shape))
         if version is not None and z._version != version:
@@ -76,7 +77,8 @@ class FlatFunction:
         if not value.is_floating_point():
             raise ModelOutputError(f"f: expected a floating-point tensor, it returned {value.dtype}")
         self.own_dtype = value.dtype
-        return value.reshape(z.shape).to(self.work_dtype)
+        value = value.reshape(z.shape).to(self.work_dtype)
+        return value if value.requires_grad else value.clone()  # f may write into the same tensor every time
 
 
 def sizes(value: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from .._devices import hidden_in_backward, hidden_settings
 from ..solution import Solution
 from .base import Problem
-from .batched_vjp import BatchedVJP
+from .batched_vjp import BatchedVJP, apart
 from .first_order import first_order
 
 Cotangents = Callable[[BatchedVJP, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -50,6 +50,7 @@ class _AtSolution(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         trajectory, *leaves = ctx.saved_tensors
         system, (kwargs, count) = ctx.system, ctx.kwargs
+        leaves[:count] = apart(leaves[:count])
         vjp = BatchedVJP(system, kwargs, leaves[:count])
         states = trajectory.reshape(system.num_steps + 1, system.batch, -1).to(system.dtype)
         start = grad.reshape(system.batch, -1).to(system.dtype)

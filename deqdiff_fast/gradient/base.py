@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .._types import Generators, OnFailure
@@ -16,6 +17,14 @@ from ..solution import Callback, Solution
 Adjoint = Callable[[Any, Schedule, Tensor, dict[str, Any], "float | None"], Tensor]
 """`adjoint(model, schedule, start, model_kwargs, tol)` -> the trajectory (T + 1, B, D) of that chain, solved in
 parallel to that tolerance (None: the sampler's choice)."""
+
+
+def refuse_inference_mode(what: str) -> None:
+    """Raises RuntimeError under `torch.inference_mode`."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what}: expected torch.no_grad() or nothing around it, under inference_mode are no gradients"
+        )
 
 
 @dataclass(frozen=True)

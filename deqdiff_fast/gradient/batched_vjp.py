@@ -14,6 +14,11 @@ from ..engine.system import System
 CHUNK = 64  # rows in one call that stores its activations
 
 
+def apart(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that share memory: one tensor may be given twice, or be made of another or of the model's parameters."""
+    return [leaf.detach().requires_grad_() for leaf in leaves]
+
+
 class BatchedVJP:
     """Differentiable predictions of one system, and products with their Jacobians J.
 

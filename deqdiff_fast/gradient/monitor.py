@@ -100,7 +100,7 @@ class IterationMonitor:
     def _solution(self, sample: Tensor, states: Tensor) -> Solution:
         system, stats = self.problem.system, self.stats
         stats.model_evals, stats.model_calls = system.model_evals, system.model_calls
-        stats.residual_trace = torch.stack(self.trace)
+        stats.residual_trace, stats.error_estimate = torch.stack(self.trace), self.trace[-1]
         stats.wall_seconds = time.perf_counter() - self.start_time
         shape = (system.batch, *system.shape)
         trajectory = states.detach().view(-1, *shape).to(system.model_dtype)

@@ -30,7 +30,7 @@ from .._devices import hidden_in_backward, hidden_settings
 from ..errors import ConvergenceWarning
 from ..solution import Solution
 from .base import Problem, Relaxed
-from .batched_vjp import BatchedVJP
+from .batched_vjp import BatchedVJP, apart
 from .first_order import first_order
 from .fixed_point_map import FixedPointMap
 from .monitor import IterationMonitor
@@ -124,6 +124,7 @@ class _Iteration(Function):
         y, z, first, *rest = ctx.saved_tensors
         run, b = ctx.run, ctx.run.relaxation
         leaves, anchors = rest[: len(ctx.needs_input_grad) - 3], rest[len(ctx.needs_input_grad) - 3 :]
+        leaves[: run.count] = apart(leaves[: run.count])
         vjp, needed = run.vjp(leaves), ctx.needs_input_grad[3:]
         wanted = [leaf for leaf, need in zip(leaves, needed) if need]
         sums = [torch.zeros_like(leaf) for leaf in wanted]

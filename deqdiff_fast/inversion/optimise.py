@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..engine import arguments
 from ..gradient import resolve as resolve_gradient
-from ..gradient.base import Gradient
+from ..gradient.base import Gradient, refuse_inference_mode
 from ..loop.base import Solver
 from ..solver import resolve as resolve_solver
 from .base import InversionProblem, InversionStats, MethodResult, check_count
@@ -106,8 +106,9 @@ class Optimise:
 
         Raises:
             ValueError: `initial` is noise of another shape than the image.
-            TypeError: `optimizer` made something else than an optimizer.
+            TypeError: `optimizer` made something else than an optimizer. RuntimeError: under `torch.inference_mode`.
         """
+        refuse_inference_mode("method: 'gradient'")
         start_time = time.perf_counter()
         model = CountingModel(problem.model)
         stats = OptimiseStats(self.name, problem.schedule.num_steps)

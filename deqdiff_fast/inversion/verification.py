@@ -66,6 +66,8 @@ def verify_and_refine(problem: InversionProblem, method: Method, result: MethodR
         error[wrong[better]] = new_error[better]
         if again.trajectory is not None:
             result.trajectory[:, target] = again.trajectory[:, source]
+    if method.exact and result.stats.stop_reason == "converged" and not bool((error <= problem.tol).all()):
+        result.stats.stop_reason = "max_rounds"
     return sample, error
 
 

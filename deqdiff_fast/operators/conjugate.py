@@ -58,12 +58,17 @@ def _cgls(forward: Map, adjoint: Map, y: Tensor, damping: Tensor | float, tol: f
     energy = _squares(gradient)  # (B,)
     enough = tol**2 * energy
     damping = torch.as_tensor(damping, dtype=energy.dtype, device=energy.device)
+    # steps along a gradient that is rounding of the residual grow without bound; largest: of ||A v||^2 / ||v||^2
+    largest, rounding = torch.zeros_like(energy), (2 * torch.finfo(energy.dtype).eps) ** 2
     for _ in range(max_steps):
         active = energy > enough
         if not bool(active.any()):
             break
         image = forward(direction)
-        curvature = _squares(image) + damping * _squares(direction)
+        size, curvature = _squares(direction), _squares(image)
+        largest = torch.maximum(largest, curvature / size.where(size > 0, size.new_ones(())))
+        energy = torch.where(energy > rounding * largest * _squares(residual), energy, 0)
+        active, curvature = active & (energy > 0), curvature + damping * size
         step = torch.where(active & (curvature > 0), energy / curvature.where(curvature > 0, energy.new_ones(())), 0)
         solution = solution + _rows(step, solution) * direction
         residual = residual - _rows(step, residual) * image

@@ -35,7 +35,7 @@ def check(
         generator: for the random images, on the host; None: a fixed seed.
 
     Raises:
-        ValueError: an identity is violated, by name and size; or A does not take such images.
+        ValueError: an identity is violated, by name and size; or A does not take such images, or writes into them.
     """
     if generator is None:
         generator = torch.Generator().manual_seed(0)
@@ -54,11 +54,11 @@ def check(
 
 def _violations(operator: Operator, shape: tuple[int, ...], draw: Callable[[Shape], Tensor]) -> Iterator[Violation]:
     x, z = draw(shape), draw(shape)
-    image, other = operator.A(x), operator.A(z)
+    image, other = _left_alone(operator, "A", x), operator.A(z)
     if len(image) != shape[0]:
         raise ValueError(f"{_name(operator)}.A: {shape[0]} images came, {len(image)} measurements went")
     y = draw(image.shape)
-    back, inverse = operator.A_adjoint(y), operator.A_dagger(y)
+    back, inverse = (_left_alone(operator, what, y) for what in ("A_adjoint", "A_dagger"))
     for what, found in (("A_adjoint", back), ("A_dagger", inverse)):
         if tuple(found.shape) != shape:
             raise ValueError(f"{_name(operator)}.{what}: expected images {shape}, got {tuple(found.shape)}")
@@ -109,6 +109,14 @@ def _decomposition(
     scaled = values * coefficients
     yield "A = U diag(s) V_adjoint", _apart(operator.U(scaled), image), truncated
     yield "U_adjoint A = diag(s) V_adjoint", _apart(operator.U_adjoint(image), scaled), amplified
+
+
+def _left_alone(operator: Operator, what: str, x: Tensor) -> Tensor:
+    """A map of x. Raises ValueError where it changes x itself."""
+    kept, found = x.clone(), getattr(operator, what)(x)
+    if not torch.equal(x, kept):
+        raise ValueError(f"{_name(operator)}.{what}: expected to leave its input as it is; let it change a copy")
+    return found  # type: ignore[no-any-return]
 
 
 def _name(operator: Operator) -> str:

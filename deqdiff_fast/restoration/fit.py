@@ -68,6 +68,8 @@ class Descent:
             raise ValueError(
                 f"loss: expected a tensor ({batch},), one number for each sample, or one in all, got {got}"
             )
+        if not losses.requires_grad:
+            raise ValueError("loss: expected one with a gradient, got one that does not depend on the sample")
         if not bool(losses.isfinite().all()):
             raise ValueError("loss: expected finite numbers, got NaN or Inf")
         return losses.expand(batch) / batch if losses.dim() == 0 else losses

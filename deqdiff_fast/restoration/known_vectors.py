@@ -54,8 +54,8 @@ class KnownVectors:
         measured, path = self._parts(task, noise, parts)
         data: dict[str, Any] = {"measured": measured, "noise": path if parts is None else shared(path)}
         data["sigma"] = task.sigma
-        if not self.fresh:  # from tensors of its own: gradients reach y and the noise through each of the data alone
-            data["left"] = _left(task.levels, known, deviation, *self._parts(task, noise, parts))
+        if not self.fresh:
+            data["left"] = _left(task.levels, known, deviation, measured, path)
         first = self._weight(levels)[0] * guess_of(measured, deviation)
         start = operator.V(torch.where(known[0], torch.zeros_like(c), c - first))
         if parts is None or not task.schedule.stochastic:

@@ -68,7 +68,7 @@ class RestoringModel:
         return {**bind(batch, rest), KEY: kwargs[KEY]}
 
     def __call__(
-        self, inputs: Tensor, t: Tensor, *, step: Tensor, restoration: dict[str, Any], **kwargs: Any
+        self, inputs: Tensor, t: Tensor, /, *, step: Tensor, restoration: dict[str, Any], **kwargs: Any
     ) -> Tensor:
         """The prediction (n, *shape) for rows of unknowns, in float32 or float64. inputs: scaled as the model wants."""
         dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32

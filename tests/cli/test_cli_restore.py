@@ -77,8 +77,10 @@ def test_mistakes_are_one_line(folder, capsys):
     for words, message in (
         (["--operator", "sr4", "--simulate", "--truth", small], "leave one of the two out"),
         (["--operator", "cs25"], "its measurements are no pictures"),
-        (["--operator", "sr2"], "16"),
+        (["--operator", "sr2"], "8 x 8 pixels, expected 16 x 16; scale it first"),
         (["--operator", "sr4", "--simulate", "--sigma", "auto"], "--sigma auto"),
+        (["--operator", "blur", "--mask", small], "--mask: it is of inpaint; leave it out for blur"),
+        (["--operator", "sr4", "--width", "1"], "--width: it is of blur and motion; leave it out for sr4"),
     ):
         assert main(["restore", small, "--steps", "4", *words]) == 2
         assert message in capsys.readouterr().err

@@ -212,3 +212,14 @@ def test_conditions_are_counted():
     assert count_conditions(lambda x, t: x, {}) == 1
     assert count_conditions(lambda x, t: x, {"a": [torch.ones(4, 2)], "b": dq.shared(torch.ones(7)), "c": 3}) == 4
     assert count_conditions(lambda x, t: x, {"prompt": ["a", "b"]}) == 2
+
+
+def test_what_cannot_be_distilled_is_said():
+    schedule, recording = ddpm(20), dq.Recording()
+    model = Exact(schedule, (10,))
+    with torch.no_grad():
+        dq.DEQSampler(model, schedule).record(recording).sample(torch.randn(4, 10))
+    with pytest.raises(ValueError, match=r"recording: expected samples of shape \(12,\), got \(10,\)"):
+        dq.distill(model, schedule, (12,), recording=recording, **SETTINGS)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="distill: expected torch"):
+        dq.distill(model, schedule, (10,), **SETTINGS)

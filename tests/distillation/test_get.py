@@ -159,3 +159,14 @@ def test_positions_differ():
     table = grid_positions(3, 4, 16)[0]
     assert table.shape == (12, 16)
     assert float((torch.cdist(table, table) + 10 * torch.eye(12)).min()) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half(student, dtype):
+    noise = torch.randn(3, 2, 8, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = student(noise), student.to(dtype)(noise.to(dtype))
+    assert found.dtype == dtype
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.05
+    with pytest.raises(ValueError, match="max_steps: expected an int >= 1, got 0"):
+        student(noise.to(dtype), max_steps=0)

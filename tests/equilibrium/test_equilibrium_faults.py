@@ -147,3 +147,19 @@ def test_an_input_changed_in_place_is_noticed():
     with torch.inference_mode():
         _, info = dq.equilibrium(lambda z: 0.5 * z + 1, torch.ones(2, 3))
     assert bool(info.converged.all())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("solver", ["anderson", "relaxed", "reversible"])
+def test_the_same_memory_every_time_is_no_fixed_point(mode, solver):
+    """An output buffer, or where nothing tells of a change the input itself, was seen as equal to what it held."""
+    out, start = torch.empty(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
+
+    def in_place(z):
+        return torch.cos(z, out=z if mode is torch.inference_mode else out)
+
+    for f in (lambda z: torch.cos(z, out=out), in_place):
+        with mode():
+            z, info = dq.equilibrium(f, start.clone(), solver=solver, tol=1e-9, max_steps=90)
+        assert bool(info.converged.all())
+        torch.testing.assert_close(z, torch.cos(z.clone()), rtol=1e-8, atol=0)

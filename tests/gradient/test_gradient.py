@@ -86,3 +86,26 @@ def test_gradient_of_a_stochastic_chain(ddim):
     with torch.no_grad():
         slope = (loss(noise + 1e-5 * way) - loss(noise - 1e-5 * way)) / 2e-5
     assert torch.isclose((got * way).sum(), slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", [dq.Implicit(), dq.Phantom(tau=1.0, steps=11), "reversible"])
+@pytest.mark.parametrize("case", ["the same", "made of the other", "made of a parameter"])
+def test_conditions_that_are_made_of_each_other(ddim, backpropagation, gradient, case):
+    """Each has a gradient of its own: what one is made of got the other's twice, or a graph was gone."""
+    net, cond = Net(), torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+
+    def model(x, t, a, b):
+        return net(x, t, a + torch.sin(x) * b)
+
+    def conditions():
+        made = {"the same": cond, "made of the other": cond.square(), "made of a parameter": net.outer.bias + 0 * cond}
+        return {"a": cond, "b": made[case]}
+
+    wrapped, noise = nn.Module(), torch.randn(2, 8, dtype=torch.float64)
+    wrapped.net, wrapped.forward = net, model
+    leaves = [cond, *net.parameters()]
+    out = dq.DEQSampler(wrapped, ddim(10), solver="picard", tol=1e-9, gradient=gradient).sample(noise, conditions())
+    got = torch.autograd.grad(out.sample.square().sum(), leaves)
+    expected = torch.autograd.grad(backpropagation(model, ddim(10), noise, **conditions()).square().sum(), leaves)
+    for a, b in zip(got, expected):
+        assert (a - b).norm() <= 1e-6 * b.norm()

@@ -7,6 +7,7 @@ import torch
 
 import deqdiff_fast as dq
 from deqdiff_fast.inversion import FixedPoint
+from deqdiff_fast.inversion.base import InversionStats, MethodResult
 
 SHAPE = (3, 8, 8)
 
@@ -110,3 +111,20 @@ def test_a_clipping_schedule_reaches_its_range_only(mixture, ddim):
     clipped = replace(schedule, clip=Clip(1.0, torch.zeros(10)))
     with pytest.raises(ValueError, match="the schedule clips there"):
         dq.DEQInverter(mixture(), clipped).invert(torch.full((1, *SHAPE), 1.5))
+
+
+def test_a_descent_under_inference_mode_is_refused(mixture, ddim):
+    inverter = dq.DEQInverter(mixture(), ddim(5), "gradient")
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="method: 'gradient': expected torch"):
+        inverter.invert(torch.zeros(1, *SHAPE))
+
+
+def test_what_a_method_wrongly_believes_is_not_said(mixture, ddim):
+    class Hopeful(FixedPoint):
+        def solve(self, problem):
+            sure = torch.ones(problem.batch, dtype=torch.bool)
+            return MethodResult(problem.image, None, sure, InversionStats("hopeful", 1))
+
+    found = dq.DEQInverter(mixture(), ddim(5), Hopeful()).invert(torch.ones(2, *SHAPE))
+    assert not found.converged.any()
+    assert found.stats.stop_reason == "max_rounds"

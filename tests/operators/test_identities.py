@@ -142,3 +142,13 @@ def test_an_operator_that_is_badly_conditioned_passes_in_float32() -> None:
     """Its small singular values are rounding there, and left out."""
     operators.check(operators.Blur.gaussian(3.0, padding="reflect"), (2, 3, 32, 32), torch.float32)
     operators.check(operators.Blur.gaussian(3.0), (2, 3, 32, 32), torch.float32)
+
+
+@pytest.mark.parametrize("what", ["A", "A_adjoint", "A_dagger"])
+def test_maps_that_change_their_input_are_refused(what: str) -> None:
+    """All identities hold for them, and restorations came out wrong."""
+    mask = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    operator = operators.Inpaint(mask)
+    setattr(operator, what, lambda x: x.mul_(mask))
+    with pytest.raises(ValueError, match=f"Inpaint.{what}: expected to leave its input as it is"):
+        operators.check(operator, SHAPE)

@@ -143,6 +143,18 @@ def test_least_squares_are_the_normal_equations(damping: float | torch.Tensor) -
     torch.testing.assert_close(gradient, (maps.mT @ weights[..., None])[..., 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_least_squares_of_what_no_image_has_are_zero(dtype: torch.dtype) -> None:
+    """As are the gradients that a null part passes on: steps along their rounding led to 1e108."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(400, 8, 8, generator=generator, dtype=torch.float64))[0]
+    matrices, y = left[..., :5].to(dtype) / 2, (left[..., 5:] @ torch.ones(3, 1, dtype=torch.float64))[..., 0].to(dtype)
+    found = operators.least_squares(
+        lambda x: (matrices @ x[..., None])[..., 0], lambda y: (matrices.mT @ y[..., None])[..., 0], y
+    )
+    assert float(found.norm(dim=1).max()) < 100 * torch.finfo(dtype).eps
+
+
 NAN = math.nan
 REFUSED = {
     "mask: empty": lambda: operators.Inpaint(torch.zeros(4, 4)),
