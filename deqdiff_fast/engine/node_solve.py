@@ -164,7 +164,7 @@ class NodeSolve:
         self._begin(work)
         chain, problem = work.chain, self.problem
         make: Callable[[], Tensor] = lambda: interpolation(  # noqa: E731
-            torch.tensor(nodes), torch.arange(chain.num_steps), problem.chain.unit
+            problem.chain, torch.tensor(nodes), torch.arange(chain.num_steps)
         ).to(chain.states)
         weights: Tensor = problem.cache(("all", nodes), make)
         torch.mm(weights, self.place.whole(remainder).flatten(1), out=chain.predictions.flatten(1))

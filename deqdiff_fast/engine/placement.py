@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..memory import Lease, MemoryPlan, SolverMemory
 from ..nodes.elements import ALL_ELEMENTS, Elements
+from ..nodes.growth import TOGETHER
 from ..nodes.host_history import STORED, HostMemory
 from .shared_elements import SharedElements
 from .system import System
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .options import Options
 
 ITERATES = 8  # states, remainders, answers, surprises and what is made of them in a round, old and new
+CARRIED = 9  # more of them, where all sums of `nodes.growth` are carried at once
 ITERATES_LEFT = 11  # where the history is on the host and what is made is made in pieces
 PIECE_BYTES = 1 << 28  # that the host keeps of a piece; pinned memory comes in powers of two
 PIECES = 3  # of that size that are on the device at a time
@@ -106,7 +108,8 @@ class Placement:
         size: int = rows * self.numel * system.dtype.itemsize
         if self.host is None:
             columns = (2 if system.draft is None else 3) * (history + 1)
-            tensors: int = 2 * columns + 2 * history + ITERATES + system.schedule.stochastic
+            carried = CARRIED if rows * self.numel <= TOGETHER else 0
+            tensors: int = 2 * columns + 2 * history + ITERATES + carried + system.schedule.stochastic
             return held + tensors * size, 0
         kept: int = rows * self.numel * _kept(system, settings)
         drift = self.numel * system.num_steps * system.batch * system.dtype.itemsize * system.schedule.stochastic

@@ -1,9 +1,10 @@
 """Composite steps: a chain with linear predictions, made from node to node in one step each.
 
 Between two nodes the remainder of the predictions is a local polynomial through the values at the nearest nodes, in
-units of the clean sample (q times the remainder), where it is smooth up to the image end. As predictions are
-slope[i] x_i + remainder[i], the state at the next node is linear in the state at this one and in those few values. The
-coefficients depend on an element only by its slope, so they are kept for classes of slopes.
+units of the clean sample (q times the remainder), where it is smooth up to the image end, as a function of
+`grid.places`. As predictions are slope[i] x_i + remainder[i], the state at the next node is linear in the state at this
+one and in those few values. The coefficients depend on an element only by its slope, so they are kept for classes of
+slopes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class LinearChain:
     state_coef: Tensor  # (T, L) a
     model_coef: Tensor  # (T, L) b
     slope: Tensor  # (T, K) c of every class of elements
-    unit: Tensor  # (T,) q, nowhere 0: remainders times it are smooth in time
+    unit: Tensor  # (T,) q, nowhere 0: remainders times it are smooth
+    place: Tensor  # (T,) increasing, of which they are a smooth function
 
     @cached_property
     def influence(self) -> Tensor:
@@ -52,20 +54,20 @@ def stencil(sources: Tensor, at: Tensor, points: int = POINTS) -> tuple[Tensor, 
 
 
 def lagrange(known: Tensor, at: Tensor) -> Tensor:
-    """(..., m, S): what the polynomial through values at `known`: (m, S), distinct in a row, takes of each at `at`:
-    (..., m)."""
-    known, other = known.double(), ~torch.eye(known.shape[1], dtype=torch.bool)
+    """(..., m, S): what the polynomial through values at places `known`: (m, S) float64, distinct in a row, takes of
+    each at places `at`: (..., m)."""
+    other = ~torch.eye(known.shape[1], dtype=torch.bool)
     apart = torch.where(other, known[:, :, None] - known[:, None], 1).prod(-1)
-    weights: Tensor = torch.where(other, (at.double()[..., None] - known)[..., None, :], 1).prod(-1) / apart
+    weights: Tensor = torch.where(other, (at[..., None] - known)[..., None, :], 1).prod(-1) / apart
     return weights
 
 
-def interpolation(sources: Tensor, at: Tensor, unit: Tensor | None = None) -> Tensor:
-    """(m, n) float64: what timesteps `at` take of the values at n sources, in units of `unit`, (T,), if given."""
+def interpolation(chain: LinearChain, sources: Tensor, at: Tensor, scaled: bool = True) -> Tensor:
+    """(m, n) float64: what timesteps `at` take of the values at n sources; scaled: of remainders, in their unit."""
     _, near = stencil(sources, at)
-    weights = lagrange(sources[near], at)
-    if unit is not None:
-        weights = weights * unit[sources[near]] / unit[at, None]
+    weights = lagrange(chain.place[sources[near]], chain.place[at])
+    if scaled:
+        weights = weights * chain.unit[sources[near]] / chain.unit[at, None]
     return torch.zeros(len(at), len(sources), dtype=torch.float64).scatter_(1, near, weights)
 
 
@@ -74,7 +76,7 @@ def composite_steps(chain: LinearChain, targets: Tensor, sources: Tensor) -> Com
 
     All steps of one length are made at once, so it takes as many operations as the longest interval has timesteps.
     """
-    a, b, c, unit = chain.state_coef, chain.model_coef, chain.slope, chain.unit
+    a, b, c, unit, place = chain.state_coef, chain.model_coef, chain.slope, chain.unit, chain.place
     steps, lags = a.shape
     length = torch.cat([targets[1:], torch.tensor([steps])]) - targets
     start, near = stencil(sources, targets)
@@ -84,7 +86,8 @@ def composite_steps(chain: LinearChain, targets: Tensor, sources: Tensor) -> Com
     for lag in range(lags):
         coef[:, lag, lag] = 1  # of x_t, x_{t-1}, ... at the beginning
     rows = (targets + torch.arange(int(length.max()))[:, None]).clamp_max(steps - 1)
-    shares = [lagrange(known, rows - lag) * unit[known] / unit[(rows - lag).clamp_min(0), None] for lag in range(lags)]
+    before = [(rows - lag).clamp_min(0) for lag in range(lags)]
+    shares = [lagrange(place[known], place[there]) * unit[known] / unit[there, None] for there in before]
     for done, row in enumerate(rows):
         new = torch.zeros_like(coef[:, 0])
         for lag in range(lags):
@@ -115,14 +118,14 @@ def node_influence(steps: CompositeSteps) -> tuple[Tensor, Tensor]:
     return found, after
 
 
-def leave_one_out(sources: Tensor, unit: Tensor) -> Tensor:
-    """(n, n) float64: each value less what its four nearest neighbours say by interpolation."""
-    count = len(sources)
+def leave_one_out(chain: LinearChain, sources: Tensor) -> Tensor:
+    """(n, n) float64: each remainder less what its four nearest neighbours say by interpolation."""
+    count, place, unit = len(sources), chain.place, chain.unit
     found = torch.eye(count, dtype=torch.float64)
     if count < 3:
         return torch.zeros_like(found)
     around, number = min(POINTS, count - 1), torch.arange(count)
     near = (number - around // 2).clamp(0, count - around - 1)[:, None] + torch.arange(around + 1)
     near = near[near != number[:, None]].view(count, around)
-    weights = lagrange(sources[near], sources) * unit[sources[near]] / unit[sources, None]
+    weights = lagrange(place[sources[near]], place[sources]) * unit[sources[near]] / unit[sources, None]
     return found.scatter_(1, near, -weights)

@@ -4,6 +4,7 @@ The remainder of a prediction, in units of the clean sample, is smooth in the lo
 Local cubic interpolation of it between nodes h apart is wrong by about h^4, and an error at a timestep counts as much
 as the chain carries of it to the sample, w. Nodes that share the error evenly have the density |l'|^(4/5) w^(1/5). What
 is rough in time whatever the noise level, such as a network's embedding of the timestep, wants an even share: `EVEN`.
+What is interpolated is a polynomial in the sum of |l'|^(4/5), in which such nodes lie about evenly: `places`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ TILT, MOST_TILTED = 0.5, 4  # by what part, and how often that, of what nodes ha
 FEWEST_SEEN = 4  # nodes
 SHIFT = 0.25  # how far nodes are moved, in intervals
 GOLDEN = 0.6180339887498949  # multiples of it spread out evenly
+POWER = 0.8  # of the changes of l, in places and in the density
+LEAST_MOVE = 0.1  # between two places, of that on the mean: steps may repeat a noise level
 RATIO_RANGE = (1e-4, 1e4)  # noise-to-signal ratios beyond count as these
 LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
 
@@ -64,18 +67,29 @@ def is_noisy(schedule: Schedule) -> bool:
 def density(schedule: Schedule) -> Tensor:
     """(T,) float64 with sum 1: how the nodes of a chain should be spread."""
     steps = schedule.num_steps
-    low, high = RATIO_RANGE
-    ratio = (schedule.sigma[:-1] / schedule.signal[:-1].clamp_min(1e-300)).clamp(low, high).log()
     width = torch.zeros(steps, dtype=torch.float64)
     if steps > 1:  # the largest of the two steps on either side: what is interpolated here goes by nodes beyond them
-        moved = ratio.diff().abs()
+        moved = _moves(schedule)
         width = torch.cat([moved[:1].expand(2), moved, moved[-1:].expand(2)]).unfold(0, 4, 1).amax(1)
     weight = influence(schedule).abs()
     weight = (weight / weight.max()).clamp_min(LEAST_WEIGHT)
-    shape = width**0.8 * weight**0.2
+    shape = width**POWER * weight ** (1 - POWER)
     total = shape.sum()
     even = torch.full_like(shape, 1 / steps)
     return even if not total > 0 else (1 - EVEN) * shape / total + EVEN * even
+
+
+def places(schedule: Schedule) -> Tensor:
+    """(T,) float64, from 0 on: what remainders are a smooth function of, a change of 1 a step on the mean."""
+    moved = _moves(schedule) ** POWER
+    moved = torch.where(moved.sum() > 0, moved / moved.mean(), 1).clamp_min(LEAST_MOVE)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), moved.cumsum(0)])
+
+
+def _moves(schedule: Schedule) -> Tensor:
+    """(T - 1,): by how much the logarithm of the noise-to-signal ratio changes from one timestep to the next."""
+    ratio = schedule.sigma[:-1] / schedule.signal[:-1].clamp_min(1e-300)
+    return ratio.clamp(*RATIO_RANGE).log().diff().abs()
 
 
 def tilted(density: Tensor, nodes: tuple[int, ...], missed: list[float]) -> Tensor:

@@ -16,6 +16,8 @@ from .composite import (
     node_influence,
 )
 
+SIGNS = 4
+
 
 @dataclass(frozen=True)
 class NodeGrid:
@@ -31,6 +33,7 @@ class NodeGrid:
     excess: Tensor  # (n, K) that part of the influence that stands for timesteps that are not asked
     unasked: Tensor  # (n,) that part of `local` that does
     leave_one_out: Tensor  # (n, n)
+    signs: Tensor  # (n, SIGNS), random ones, for sums of what is independent from node to node; all plus in the first
 
     @classmethod
     def of(cls, chain: LinearChain, nodes: list[int], dtype: torch.dtype, device: torch.device) -> NodeGrid:
@@ -42,7 +45,9 @@ class NodeGrid:
         local = steps.remainder_coef[number, 0, number - steps.start]
         length = torch.cat([at[1:], torch.tensor([len(chain.unit)])]) - at
         unasked = (length - 1) / length
-        tables = [chain.slope[at], influence, after, local, influence - own, unasked, leave_one_out(at, chain.unit)]
+        signs = torch.randint(0, 2, (len(nodes), SIGNS), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        signs[:, 0] = 1
+        tables = [chain.slope[at], influence, after, local, influence - own, unasked, leave_one_out(chain, at), signs]
         return cls(tuple(nodes), at.to(device), on(steps, dtype, device), *(t.to(device, dtype) for t in tables))
 
 
@@ -61,7 +66,7 @@ class Transfer:
         device: torch.device,
     ) -> Transfer:  # fmt: skip
         known, at = torch.tensor(sources), torch.tensor(targets)
-        plain = interpolation(known, at)
+        plain = interpolation(chain, known, at, scaled=False)
         scaled = plain * chain.unit[known] / chain.unit[at, None]
         return cls(
             on(composite_steps(chain, at, known), dtype, device), plain.to(device, dtype), scaled.to(device, dtype),

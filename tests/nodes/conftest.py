@@ -13,21 +13,23 @@ from deqdiff_fast.nodes.composite import CompositeSteps, LinearChain
 
 
 def random_chain(steps: int = 23, lags: int = 1, kinds: int = 3, seed: int = 0) -> LinearChain:
-    """Coefficients of order one, that carry states on without blowing them up; a unit that is not constant."""
+    """Coefficients of order one, that carry states on without blowing them up; a unit that is not constant, and places
+    that are not evenly apart."""
     draw = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(steps, lags, generator=draw, dtype=torch.float64) for _ in range(2))
     exists = torch.arange(steps)[:, None] >= torch.arange(lags)
     c = 0.3 * torch.randn(steps, kinds, generator=draw, dtype=torch.float64)
     unit = -torch.linspace(3, 0.2, steps, dtype=torch.float64)
-    return LinearChain((0.9 + 0.1 * a) / lags * exists, 0.3 * b * exists, c, unit)
+    place = (0.5 + torch.rand(steps, generator=draw, dtype=torch.float64)).cumsum(0)
+    return LinearChain((0.9 + 0.1 * a) / lags * exists, 0.3 * b * exists, c, unit, place)
 
 
-def polynomial(known: Tensor, values: Tensor, at: int, unit: Tensor) -> Tensor:
+def polynomial(chain: LinearChain, known: Tensor, values: Tensor, at: int) -> Tensor:
     """The value at `at` of the polynomial through unit * values at the timesteps `known`, in the plain unit again."""
-    centred = (known - known[0]).double()
+    place, unit = chain.place - chain.place[known[0]], chain.unit
     powers = torch.arange(len(known), dtype=torch.float64)
-    coef = torch.linalg.solve(centred[:, None] ** powers, (unit[known, None] * values.flatten(1)))
-    return ((float(at - known[0]) ** powers) @ coef / unit[at]).view(values.shape[1:])
+    coef = torch.linalg.solve(place[known, None] ** powers, (unit[known, None] * values.flatten(1)))
+    return ((place[at] ** powers) @ coef / unit[at]).view(values.shape[1:])
 
 
 def nearest_four(sources: list[int], at: int) -> Tensor:
@@ -42,14 +44,14 @@ def step_by_step(
     classes: Tensor, drift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(T + 1, B, D): one step after the other, the remainder of every interval from the polynomial around it."""
-    a, b, c, unit = chain.state_coef, chain.model_coef, chain.slope, chain.unit
+    a, b, c = chain.state_coef, chain.model_coef, chain.slope
     states, at = [start], torch.tensor(sources)
     for i in range(len(a)):
         near = nearest_four(sources, max(t for t in targets if t <= i))
         x = torch.zeros_like(start) if drift is None else drift[i].clone()
         for lag in range(min(a.shape[1], i + 1)):
             there = i - lag
-            rest = polynomial(at[near], remainder[near], there, unit)
+            rest = polynomial(chain, at[near], remainder[near], there)
             x += a[i, lag] * states[there] + b[i, lag] * (c[there, classes] * states[there] + rest)
         states.append(x)
     return torch.stack(states)

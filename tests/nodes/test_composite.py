@@ -93,20 +93,20 @@ def test_stencils_lie_around_the_interval():
 
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
 def test_interpolation_reproduces_cubics_in_the_scaled_unit(random_chain, degree):
-    unit = random_chain(STEPS).unit
-    sources, at = torch.tensor(NODES[3]), torch.arange(STEPS)
-    power = (at.double() / 7 - 1) ** degree
-    for scale in (None, unit):
-        values = power if scale is None else power / scale
-        torch.testing.assert_close(interpolation(sources, at, scale) @ values[sources], values, **EXACT)
-    quartic = (at.double() / 7 - 1) ** 4
-    assert (interpolation(sources, at) @ quartic[sources] - quartic).abs().max() > 1e-3
+    chain, sources, at = random_chain(STEPS), torch.tensor(NODES[3]), torch.arange(STEPS)
+    power = (chain.place / 7 - 1) ** degree
+    for scaled in (False, True):
+        values = power / chain.unit if scaled else power
+        torch.testing.assert_close(interpolation(chain, sources, at, scaled) @ values[sources], values, **EXACT)
+    quartic = (chain.place / 7 - 1) ** 4
+    assert (interpolation(chain, sources, at, False) @ quartic[sources] - quartic).abs().max() > 1e-3
 
 
 def test_interpolation_keeps_what_is_known_to_the_last_bit(random_chain):
-    sources = torch.tensor(NODES[3])
-    assert torch.equal(interpolation(sources, sources), torch.eye(len(sources), dtype=torch.float64))
-    assert torch.equal(lagrange(sources[None, :4], sources[2:3]), torch.eye(4, dtype=torch.float64)[2:3])
+    chain, sources = random_chain(STEPS), torch.tensor(NODES[3])
+    known = chain.place[sources]
+    assert torch.equal(interpolation(chain, sources, sources), torch.eye(len(sources), dtype=torch.float64))
+    assert torch.equal(lagrange(known[None, :4], known[2:3]), torch.eye(4, dtype=torch.float64)[2:3])
 
 
 @pytest.mark.parametrize("lags", [1, 2, 3])
@@ -152,9 +152,9 @@ def test_the_adjoint_is_the_derivative(random_chain, lags):
 
 @pytest.mark.parametrize("nodes", NODES[2:], ids=len)
 def test_leave_one_out_misses_no_cubic(random_chain, nodes):
-    unit, at = random_chain(STEPS).unit, torch.tensor(nodes)
-    t = at.double() / 7 - 1
-    found = leave_one_out(at, unit)
+    chain, at = random_chain(STEPS), torch.tensor(nodes)
+    t, unit = chain.place[at] / 7 - 1, chain.unit
+    found = leave_one_out(chain, at)
     for degree in range(4 if len(nodes) > 4 else 3):
         assert (found @ (t**degree / unit[at])).abs().max() < 1e-9
     assert (found @ (t**4 / unit[at])).abs().min() > 1e-6
@@ -163,7 +163,7 @@ def test_leave_one_out_misses_no_cubic(random_chain, nodes):
 
 @pytest.mark.parametrize("nodes", [[0], [0, 22]])
 def test_too_few_to_leave_one_out(random_chain, nodes):
-    assert not leave_one_out(torch.tensor(nodes), random_chain(STEPS).unit).any()
+    assert not leave_one_out(random_chain(STEPS), torch.tensor(nodes)).any()
 
 
 def test_what_a_grid_knows(random_chain):

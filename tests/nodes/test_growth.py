@@ -22,21 +22,23 @@ NEAR_A_DECISION = [(50, 172, 1), (50, 186, 3), (100, 118, 1), (100, 162, 7), (10
 
 @pytest.fixture
 def told(random_chain, scan, gaussian):
-    """A chain at some nodes of a model that adds `beyond`: (n,), times the state to what its slopes say."""
+    """A chain at some nodes of a model that adds `beyond`: (n,), times the state to what its slopes say; rest: (n, D),
+    of elements of which rounds have moved the first only."""
 
-    def make(nodes, steps, beyond, answers, lags=1):
+    def make(nodes, steps, beyond, answers, lags=1, rest=None):
         grid = NodeGrid.of(random_chain(steps, lags, 1), nodes, torch.float64, torch.device("cpu"))
         count = len(nodes)
         if count == steps:  # nothing is missed: as if each node had all of its remainder wrong
             grid = replace(grid, unasked=torch.ones(count).double(), leave_one_out=torch.eye(count).double())
-        history = NodeHistory(COLUMNS, gaussian(count, BATCH, 1), 1e-14, 1e-12)
+        rest = gaussian(count, BATCH, 1, seed=30) if rest is None else rest[:, None].expand(-1, BATCH, -1).clone()
+        history = NodeHistory(COLUMNS, rest, 1e-14, 1e-12)
         for k in range(answers):
-            states = gaussian(count, BATCH, 1, seed=10 + k)
+            states = torch.zeros_like(rest)
+            states[..., :1] = gaussian(count, BATCH, 1, seed=10 + k)
             history.push(None, states, beyond[:, None, None] * states)
         history.prepare()
-        rest = gaussian(count, BATCH, 1, seed=30)
-        states = scan(grid.steps, rest, gaussian(BATCH, 1), torch.zeros(1))
-        problem = SimpleNamespace(classes=None, elements=ALL_ELEMENTS, backend="reference")
+        states = scan(grid.steps, rest, gaussian(BATCH, rest.shape[2]), torch.zeros(rest.shape[2]))
+        problem = SimpleNamespace(classes=None, elements=ALL_ELEMENTS, backend="reference", host=None)
         return SimpleNamespace(problem=problem, grid=grid, remainder=rest, states=states, history=history)
 
     return make
@@ -61,6 +63,30 @@ def test_it_is_the_jacobian_that_the_answers_tell(told, random_chain):
     assert expected.max() > 1.5
     found = growth(told(list(range(steps)), steps, beyond, 2))
     torch.testing.assert_close(found, expected[:, None].expand(-1, BATCH), rtol=1e-5, atol=1e-5)
+
+
+def test_misses_that_cancel_from_node_to_node(told, random_chain):
+    """Along the first element, which the model amplifies, they have signs by which they would add up to nothing."""
+    steps = SWEEPS + 1
+    local = random_chain(steps, 1, 1)
+    gain = (local.state_coef + local.model_coef * local.slope)[:, 0]
+    beyond = torch.where(local.model_coef[:, 0] > 0, gain, -gain) * 2 / local.model_coef[:, 0].abs()  # thrice the gain
+    alternating = torch.zeros(steps, dtype=torch.float64)
+    alternating[0], alternating[1] = 1, -3 * gain[1] * local.model_coef[0, 0] / local.model_coef[1, 0]
+    rest = torch.stack([alternating, torch.full_like(alternating, 0.1)], 1)
+    several = growth(told(list(range(steps)), steps, beyond, 2, rest=rest))
+    own = told(list(range(steps)), steps, beyond, 2, rest=rest)
+    own.grid = replace(own.grid, signs=own.grid.signs[:, :1])
+    natural = growth(own)
+    assert bool((several[1] > 2 * natural[1]).all())
+
+
+def test_the_signs_one_after_the_other(told):
+    """As where memory is short."""
+    chain = told(list(range(9)), 9, torch.linspace(-1, 1, 9).double(), 2, rest=torch.randn(9, 4).double())
+    together = growth(chain)
+    chain.problem.host = object()
+    torch.testing.assert_close(growth(chain), together)
 
 
 def test_it_is_bounded_and_never_below_one(told):

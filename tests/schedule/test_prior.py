@@ -25,9 +25,11 @@ def test_a_spectrum_for_every_space(shape):
         assert bool((variance.diff(dim=axis) <= 0).all())
 
 
-def test_it_falls_as_one_over_the_square():
-    row = prior_spectrum((1, 64)).variance.view(64)
-    torch.testing.assert_close(row[0] / row, 1 + torch.arange(64, dtype=row.dtype).square())
+@pytest.mark.parametrize(("shape", "power"), [((1, 64, 64), 2), ((1, 3, 64, 64), 2), ((1, 64), 1)])
+def test_it_falls_as_a_power_of_the_frequency(shape, power):
+    row = prior_spectrum(shape).variance.flatten()[: shape[-1]]
+    expected = (1 + torch.arange(64, dtype=row.dtype).square()) ** (power / 2)
+    torch.testing.assert_close(row[0] / row, expected, rtol=1e-3, atol=0)
 
 
 def test_colour_is_less_than_brightness():

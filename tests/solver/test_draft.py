@@ -94,14 +94,14 @@ def test_a_linear_draft_is_quasi_newton(mixture, ddim, noise, monkeypatch):
     """But for what sweeps leave, when they go on until the sample stands still."""
     for name, value in (("LOOSE", 0.0), ("SETTLED", 1e-3), ("SWEEPS", 50)):
         monkeypatch.setattr(chain, name, value)
-    schedule, model = ddim(50), mixture()
+    schedule, model, start = ddim(50), mixture(), noise(seed=1)
     slope = dict(zip(schedule.timesteps.tolist(), schedule.slope().float()))
 
     def linear(x: Tensor, t: Tensor) -> Tensor:
         return x * torch.stack([slope[int(k)] for k in t])[:, None, None, None]
 
-    found, _ = solved(model, schedule, noise(), linear, solver=dq.Drafted(slope="scalar", history=0), tol=1e-2)
-    newton, _ = solved(model, schedule, noise(), None, solver=dq.QuasiNewton(slope="scalar", history=0), tol=1e-2)
+    found, _ = solved(model, schedule, start, linear, solver=dq.Drafted(slope="scalar", history=0), tol=1e-2)
+    newton, _ = solved(model, schedule, start, None, solver=dq.QuasiNewton(slope="scalar", history=0), tol=1e-2)
     assert found.stats.rounds == newton.stats.rounds
     assert torch.allclose(found.stats.residual_trace, newton.stats.residual_trace, rtol=1e-3)
 
