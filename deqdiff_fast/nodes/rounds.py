@@ -48,6 +48,7 @@ class NodeRounds:
         self.unsure = torch.full((self.batch,), problem.amplifies)
         self.unchanged = 0  # rounds since nodes have changed
         self.shortfall = torch.ones(self.batch, dtype=problem.start.dtype)
+        self.amplified = torch.ones_like(self.shortfall)  # what is missed, at any nodes: at new ones little is known
         self.rate: Tensor | None = None
         self.missed: Tensor | None = None  # by interpolation, as spots have just shown
         self.suspects: tuple[int, ...] = ()  # spots that are asked again, until states have settled
@@ -80,6 +81,8 @@ class NodeRounds:
             before, found = found, self._advance(round).on_host()
             if self._seems_done(found):
                 found = self._estimate(growth(chain)).on_host()
+                self.amplified = torch.maximum(self.amplified, (found.grown / found.interpolation).nan_to_num(1.0))
+            found = found._replace(grown=torch.maximum(found.grown, self.amplified * found.interpolation))
             self.unsure |= found.growth * self.problem.tol >= DOUBTED
             grown = before is not None and bool((found.step > GROWING * before.step).any())
             if grown and chain.draft is not None and round > UNTOLD + 2:

@@ -111,3 +111,24 @@ def test_fewer_samples_are_false_where_the_model_amplifies(mixture, ddim, noise,
     told = false()
     monkeypatch.setattr(rounds, "growth", lambda chain: torch.ones(len(chain.remainder), chain.states.shape[1]))
     assert told < false()
+
+
+def test_what_was_amplified_on_some_nodes_counts_on_others(mixture, ddim, noise, monkeypatch):
+    """There secants are interpolated, and tell less."""
+    factors, seen = iter([1.0, 6.0]), []
+    original = rounds.NodeRounds._estimate_error
+
+    def noted(self, found, *rest):
+        seen.append(float((found.grown / found.interpolation).max()))
+        return original(self, found, *rest)
+
+    like = torch.ones_like
+    monkeypatch.setattr(
+        rounds, "growth", lambda chain: next(factors, 1.0) * like(chain.history.distance(chain.states[:-1]))
+    )
+    monkeypatch.setattr(rounds.NodeRounds, "_estimate_error", noted)
+    dq.DEQSampler(mixture(), ddim(50), solver="quasi-newton").sample(noise(1))
+    assert seen[:3] == [pytest.approx(1.0)] * 3
+    first = next(k for k, ratio in enumerate(seen) if ratio > 2)
+    assert first < len(seen) - 1
+    assert seen[first:] == [pytest.approx(6.0)] * len(seen[first:])
