@@ -14,7 +14,7 @@ from ..loop.base import Chain
 from ..memory import Lease
 from ..model.row_tables import amplifies
 from ..nodes.composite import LinearChain
-from ..nodes.grid import density, places
+from ..nodes.grid import abscissae, density
 from ..nodes.problem import NodeProblem, Spots
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
@@ -32,7 +32,7 @@ def linear_chain(schedule: Schedule, slope: SpectralSlope | str | None) -> tuple
         classes = classes.int()
     else:
         slopes = schedule.slope()[:, None] * (slope is not None)
-    return LinearChain(schedule.state_coef, schedule.model_coef, slopes, unit, places(schedule)), classes
+    return LinearChain(schedule.state_coef, schedule.model_coef, slopes, unit, abscissae(schedule)), classes
 
 
 def node_problem(

@@ -15,7 +15,7 @@ CHUNK = 64  # rows in one call that stores its activations
 
 
 def apart(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that share memory: one tensor may be given twice, or be made of another or of the model's parameters."""
+    """Leaves of their own on the same memory: one tensor may be given twice, or be made of others."""
     return [leaf.detach().requires_grad_() for leaf in leaves]
 
 

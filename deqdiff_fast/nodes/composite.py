@@ -2,9 +2,9 @@
 
 Between two nodes the remainder of the predictions is a local polynomial through the values at the nearest nodes, in
 units of the clean sample (q times the remainder), where it is smooth up to the image end, as a function of
-`grid.places`. As predictions are slope[i] x_i + remainder[i], the state at the next node is linear in the state at this
-one and in those few values. The coefficients depend on an element only by its slope, so they are kept for classes of
-slopes.
+`grid.abscissae`. As predictions are slope[i] x_i + remainder[i], the state at the next node is linear in the state at
+this one and in those few values. The coefficients depend on an element only by its slope, so they are kept for classes
+of slopes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LinearChain:
     model_coef: Tensor  # (T, L) b
     slope: Tensor  # (T, K) c of every class of elements
     unit: Tensor  # (T,) q, nowhere 0: remainders times it are smooth
-    place: Tensor  # (T,) increasing, of which they are a smooth function
+    abscissa: Tensor  # (T,) increasing, of which they are a smooth function
 
     @cached_property
     def influence(self) -> Tensor:
@@ -54,8 +54,8 @@ def stencil(sources: Tensor, at: Tensor, points: int = POINTS) -> tuple[Tensor, 
 
 
 def lagrange(known: Tensor, at: Tensor) -> Tensor:
-    """(..., m, S): what the polynomial through values at places `known`: (m, S) float64, distinct in a row, takes of
-    each at places `at`: (..., m)."""
+    """(..., m, S): what the polynomial through values at abscissae `known`: (m, S) float64, distinct in a row, takes of
+    each at abscissae `at`: (..., m)."""
     other = ~torch.eye(known.shape[1], dtype=torch.bool)
     apart = torch.where(other, known[:, :, None] - known[:, None], 1).prod(-1)
     weights: Tensor = torch.where(other, (at[..., None] - known)[..., None, :], 1).prod(-1) / apart
@@ -65,7 +65,7 @@ def lagrange(known: Tensor, at: Tensor) -> Tensor:
 def interpolation(chain: LinearChain, sources: Tensor, at: Tensor, scaled: bool = True) -> Tensor:
     """(m, n) float64: what timesteps `at` take of the values at n sources; scaled: of remainders, in their unit."""
     _, near = stencil(sources, at)
-    weights = lagrange(chain.place[sources[near]], chain.place[at])
+    weights = lagrange(chain.abscissa[sources[near]], chain.abscissa[at])
     if scaled:
         weights = weights * chain.unit[sources[near]] / chain.unit[at, None]
     return torch.zeros(len(at), len(sources), dtype=torch.float64).scatter_(1, near, weights)
@@ -76,7 +76,7 @@ def composite_steps(chain: LinearChain, targets: Tensor, sources: Tensor) -> Com
 
     All steps of one length are made at once, so it takes as many operations as the longest interval has timesteps.
     """
-    a, b, c, unit, place = chain.state_coef, chain.model_coef, chain.slope, chain.unit, chain.place
+    a, b, c, unit, abscissa = chain.state_coef, chain.model_coef, chain.slope, chain.unit, chain.abscissa
     steps, lags = a.shape
     length = torch.cat([targets[1:], torch.tensor([steps])]) - targets
     start, near = stencil(sources, targets)
@@ -87,7 +87,7 @@ def composite_steps(chain: LinearChain, targets: Tensor, sources: Tensor) -> Com
         coef[:, lag, lag] = 1  # of x_t, x_{t-1}, ... at the beginning
     rows = (targets + torch.arange(int(length.max()))[:, None]).clamp_max(steps - 1)
     before = [(rows - lag).clamp_min(0) for lag in range(lags)]
-    shares = [lagrange(place[known], place[there]) * unit[known] / unit[there, None] for there in before]
+    shares = [lagrange(abscissa[known], abscissa[there]) * unit[known] / unit[there, None] for there in before]
     for done, row in enumerate(rows):
         new = torch.zeros_like(coef[:, 0])
         for lag in range(lags):
@@ -120,12 +120,12 @@ def node_influence(steps: CompositeSteps) -> tuple[Tensor, Tensor]:
 
 def leave_one_out(chain: LinearChain, sources: Tensor) -> Tensor:
     """(n, n) float64: each remainder less what its four nearest neighbours say by interpolation."""
-    count, place, unit = len(sources), chain.place, chain.unit
+    count, abscissa, unit = len(sources), chain.abscissa, chain.unit
     found = torch.eye(count, dtype=torch.float64)
     if count < 3:
         return torch.zeros_like(found)
     around, number = min(POINTS, count - 1), torch.arange(count)
     near = (number - around // 2).clamp(0, count - around - 1)[:, None] + torch.arange(around + 1)
     near = near[near != number[:, None]].view(count, around)
-    weights = lagrange(place[sources[near]], place[sources]) * unit[sources[near]] / unit[sources, None]
+    weights = lagrange(abscissa[sources[near]], abscissa[sources]) * unit[sources[near]] / unit[sources, None]
     return found.scatter_(1, near, -weights)

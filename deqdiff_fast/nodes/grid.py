@@ -4,7 +4,7 @@ The remainder of a prediction, in units of the clean sample, is smooth in the lo
 Local cubic interpolation of it between nodes h apart is wrong by about h^4, and an error at a timestep counts as much
 as the chain carries of it to the sample, w. Nodes that share the error evenly have the density |l'|^(4/5) w^(1/5). What
 is rough in time whatever the noise level, such as a network's embedding of the timestep, wants an even share: `EVEN`.
-What is interpolated is a polynomial in the sum of |l'|^(4/5), in which such nodes lie about evenly: `places`.
+What is interpolated is a polynomial in the sum of |l'|^(4/5), in which such nodes lie about evenly: `abscissae`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ TILT, MOST_TILTED = 0.5, 4  # by what part, and how often that, of what nodes ha
 FEWEST_SEEN = 4  # nodes
 SHIFT = 0.25  # how far nodes are moved, in intervals
 GOLDEN = 0.6180339887498949  # multiples of it spread out evenly
-POWER = 0.8  # of the changes of l, in places and in the density
-LEAST_MOVE = 0.1  # between two places, of that on the mean: steps may repeat a noise level
+POWER = 0.8  # of the changes of l, in the abscissae and in the density
+LEAST_MOVE = 0.1  # between two abscissae, of that on the mean: steps may repeat a noise level
 RATIO_RANGE = (1e-4, 1e4)  # noise-to-signal ratios beyond count as these
 LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
 
@@ -79,7 +79,7 @@ def density(schedule: Schedule) -> Tensor:
     return even if not total > 0 else (1 - EVEN) * shape / total + EVEN * even
 
 
-def places(schedule: Schedule) -> Tensor:
+def abscissae(schedule: Schedule) -> Tensor:
     """(T,) float64, from 0 on: what remainders are a smooth function of, a change of 1 a step on the mean."""
     moved = _moves(schedule) ** POWER
     moved = torch.where(moved.sum() > 0, moved / moved.mean(), 1).clamp_min(LEAST_MOVE)

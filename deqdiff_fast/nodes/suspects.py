@@ -31,7 +31,7 @@ def suspects(spots: SpotStates, chain: NodeChain, answers: Tensor) -> tuple[int,
     which = slice(problem.spots.sample, problem.spots.sample + 1)
     at, order = torch.tensor([*nodes, *spots.timesteps]).sort()
     like, order = spots.states, order.to(spots.states.device)
-    missed, place = leave_one_out(problem.chain, at), problem.chain.place[at]
+    missed, abscissa = leave_one_out(problem.chain, at), problem.chain.abscissa[at]
     tables = (missed, problem.chain.influence[at], problem.chain.model_coef[at, :1])
     loo, far, near = (table.to(like.device, like.dtype) for table in tables)
     states = torch.cat([chain.states[:-1, which], spots.states])[order]
@@ -45,8 +45,8 @@ def suspects(spots: SpotStates, chain: NodeChain, answers: Tensor) -> tuple[int,
         carried = (off * per_element(far, classes), off * near[:, None], following)
         parts.append(tuple(values.norm(dim=2)[:, 0] for values in carried))
     to_sample, to_next, sizes = problem.elements.norms(*joined(parts))
-    here = place[2:-2]
-    near1, far1 = (here - place[1:-3]) * (place[3:-1] - here), (here - place[:-4]) * (place[4:] - here)
+    here = abscissa[2:-2]
+    near1, far1 = (here - abscissa[1:-3]) * (abscissa[3:-1] - here), (here - abscissa[:-4]) * (abscissa[4:] - here)
     effect = torch.maximum(to_sample / sizes[-1], to_next / sizes).cpu()[2:-2].double()
     jumps = (effect * (at[3:-1] - at[1:-3]) / 2).tolist()
     apart = (near1 * far1).tolist()  # what is smooth is missed in proportion to these distances

@@ -13,23 +13,23 @@ from deqdiff_fast.nodes.composite import CompositeSteps, LinearChain
 
 
 def random_chain(steps: int = 23, lags: int = 1, kinds: int = 3, seed: int = 0) -> LinearChain:
-    """Coefficients of order one, that carry states on without blowing them up; a unit that is not constant, and places
-    that are not evenly apart."""
+    """Coefficients of order one, that carry states on without blowing them up; a unit that is not constant, and
+    abscissae that are not evenly apart."""
     draw = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(steps, lags, generator=draw, dtype=torch.float64) for _ in range(2))
     exists = torch.arange(steps)[:, None] >= torch.arange(lags)
     c = 0.3 * torch.randn(steps, kinds, generator=draw, dtype=torch.float64)
     unit = -torch.linspace(3, 0.2, steps, dtype=torch.float64)
-    place = (0.5 + torch.rand(steps, generator=draw, dtype=torch.float64)).cumsum(0)
-    return LinearChain((0.9 + 0.1 * a) / lags * exists, 0.3 * b * exists, c, unit, place)
+    abscissa = (0.5 + torch.rand(steps, generator=draw, dtype=torch.float64)).cumsum(0)
+    return LinearChain((0.9 + 0.1 * a) / lags * exists, 0.3 * b * exists, c, unit, abscissa)
 
 
 def polynomial(chain: LinearChain, known: Tensor, values: Tensor, at: int) -> Tensor:
     """The value at `at` of the polynomial through unit * values at the timesteps `known`, in the plain unit again."""
-    place, unit = chain.place - chain.place[known[0]], chain.unit
+    abscissa, unit = chain.abscissa - chain.abscissa[known[0]], chain.unit
     powers = torch.arange(len(known), dtype=torch.float64)
-    coef = torch.linalg.solve(place[known, None] ** powers, (unit[known, None] * values.flatten(1)))
-    return ((place[at] ** powers) @ coef / unit[at]).view(values.shape[1:])
+    coef = torch.linalg.solve(abscissa[known, None] ** powers, (unit[known, None] * values.flatten(1)))
+    return ((abscissa[at] ** powers) @ coef / unit[at]).view(values.shape[1:])
 
 
 def nearest_four(sources: list[int], at: int) -> Tensor:

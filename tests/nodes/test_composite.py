@@ -94,17 +94,17 @@ def test_stencils_lie_around_the_interval():
 @pytest.mark.parametrize("degree", [0, 1, 2, 3])
 def test_interpolation_reproduces_cubics_in_the_scaled_unit(random_chain, degree):
     chain, sources, at = random_chain(STEPS), torch.tensor(NODES[3]), torch.arange(STEPS)
-    power = (chain.place / 7 - 1) ** degree
+    power = (chain.abscissa / 7 - 1) ** degree
     for scaled in (False, True):
         values = power / chain.unit if scaled else power
         torch.testing.assert_close(interpolation(chain, sources, at, scaled) @ values[sources], values, **EXACT)
-    quartic = (chain.place / 7 - 1) ** 4
+    quartic = (chain.abscissa / 7 - 1) ** 4
     assert (interpolation(chain, sources, at, False) @ quartic[sources] - quartic).abs().max() > 1e-3
 
 
 def test_interpolation_keeps_what_is_known_to_the_last_bit(random_chain):
     chain, sources = random_chain(STEPS), torch.tensor(NODES[3])
-    known = chain.place[sources]
+    known = chain.abscissa[sources]
     assert torch.equal(interpolation(chain, sources, sources), torch.eye(len(sources), dtype=torch.float64))
     assert torch.equal(lagrange(known[None, :4], known[2:3]), torch.eye(4, dtype=torch.float64)[2:3])
 
@@ -153,7 +153,7 @@ def test_the_adjoint_is_the_derivative(random_chain, lags):
 @pytest.mark.parametrize("nodes", NODES[2:], ids=len)
 def test_leave_one_out_misses_no_cubic(random_chain, nodes):
     chain, at = random_chain(STEPS), torch.tensor(nodes)
-    t, unit = chain.place[at] / 7 - 1, chain.unit
+    t, unit = chain.abscissa[at] / 7 - 1, chain.unit
     found = leave_one_out(chain, at)
     for degree in range(4 if len(nodes) > 4 else 3):
         assert (found @ (t**degree / unit[at])).abs().max() < 1e-9

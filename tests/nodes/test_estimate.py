@@ -38,7 +38,7 @@ def test_the_next_step_is_what_the_surprises_do_to_the_sample(grid, scan, gaussi
 
 def test_no_surprise_and_a_smooth_remainder_are_no_error(grid, scan, gaussian, random_chain):
     chain = random_chain(STEPS, 1, 3)
-    at, unit = (values[NODES, None, None] for values in (chain.place / STEPS, chain.unit))
+    at, unit = (values[NODES, None, None] for values in (chain.abscissa / STEPS, chain.unit))
     smooth = (1 - at + 2 * at**3) * gaussian(1, BATCH, SIZE) / unit
     _, found = made(grid, torch.zeros(7, BATCH, SIZE).double(), smooth, scan, gaussian(BATCH, SIZE, seed=2))
     assert bool((found.next_step == 0).all())

@@ -178,13 +178,13 @@ def test_other_nodes_where_some_were_asked_less_often(random_chain, gaussian):
 
 
 def test_other_nodes_by_interpolation(random_chain, gaussian):
-    """A model whose remainder is a cubic in the places, in the unit, is known at the new nodes too."""
+    """A model whose remainder is a cubic in the abscissa, in the unit, is known at the new nodes too."""
     old, new, chain = (0, 5, 9, 22), (0, 2, 7, 13, 21, 22), random_chain(23, 1, SIZE)
     transfer = Transfer.of(chain, old, new, torch.float64, torch.device("cpu"))
     shape = gaussian(4, BATCH, SIZE, seed=6)
 
     def model(x, at):
-        t, unit = chain.place[list(at)] / 23, chain.unit[list(at), None, None]
+        t, unit = chain.abscissa[list(at)] / 23, chain.unit[list(at), None, None]
         rest = torch.einsum("nk,kbd->nbd", t[:, None] ** torch.arange(4), shape) / unit
         return chain.slope[list(at)][:, None] * x + rest
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast.nodes.grid import LEAST_MOVE, places
+from deqdiff_fast.nodes.grid import LEAST_MOVE, abscissae
 
 ABAR = (1 - torch.linspace(1e-2, 0.02**0.5, 1000, dtype=torch.float64).square()).cumprod(0)
 TRAIN = len(ABAR)
@@ -52,12 +52,12 @@ def test_what_calls_itself_converged_is(noise, relative_error, timesteps, count,
     assert found.stats.node_rounds > 0
 
 
-def test_places_follow_the_noise_level():
+def test_abscissae_follow_the_noise_level():
     even, uneven, twice = (
-        places(dq.Schedule.ddim(ABAR, make(200))).diff()
+        abscissae(dq.Schedule.ddim(ABAR, make(200))).diff()
         for make in (lambda steps: torch.arange(0, TRAIN, TRAIN // steps).flip(0), fours, repeated)
     )
     assert float((even[1:] / even[:-1]).max()) < 3
     assert float(uneven[3:100:4].min() / uneven[:100].view(25, 4)[:, :3].max()) > 4  # the gaps, the steps between them
     assert float(twice[::2].max()) == pytest.approx(LEAST_MOVE)
-    assert places(dq.Schedule.ddim(ABAR, [500])).tolist() == [0.0]
+    assert abscissae(dq.Schedule.ddim(ABAR, [500])).tolist() == [0.0]

@@ -10,7 +10,7 @@ from .fingerprint import Fingerprint
 from .problem import DenoisingProblem
 from .random_state import RandomState
 
-_OF_ALL = frozenset(vars(torch.nn.Module())) - {"training"}  # attributes
+_OF_ALL = frozenset(vars(torch.nn.Module())) - {"training"}  # attributes of every module
 
 
 def has_callbacks(arguments: dict[str, Any]) -> bool:
