@@ -74,31 +74,29 @@ def interpolation(chain: LinearChain, sources: Tensor, at: Tensor, scaled: bool 
 def composite_steps(chain: LinearChain, targets: Tensor, sources: Tensor) -> CompositeSteps:
     """Steps from each of the timesteps `targets` to the next, the last one to the sample, by the values at `sources`.
 
-    All steps of one length are made at once, so it takes as many operations as the longest interval has timesteps.
+    All steps of one length are made at once, from the last of each backwards: what the state at the end takes of every
+    step before it is known then, and it takes of the remainders as much.
     """
     a, b, c, unit, abscissa = chain.state_coef, chain.model_coef, chain.slope, chain.unit, chain.abscissa
     steps, lags = a.shape
     length = torch.cat([targets[1:], torch.tensor([steps])]) - targets
     start, near = stencil(sources, targets)
-    known = sources[near]
-    points = near.shape[1]
-    coef = torch.zeros(len(targets), lags, lags + points, c.shape[1], dtype=torch.float64)
-    for lag in range(lags):
-        coef[:, lag, lag] = 1  # of x_t, x_{t-1}, ... at the beginning
-    rows = (targets + torch.arange(int(length.max()))[:, None]).clamp_max(steps - 1)
-    before = [(rows - lag).clamp_min(0) for lag in range(lags)]
-    shares = [lagrange(abscissa[known], abscissa[there]) * unit[known] / unit[there, None] for there in before]
-    for done, row in enumerate(rows):
-        new = torch.zeros_like(coef[:, 0])
-        for lag in range(lags):
-            there = row - lag
-            exists, there = (there >= 0)[:, None], there.clamp_min(0)
-            gain = torch.where(exists, a[row, lag, None] + b[row, lag, None] * c[there], 0)
-            new += gain[:, None] * coef[:, lag]
-            new[:, lags:] += torch.where(exists, b[row, lag, None] * shares[lag][done], 0)[..., None]
-        made = torch.cat([new[:, None], coef[:, :-1]], 1)
-        coef = torch.where((done < length)[:, None, None, None], made, coef)
-    return CompositeSteps(coef[:, :, :lags], coef[:, :, lags:], start.int())
+    known, number = sources[near], torch.arange(int(length.max()))[:, None]
+    live, rows = number < length, (targets + number).clamp_max(steps - 1)  # (N, n), N the longest interval
+    there = rows - torch.arange(lags)[:, None, None]
+    b = torch.where((there >= 0) & live, b[rows].movedim(2, 0), 0)
+    a, there = torch.where(there >= 0, a[rows].movedim(2, 0), 0), there.clamp_min(0)
+    gain = (a[..., None] + b[..., None] * c[there]).movedim(0, 2)  # (N, n, L, K)
+    share = lagrange(abscissa[known], abscissa[there]) * (unit[known] / unit[there][..., None])
+    told = (b[..., None] * share).sum(0)  # (N, n, S)
+    onward = torch.eye(lags, dtype=torch.float64)[:, :, None].expand(len(targets), -1, -1, c.shape[1])
+    newest = list[Tensor]()  # of what the states at the end take of each step's
+    for there_is, factor in zip(live.flip(0)[..., None, None, None], gain.flip(0)):
+        newest.append(onward[:, :, 0])
+        before = torch.cat([onward[:, :, 1:], torch.zeros_like(onward[:, :, :1])], 2)
+        onward = torch.where(there_is, torch.addcmul(before, onward[:, :, :1], factor[:, None]), onward)
+    remainder = torch.einsum("inlk,ins->nlsk", torch.stack(newest).flip(0), told)
+    return CompositeSteps(onward, remainder, start.int())
 
 
 def node_influence(steps: CompositeSteps) -> tuple[Tensor, Tensor]:

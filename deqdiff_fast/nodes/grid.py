@@ -181,12 +181,12 @@ def equidistribute(weight: Tensor, count: int) -> list[int]:
     number = torch.arange(1, left + 1, dtype=torch.float64)
     moved = (number * GOLDEN % 1 - 0.5) * 2 * SHIFT
     reached = (rest.cumsum(0) - rest / 2)[free].contiguous()
-    least = 0
+    nodes, open_ones, least = taken.nonzero()[:, 0].tolist(), free.tolist(), 0
     for k, at in enumerate(torch.searchsorted(reached, (number + moved) / (left + 1) * rest.sum()).tolist()):
-        chosen = min(max(at, least), len(free) - left + k)
-        taken[free[chosen]], least = True, chosen + 1
-    nodes: list[int] = taken.nonzero()[:, 0].tolist()
-    return nodes
+        chosen = min(max(at, least), len(open_ones) - left + k)
+        nodes.append(open_ones[chosen])
+        least = chosen + 1
+    return sorted(nodes)
 
 
 def refine(nodes: list[int], score: list[float], count: int) -> list[int]:
