@@ -5,7 +5,8 @@ residual of adaptive finite elements (Becker and Rannacher 2001, doi 10.1017/S09
 
 *Linearisation.* At every node the model's answer differed from what the secants had foretold, by a surprise; where the
 next step is shorter than the last, the next surprise will be too. That foretells how far the next round will move the
-sample; with the rounds after it, a geometric series, it is how far this one falls short.
+sample; with the rounds after it, a geometric series, it is how far this one falls short. Steps add up as far as they go
+on in one direction, which the last two tell; else their squares do.
 
 *Interpolation.* What the neighbours of a node say about it by interpolation misses it by as much as they miss the
 timesteps in between, or by more, for those are nearer to them: leave one out. The misses are taken as independent. A
@@ -28,6 +29,7 @@ from .node_grid import NodeGrid, per_element
 
 FASTEST = 0.05  # of a step, the next one is no shorter: part of it leaves the directions that secants know
 SLOWEST = 0.9  # rate of surprises that are not taken to end at all
+USUAL = 1.15  # times what was foretold a step is, at least
 SKIPPED = 0.03  # part of the tolerance that nodes that are not asked again may cost
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the largest estimate of the three before
 
@@ -72,10 +74,17 @@ class Estimate(NamedTuple):
         added = (self.along / before.step.square()).clamp_min(0)
         return torch.where(stay, added, torch.maximum(made, foretold)).nan_to_num(0.0)
 
-    def total(self, rate: Tensor, shortfall: Tensor) -> Tensor:
-        """(B,): the estimate of the error, by the rate of the rounds and the largest shortfall so far."""
-        next_step = torch.maximum(shortfall * self.next_step, FASTEST * self.step)
-        return torch.hypot(next_step / (1 - rate.clamp(0, SLOWEST)), self.missed(shortfall))
+    def cosine(self, before: Estimate) -> Tensor:
+        """(B,) between 0 and 1: how far this round's step has gone on in the direction of the last one."""
+        return (self.along / (self.step * before.step)).nan_to_num(1.0).clamp(0, 1)
+
+    def total(self, rate: Tensor, shortfall: Tensor, cosine: Tensor) -> Tensor:
+        """(B,): the estimate of the error, by the rate of the rounds, the largest shortfall so far and the cosine of
+        one step and the next: the length of the sum of a first-order autoregressive sequence."""
+        next_step = torch.maximum(shortfall.clamp_min(USUAL) * self.next_step, FASTEST * self.step)
+        rate = rate.clamp(0, SLOWEST)
+        series = ((1 + rate * cosine) / ((1 - rate.square()) * (1 - rate * cosine))).sqrt()
+        return torch.hypot(next_step * series, self.missed(shortfall))
 
 
 def estimate(

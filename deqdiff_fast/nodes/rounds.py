@@ -199,7 +199,7 @@ class NodeRounds:
             if not changed or self.rate is None:
                 self.shortfall = torch.maximum(self.shortfall, found.shortfall(before))
                 self.rate = found.rate(before)
-            total = found.total(self.rate, self.shortfall) * self.safety
+            total = found.total(self.rate, self.shortfall, found.cosine(before)) * self.safety
         total = total.masked_fill(~(found.step + found.interpolation).isfinite(), float("nan"))
         expected = SPOT_FACTOR * float(found.interpolation[self.problem.spots.sample]) + SPOT_SLACK * self.problem.tol
         self.off = self.missed is not None and not float(self.missed) <= expected

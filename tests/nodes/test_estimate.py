@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deqdiff_fast.nodes.estimate import SLOWEST, Estimate, estimate, stalled
+from deqdiff_fast.nodes.estimate import SLOWEST, USUAL, Estimate, estimate, stalled
 from deqdiff_fast.nodes.node_grid import NodeGrid
 
 STEPS, NODES, BATCH, SIZE = 23, [0, 3, 7, 8, 15, 21, 22], 2, 5
@@ -97,16 +97,34 @@ def numbers(next_step, step, interpolation=0.0, grown=0.0, along=0.0):
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.8])
 def test_steps_that_shrink_are_a_geometric_series(rate):
     before, now = numbers(rate, 1.0), numbers(rate * rate, rate, along=rate)  # all in one direction
-    left = sum(rate ** (2 + k) for k in range(400))
-    total = now.total(now.rate(before), torch.ones(1, dtype=torch.float64))
+    left = USUAL * sum(rate ** (2 + k) for k in range(400))
+    total = now.total(now.rate(before), torch.ones(1, dtype=torch.float64), now.cosine(before))
     torch.testing.assert_close(total, torch.tensor([left], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cosine", [-0.4, 0.0, 0.3, 0.9])
+@pytest.mark.parametrize("rate", [0.2, 0.6])
+def test_steps_add_up_as_far_as_they_go_on_in_one_direction(rate, cosine, gaussian):
+    """A sequence each of whose steps has that cosine with the one before and is otherwise random."""
+    direction, steps = gaussian(1, 1, 50_000)[0, 0], []
+    for k in range(40):
+        steps.append(rate**k * direction / direction.norm())
+        other = gaussian(1, 1, 50_000, seed=100 + k)[0, 0]
+        direction = cosine * direction / direction.norm() + (1 - cosine**2) ** 0.5 * other / other.norm()
+    before, now = numbers(rate, 1.0), numbers(rate**2, rate, along=float(steps[0] @ steps[1]))
+    total = now.total(now.rate(before), torch.ones(1, dtype=torch.float64), now.cosine(before)).item()
+    left = float(torch.stack(steps[2:]).sum(0).norm())
+    if cosine < 0:  # what turns back is not believed to go on turning back
+        assert USUAL * left < total < USUAL * rate**2 / (1 - rate)
+    else:
+        assert total == pytest.approx(USUAL * left, rel=2e-2)
 
 
 @pytest.mark.parametrize("rate", [1.0, 3.0, 1e6])
 def test_steps_that_do_not_shrink_are_finite(rate):
     before, now = numbers(1.0, 1.0), numbers(rate, rate, along=rate)
-    total = now.total(now.rate(before), torch.ones(1, dtype=torch.float64))
-    torch.testing.assert_close(total, torch.tensor([rate / (1 - SLOWEST)], dtype=torch.float64))
+    total = now.total(now.rate(before), torch.ones(1, dtype=torch.float64), now.cosine(before))
+    torch.testing.assert_close(total, torch.tensor([USUAL * rate / (1 - SLOWEST)], dtype=torch.float64))
 
 
 def test_the_slower_of_the_two_rates_counts():
@@ -139,15 +157,16 @@ def test_a_round_that_moved_more_than_foretold_scales_what_follows():
     assert numbers(0.1, 0.6).shortfall(numbers(0.2, 1.0)).item() == pytest.approx(3)
     assert numbers(0.1, 0.1).shortfall(numbers(0.2, 1.0)).item() == 1
     assert numbers(0.0, 0.0).shortfall(numbers(0.0, 0.0)).item() == 1  # 0 / 0
-    torch.testing.assert_close(numbers(0.0, 0.0, 0.02).total(0.1 * one, 3 * one), one * 0.06)
-    torch.testing.assert_close(numbers(0.0, 0.0, 0.02, 0.05).total(0.1 * one, 3 * one), one * 0.06)
-    torch.testing.assert_close(numbers(0.0, 0.0, 0.02, 0.07).total(0.1 * one, 3 * one), one * 0.07)
+    torch.testing.assert_close(numbers(0.03, 0.2).total(0 * one, 3 * one, one), one * 0.09)
+    torch.testing.assert_close(numbers(0.0, 0.0, 0.02).total(0.1 * one, 3 * one, one), one * 0.06)
+    torch.testing.assert_close(numbers(0.0, 0.0, 0.02, 0.05).total(0.1 * one, 3 * one, one), one * 0.06)
+    torch.testing.assert_close(numbers(0.0, 0.0, 0.02, 0.07).total(0.1 * one, 3 * one, one), one * 0.07)
 
 
 def test_the_next_step_is_no_twentieth_of_the_last():
     one = torch.ones(1, dtype=torch.float64)
-    torch.testing.assert_close(numbers(1e-6, 0.2).total(0 * one, one), one * 0.01)
-    torch.testing.assert_close(numbers(0.03, 0.2).total(0 * one, one), one * 0.03)
+    torch.testing.assert_close(numbers(1e-6, 0.2).total(0 * one, one, one), one * 0.01)
+    torch.testing.assert_close(numbers(0.03, 0.2).total(0 * one, one, one), one * USUAL * 0.03)
 
 
 @pytest.mark.parametrize(
