@@ -115,6 +115,29 @@ def test_a_terminal_signal_of_zero(make, tiny, relative_error):
         tiny.call(parallel(make("sd", "DDIMScheduler", **config)), **tiny.arguments("sd"))
 
 
+@pytest.mark.skipif(not hasattr(diffusers, "BriaPipeline"), reason="diffusers before 0.36")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_pipeline_that_looks_at_the_class_of_its_scheduler(tiny, relative_error, batch):
+    def picture(change=lambda pipe: pipe, **options):
+        torch.manual_seed(0)
+        transformer = diffusers.BriaTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=[2, 4, 2],
+        )  # fmt: skip
+        parts = {"transformer": transformer, "vae": tiny.conditioned.decoder(shift_factor=0.0)}
+        pipe = change(tiny.families.assemble("BriaPipeline", parts, tiny.scheduler(FLOW)))
+        given = {name: value[:batch] for name, value in tiny.conditioned.prompts().items()}
+        given |= {"num_inference_steps": 6, "output_type": "latent", "height": 16, "width": 16, "guidance_scale": 3.0}
+        return tiny.call(pipe, **given, **options).images
+
+    assert relative_error(picture(parallel), picture()).max() < 1e-3
+    if batch > 1:  # by the standard deviation over the batch
+        with pytest.raises(dq.DeqDiffError, match="depends on their size"):
+            picture(parallel, normalize=True)
+    else:
+        assert relative_error(picture(parallel, normalize=True), picture(normalize=True)).max() < 1e-3
+
+
 class Tokenizer:
     def __call__(self, phrases, **settings):
         return Ids(input_ids=torch.zeros(len(phrases), 4, dtype=torch.long))

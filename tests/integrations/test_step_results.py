@@ -85,6 +85,37 @@ def test_what_depends_on_the_size_of_outputs_is_refused(start, change, message):
     assert "callback" not in str(refused.value)
 
 
+def projected(positive, negative):
+    """Sadat et al. 2024, arXiv 2410.02416, without momentum."""
+    along, apart = positive / positive.norm(), positive - negative
+    return positive + 2 * (apart - (apart * along).sum() * along)
+
+
+def zero_star(positive, negative):
+    """Fan et al. 2025, arXiv 2503.18886."""
+    negative = negative * (positive * negative).sum() / negative.square().sum()
+    return negative + 3 * (positive - negative)
+
+
+def of_the_batch(positive, negative):
+    guided = negative + 3 * (positive - negative)
+    return guided * (positive.norm() / guided.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("guidance", "batch"), [(projected, 1), (zero_star, 1), (of_the_batch, 3)])
+def test_guidance_that_is_linear_for_one_draw_of_outputs_only_is_refused(start, guidance, batch, dtype):
+    rule, model = ddim(), Denoiser().to(dtype)
+
+    def run(x):
+        for t in rule.timesteps:
+            x = rule.step(guidance(model(x, t), model(x, t)), t, x).prev_sample
+
+    own = dq.integrations.diffusers.parallel_loop(rule, model, solver="quasi-newton")
+    with pytest.raises(dq.DeqDiffError, match=r"depends on their size|combines its model's outputs"), own:
+        run(start[:batch].to(dtype))
+
+
 def test_a_refused_loop_leaves_others_as_they_are(start):
     for _ in range(4):
         with pytest.raises(dq.DeqDiffError, match="passes timesteps"):

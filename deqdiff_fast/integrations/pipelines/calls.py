@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from ..._devices import Settings
 from ...model.sample_kwargs import is_list_of_strings, select_rows
 from .components import SHARED, Component
 from .placement import Placement
@@ -36,6 +37,7 @@ class Call:
     placement: Placement | None = None
     rule: TimestepRule | None = None
     fed: bool = False  # whether it was given what the scheduler has scaled
+    settings: Settings = field(default_factory=Settings.now)  # autocast may be on for this call only
     _values: list[Any] = field(default_factory=list)
 
     @classmethod
@@ -58,15 +60,18 @@ class Call:
         call._values = [value.clone() if isinstance(value, Tensor) else value for value in tree_leaves(extra)]
         return call
 
-    def arrange(self, x: Tensor, timestep: Any, extra: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) for other values in the convention of this call, on which wrappers of a model may rely."""
+    def repeat(self, x: Tensor, timestep: Any, extra: dict[str, Any]) -> Any:
+        """What the network returns for other values, in the convention of this call, on which wrappers may rely."""
         named = {self.component.names[0]: x, self.component.time: timestep, **extra}
-        return tuple(named.pop(name) for name in self.component.names[: self.positional]), named
+        args = tuple(named.pop(name) for name in self.component.names[: self.positional])
+        with self.settings.applied():
+            return self.component.module(*args, **named)
 
     def same_extra(self, other: Call) -> bool:
         """Whether another call passes the same conditions as this one did, which may have been written to since."""
         theirs, shape = tree_flatten(other.extra)
-        return shape == tree_flatten(self.extra)[1] and all(same_value(a, b) for a, b in zip(self._values, theirs))
+        alike = self.settings == other.settings and shape == tree_flatten(self.extra)[1]
+        return alike and all(same_value(a, b) for a, b in zip(self._values, theirs))
 
     def extra_of(self, rows: Tensor, outputs: list[list[Any]]) -> dict[str, Any]:
         """What else is passed for some of the R rows: (n,) indices; outputs: the leaves of those of earlier calls."""
@@ -87,7 +92,7 @@ class Call:
         """What calls of the same cost, and as smooth in time, have in common."""
         leaves, structure = tree_flatten(self.extra)
         shapes = (tuple(leaf.shape[1:]) if isinstance(leaf, Tensor) else repr(leaf)[:80] for leaf in leaves)
-        return self.component.name, tuple(self.x.shape[1:]), str(structure), *shapes
+        return self.component.name, tuple(self.x.shape[1:]), str(structure), *self.settings.autocast.items(), *shapes
 
     def fault(self) -> str:
         """Why its rows cannot be told apart; empty if they can."""

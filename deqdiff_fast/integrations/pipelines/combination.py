@@ -18,6 +18,7 @@ from ..._devices import float64
 from ...model.guidance import combine
 
 _TOLERANCE = 2  # in units of the dtype's rounding: the same operations on the same numbers
+_CANCELS = 8.0  # times the result: how large may be what guidance makes it of; above, rescaling has made it small
 _CLEARLY = 0.5  # times what the first combination that matches is off by: what is missing there is no rounding
 _NEAR = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative: how exact the numbers of a fit are
 _NEAR_HALF = 2e-2
@@ -60,15 +61,24 @@ class Combination:
 
     def apart(self, parts: list[Tensor], guided: Tensor) -> float:
         """By how much what the loop has made of the parts differs, in units of what rounding may do."""
-        size = sum(abs(w) * float64(part).norm() for w, part in zip(self._sizes(), parts))
-        unit = _TOLERANCE * torch.finfo(self.dtype).eps * size
-        return float((float64(self(parts)) - float64(guided)).norm() / unit)
+        size, whole = sum(abs(w) * float64(part).norm() for w, part in zip(self._sizes(), parts)), float64(guided)
+        unit = _TOLERANCE * torch.finfo(self.dtype).eps * min(float(size), _CANCELS * float(whole.norm()))
+        return float((float64(self(parts)) - whole).norm() / unit)
 
     def still(self, parts: list[Tensor], guided: Tensor, hints: list[float], before: list[float]) -> bool:
         """Whether a later step makes the same of its outputs: of half precision numbers alone do not show it."""
         if hints != before and find_combination(parts, guided, hints) != self:
             return False
         return self.apart(parts, guided) <= 1
+
+    @property
+    def certain(self) -> bool:
+        """Whether its numbers are those of guidance, which leaves equal outputs as they are. Others may be made of the
+        outputs themselves, of their norms, say: then they are others where the outputs are."""
+        if self.scale is not None:
+            return not self.rescale
+        near = _NEAR.get(self.dtype, _NEAR_HALF) * sum(self._sizes())
+        return abs(abs(sum(self.weights)) - 1) <= near
 
     def __str__(self) -> str:
         minus = "-" if self.sign < 0 else ""

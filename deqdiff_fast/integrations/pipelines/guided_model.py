@@ -40,8 +40,7 @@ class GuidedModel:
             assert call.placement is not None
             assert call.rule is not None
             extra = call.extra_of(index, leaves)
-            args, kwargs = call.arrange(call.placement.fill(x, index), call.rule(t, copies, index), extra)
-            output = call.component.module(*args, **kwargs)
+            output = call.repeat(call.placement.fill(x, index), call.rule(t, copies, index), extra)
             leaves.append(tree_leaves(output) if call.component.auxiliary else [])
             if not call.component.auxiliary:
                 parts += call.placement.parts(unwrap_output(output), x.shape[1:])

@@ -112,21 +112,21 @@ class InterceptedLoop:
             self.chain, self.index, self.fresh = None, 0, None
             self._before_steps()
         if self.chain is not None and not self.calls and (change := self._change(call)):
-            self._take_over(change)
+            self._take_over(change, call.x, call.extra)
             return component.module(*args, **kwargs)
         self.calls.append(call)
         if self.marker is not None and self.scaled is not None:
             bring_back(call, self.marker, self.scaled[1])
         output = self.outputs.next(call)
         if output is None:
-            raise Unknown(f"takes something without rows from its {component.name}")
+            raise Unknown(f"takes something else than rows from its {component.name}")
         return output
 
     @refuses_unknown
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the scheduler's `step`."""
         if not self.serial and self.chain is not None and not self.calls:
-            self._take_over("another model")
+            self._take_over("another model", model_output)
         if self.serial:
             return self._step_serially(model_output, timestep, sample, *args, **kwargs)
         if args or not isinstance(sample, Tensor) or not isinstance(model_output, Tensor):
@@ -139,7 +139,7 @@ class InterceptedLoop:
         result = self.chain.advance(self.index, timestep, sample, kwargs | form)
         self.index += 1
         self.calls, self.scaled, self.marker, self.noising = [], None, None, None
-        self.outputs = StepOutputs(self.index)
+        self.outputs = StepOutputs(self.index, (self.outputs.given, model_output))
         self.hints = numbers(self.pipe, self.arguments)
         self.monitor.remember(self.chain.problem, self.index)
         return result
@@ -235,10 +235,12 @@ class InterceptedLoop:
         state = self.chain.states[self.index]
         return state if self.scaled is None else self.scaled[1][: len(state)]
 
-    def _take_over(self, change: str, within: bool = False) -> None:
-        """Leave the rest to the scheduler, which is where the loop is."""
+    def _take_over(self, change: str, *values: Any, within: bool = False) -> None:
+        """Leave the rest to the scheduler, which is where the loop is; values: what the loop goes on with."""
         if self.calls and not within:
             raise Unknown(f"changes its model's inputs within a step ({change})")
+        if self.outputs.reused(*values):
+            raise Unknown("uses its model's outputs once more in a later step")
         _LOG.info("step %d comes with %s than were solved for; the chain goes on serially", self.index, change)
         self.serial, self.taken_over_at = True, self.index
 

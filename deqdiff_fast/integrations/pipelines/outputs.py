@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ..._types import unwrap_output
 from .calls import Call, Link
+from .placement import locate
 from .proxies import Output
 
 _LARGE = 32.0  # times normal: of every second step, and one over that in the others, so that a bound is met
@@ -38,15 +41,17 @@ class OutputShape:
             shapes.append((leaf.shape[0] // rows, tuple(leaf.shape[1:]), leaf.dtype) if tensor else leaf)
         return cls(structure, tuple(shapes))
 
-    def draw(self, rows: int, like: Tensor, seed: int, size: float) -> Any:
-        """The same numbers for the same seed; size: their standard deviation."""
-        own = torch.Generator("cpu").manual_seed(seed)
-        values = [
-            torch.randn((leaf[0] * rows, *leaf[1]), generator=own, device="cpu").mul_(size).to(like.device, leaf[2])
-            if isinstance(leaf, tuple)
-            else leaf
-            for leaf in self.leaves
-        ]
+    def draw(self, rows: int, like: Tensor, index: int, number: int) -> Any:
+        """The same numbers for call `number` of step `index`. Rows have something in common, and more of it in every
+        second step, so that what depends on norms of outputs, or on products of them, is another in every step."""
+        own, common = (torch.Generator("cpu").manual_seed(seed) for seed in (64 * index + number + 1, index))
+        size, apart = (1 / _LARGE, 0.5) if index % 2 else (_LARGE, 1.0)
+
+        def drawn(each: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            value = apart * torch.randn((each * rows, *shape), generator=own, device="cpu")
+            return (size * (value + torch.randn(shape, generator=common, device="cpu"))).to(like.device, dtype)
+
+        values = [drawn(*leaf) if isinstance(leaf, tuple) else leaf for leaf in self.leaves]
         return tree_unflatten(values, self.structure)
 
 
@@ -57,15 +62,15 @@ class StepOutputs:
     """What the loop is given for the calls of step `index`; networks are called only where it is not known yet what
     they return, with the loop's own arguments."""
 
-    def __init__(self, index: int = 0) -> None:
-        self.size = 1 / _LARGE if index % 2 else _LARGE
+    def __init__(self, index: int = 0, earlier: tuple[Any, ...] = ()) -> None:
+        self.index, self.earlier = index, earlier  # of the last step: what the loop was given, and what it made of that
         self.given: list[Any] = []
         self.links: dict[int, Link] = {}  # of what auxiliary networks returned
         self._real: list[Any] = []
         self._calls: list[Call] = []
 
     def next(self, call: Call) -> Any:
-        """For one more call, whose x is real by now; None where the network returns something without rows."""
+        """For one more call, whose x is real by now; None where the network returns something else than rows."""
         number = len(self.given)
         self._calls.append(call)
         self._real.append(None)
@@ -73,11 +78,11 @@ class StepOutputs:
         kind = (*call.kind(), call.x.dtype)
         if kind not in known:
             shape = OutputShape.of(self.real(number), len(call.x))
-            if shape is None:
+            if shape is None or not (call.component.auxiliary or isinstance(unwrap_output(self.real(number)), Tensor)):
                 return None
             known[kind] = shape
-        output = known[kind].draw(len(call.x), call.x, number + 1, self.size)
-        self.given.append(output)
+        output = known[kind].draw(len(call.x), call.x, self.index, number)
+        self.given.append(output if call.component.auxiliary else copy.deepcopy(output))  # loops write into theirs
         if call.component.auxiliary:
             leaves = enumerate(tree_leaves(output))
             self.links |= {id(leaf): Link(number, k) for k, leaf in leaves if isinstance(leaf, Tensor)}
@@ -90,9 +95,14 @@ class StepOutputs:
             before = enumerate(self._calls[:number])
             earlier = [tree_leaves(self.real(k)) if c.component.auxiliary else [] for k, c in before]
             rows = torch.arange(len(call.x), device=call.x.device)
-            args, kwargs = call.arrange(call.x, call.timestep, call.extra_of(rows, earlier))
-            self._real[number] = call.component.module(*args, **kwargs)
+            self._real[number] = call.repeat(call.x, call.timestep, call.extra_of(rows, earlier))
         return self._real[number]
+
+    def reused(self, *values: Any) -> bool:
+        """Whether one of these is, or holds, what the loop was given in the last step, or has made of that."""
+        both = ([x for x in tree_leaves(each) if isinstance(x, Tensor) and x.dim()] for each in (values, self.earlier))
+        found = itertools.starmap(locate, itertools.product(*both))
+        return any(placement is not None and placement.mask is None for placement in found)
 
     def unused(self) -> bool:
         """Whether something that an auxiliary network returned went elsewhere than into later calls as it is."""

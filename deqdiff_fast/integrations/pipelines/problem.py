@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -10,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._devices import with_torch_defaults
+from ..._devices import float64, with_torch_defaults
 from ..._types import FrozenNoise
 from ...errors import NotAffineError
 from ...schedule import Schedule
 from ...schedule.from_diffusers import scheduler_fields
-from ...schedule.probe import StepRange, chain_timesteps, step_accepts
+from ...schedule.probe import Probing, StepRange, chain_timesteps, next_state, step_accepts
 from .combination import Combination
 from .draws import record_draws
 from .first_step import FirstStep
 from .guided_model import GuidedModel
+from .refusals import Unknown
 
 _CACHE_SIZE = 16
 _CACHE: OrderedDict[Any, Schedule] = OrderedDict()
@@ -45,6 +47,24 @@ class DenoisingProblem:
         schedule = _schedule(scheduler, step_range, options, first.input_scaled)
         model = GuidedModel(first.calls, combination, len(first.start))
         return cls(model, schedule, scheduler, first, scheduler.timesteps[step_range.start : step_range.stop])
+
+    def check_first_step(self) -> None:
+        """Raises Unknown where that of the scheduler, given all that the loop gives it, is not that of the schedule,
+        which was fitted without some of it: timesteps of tokens, say."""
+        first, own, mode = self.first, copy.deepcopy(self.scheduler), Probing()
+        for key in ("clip_sample", "clip_denoised"):
+            if own.config.get(key):
+                own.register_to_config(**{key: False})
+        sample, output = float64(first.sample), float64(first.output)
+        mode.noise = sample.new_zeros([1] * sample.dim())  # for all shapes: with a list of generators one a sample
+        with torch.no_grad(), mode:
+            if first.input_scaled:
+                own.scale_model_input(sample, first.timestep)
+            after = next_state(own.step(output.clone(), first.timestep, sample.clone(), **first.step_kwargs))
+        a, b = float(self.schedule.state_coef[0, 0]), float(self.schedule.model_coef[0, 0])
+        parts = torch.stack([a * float64(torch.cat([self.start] * self.halves)), b * output])
+        if not (after - parts.sum(0)).norm() <= 1e-4 * after.norm() + 1e-6 * parts.norm():  # schedulers cast to float32
+            raise Unknown(" with ".join(filter(None, ("steps its scheduler", ", ".join(first.step_kwargs)))))
 
     @property
     def start(self) -> Tensor:

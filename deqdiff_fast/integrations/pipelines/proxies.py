@@ -63,9 +63,9 @@ def scheduler_proxy(
     def own_step(*args: Any, **kwargs: Any) -> Any:
         return step(*args, **kwargs)
 
-    own: dict[str, Any] = {"step": own_step}
-    if hasattr(scheduler, "scale_model_input"):
-        own["scale_model_input"] = scale
+    # where there is none: BriaPipeline looks at `type(scheduler)`, which is ours, and calls it
+    scaling = scale if hasattr(scheduler, "scale_model_input") else lambda sample, *_: sample
+    own: dict[str, Any] = {"step": own_step, "scale_model_input": scaling}
 
     def told(name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(scheduler, name))

@@ -16,7 +16,7 @@ from .guided_model import GuidedModel
 from .outputs import StepOutputs
 from .problem import DenoisingProblem, first_timestep
 from .refusals import Unknown
-from .timestep_rule import exclude, find_rule
+from .timestep_rule import find_rule, put_last
 
 
 def first_problem(
@@ -25,6 +25,7 @@ def first_problem(
     """The problem of a loop that is at its first step; scheduler: as it was before. Raises Unknown, and as `build`."""
     check_calls(first.calls, outputs)
     problem = DenoisingProblem.build(scheduler, first, combination)
+    problem.check_first_step()
     find_rules(first.calls, problem, 0, kind)
     return problem
 
@@ -110,7 +111,7 @@ def next_model(
             assert call.rule is not None
             assert solved.rule is not None
             if call.rule.fits(solved.timestep, torch.as_tensor(problem.timesteps[0])):
-                exclude(solved.rule, kind)
+                put_last(solved.rule, kind)
     return replace(problem, model=GuidedModel(calls, found, len(problem.start)))
 
 

@@ -23,6 +23,7 @@ from .random_state import RandomState
 from .recording import fits
 from .refusals import Unknown
 
+_BY_SIZE = "makes of its model's outputs what depends on their size, or on the step,"
 _MOST_PARTS = 4  # of a chain that are solved, each with another model; the rest is made serially
 # of networks, by the kind and length of chains: the steps at which an earlier one had another model
 _CHANGES: WeakKeyDictionary[Any, dict[Any, set[int]]] = WeakKeyDictionary()
@@ -54,11 +55,14 @@ class SolvedChain:
 
     def change(self, problem: DenoisingProblem, index: int) -> bool:
         """Another model from step `index` on. Returns whether there are too many of them; raises Unknown where the loop
-        does one thing to large outputs and another to small ones, as which they are given in turns."""
-        again = index - 1 in self.changed_at
-        if again and problem.model.combination == self.before:
-            raise Unknown("makes of its model's outputs what depends on their size,")
-        self.before = self.problem.model.combination
+        does one thing to large outputs and another to small ones, as which they are given in turns, or where what it
+        has done in the last step for the first time was made of these outputs."""
+        again, now, last = index - 1 in self.changed_at, problem.model.combination, self.problem.model.combination
+        found_last = now != last and not last.certain and index - 1 in (0, *self.changed_at)
+        calls, solved = ([len(call.x) for call in each.model.calls] for each in (problem, self.problem))
+        if found_last or (again and now == self.before and calls == solved):
+            raise Unknown(_BY_SIZE)
+        self.before = last
         self.problem = self.lockstep.problem = problem
         self.changed_at.append(index)
         self.changes.add(index)
@@ -124,6 +128,9 @@ class SolvedChain:
         if index < self.known:
             return
         problem, total = self.problem, len(self.problem.timesteps)
+        found, new = problem.model.combination, index in (0, *self.changed_at)
+        if new and index == total - 1 and not (found.certain or 0 < found.rescale <= 1):  # nothing will confirm it
+            raise Unknown(_BY_SIZE)
         stop = min((k for k in self.changes if k > index), default=total)
         schedule, frozen = problem.schedule, problem.frozen(self.noises)
         if (index, stop) != (0, total):

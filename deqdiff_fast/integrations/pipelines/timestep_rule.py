@@ -21,7 +21,7 @@ RULES: dict[str, Callable[[Tensor, torch.dtype, float, float], Tensor]] = {
     "N - t": lambda t, dtype, count, scale: (count - t).to(dtype),
     "scale t rounded": lambda t, dtype, count, scale: t.to(dtype) * scale,
 }
-_EXCLUDED: WeakKeyDictionary[type, set[str]] = WeakKeyDictionary()  # of a pipeline's class: those that it has not
+_UNLIKELY: WeakKeyDictionary[type, set[str]] = WeakKeyDictionary()  # of a class, which all own loops have in common
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +63,13 @@ def find_rule(given: Any, t: Tensor, scheduler: Any, module: Any, pipeline: type
             return None
     elif bool((given != given.flatten()[0]).any()):
         return None
-    for name in RULES:
+    for name in sorted(RULES, key=_UNLIKELY.get(pipeline, set()).__contains__):
         rule = TimestepRule(name, given.dtype, t.dtype, count, scale, mask)
-        if name not in _EXCLUDED.get(pipeline, ()) and rule.fits(given, t):
+        if rule.fits(given, t):
             return rule
     return None
 
 
-def exclude(rule: TimestepRule, pipeline: type) -> None:
-    """A later step has shown that pipelines of this class have another rule, which says the same of the first one."""
-    _EXCLUDED.setdefault(pipeline, set()).add(rule.name)
+def put_last(rule: TimestepRule, pipeline: type) -> None:
+    """A later step has shown that a pipeline of this class has another rule, which says the same of the first one."""
+    _UNLIKELY.setdefault(pipeline, set()).add(rule.name)
