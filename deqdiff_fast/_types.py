@@ -94,7 +94,8 @@ class Coordinates(Protocol):
 def unwrap_output(output: Any) -> Any:
     """What a model means by its output: the tensor itself, `.sample` of an object (diffusers), the first of a tuple."""
     value: Any = output if isinstance(output, Tensor) else getattr(output, "sample", output)
-    return value[0] if isinstance(value, (tuple, list)) and value else value
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    return value if isinstance(value, Tensor) else getattr(value, "sample", value)
 
 
 def parameters_of(model: Any) -> list[Tensor]:

@@ -10,6 +10,7 @@ looked at anew.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class CheckedTimesteps:
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
         self.tol = torch.full_like(weight, math.inf)  # for which each was seen to be as expected
+        self.hidden = set[int]()  # which every solve is to ask
         self.solves, self.failures, self.waiting = 0, 0, 0
 
     def skip_nodes(self) -> bool:
@@ -55,16 +57,19 @@ class CheckedTimesteps:
             self.solves += 1
             unseen = (needed(self.weight, LEFT_OUT * tol) & (self.tol > tol)).nonzero()[:, 0].tolist()
             turn = (int((AFTERWARDS * number + k) * GOLDEN % 1 * steps) for k in range(AFTERWARDS))
-            return Spots(tuple(unseen or sorted(set(turn))), number % batch)
+            asked = tuple(sorted({*(unseen or turn), *self.hidden}))
+            return Spots(asked, number % batch, tuple(self.hidden))
 
-    def learn(self, spots: Spots, outcome: NodeOutcome, tol: float) -> None:
-        """What that solve has seen there."""
+    def learn(self, spots: Spots, outcome: NodeOutcome, tol: float, hidden: Iterable[int] = ()) -> None:
+        """What that solve has seen there. hidden: where every solve is to look, for its nodes may pass over it."""
         with _LOCK:
             if outcome.rough:
                 self.failures = min(self.failures + 1, MOST_FAILURES)
                 self.waiting = 2**self.failures
                 self.tol = torch.full_like(self.weight, math.inf)
+                self.hidden.clear()
             elif outcome.rough is not None:
+                self.hidden.update(hidden)
                 seen = list(spots.timesteps)
                 self.tol = self.tol.clone()  # nobody may write to one that was made under `torch.inference_mode`
                 self.tol[seen] = self.tol[seen].clamp_max(tol)

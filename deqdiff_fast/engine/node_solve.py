@@ -18,6 +18,7 @@ from ..nodes.composite import interpolation
 from ..nodes.grid import FEWEST_STEPS
 from ..nodes.problem import NodeOutcome, Spots
 from ..nodes.rounds import UNTOLD, NodeRounds
+from ..nodes.suspects import passed_over
 from ..solution import Solution, Stats
 from .checked_timesteps import CheckedTimesteps
 from .initial_guess import linear_scan
@@ -106,8 +107,10 @@ class NodeSolve:
                 return told(round, window, error)
 
         with torch.no_grad():
-            self.outcome = NodeRounds(self.problem).run(limit, watch)
-        self.checked.learn(self.problem.spots, self.outcome, self.problem.tol)
+            rounds = NodeRounds(self.problem)
+            self.outcome = rounds.run(limit, watch)
+            hidden = passed_over(self.problem, self.outcome, rounds.suspects)
+        self.checked.learn(self.problem.spots, self.outcome, self.problem.tol, hidden)
 
     @property
     def usable(self) -> bool:

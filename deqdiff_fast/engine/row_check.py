@@ -40,6 +40,7 @@ LARGEST_HALF = 5e-2  # of the other dtypes
 SEVERAL = 3.0  # times what rounding does to the sample, typically: what a tolerance must leave to it
 ROUNDED = 15  # rounds after which none gets nearer, where every size of a batch rounds in another way
 MOST_SOLVES = 32  # between two looks
+APART = 0.9  # times, and negated: the states at a timestep of a look, against those of the one before
 
 _log = logging.getLogger(__name__)
 
@@ -81,11 +82,8 @@ class RowRecord:
 
 
 def check_rows(system: System, options: Options, noise: Tensor) -> RowRecord:
-    """Look, where it is time to.
-
-    Raises:
-        ModelOutputError: a row of a batch is not what it is alone, by more than rounding.
-    """
+    """Look, where it is time to. Raises ModelOutputError: a row of a batch is not what it is alone, by more than
+    rounding."""
     record = _record(system, options, noise)
     kept = isinstance(options.model, RecordedModel)  # these rows are on no chain: nothing to learn a draft from
     if record.shared:
@@ -121,12 +119,9 @@ def _right_when_shared(record: RowRecord, system: System, noise: Tensor) -> bool
 
 
 def check_rows_now(options: Options, noise: Tensor, model_kwargs: dict[str, Any], changed: bool) -> None:
-    """Look before a solve that may not even be made by rounds, unless that was done before.
+    """As `check_rows`, before a solve that may not even be made by rounds, unless that was done before.
 
     changed: the model is not what it was then.
-
-    Raises:
-        ModelOutputError: as `check_rows`.
     """
     if len(noise) == 0:
         return
@@ -150,8 +145,10 @@ def with_tolerance_in_reach(
 ) -> tuple[Options, bool]:  # fmt: skip
     """The same options, or those with the tolerance that rounding allows; whether it is the one asked for. Where it is
     not, that is said once in the log, nothing is finished serially, and after rounds on `nodes` few others are made."""
-    schedule, tol, least = options.schedule, options.allowed(dtype), options.floor(dtype)
-    floor = SEVERAL * record.rounding * cached(schedule, "rounding", lambda: float(prediction_weight(schedule).norm()))
+    schedule, tol = options.schedule, options.allowed(dtype)
+    weight = cached(schedule, "rounding", lambda: float(prediction_weight(schedule).norm()))
+    unit = 2 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps  # of both chains
+    floor, least = SEVERAL * record.rounding * weight, max(options.floor(dtype), unit * weight)
     if max(floor, least) <= (asked := tol if options.tol is None else options.tol):
         return options, True
     if not record.told:
@@ -176,8 +173,9 @@ def _difference(system: System, noise: Tensor, number: int, most: int) -> float:
     at = at if len(at) > 1 else sorted({at[0], (at[0] + steps // 2) % steps, steps - 1})
     at.reverse()  # from the image's end: t[0] is another one's then
     few = batch <= most and len(at) * batch <= (system.max_batch or len(at) * batch)
-    levels = [
-        _Level.of(system, noise, i, list(range(batch)) if few else [(k + number + 1) % batch]) for k, i in enumerate(at)
+    levels = [  # no two alike, for rows that look at each other see nothing new in copies of themselves
+        _Level.of(system, (-APART) ** k * noise, i, list(range(batch)) if few else [(k + number + 1) % batch])
+        for k, i in enumerate(at)
     ]
     try:
         single = [_predict(system, *level) for level in levels[: -ALONE - 1 : -1]]

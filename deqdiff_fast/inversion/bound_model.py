@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .._types import Model, Shared
+from ..model.knowledge import base_of
 from ..model.sample_kwargs import is_per_sample, is_whole
 
 
@@ -19,7 +20,7 @@ class BoundModel:
 
     def __init__(self, model: Model, leaves: list[Any], structure: TreeSpec, rows: list[int]) -> None:
         """leaves, structure: of the arguments; rows: which leaves belong to the images."""
-        self.model, self.base_model = model, getattr(model, "base_model", model)
+        self.model, self.base_model = model, base_of(model)
         self.deqdiff_ranks = getattr(model, "deqdiff_ranks", None)
         if getattr(model, "takes_marks", False):
             whole = (Tensor, list, tuple)  # what has as many entries as a call has rows may be one for all images

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._types import Model, unwrap_output
+from ..model.knowledge import base_of
 
 
 class CountingModel:
@@ -21,7 +22,7 @@ class CountingModel:
 
     def __init__(self, model: Model) -> None:
         self.model, self.evals, self.calls, self.backpropagations = model, 0, 0, 0
-        self.base_model = getattr(model, "base_model", model)
+        self.base_model = base_of(model)
         self.deqdiff_ranks = getattr(model, "deqdiff_ranks", None)
         self.takes_marks = getattr(model, "takes_marks", False)
 

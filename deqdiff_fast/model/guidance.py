@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from .._types import Model, Shared, parameters_of, unwrap_output, without_marks
+from .knowledge import base_of
 from .sample_kwargs import is_list_of_strings, is_whole
 
 
@@ -69,7 +70,7 @@ class Guided:
         uncond = _in_order_of(cond, uncond)
         _check_pair(cond, uncond)
         self.model, self.cond, self.uncond = model, cond, uncond
-        self.base_model = getattr(model, "base_model", model)  # what a planner learns outlives this object
+        self.base_model = base_of(model)  # what a planner learns outlives this object
         self._marked = getattr(model, "takes_marks", False)  # it tells what has a row for each of x by itself
         self.scale, self.rescale = _check_scale(scale), _check_rescale(rescale)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .._locks import Lock
@@ -20,16 +20,13 @@ _lock = Lock()
 
 
 def shared_with_model(model: Model) -> dict[Any, Any] | None:
-    """A dict that lives as long as the model: what samplers of the same model learn, they share.
+    """A dict that lives as long as the model, see `base_of`: what samplers of the same model learn, they share.
 
     None for a model that is neither hashed nor weakly referenced.
-
-    A wrapper that is made anew for every use can name the model that it wraps in an attribute `base_model`; see
-    `variant_of`.
     """
     try:
         with _lock:
-            known = _SHARED.setdefault(getattr(model, "base_model", model), {})
+            known = _SHARED.setdefault(base_of(model), {})
             ranks = getattr(model, "deqdiff_ranks", None)  # what they all know is apart from what one of them knows
             return known if ranks is None else known.setdefault(ranks, {})
     except TypeError:
@@ -53,9 +50,19 @@ def nothing_known(model: Model) -> Iterator[None]:
         known.update(before)
 
 
+def base_of(model: Model) -> Any:
+    """With whom to keep what is learned of a model. A wrapper that is made anew for every use names the model that it
+    wraps in `base_model`: one of ours, or one with a `deqdiff_variant`. Others may add to what they call so."""
+    known = type(model).__module__.startswith("deqdiff_fast.") or hasattr(model, "deqdiff_variant")
+    return getattr(model, "base_model", model) if known else model
+
+
 def variant_of(model: Model) -> Any:
-    """What tells a wrapper from others of the same `base_model`: the value of its `deqdiff_variant`, hashable."""
-    return getattr(model, "deqdiff_variant", None)
+    """What tells a wrapper from others of the same `base_model`, the value of its `deqdiff_variant`, hashable; and how
+    many parts of a module are in training mode, where their rows may depend on each other."""
+    base, variant = base_of(model), getattr(model, "deqdiff_variant", None)
+    training = sum(part.training for part in base.modules()) if isinstance(base, nn.Module) else 0
+    return (variant, training) if training else variant
 
 
 def signature_of(noise: Tensor, model_kwargs: dict[str, Any] | None) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .knowledge import base_of
+
 EIGHTHS = (1, 2, 3, 4, 6, 8)
 
 
@@ -18,7 +20,7 @@ def padded_sizes(limit: int, batch: int) -> tuple[int, ...]:
 
 def is_compiled(model: Any) -> bool:
     """Whether the model, or a part of it, went through torch.compile, which specialises on batch sizes."""
-    inner = getattr(model, "base_model", model)  # a wrapper of ours, around the user's model
+    inner = base_of(model)  # a wrapper of ours, around the user's model
     if inner is not model:
         return is_compiled(inner)
     parts = model.modules() if isinstance(model, nn.Module) else (model,)

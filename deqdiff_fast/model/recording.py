@@ -10,6 +10,7 @@ from torch import Tensor
 from .._locks import Lock
 from .._types import Model, unwrap_output, without_marks
 from .draft_conditions import Pooled, pool
+from .knowledge import base_of
 
 MOST_BYTES = 2**29
 
@@ -72,7 +73,7 @@ class RecordedModel:
 
     def __init__(self, model: Model, recording: Recording) -> None:
         self.model, self.recording = model, recording
-        self.base_model = getattr(model, "base_model", model)  # what a planner knows of it stays true
+        self.base_model = base_of(model)  # what a planner knows of it stays true
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # a copy that is being made does not have it yet

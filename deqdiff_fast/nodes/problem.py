@@ -24,6 +24,7 @@ class Spots(NamedTuple):
 
     timesteps: tuple[int, ...] = ()
     sample: int = 0
+    again: tuple[int, ...] = ()  # of these, what to ask in the rounds that follow too
 
 
 class Cache(Protocol):

@@ -164,7 +164,8 @@ class NodeRounds:
         if spots is not None:
             said = answers[count:].view_as(spots.states)
             self.missed = missed_at(spots, chain, said)
-            self.suspects = suspects(spots, chain, said) if first else self.suspects
+            if first:
+                self.suspects = tuple(sorted({*problem.spots.again, *suspects(spots, chain, said)}))
 
     def _advance(self, round: int) -> Estimate:
         """The chain with what is known now, and how good it is; how far errors are carried, where nodes are chosen."""

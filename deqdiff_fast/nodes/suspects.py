@@ -12,12 +12,14 @@ from torch import Tensor
 from .chain import NodeChain
 from .composite import leave_one_out
 from .elements import joined
-from .node_grid import per_element
+from .node_grid import Transfer, per_element
+from .problem import NodeOutcome, NodeProblem
 from .spots import SpotStates, remainder_at
 
 AROUND, JUMP = 8, 8.0  # answers on either side, and how many times what is little on either of them stands out
 LEAST_JUMP = 0.1  # part of the tolerance: what an answer that stands out would do to the sample, or to the next state
 SUSPECTS = 4  # such answers, at most
+NOTICED = 0.3  # part of the tolerance: what nodes that lie elsewhere may miss there
 
 
 def suspects(spots: SpotStates, chain: NodeChain, answers: Tensor) -> tuple[int, ...]:
@@ -58,3 +60,25 @@ def suspects(spots: SpotStates, chain: NodeChain, answers: Tensor) -> tuple[int,
             found += [(jump, k)] if jump > JUMP * max(little) else []
     around = {t for _, k in sorted(found)[-SUSPECTS:] for t in times[k : k + 5]}
     return tuple(sorted(around - set(nodes)))
+
+
+def passed_over(problem: NodeProblem, outcome: NodeOutcome, suspects: tuple[int, ...]) -> set[int]:
+    """Timesteps in and around those where answers stood out, if it took nodes there to get the sample right: later
+    solves, whose nodes may lie elsewhere, are to look there."""
+    nodes, start = outcome.grid.nodes, problem.start
+    if outcome.rough is not False or not {*suspects} & {*nodes}:
+        return set()
+    there = sorted({*suspects, *nodes})
+    sides = zip(there[:1] + there, there, there[1:] + there[-1:])
+    found = {k for before, k, after in sides if {before, k, after} & {*suspects}}
+    inside, others = (tuple(k for k in nodes if (k in found) is within) for within in (True, False))
+    if not others:
+        return found
+    among = torch.tensor([k in found for k in nodes], device=start.device)
+    weights = Transfer.of(problem.chain, others, inside, start.dtype, start.device).scaled
+    one = slice(problem.spots.sample, problem.spots.sample + 1)
+    left, known = outcome.remainder[among, one], outcome.remainder[~among, one]
+    far = per_element(outcome.grid.influence[among], problem.classes)
+    missed = (left - torch.mm(weights, known.flatten(1)).view_as(left)).mul_(far).sum(0)  # by the others alone
+    off, size = problem.elements.norms(missed.norm(dim=1), outcome.states[-1, one].norm(dim=1))
+    return found if float(off / size) > NOTICED * problem.tol else set()

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from .._types import Model, Shared, parameters_of, unwrap_output, without_marks
 from ..errors import ModelOutputError
 from ..model.guidance import Guided
+from ..model.knowledge import base_of
 from .group import Ranks
 from .row_gather import DTYPES, MOST_AXES, RowGather, checksum, kind_of
 from .sharded_gradient import call_with_gradient
@@ -77,7 +78,7 @@ class ShardedModel:
 
     def __init__(self, model: Model, ranks: Ranks) -> None:
         self.model, self.deqdiff_ranks = model, ranks
-        self.base_model = getattr(model, "base_model", model)
+        self.base_model = base_of(model)
         self.gather = RowGather(ranks)
 
     def __getattr__(self, name: str) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._types import Model, parameters_of, unwrap_output
 from ..errors import ModelOutputError
-from ..model.knowledge import variant_of
+from ..model.knowledge import base_of, variant_of
 from ..model.outputs import output_fault
 from ..operators import Operator
 from ..schedule import Schedule
@@ -37,7 +37,7 @@ class RestoringModel:
         """schedule: as it was given, with its clipping. variant: what tells this from other uses of the model."""
         self.model, self.method, self.coordinates, self.operator = model, method, coordinates, operator
         self.schedule, self.levels = schedule, levels
-        self.base_model = getattr(model, "base_model", model)
+        self.base_model = base_of(model)
         self.deqdiff_variant = ("restoration", variant, variant_of(model))
         self._tables: dict[Any, tuple[Levels, Tensor]] = {}
         if hasattr(model, "bind_batch"):

@@ -51,9 +51,22 @@ def counting(model):
     return count
 
 
+def centred(model):
+    """What is taken from the rows is the same at every timestep."""
+    return lambda x, t: model(x, t) - 0.2 * x.mean(0, keepdim=True)
+
+
+def normalised(model):
+    """Their common size, whatever their signs."""
+    return lambda x, t: model(x, t) / x.square().mean().sqrt()
+
+
+BROKEN = [first_timestep, window_of_the_first, batch_norm, attention, counting, centred, normalised]
+
+
 @pytest.mark.parametrize("solver", PARALLEL)
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("broken", [first_timestep, window_of_the_first, batch_norm, attention, counting])
+@pytest.mark.parametrize("broken", BROKEN)
 def test_rows_that_are_not_independent_are_refused(mixture, ddim, noise, broken, batch, solver):
     sampler = dq.DEQSampler(broken(mixture()), ddim(20), solver=solver)
     with (
@@ -70,6 +83,25 @@ def test_dropout_is_found(mixture, ddim, noise):
         sampler.sample(noise(1))
     drop.eval()
     assert sampler.sample(noise(1)).converged.all()
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: dq.guided(net, {}, {}, 2.0)])
+def test_a_model_that_is_put_into_training_mode_between_two_solves(ddim, noise, wrap):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.3)
+
+        def forward(self, x, t):
+            return 0.5 * self.drop(x)
+
+    net = Net().eval()
+    sampler = dq.DEQSampler(wrap(net), ddim(20), solver="picard")
+    for _ in range(2):  # the third one would not look again
+        assert sampler.sample(noise(1)).converged.all()
+    net.train()
+    with pytest.raises(dq.ModelOutputError, match=r"model\.eval"):
+        sampler.sample(noise(1))
 
 
 def test_the_serial_chain_of_such_a_model_is_as_it_was(mixture, ddim, noise):
@@ -176,6 +208,30 @@ def test_a_tolerance_below_the_rounding_of_the_states(caplog, mixture, ddim, noi
     assert ("tol = 1.0e-09 is out of reach: the states are float32" in caplog.text) is not reached
     off = (found.sample - sampler.serial(noise(2).to(dtype)).sample).norm() / found.sample.norm()
     assert off < (1e-9 if reached else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "tol", "reached"), [(10, 1e-3, True), (10, 1e-4, False), (50, 2e-4, True), (50, 1e-4, False)]
+)
+def test_a_tolerance_below_what_a_chain_makes_of_rounding(noise, relative_error, steps, tol, reached):
+    """Cosine betas begin where there is next to no signal: a predicted noise is multiplied by thousands there."""
+    bar = torch.cos((torch.linspace(0, 1, 1001).double() + 0.008) / 1.008 * torch.pi / 2) ** 2
+    alphas = (1 - (1 - bar[1:] / bar[:-1]).clamp_max(0.999)).cumprod(0)
+    mean = torch.linspace(-0.6, 0.8, 48).view(3, 4, 4)
+
+    def model(x, t):
+        signal, sigma = (part.sqrt()[t.long()].view(-1, 1, 1, 1).to(x) for part in (alphas, 1 - alphas))
+        level = 0.05 * signal**2 + sigma**2
+        side = mean * ((x * mean).sum((1, 2, 3), keepdim=True) * signal / level).tanh()
+        return (x - signal * (side + 0.05 * signal / level * (x - signal * side))) / sigma
+
+    times = torch.arange(steps).flip(0) * (1000 // steps) + 1000 // steps - 1
+    sampler = dq.DEQSampler(model, dq.Schedule.ddim(alphas, times), solver="quasi-newton", tol=tol)
+    found = sampler.sample(noise(4, (3, 4, 4)))
+    assert found.converged.tolist() == [reached] * 4
+    assert found.stats.stop_reason == ("converged" if reached else "rounding")
+    if reached:
+        assert relative_error(found.sample, sampler.serial(noise(4, (3, 4, 4))).sample).max() < tol
 
 
 def test_outputs_whose_batch_axis_lies_innermost(mixture, ddim, noise):

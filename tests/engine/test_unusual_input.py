@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -75,6 +75,18 @@ def test_bad_calls(mixture, ddim, noise):
         dq.DEQSampler(None, ddim())
     with pytest.raises(TypeError, match="from_diffusers"):
         dq.DEQSampler(mixture(), "ddim")
+
+
+class Output(NamedTuple):
+    loss: float
+    sample: torch.Tensor
+
+
+@pytest.mark.parametrize("pack", [lambda y: [y, 1], lambda y: (Output(0.0, y), None), lambda y: Output(0.0, y)])
+def test_what_a_model_may_return(mixture, ddim, noise, pack):
+    model = mixture()
+    found = [dq.DEQSampler(f, ddim(5), solver="picard") for f in (model, lambda x, t: pack(model(x, t)))]
+    assert torch.equal(*(sampler.sample(noise()).sample for sampler in found))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
