@@ -29,7 +29,7 @@ from .node_grid import NodeGrid, per_element
 
 FASTEST = 0.05  # of a step, the next one is no shorter: part of it leaves the directions that secants know
 SLOWEST = 0.9  # rate of surprises that are not taken to end at all
-USUAL = 1.15  # times what was foretold a step is, at least
+USUAL = 1.3  # times what was foretold a step is, at least
 SKIPPED = 0.03  # part of the tolerance that nodes that are not asked again may cost
 PATIENT, STALLED = 8, 0.7  # rounds before which none is too slow; part of the largest estimate of the three before
 
