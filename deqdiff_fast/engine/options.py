@@ -23,7 +23,7 @@ from ..model.sample_kwargs import warn_of_guesses
 from ..model.stand_in import stand_in
 from ..model.transforms import check_inputs
 from ..model.weighted_norm import Weight, WeightedNorm
-from ..nodes.grid import is_noisy, round_sizes
+from ..nodes.grid import TIGHT, is_noisy, round_sizes
 from ..ranks import sharded
 from ..ranks.group import Ranks
 from ..schedule import Schedule, SpectralSlope
@@ -142,9 +142,10 @@ class Options:
 
     @cached_property
     def node_sizes(self) -> list[int]:
-        """Numbers of nodes of the first rounds, where there are rounds on nodes."""
+        """Numbers of nodes of the first rounds; without memory for all timesteps no more for small tolerances."""
         noisy, rough = self.drafted and is_noisy(self.schedule), self.schedule.stochastic and not self.drafted
-        return round_sizes(self.schedule.num_steps, noisy, not rough_in_time(self.model), rough, self.requested_tol)
+        steps, tol = self.schedule.num_steps, max(self.requested_tol, 2 * TIGHT * self.node_only)
+        return round_sizes(steps, noisy, not rough_in_time(self.model), rough, tol)
 
     @property
     def drafted(self) -> bool:
@@ -163,8 +164,8 @@ class Options:
             raise TypeError(f"recording: expected a deqdiff_fast.Recording, got {type(recording).__name__}")
         if self.shard_states:
             raise ValueError("recording: expected a sampler without shard_states, whose ranks see some rows each")
-        model, graphs = RecordedModel(self.model, recording), GraphCache(False)
-        return replace(copy(self), model=model, cuda_graph=False, graph_cache=graphs)
+        model = RecordedModel(self.model, recording)
+        return replace(copy(self), model=model, cuda_graph=False, graph_cache=GraphCache(False))
 
     @property
     def requested_tol(self) -> float:
@@ -256,5 +257,4 @@ class Options:
 
     def most_rows(self, noise: Tensor) -> int:
         """Rows of the largest model call that a solve can make."""
-        rows = self.first_window * noise.shape[0]
-        return min(rows, self.row_limit(noise) or rows)
+        return min(rows := self.first_window * noise.shape[0], self.row_limit(noise) or rows)

@@ -58,11 +58,10 @@ def base_of(model: Model) -> Any:
 
 
 def variant_of(model: Model) -> Any:
-    """What tells a wrapper from others of the same `base_model`, the value of its `deqdiff_variant`, hashable; and how
-    many parts of a module are in training mode, where their rows may depend on each other."""
+    """What tells a wrapper from others of the same `base_model`, the value of its `deqdiff_variant`, hashable; and
+    whether a module is in training mode, where its rows may depend on each other."""
     base, variant = base_of(model), getattr(model, "deqdiff_variant", None)
-    training = sum(part.training for part in base.modules()) if isinstance(base, nn.Module) else 0
-    return (variant, training) if training else variant
+    return (variant, True) if isinstance(base, nn.Module) and base.training else variant
 
 
 def signature_of(noise: Tensor, model_kwargs: dict[str, Any] | None) -> Any:

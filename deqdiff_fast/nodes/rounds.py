@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .chain import NodeChain
 from .estimate import Estimate, estimate, stalled, worth_asking
-from .grid import equidistribute, most_nodes, refine, round_sizes, tilted, usual_nodes, walk_between
+from .grid import DENSEST, equidistribute, most_nodes, refine, round_sizes, tilted, usual_nodes, walk_between
 from .growth import growth
 from .problem import NodeOutcome, NodeProblem
 from .spots import missed_at, spots_along
@@ -113,7 +113,8 @@ class NodeRounds:
             return False
         if round == 2 and self.sizes[-1] < usual_nodes(self.steps) and found.interpolation.max() > LARGEST_ESTIMATE:
             self.sizes = round_sizes(self.steps)  # too rough for fewer, whatever the tolerance
-        if round <= len(self.sizes):
+        fewer = round == len(self.sizes) > UNTOLD and self._enough(found) <= DENSEST * usual_nodes(self.steps)
+        if round <= len(self.sizes) and not fewer:
             if round == len(self.sizes):
                 self.density = tilted(self.density, nodes, found.node_roughness.amax(1).tolist())
             wanted = self._even_nodes(self.sizes[round - 1])
@@ -122,10 +123,14 @@ class NodeRounds:
             wanted = refine(list(nodes), score, min(self._wanting(found), self.most - len(nodes)))
         else:
             return False
-        if tuple(wanted) == nodes:
-            return False
-        self.chain.move(tuple(wanted))
-        return True
+        if tuple(wanted) != nodes:
+            self.chain.move(tuple(wanted))
+        return tuple(wanted) != nodes
+
+    def _enough(self, found: Estimate) -> float:
+        """How many nodes would do, for networks are missed by about n^-2."""
+        left = float(found.missed(self.shortfall).max()) * self.safety / (ROUGH * self.problem.tol)
+        return float(len(self.chain.grid.nodes) * left**0.5)
 
     def _wanting(self, found: Estimate) -> int:
         """How many more nodes to try, where these do not do: as many as noise wants between them, or a few."""

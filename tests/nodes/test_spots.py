@@ -67,7 +67,7 @@ def test_another_sampler_of_the_model_does_not_look_again(mixture, ddim, noise):
     samples = [dq.DEQSampler(model, schedule, solver="quasi-newton").sample(noise(1, seed=k)) for k in range(2)]
     assert samples[0].stats.check_evals > 20
     assert samples[1].stats.check_evals <= AFTERWARDS
-    stricter = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=1e-3).sample(noise(1))
+    stricter = dq.DEQSampler(model, schedule, solver="quasi-newton", tol=2e-3).sample(noise(1))
     assert stricter.stats.check_evals > AFTERWARDS, "less may be left out for a smaller tolerance"
     another = dq.DEQSampler(model, ddim(90), solver="quasi-newton").sample(noise(1))
     assert another.stats.check_evals > AFTERWARDS, "another schedule has other timesteps"
