@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
+from deqdiff_fast.engine import node_problem
 from deqdiff_fast.nodes.grid import round_sizes
 from deqdiff_fast.nodes.rounds import NodeRounds
 from deqdiff_fast.solver import QuasiNewton
@@ -246,3 +247,13 @@ def test_a_tight_tolerance_has_all_timesteps_only_where_fewer_do_not_suffice(mix
     assert (found.stats.model_evals < 5.5 * 100) if rough else (found.stats.model_evals < 4 * 100)
     assert round_sizes(100, tol=1e-4) == [9, 17, 31, 100]
     assert round_sizes(1000, tol=1e-4) == round_sizes(1000)
+
+
+def test_nor_where_there_is_no_room_for_all_of_them(mixture, ddim, noise, solved, monkeypatch):
+    model, draw = mixture(), torch.Generator().manual_seed(0)
+    off = 1 + 3e-3 * torch.randn(1000, generator=draw)
+    monkeypatch.setattr(node_problem, "MOST_ELEMENTS", 100 * noise(1).numel() - 1)
+    found, error = solved(lambda x, t: model(x, t) * off[t.long(), None, None, None], ddim(100), noise(1), tol=1e-4)
+    assert found.stats.rounds > found.stats.node_rounds
+    assert bool(found.converged.all())
+    assert error.max() < 1e-4
