@@ -14,15 +14,13 @@ from ..loop.base import Chain
 from ..memory import Lease
 from ..model.row_tables import amplifies
 from ..nodes.composite import LinearChain
-from ..nodes.grid import TIGHT, abscissae, density, round_sizes
+from ..nodes.grid import abscissae, density
 from ..nodes.problem import NodeProblem, Spots
 from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
 from ..schedule.noise import discard_draws, fill_drift
 from .placement import Placement
 from .system import System
-
-MOST_ELEMENTS = 2**24  # of all states, for all timesteps to be nodes because of a tolerance: each wants 40 numbers
 
 
 def linear_chain(schedule: Schedule, slope: SpectralSlope | str | None) -> tuple[LinearChain, Tensor | None]:
@@ -65,12 +63,9 @@ def node_problem(
         fill_drift(drift, schedule, tuple(noise.shape), generator, noise.dtype, device, part)
     elif made is None:
         discard_draws(schedule, tuple(noise.shape), generator, noise.dtype, device)
-    sizes = system.node_sizes
-    if tol <= TIGHT and drift is None and system.num_steps * start.numel() > MOST_ELEMENTS:
-        sizes = round_sizes(system.num_steps)
     return NodeProblem(
         chain, None if classes is None else place.own(classes.to(device)),
-        cached(schedule, "density", lambda: density(schedule)), sizes, start, drift,
+        cached(schedule, "density", lambda: density(schedule)), system.node_sizes, system.most_nodes, start, drift,
         partial(ask, system, lease) if place.shared is None else partial(place.shared.ask, lease),
         None if system.draft is None else partial(ask_draft, system, {}),
         tol, settings.history, settings.ridge, settings.floor, backend,

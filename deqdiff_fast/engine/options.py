@@ -23,7 +23,7 @@ from ..model.sample_kwargs import warn_of_guesses
 from ..model.stand_in import stand_in
 from ..model.transforms import check_inputs
 from ..model.weighted_norm import Weight, WeightedNorm
-from ..nodes.grid import TIGHT, is_noisy, round_sizes
+from ..nodes.grid import is_noisy, round_sizes
 from ..ranks import sharded
 from ..ranks.group import Ranks
 from ..schedule import Schedule, SpectralSlope
@@ -142,10 +142,9 @@ class Options:
 
     @cached_property
     def node_sizes(self) -> list[int]:
-        """Numbers of nodes of the first rounds; without memory for all timesteps no more for small tolerances."""
+        """Numbers of nodes of the first rounds."""
         noisy, rough = self.drafted and is_noisy(self.schedule), self.schedule.stochastic and not self.drafted
-        steps, tol = self.schedule.num_steps, max(self.requested_tol, 2 * TIGHT * self.node_only)
-        return round_sizes(steps, noisy, not rough_in_time(self.model), rough, tol)
+        return round_sizes(self.schedule.num_steps, noisy, not rough_in_time(self.model), rough, self.requested_tol)
 
     @property
     def drafted(self) -> bool:
@@ -245,7 +244,7 @@ class Options:
         slope, norm = ("scalar", None) if serial else (self.slope(noise, prior), self.norm(noise))
         system = System(self.model, self.schedule, noise, model_kwargs, self.row_limit(noise), slope, norm)
         system.learned, system.give_way = self.learned, self.graph_cache.on_shortage()
-        system.node_sizes = self.node_sizes
+        system.node_sizes, system.all_nodes = self.node_sizes, not self.node_only and not self.schedule.stochastic
         if self.draft is not None and self.drafted and not serial:
             arguments.check_draft_shape(self.draft, noise)
             limit = system.max_batch if self.ranks is None else row_limit(self.max_batch, noise)  # not shared out

@@ -18,6 +18,7 @@ from ..schedule import Schedule, SpectralSlope
 from ..schedule.cache import cached
 from ..schedule.tables import step_variance
 
+MOST_ELEMENTS = 2**23  # of the states of all timesteps, for all to be nodes: each wants 40 numbers
 SANE_RMS = 1e4  # an input beyond this is the solver's doing, not the chain's: not the model's fault if it overflows
 
 
@@ -70,11 +71,13 @@ class System(BatchedModel):
         """What stands in for the model between rounds, where the solver wants it."""
         self.node_sizes = [schedule.num_steps]
         """Numbers of nodes of the first rounds, see `round_sizes`."""
+        self.all_nodes = False  # whether all timesteps may be, if they are few; where noise is added, not
 
     @property
     def most_nodes(self) -> int:
         """How many nodes a round may have."""
-        return most_nodes(self.num_steps, self.node_sizes)
+        whole = self.all_nodes and self.num_steps * self.batch * self.numel <= MOST_ELEMENTS
+        return self.num_steps if whole else most_nodes(self.num_steps, self.node_sizes)
 
     @cached_property
     def diagonal_slope(self) -> Tensor:

@@ -23,7 +23,6 @@ RENEWED = 0.016  # see `is_noisy`
 HALF, MORE = 45, 90  # nodes of the rounds that follow: T HALF / (T + HALF), or with MORE, see `round_sizes`
 DENSEST = 2  # times the usual number of nodes, at most
 LOOSE = 1e-2, 1e-1  # tolerances from which and up to which HALF becomes less: interpolation errs by about n^-2
-TIGHT, LONGEST = 3e-4, 200  # tolerances, and timesteps, up to which all may be nodes
 TILT, MOST_TILTED = 0.5, 4  # by what part, and how often that, of what nodes have seen their density is tilted
 FEWEST_SEEN = 4  # nodes
 SHIFT = 0.25  # how far nodes are moved, in intervals
@@ -35,8 +34,7 @@ LEAST_WEIGHT = 1e-8  # of an error that does not count, relative to the largest
 
 
 def round_sizes(steps: int, noisy: bool = False, smooth: bool = True, rough: bool = False, tol: float = 0) -> list[int]:
-    """Numbers of nodes of the first rounds; the last one stands for all that follow. For tolerances up to `TIGHT` it is
-    all timesteps, for models of which usual nodes are foretold to miss too much.
+    """Numbers of nodes of the first rounds; the last one stands for those that follow, as long as these nodes do.
 
     noisy: whether a chain adds so much noise between nodes that all timesteps are nodes after one round, where a draft
     makes that the faster way. smooth: whether the model is smooth in time; else all are nodes in every round. rough:
@@ -46,8 +44,6 @@ def round_sizes(steps: int, noisy: bool = False, smooth: bool = True, rough: boo
         return [steps]
     half = MORE if rough else HALF * (LOOSE[0] / min(max(tol, LOOSE[0]), LOOSE[1])) ** 0.5
     first, last = ((usual_nodes(steps),), steps) if noisy else ((FIRST, SECOND), usual_nodes(steps, half))
-    if 0 < tol <= TIGHT and steps <= LONGEST and not noisy and not rough:
-        first, last = (*first, last), steps  # of which many are not asked again
     return [n for n in first if 5 * n < 4 * last] + [last]
 
 
@@ -56,7 +52,7 @@ def usual_nodes(steps: int, half: float = HALF) -> int:
 
 
 def most_nodes(steps: int, sizes: list[int]) -> int:
-    """How many nodes a round may have, whatever the tolerance; sizes: see `round_sizes`."""
+    """How many nodes a round may have where there is no room for all timesteps; sizes: see `round_sizes`."""
     return min(DENSEST * max(sizes[-1], usual_nodes(steps)), steps)
 
 

@@ -51,8 +51,10 @@ def _carried(chain: NodeChain, signs: Tensor) -> tuple[Tensor, Tensor]:
     drift = rest.new_zeros(count, grid.steps.state_coef.shape[1], batch, sums, size)
     leave_one_out = grid.leave_one_out * grid.unasked[:, None]
     for at, classes in _pieces(chain):
-        missed = torch.mm(leave_one_out, rest[..., at].flatten(1)).view_as(rest[..., at])
-        local = missed.mul_(per_element(grid.local, classes))[:, :, None]
+        missed = chain.surprise[..., at]
+        if not grid.whole:
+            missed = torch.mm(leave_one_out, rest[..., at].flatten(1)).view_as(missed)
+        local = (missed * per_element(grid.local, classes))[:, :, None]
         torch.mul(local, signs[:, None, :, None], out=drift[:, 0, ..., at])
     drift = drift.flatten(2, 3)
     moved = rest.new_zeros(count + 1, batch * sums, size)

@@ -41,6 +41,7 @@ class NodeProblem:
         chain, classes: the linear model; (D,) int32, the class of every element, None for a single one.
         density: (T,), how nodes are to be spread.
         sizes: numbers of them, see `round_sizes`.
+        most: of them, whatever the tolerance.
         start: (B, D), the noise.
         drift: (T, B, D), the frozen noise of every step, or None.
         ask: calls the model.
@@ -58,6 +59,7 @@ class NodeProblem:
     classes: Tensor | None
     density: Tensor
     sizes: list[int]
+    most: int
     start: Tensor
     drift: Tensor | None
     ask: Ask

@@ -9,19 +9,21 @@ from torch import Tensor
 
 from .chain import NodeChain
 from .estimate import Estimate, estimate, stalled, worth_asking
-from .grid import DENSEST, equidistribute, most_nodes, refine, round_sizes, tilted, usual_nodes, walk_between
+from .grid import equidistribute, refine, round_sizes, tilted, usual_nodes, walk_between
 from .growth import growth
 from .problem import NodeOutcome, NodeProblem
 from .spots import missed_at, spots_along
 from .suspects import suspects
 
-MAX_ROUNDS, FEWEST_ROUNDS = 12, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
+MAX_ROUNDS, FEWEST_ROUNDS = 20, 5  # a chain that takes more than T / 2, in these bounds, is left to full rounds
 MARGIN, SCATTER = 1.05, 8.0  # of estimates, sums over D elements: they scatter by that, and by this over sqrt(D)
 NOISE_FACTOR = 1.5  # times the estimate, where a draft goes through a chain that adds much noise: it scatters there
 UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 DOUBTED = 0.15  # of the sample: how far the model may carry an error of the tolerance
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
 SPOT_FACTOR, SPOT_SLACK = 1.5, 0.3  # times the estimate of interpolation, and part of the tolerance more, in spots
+SMOOTH, NOT_SMOOTH = 4, 2  # powers of the number of nodes by which misses fall, at first and where that proves wrong
+FAR = 0.02  # of the next step: misses fall as steps do
 GROWTH = 4  # one node more for so many, and that many at least
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
 NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
@@ -37,7 +39,7 @@ class NodeRounds:
 
     def __init__(self, problem: NodeProblem) -> None:
         self.problem, self.steps = problem, len(problem.density)
-        self.sizes, self.most = problem.sizes, most_nodes(self.steps, problem.sizes)
+        self.sizes = problem.sizes
         self.batch = problem.start.shape[0]
         self.done, self.hopeless = [False] * self.batch, [False] * self.batch
         self.rough: bool | None = None  # as far as spots have shown
@@ -64,10 +66,9 @@ class NodeRounds:
 
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
         """Up to `limit` rounds, until all samples are good enough."""
-        chain, trace = self.chain, list[Tensor]()
+        chain, trace, found = self.chain, list[Tensor](), None
         worth = torch.ones(len(chain.grid.nodes), self.batch, dtype=torch.bool)
         stopped = broken = False
-        found: Estimate | None = None
         total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
         for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
             changed = self._change_nodes(round, found)
@@ -75,7 +76,7 @@ class NodeRounds:
             if changed:  # all of them but the noise, which stays as it is
                 worth = torch.ones(len(chain.grid.nodes), self.batch, dtype=torch.bool)
                 worth[0] = False
-            wanted = worth & ~torch.tensor(self._over())
+            wanted = worth & self._open()
             asked = None if bool(wanted.all()) else wanted
             self._ask(asked, round)
             before, found = found, self._advance(round).on_host()
@@ -98,7 +99,7 @@ class NodeRounds:
             self._note_done(trace)
             stopped = report is not None and report(round, total, self) is True
             self._note_hopeless(found, trace)
-            if stopped or self.rough or all(self._over()):
+            if stopped or self.rough or not bool(self._open().any()):
                 break
             worth = worth_asking(found, before, self.shortfall * self.safety, self.problem.tol)
         return NodeOutcome(
@@ -113,34 +114,33 @@ class NodeRounds:
             return False
         if round == 2 and self.sizes[-1] < usual_nodes(self.steps) and found.interpolation.max() > LARGEST_ESTIMATE:
             self.sizes = round_sizes(self.steps)  # too rough for fewer, whatever the tolerance
-        fewer = round == len(self.sizes) > UNTOLD and self._enough(found) <= DENSEST * usual_nodes(self.steps)
-        if round <= len(self.sizes) and not fewer:
+        if round <= len(self.sizes):
             if round == len(self.sizes):
                 self.density = tilted(self.density, nodes, found.node_roughness.amax(1).tolist())
             wanted = self._even_nodes(self.sizes[round - 1])
         elif self._too_rough(found):
-            score = found.node_roughness.amax(1).tolist()
-            wanted = refine(list(nodes), score, min(self._wanting(found), self.most - len(nodes)))
+            wanted = self._more_nodes(found)
         else:
             return False
-        if tuple(wanted) != nodes:
+        if changed := tuple(wanted) != nodes:
             self.chain.move(tuple(wanted))
-        return tuple(wanted) != nodes
+        return changed
 
-    def _enough(self, found: Estimate) -> float:
-        """How many nodes would do, for networks are missed by about n^-2."""
-        left = float(found.missed(self.shortfall).max()) * self.safety / (ROUGH * self.problem.tol)
-        return float(len(self.chain.grid.nodes) * left**0.5)
-
-    def _wanting(self, found: Estimate) -> int:
-        """How many more nodes to try, where these do not do: as many as noise wants between them, or a few."""
-        count = nodes = len(self.chain.grid.nodes)
-        if self.problem.drift is not None:
-            rough = float(found.missed(self.shortfall).max())
-            enough = walk_between(self.steps, nodes) * ROUGH * self.problem.tol / rough
-            while count < self.most and walk_between(self.steps, count) > enough:
-                count += 1
-        return max(GROWTH, nodes // GROWTH, count - nodes)
+    def _more_nodes(self, found: Estimate) -> list[int]:
+        """As many nodes as seem to do, or a few more where that is not more; all timesteps if they are nearly all."""
+        nodes, wanting, allowed = self.chain.grid.nodes, self._open(), ROUGH * self.problem.tol
+        count, missed = len(nodes), found.missed(self.shortfall)
+        if self.problem.drift is None:
+            left = float((self.safety * missed / (allowed + FAR * found.next_step))[wanting].max())
+            wanted = int(count * left ** (1 / (SMOOTH if count <= self.sizes[-1] else NOT_SMOOTH)))
+        else:  # what noise does between nodes is missed as a random walk is
+            wanted, enough = count, walk_between(self.steps, count) * allowed / float(missed[wanting].max())
+            while wanted < self.problem.most and walk_between(self.steps, wanted) > enough:
+                wanted += 1
+        wanted = min(max(wanted, count + max(GROWTH, count // GROWTH)), self.problem.most)
+        if self.problem.drift is None and wanted >= NEARLY_ALL * self.steps:
+            return list(range(self.steps))
+        return refine(list(nodes), found.node_roughness.amax(1).tolist(), wanted - count)
 
     def _ask(self, asked: Tensor | None, round: int) -> None:
         """The model at the nodes, and by how much it says something else than was foretold; once, at spots as well, and
@@ -192,7 +192,7 @@ class NodeRounds:
         if self.chain.draft is not None or bool((found.growth > 0).any()):
             return False
         near = self.shortfall * self.safety * torch.hypot(found.next_step, found.interpolation) <= self.problem.tol
-        return bool((near & ~torch.tensor(self._over())).any())
+        return bool((near & self._open()).any())
 
     def _estimate_error(self, found: Estimate, before: Estimate | None, changed: bool) -> Tensor:
         """(B,) float64: the estimate of the error.
@@ -232,7 +232,7 @@ class NodeRounds:
         """
         scale, tol = self.shortfall * self.safety, self.problem.tol
         settled = (scale * found.next_step <= tol) & (self.safety * found.missed(self.shortfall) > tol)
-        rough = (settled & (len(self.chain.grid.nodes) >= self.most)).tolist()
+        rough = (settled & (len(self.chain.grid.nodes) >= self.problem.most)).tolist()
         drafted = self.chain.draft is not None and self.sizes[-1] == self.steps
         if self.problem.drift is not None and not drafted and 0 <= len(trace) - len(self.sizes) <= 1:
             rough = self._too_noisy(found)
@@ -243,7 +243,7 @@ class NodeRounds:
 
     def _too_noisy(self, found: Estimate) -> list[bool]:
         """For which samples as many nodes as there may be would leave too much of what the noise of every step does."""
-        nodes, most = len(self.chain.grid.nodes), min(self.most, int(NEARLY_ALL * self.steps))
+        nodes, most = len(self.chain.grid.nodes), min(self.problem.most, int(NEARLY_ALL * self.steps))
         if nodes >= most:
             return [nodes >= NEARLY_ALL * self.steps] * self.batch
         left = walk_between(self.steps, most) / walk_between(self.steps, nodes)
@@ -252,9 +252,9 @@ class NodeRounds:
     def _too_rough(self, found: Estimate) -> bool:
         """Whether some sample that is neither done nor hopeless wants more nodes."""
         scale = max(1.0, ROUGH * self.safety)  # for else it may be that alone what is above tol
-        rough = (scale * found.missed(self.shortfall) > ROUGH * self.problem.tol).tolist()
-        return any(wanted and not over for wanted, over in zip(rough, self._over()))
+        rough = scale * found.missed(self.shortfall) > ROUGH * self.problem.tol
+        return bool((rough & self._open()).any())
 
-    def _over(self) -> list[bool]:
-        """Which samples no round on nodes is made for any more."""
-        return [done or lost for done, lost in zip(self.done, self.hopeless)]
+    def _open(self) -> Tensor:
+        """(B,) bool: for which samples rounds on nodes go on."""
+        return ~(torch.tensor(self.done) | torch.tensor(self.hopeless))

@@ -20,7 +20,7 @@ from ..plan import Plan, RoundEstimate
 from ..schedule.cache import seconds_of_tables
 from ..solution import Solution, Stats
 from ..solver.picard import Picard
-from .monitor import SlowSolveMonitor
+from .monitor import ABORT_RATIO, SlowSolveMonitor
 from .planner import Planner
 from .probe import may_probe, measure_sizes
 from .timed_steps import ENOUGH, TIMED_STEPS, count_steps, time_plain_steps, time_seen_steps
@@ -75,6 +75,8 @@ def solve_in_rounds(
     step, nodes = workload.stats.costs.step(workload.batch) or 0.0, planner.on_nodes(workload, window)
     taken_over = 0 if nodes else front  # rounds on nodes begin at the noise
     full_rounds = planner.full_rounds(workload, system.max_batch or workload.batch) if nodes else None
+    if full_rounds is not None and full_rounds > ABORT_RATIO * step * system.num_steps:
+        system.all_nodes = False  # rounds on all of them are no match for the serial chain
     monitor = SlowSolveMonitor(plan, step, taken_over, clock, nodes, full_rounds)
     head = None if begun is None else Head(begun, front)
     prepared = seconds_of_tables(options.schedule)

@@ -6,9 +6,6 @@ import pytest
 import torch
 
 import deqdiff_fast as dq
-from deqdiff_fast.engine import node_problem
-from deqdiff_fast.nodes.grid import round_sizes
-from deqdiff_fast.nodes.rounds import NodeRounds
 from deqdiff_fast.solver import QuasiNewton
 
 pytestmark = pytest.mark.usefixtures("rows_are_known")
@@ -51,7 +48,7 @@ def test_a_long_chain_takes_few_evaluations(mixture, ddim, noise, solved):
     assert found.stats.stop_reason == "converged"
     assert found.stats.node_rounds == found.stats.rounds <= 12
     assert found.stats.model_evals < 0.4 * 3 * 1000
-    assert found.stats.timesteps_evaluated < 0.1
+    assert found.stats.timesteps_evaluated < 0.2
     assert found.stats.check_evals <= 2
 
 
@@ -124,13 +121,13 @@ def sigma_mixture(mixture):
 
 
 @pytest.mark.parametrize("method", ["euler", "dpmpp_2m"])
-@pytest.mark.parametrize("steps", [12, 50, 200])
+@pytest.mark.parametrize("steps", [12, 50, 1000])
 def test_noise_levels(mixture, karras, noise, solved, method, steps):
     schedule = dq.Schedule.from_sigmas(karras(steps), method)
     found, error = solved(sigma_mixture(mixture), schedule, noise(2) * schedule.init_noise_sigma, seen=True)
     assert bool(found.converged.all())
     assert error.max() < TOL
-    assert steps < 200 or found.stats.timesteps_evaluated < 0.4
+    assert steps < 1000 or found.stats.timesteps_evaluated < 0.2
 
 
 def test_batch_mates_do_not_matter(mixture, ddim, noise, relative_error):
@@ -213,47 +210,3 @@ def test_third_order_costs_hardly_more_than_without_nodes(mixture, noise, steps)
         return model(x, t.long()) * (1 + rough[t.long()]).view(-1, 1, 1, 1)
 
     assert evaluations(uneven, schedule, x, True) < 1.25 * evaluations(uneven, schedule, x, False)
-
-
-@pytest.mark.parametrize(("rough", "tol"), [(True, 5e-2), (False, 5e-2), (True, 2e-3)])
-def test_a_larger_tolerance_has_fewer_nodes_unless_the_first_round_misses_more_than_the_sample(
-    mixture, ddim, noise, monkeypatch, rough, tol
-):
-    """And never fewer at the most than others."""
-    seen, advance = [], NodeRounds._advance
-
-    def first_round_misses(self, *args):
-        found = advance(self, *args)
-        if not seen:
-            found = found._replace(interpolation=found.interpolation * 0 + (5.0 if rough else 0.5))
-        seen.append(self)
-        return found
-
-    monkeypatch.setattr(NodeRounds, "_advance", first_round_misses)
-    dq.DEQSampler(mixture(), ddim(100), solver="quasi-newton", tol=tol).sample(noise(1))
-    assert seen[0].sizes == (round_sizes(100) if rough else round_sizes(100, tol=tol))
-    assert round_sizes(100)[-1] != round_sizes(100, tol=5e-2)[-1]
-    assert seen[0].most == 2 * round_sizes(100)[-1]
-
-
-@pytest.mark.parametrize("rough", [False, True])
-def test_a_tight_tolerance_has_all_timesteps_only_where_fewer_do_not_suffice(mixture, ddim, noise, solved, rough):
-    model, draw = mixture(), torch.Generator().manual_seed(0)
-    off = 1 + 3e-3 * rough * torch.randn(1000, generator=draw)  # as an embedding of the timestep makes a network
-    found, error = solved(lambda x, t: model(x, t) * off[t.long(), None, None, None], ddim(100), noise(1), tol=1e-4)
-    assert found.stats.rounds == found.stats.node_rounds <= 9
-    assert bool(found.converged.all())
-    assert error.max() < 1e-4
-    assert (found.stats.model_evals < 5.5 * 100) if rough else (found.stats.model_evals < 4 * 100)
-    assert round_sizes(100, tol=1e-4) == [9, 17, 31, 100]
-    assert round_sizes(1000, tol=1e-4) == round_sizes(1000)
-
-
-def test_nor_where_there_is_no_room_for_all_of_them(mixture, ddim, noise, solved, monkeypatch):
-    model, draw = mixture(), torch.Generator().manual_seed(0)
-    off = 1 + 3e-3 * torch.randn(1000, generator=draw)
-    monkeypatch.setattr(node_problem, "MOST_ELEMENTS", 100 * noise(1).numel() - 1)
-    found, error = solved(lambda x, t: model(x, t) * off[t.long(), None, None, None], ddim(100), noise(1), tol=1e-4)
-    assert found.stats.rounds > found.stats.node_rounds
-    assert bool(found.converged.all())
-    assert error.max() < 1e-4
