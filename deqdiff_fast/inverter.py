@@ -186,7 +186,7 @@ class DEQInverter:
         arguments.check_kwargs(model_kwargs)
         arguments.check_callback(callback)
         check_generator(generator, image.shape[0])
-        warn_of_guesses(model_kwargs, image.shape[0])
+        warn_of_guesses(model_kwargs or {}, image.shape[0])
         arguments.check_trajectory(init, image, self.schedule.num_steps)
         if self.weight is not None:
             self.weight.on(tuple(image.shape[1:]))

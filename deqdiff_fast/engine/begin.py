@@ -42,7 +42,7 @@ def begun(
 
     def check() -> None:
         options.check_request(request.noise, model_kwargs, request.generator, reverse)
-        if what[0] != "serial":
+        if model_kwargs and what[0] != "serial":
             check_dense(model_kwargs, len(request.noise))
         check_request(options, request)
         arguments.check_trajectory(request.init_trajectory, request.noise, options.schedule.num_steps)

@@ -234,7 +234,8 @@ class Options:
         arguments.check_noise(noise)
         arguments.check_kwargs(model_kwargs)
         check_generator(generator, noise.shape[0])
-        warn_of_guesses(model_kwargs, noise.shape[0])
+        if model_kwargs:
+            warn_of_guesses(model_kwargs, noise.shape[0])
         self.norm(noise)
 
     def system(

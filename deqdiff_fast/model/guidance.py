@@ -147,7 +147,7 @@ class Guided:
 
     def _call(self, x: Tensor, t: Tensor, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
         value = unwrap_output(self.model(x, t, *args, **kwargs))
-        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != len(x):
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != x.shape[0]:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"model: expected a tensor of {len(x)} rows or an object with .sample, got {got}")
         return value

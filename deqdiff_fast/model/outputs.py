@@ -12,6 +12,8 @@ def output_fault(value: Any, expected: tuple[int, ...], device: torch.device) ->
     """What is wrong with a prediction of that shape, and what was expected; empty if nothing is."""
     if not isinstance(value, Tensor):
         return f"{type(value).__name__}; expected a tensor or an object with .sample"
+    if value.shape == expected and value.is_floating_point() and value.device == device:
+        return ""
     shape = tuple(value.shape)
     if shape != expected:
         hint = ""
@@ -20,6 +22,4 @@ def output_fault(value: Any, expected: tuple[int, ...], device: torch.device) ->
         return f"shape {shape}; expected {expected}{hint}"
     if not value.is_floating_point():
         return f"dtype {value.dtype}; expected a floating-point dtype"
-    if value.device != device:
-        return f"device {value.device}; the noise is on {device}"
-    return ""
+    return f"device {value.device}; the noise is on {device}"

@@ -7,7 +7,8 @@ next; by what factor it grows there is what the model does beyond them.
 
 Misses are taken as independent, as in the estimate. What neighbours say of a node and it of them is not: where a model
 is rough in time, such misses cancel from node to node, and the real ones, between the nodes, do not. So their sum is
-taken with some random signs (Hutchinson 1990, doi 10.1080/03610919008812866), and the root mean square counts.
+taken with some random signs (Hutchinson 1990, doi 10.1080/03610919008812866); the root mean square counts. Where all
+timesteps are nodes nothing is missed, and it is the surprises that are carried.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..kernels import node_scan
 from .elements import joined
+from .history import through
 from .node_grid import per_element
 
 if TYPE_CHECKING:
@@ -51,9 +53,7 @@ def _carried(chain: NodeChain, signs: Tensor) -> tuple[Tensor, Tensor]:
     drift = rest.new_zeros(count, grid.steps.state_coef.shape[1], batch, sums, size)
     leave_one_out = grid.leave_one_out * grid.unasked[:, None]
     for at, classes in _pieces(chain):
-        missed = chain.surprise[..., at]
-        if not grid.whole:
-            missed = torch.mm(leave_one_out, rest[..., at].flatten(1)).view_as(missed)
+        missed = chain.surprise[..., at] if grid.whole else through(leave_one_out, rest[..., at])
         local = (missed * per_element(grid.local, classes))[:, :, None]
         torch.mul(local, signs[:, None, :, None], out=drift[:, 0, ..., at])
     drift = drift.flatten(2, 3)
