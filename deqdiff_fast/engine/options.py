@@ -23,7 +23,7 @@ from ..model.sample_kwargs import warn_of_guesses
 from ..model.stand_in import stand_in
 from ..model.transforms import check_inputs
 from ..model.weighted_norm import Weight, WeightedNorm
-from ..nodes.grid import is_noisy, round_sizes
+from ..nodes.grid import DROWNED, is_noisy, round_sizes
 from ..ranks import sharded
 from ..ranks.group import Ranks
 from ..schedule import Schedule, SpectralSlope
@@ -142,9 +142,10 @@ class Options:
 
     @cached_property
     def node_sizes(self) -> list[int]:
-        """Numbers of nodes of the first rounds."""
+        """Numbers of nodes of the first rounds: all timesteps where they add so much noise that fewer would not do."""
         noisy, rough = self.drafted and is_noisy(self.schedule), self.schedule.stochastic and not self.drafted
-        return round_sizes(self.schedule.num_steps, noisy, not rough_in_time(self.model), rough, self.requested_tol)
+        smooth = not (rough_in_time(self.model) or (rough and not self.node_only and is_noisy(self.schedule, DROWNED)))
+        return round_sizes(self.schedule.num_steps, noisy, smooth, rough, self.requested_tol)
 
     @property
     def drafted(self) -> bool:
@@ -234,8 +235,7 @@ class Options:
         arguments.check_noise(noise)
         arguments.check_kwargs(model_kwargs)
         check_generator(generator, noise.shape[0])
-        if model_kwargs:
-            warn_of_guesses(model_kwargs, noise.shape[0])
+        warn_of_guesses(model_kwargs or {}, noise.shape[0])
         self.norm(noise)
 
     def system(

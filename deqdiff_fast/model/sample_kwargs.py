@@ -104,7 +104,8 @@ def warn_of_guesses(model_kwargs: dict[str, Any], batch: int) -> None:
     """Log, once for each, what `model_kwargs` leave open: whether a value belongs to the samples; and what is large."""
     for name, what, taken in _guesses(model_kwargs, "", batch) if batch > 1 else ():
         _tell(logging.WARNING, f"model_kwargs{name}: {what}, for {batch} samples, {taken}")
-    for path, value in tree_flatten_with_path(model_kwargs, is_leaf=lambda x: isinstance(x, Shared))[0]:
+    leaves = tree_flatten_with_path(model_kwargs, is_leaf=lambda x: isinstance(x, Shared))[0] if model_kwargs else ()
+    for path, value in leaves:
         if isinstance(value, Tensor) and is_per_sample(value, batch) and is_dense(value) and value[:1].nbytes >= _LARGE:
             _tell(
                 logging.INFO,

@@ -19,7 +19,7 @@ TYPICAL_VARIANCE = 0.25  # of data scaled to [-1, 1], for the weight of an error
 FIRST, SECOND = 9, 17  # nodes of the first two rounds
 FEWEST_STEPS = 10  # of a chain that is worth rounds on nodes
 SHORT = 16  # timesteps of a chain all of which are nodes in the end
-RENEWED = 0.016  # see `is_noisy`
+RENEWED, DROWNED = 0.016, 0.12  # see `is_noisy`: with a draft, and without one
 HALF, MORE = 45, 90  # nodes of the rounds that follow: T HALF / (T + HALF), or with MORE, see `round_sizes`
 DENSEST = 2  # times the usual number of nodes, at most
 LOOSE = 1e-2, 1e-1  # tolerances from which and up to which HALF becomes less: interpolation errs by about n^-2
@@ -56,12 +56,12 @@ def most_nodes(steps: int, sizes: list[int]) -> int:
     return min(DENSEST * max(sizes[-1], usual_nodes(steps)), steps)
 
 
-def is_noisy(schedule: Schedule) -> bool:
-    """Whether a chain is `noisy`: by what is renewed of a state's noise from node to node, of which more is allowed
-    where nodes are few, for there they save more."""
+def is_noisy(schedule: Schedule, most: float = RENEWED) -> bool:
+    """Whether a chain is `noisy`: by what is renewed of a state's noise from node to node, of which more than `most` is
+    allowed where nodes are few, for there they save more."""
     size, part = schedule.sigma[1:], usual_nodes(schedule.num_steps) / schedule.num_steps
     renewed = torch.where(size > 0, schedule.noise_coef / size, 0).square().clamp_max(1).mean()
-    return bool(renewed * (1 - part) > RENEWED * part**0.5)
+    return bool(renewed * (1 - part) > most * part**0.5)
 
 
 def density(schedule: Schedule) -> Tensor:

@@ -38,8 +38,7 @@ class NodeRounds:
     """One solve."""
 
     def __init__(self, problem: NodeProblem) -> None:
-        self.problem, self.steps = problem, len(problem.density)
-        self.sizes = problem.sizes
+        self.problem, self.sizes, self.steps = problem, problem.sizes, len(problem.density)
         self.batch = problem.start.shape[0]
         self.done, self.hopeless = [False] * self.batch, [False] * self.batch
         self.rough: bool | None = None  # as far as spots have shown

@@ -68,6 +68,14 @@ def test_a_tight_tolerance_has_all_timesteps_only_where_fewer_do_not_suffice(sol
     assert stats.model_evals < most * 100
 
 
+@pytest.mark.parametrize(("eta", "memory", "whole"), [(1.0, None, True), (0.5, None, False), (1.0, "offload", False)])
+def test_all_timesteps_where_noise_leaves_nothing_between_them(mixture, ddim, eta, memory, whole):
+    sampler = dq.DEQSampler(mixture(), ddim(50, eta), solver="quasi-newton", memory=memory)
+    assert (sampler.options.node_sizes == [50]) is whole
+    drafted = dq.DEQSampler(mixture(), ddim(50, eta), solver="draft", draft=mixture())
+    assert drafted.options.node_sizes == [24, 50]
+
+
 def test_nor_where_there_is_no_room_for_all_of_them(solved, noise, monkeypatch):
     monkeypatch.setattr(system, "MOST_ELEMENTS", 100 * noise(1).numel() - 1)
     stats, error = solved(3e-3, 100, tol=1e-4)
