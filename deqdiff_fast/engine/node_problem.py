@@ -67,7 +67,7 @@ def node_problem(
         chain, None if classes is None else place.own(classes.to(device)),
         cached(schedule, "density", lambda: density(schedule)), system.node_sizes, system.most_nodes, start, drift,
         partial(ask, system, lease) if place.shared is None else partial(place.shared.ask, lease),
-        None if system.draft is None else partial(ask_draft, system, {}),
+        None if system.draft is None else partial(ask_draft, system),
         tol, settings.history, settings.ridge, settings.floor, backend,
         lambda what, make: cached(schedule, (what, slope, system.dtype, device), make), spots,
         elements=place.elements, host=place.host, amplifies=amplifies(system.model),
@@ -83,11 +83,7 @@ def ask(
         system.evaluate(states[:, None], out, Rows(flat, 0, system.num_steps, len(flat), slot), lease, round)
 
 
-def ask_draft(system: System, numbers: dict[tuple[int, ...], Tensor], states: Tensor, nodes: tuple[int, ...]) -> Tensor:
-    """`NodeProblem.draft`; numbers: nodes as tensors on the device, where they were met before."""
+def ask_draft(system: System, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+    """`NodeProblem.draft`."""
     assert system.draft is not None
-    if nodes not in numbers:
-        numbers[nodes] = torch.tensor(nodes, device=system.device)
-    rows = system.from_basis(states.flatten(0, 1)).view_as(states)
-    found = system.draft.rows(rows, numbers[nodes]).to(states.dtype)
-    return system.to_basis(found.flatten(0, 1)).view_as(states)
+    return system.to_basis(system.draft.rows(system.from_basis(states), steps, samples).to(states.dtype))

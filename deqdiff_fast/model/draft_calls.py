@@ -21,17 +21,11 @@ class DraftCalls:
 
     def __init__(self, model: BatchedModel) -> None:
         self.model, self.evals = model, 0
-        self._sample = torch.arange(model.batch, device=model.device)
 
-    def rows(self, states: Tensor, steps: Tensor) -> Tensor:
-        """(n, B, D) states at timesteps steps: (n,) -> (n, B, D) predictions."""
-        step, sample, flat = steps, self._sample, states.flatten(0, 1)
-        if self.model.batch > 1:
-            step = steps[:, None].expand(-1, self.model.batch).flatten()
-        if self.model.model_kwargs:
-            sample = self._sample.repeat(len(steps))
-        chunks = [self._predict(flat[a:b], step[a:b], sample[a:b]) for a, b in self.model.chunks(len(flat))]
-        return (chunks[0] if len(chunks) == 1 else torch.cat(chunks)).view_as(states)
+    def rows(self, states: Tensor, steps: Tensor, samples: Tensor) -> Tensor:
+        """(r, D) states at timesteps steps, (r,), of samples, (r,) -> (r, D) predictions."""
+        found = [self._predict(states[a:b], steps[a:b], samples[a:b]) for a, b in self.model.chunks(len(states))]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _predict(self, states: Tensor, step: Tensor, sample: Tensor) -> Tensor:
         self.evals += len(states)

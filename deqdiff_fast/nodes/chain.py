@@ -66,7 +66,7 @@ class NodeChain:
         self.states = problem.start.new_empty(len(grid.nodes) + 1, *problem.start.shape)
         self.states[0] = problem.start
         self.drift = None
-        self.answers = None if self.draft is None else DraftAnswers(self.draft, grid.nodes)
+        self.answers = None if self.draft is None else DraftAnswers(self.draft, grid.at, problem.start.shape[0])
         if problem.drift is not None:
             kinds, device = problem.classes, problem.start.device
             self.drift = composite_drift(problem.chain, kinds, grid.nodes, problem.drift, device)
@@ -95,7 +95,7 @@ class NodeChain:
     def learn(self, at: Tensor | None, answers: Tensor) -> None:
         """What the model said at the nodes, (n, B, D), written to; at: (r,) int64 in which of n B rows, None: all."""
         states = self.states[:-1]
-        off = None if self.answers is None else answers - self.answers.at(states, STILL * SETTLED * self.problem.tol)
+        off = None if self.answers is None else answers - self.answers.at(states, STILL * SETTLED * self.problem.tol)[0]
         remainder = answers.addcmul_(self.slope, states, value=-1)
         surprise = torch.sub(remainder, self.remainder, out=self.remainder)  # which the chain is about to replace
         asked = None
@@ -135,30 +135,32 @@ class NodeChain:
         if not self._settle(None if off is None else off[0], out):
             self._give_up_draft(out, off is not None)
         elif off is not None:
-            self.moved = self._moved_from(last)
+            self.moved = float(self._moved_from(last).max())
             states, remainder, extra = self.states.clone(), out.clone(), torch.empty_like(out)
             self.history.correct(off[0], states[:-1], extra)
             if not self._settle(extra, out):
                 self.states.copy_(states), out.copy_(remainder)
 
-    def _moved_from(self, last: Tensor) -> float:
-        """By how much the sample has moved, relative; of the sample of the batch that has moved most."""
-        return float(((self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)).max())
+    def _moved_from(self, last: Tensor) -> Tensor:
+        """(B,): by how much each sample has moved, relative."""
+        return (self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)
 
     def _settle(self, extra: Tensor | None, out: Tensor) -> bool:
-        """Sweeps of the draft over all nodes at once, until they move the sample no more; whether they have settled.
+        """Sweeps of the draft over all nodes at once, until they move no sample more; whether they have settled.
 
         extra: (n, B, D), beside what the draft says; None at first, when nothing is known of the model.
         """
         assert self.answers is not None
-        moved, bound = float("inf"), max(SETTLED * self.problem.tol, LOOSE * self.moved)
+        moved, bound, wanted = float("inf"), max(SETTLED * self.problem.tol, LOOSE * self.moved), None
         for _ in range(SWEEPS):
-            states, last = self.states[:-1], self.states[-1].clone()
-            torch.addcmul(self.answers.at(states, STILL * bound), self.slope, states, value=-1, out=out)
+            last = self.states[-1].clone()
+            said, there = self.answers.at(self.states[:-1], STILL * bound, wanted)
+            torch.addcmul(said, self.slope, there, value=-1, out=out)
             if extra is not None:
                 out.add_(extra)
             self._scan(out, self.states)
-            before, moved = moved, self._moved_from(last)
+            each = self._moved_from(last)
+            wanted, before, moved = each > bound, moved, float(each.max())
             if not moved <= min(GROWING * before, LARGEST):
                 return False
             if moved <= bound:

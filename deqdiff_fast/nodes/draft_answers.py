@@ -4,34 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-Draft = Callable[[Tensor, tuple[int, ...]], Tensor]
-"""(n, B, D) states of those timesteps -> predictions."""
+Draft = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(r, D) states, their timesteps, (r,), and their samples, (r,) -> predictions."""
 
 
 class DraftAnswers:
-    """Predictions of a draft at some nodes: (n, B, D)."""
+    """Predictions of a draft for all samples at some nodes: (n, B, D).
 
-    def __init__(self, draft: Draft, nodes: tuple[int, ...]) -> None:
-        self.draft, self.nodes = draft, nodes
+    Args:
+        at: (n,) the nodes' timesteps.
+    """
+
+    def __init__(self, draft: Draft, at: Tensor, batch: int) -> None:
+        self.draft, self._samples = draft, torch.arange(batch, device=at.device).repeat(len(at))
+        self._timesteps = at[:, None].expand(-1, batch).flatten()
         self._states: Tensor | None = None
-        self._said: Tensor | None = None
+        self._said: Tensor | None = None  # (n B, D)
 
-    def at(self, states: Tensor, little: float) -> Tensor:
-        """The draft at (n, B, D) states; little: what a state may have moved, relative to its size, and yet count as
-        the same. What is returned is not to be written to. A device is asked for all: a few rows take it as long, and
-        to know which they are the host would have to wait."""
+    def at(self, states: Tensor, little: float, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The draft at (n, B, D) states, and at which states that is; little: what a state may have moved, relative to
+        its size, and yet count as the same; wanted: (B,) bool, the samples whose answers are to be new, None for all.
+        What is returned is not to be written to. A device is asked for all: a few rows take it as long, and to know
+        which they are the host would have to wait."""
+        rows = states.flatten(0, 1)
         if states.device.type != "cpu":
-            return self.draft(states, self.nodes)
+            return self.draft(rows, self._timesteps, self._samples).view_as(states), states
         if self._states is None or self._said is None:
-            self._states, self._said = states.clone(), self.draft(states, self.nodes)
-            return self._said
+            self._states, self._said = states.clone(), self.draft(rows, self._timesteps, self._samples)
+            return self._said.view_as(states), self._states
         moved = (states - self._states).norm(dim=2) > little * states.norm(dim=2)
-        at = moved.any(1).nonzero()[:, 0]
+        at = (moved if wanted is None else moved & wanted).flatten().nonzero()[:, 0]
         if len(at):
-            nodes = tuple(self.nodes[k] for k in at.tolist())
-            there = states.index_select(0, at)
-            self._states.index_copy_(0, at, there)
-            self._said = self._said.index_copy(0, at, self.draft(there, nodes))
-        return self._said
+            there = rows.index_select(0, at)
+            self._states.flatten(0, 1).index_copy_(0, at, there)
+            self._said = self._said.index_copy(0, at, self.draft(there, self._timesteps[at], self._samples[at]))
+        return self._said.view_as(states), self._states

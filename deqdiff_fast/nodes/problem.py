@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from .composite import LinearChain
+from .draft_answers import Draft
 from .elements import ALL_ELEMENTS, Elements
 from .guess import SampleGuess
 from .host_history import HostMemory
@@ -45,7 +46,7 @@ class NodeProblem:
         start: (B, D), the noise.
         drift: (T, B, D), the frozen noise of every step, or None.
         ask: calls the model.
-        draft: (n, B, D) states of those timesteps -> predictions of a cheap stand-in for the model, or None.
+        draft: a cheap stand-in for the model, or None.
         tol: relative L2 error allowed in a sample.
         history, ridge, floor: of the secants, see `QuasiNewton`.
         spots: to be asked beside the nodes.
@@ -63,7 +64,7 @@ class NodeProblem:
     start: Tensor
     drift: Tensor | None
     ask: Ask
-    draft: Callable[[Tensor, tuple[int, ...]], Tensor] | None
+    draft: Draft | None
     tol: float
     history: int
     ridge: float

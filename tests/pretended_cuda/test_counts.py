@@ -55,7 +55,7 @@ PARTS = {
     [
         (100, "quasi-newton", ROUND),
         (1000, "quasi-newton", ROUND),
-        (100, "draft", ROUND | {"asking": 31, "the chain": 105, "waits": 5, "sweep": 23, "waits a sweep": 1.2}),
+        (100, "draft", ROUND | {"asking": 31, "the chain": 105, "waits": 5, "sweep": 24, "waits a sweep": 1.2}),
     ],
 )
 def test_launches_of_a_round(device, monkeypatch, ddim, steps, solver, most):
