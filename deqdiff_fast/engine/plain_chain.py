@@ -64,13 +64,14 @@ class PlainChain:
         self.system, self.steps, self.frozen, self.front = system, Steps.of(schedule), frozen, 0
         # of every call a row of its own: the model may write to it
         self._times = system.times[:, None].expand(-1, batch).clone(memory_format=torch.contiguous_format).unbind(0)
-        self._kwargs = system.expand_kwargs(torch.arange(batch, device=system.device)) if system.model_kwargs else {}
-        if isinstance(system.model, Guided):
-            self._kwargs = system.model.joined(**self._kwargs)
+        if isinstance(system.model, Guided):  # whose arguments have a row for every sample already
+            self._kwargs = system.model.joined(**system.model_kwargs)
+        else:
+            self._kwargs = system.expand_kwargs(torch.arange(batch, device=system.device))
         self._draws = iter(()) if frozen is None else iter(frozen.draws)
         self._shape, self._dtype = tuple(noise.shape), noise.dtype
         self.states, self.outputs = [noise.detach().to(system.dtype, copy=True)], list[Tensor]()
-        self._keep(system.num_steps + 1 if keep else schedule.lags)
+        self.keep(system.num_steps + 1 if keep else schedule.lags)
 
     def advance(self, until: int) -> bool:
         """Make the steps up to state `until`. False where something went wrong that `finish_serially` can name or mend:
@@ -121,11 +122,8 @@ class PlainChain:
             rows = torch.stack(kept).flatten(0, 1).flatten(1)
             there[:done].copy_(self.system.to_basis(rows).view_as(there[:done]))
 
-    def reset(self) -> None:
-        """No solve will take over."""
-        self._keep(self.system.schedule.lags)
-
-    def _keep(self, newest: int) -> None:
+    def keep(self, newest: int) -> None:
+        """Hold on to that many states from now on."""
         self._kept, self.states, self.outputs = newest, self.states[:newest], self.outputs[: newest - 1]
         # where neither a later step nor clipping looks at a state again, it is not copied for the model to write to
         self._once = newest == 1 and self.system.clip_gain is None

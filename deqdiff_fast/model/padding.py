@@ -20,10 +20,12 @@ def padded_sizes(limit: int, batch: int) -> tuple[int, ...]:
 
 def is_compiled(model: Any) -> bool:
     """Whether the model, or a part of it, went through torch.compile, which specialises on batch sizes."""
-    inner = base_of(model)  # a wrapper of ours, around the user's model
-    if inner is not model:
-        return is_compiled(inner)
-    parts = model.modules() if isinstance(model, nn.Module) else (model,)
+    while (inner := base_of(model)) is not model:  # a wrapper of ours, around the user's model
+        model = inner
+    parts, seen = [model], {id(model)}
+    for part in parts if isinstance(model, nn.Module) else ():  # `modules()` takes several times as long
+        children = [child for child in part._modules.values() if child is not None and id(child) not in seen]
+        parts.extend(children), seen.update(map(id, children))
     return any(
         "_torchdynamo_orig_callable" in getattr(part, "__dict__", ())
         or getattr(part, "_compiled_call_impl", None) is not None

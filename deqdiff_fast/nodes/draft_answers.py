@@ -12,11 +12,7 @@ Draft = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class DraftAnswers:
-    """Predictions of a draft for all samples at some nodes: (n, B, D).
-
-    Args:
-        at: (n,) the nodes' timesteps.
-    """
+    """Predictions of a draft for all samples at some nodes, (n, B, D). at: (n,) timesteps of the nodes."""
 
     def __init__(self, draft: Draft, at: Tensor, batch: int) -> None:
         self.draft, self._samples = draft, torch.arange(batch, device=at.device).repeat(len(at))

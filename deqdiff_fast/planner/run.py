@@ -118,7 +118,7 @@ def _timed_start(planner: Planner, workload: Workload, request: Request, start: 
             head.begin(workload.noise, chain.frozen)
             chain.hand_over(head)
         return solve_in_rounds(planner, workload, request, plan, system, start, head, until)
-    chain.reset()
+    chain.keep(options.schedule.lags)  # no solve will take over
     clock, stats = planner.clock_of(workload), Stats(solver="serial", window=1, stop_reason="serial", plan=plan)
     began = clock()
     solution = plain_solution(chain, stats, start) if chain.advance(steps) else None
