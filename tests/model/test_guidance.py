@@ -119,16 +119,16 @@ def test_per_sample_model_kwargs_reach_both_branches(prompted, prompts, ddim, no
         return SimpleNamespace(sample=prompted(x, t, emb) + shift[:, None, None, None])
 
     sampler = dq.DEQSampler(dq.guided(model, cond, uncond, 3.0), ddim(10), solver="quasi-newton", tol=1e-5)
-    kwargs = {"shift": shift, "table": torch.zeros(7, 2)}
+    kwargs = {"shift": shift, "table": dq.shared(torch.zeros(3, 2))}  # of as many rows as there are samples
     with torch.no_grad():
         out, reference = sampler.sample(start, kwargs), sampler.serial(start, kwargs)
         alone = [
             dq.DEQSampler(dq.guided(model, cond[b : b + 1], uncond, 3.0), ddim(10)).serial(
-                start[b : b + 1], {"shift": shift[b : b + 1], "table": torch.zeros(7, 2)}
+                start[b : b + 1], {"shift": shift[b : b + 1], "table": torch.zeros(3, 2)}
             )
             for b in range(3)
         ]
-    assert all(rows == shifts and table == (7, 2) for rows, shifts, table in seen)
+    assert all(rows == shifts and table == (3, 2) for rows, shifts, table in seen)
     assert relative_error(out.sample, reference.sample).max() < 1e-4
     assert relative_error(torch.cat([one.sample for one in alone]), reference.sample).max() < 1e-5
 
