@@ -22,7 +22,7 @@ UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 DOUBTED = 0.15  # of the sample: how far the model may carry an error of the tolerance
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
 SPOT_FACTOR, SPOT_SLACK = 1.5, 0.3  # times the estimate of interpolation, and part of the tolerance more, in spots
-SMOOTH, NOT_SMOOTH = 4, 2  # powers of the number of nodes by which misses fall, at first and where that proves wrong
+SMOOTH, NOT_SMOOTH, AT_ONCE = 4, 2, 1.5  # misses fall by these powers of n, at first and then; or at once: that many T
 FAR = 0.02  # of the next step: misses fall as steps do
 GROWTH = 4  # one node more for so many, and that many at least
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
@@ -65,9 +65,8 @@ class NodeRounds:
 
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
         """Up to `limit` rounds, until all samples are good enough."""
-        chain, trace, found = self.chain, list[Tensor](), None
+        chain, trace, found, stopped, broken = self.chain, list[Tensor](), None, False, False
         worth = torch.ones(len(chain.grid.nodes), self.batch, dtype=torch.bool)
-        stopped = broken = False
         total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
         for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
             changed = self._change_nodes(round, found)
@@ -131,7 +130,9 @@ class NodeRounds:
         count, missed = len(nodes), found.missed(self.shortfall)
         if self.problem.drift is None:
             left = float((self.safety * missed / (allowed + FAR * found.next_step))[wanting].max())
-            wanted = int(count * left ** (1 / (SMOOTH if count <= self.sizes[-1] else NOT_SMOOTH)))
+            wanted = int(count * left ** (1 / NOT_SMOOTH))
+            if count <= self.sizes[-1] and wanted < AT_ONCE * self.steps:
+                wanted = int(count * left ** (1 / SMOOTH))
         else:  # what noise does between nodes is missed as a random walk is
             wanted, enough = count, walk_between(self.steps, count) * allowed / float(missed[wanting].max())
             while wanted < self.problem.most and walk_between(self.steps, wanted) > enough:
