@@ -25,7 +25,8 @@ def is_compiled(model: Any) -> bool:
     parts, seen = [model], {id(model)}
     for part in parts if isinstance(model, nn.Module) else ():  # `modules()` takes several times as long
         children = [child for child in part._modules.values() if child is not None and id(child) not in seen]
-        parts.extend(children), seen.update(map(id, children))
+        parts += children
+        seen.update(map(id, children))
     return any(
         "_torchdynamo_orig_callable" in getattr(part, "__dict__", ())
         or getattr(part, "_compiled_call_impl", None) is not None

@@ -143,7 +143,7 @@ class NodeChain:
 
     def _moved_from(self, last: Tensor) -> Tensor:
         """(B,): by how much each sample has moved, relative."""
-        return (self.states[-1] - last).norm(dim=1) / self.states[-1].norm(dim=1)
+        return torch.div((self.states[-1] - last).norm(dim=1), self.states[-1].norm(dim=1))
 
     def _settle(self, extra: Tensor | None, out: Tensor) -> bool:
         """Sweeps of the draft over all nodes at once, until they move no sample more; whether they have settled.

@@ -24,6 +24,7 @@ class NodeGrid:
     """n nodes of a chain; K classes of elements."""
 
     nodes: tuple[int, ...]
+    whole: bool  # whether they are all timesteps
     at: Tensor  # (n,) int64
     steps: CompositeSteps
     slope: Tensor  # (n, K) of the prediction in the state
@@ -34,7 +35,6 @@ class NodeGrid:
     unasked: Tensor  # (n,) that part of `local` that does
     leave_one_out: Tensor  # (n, n)
     signs: Tensor  # (n, SIGNS), random ones, for sums of what is independent from node to node; all plus in the first
-    whole: bool  # whether all timesteps are nodes
 
     @classmethod
     def of(cls, chain: LinearChain, nodes: list[int], dtype: torch.dtype, device: torch.device) -> NodeGrid:
@@ -49,8 +49,8 @@ class NodeGrid:
         signs = torch.randint(0, 2, (len(nodes), SIGNS), generator=torch.Generator().manual_seed(0)) * 2 - 1
         signs[:, 0] = 1
         tables = [chain.slope[at], influence, after, local, influence - own, unasked, leave_one_out(chain, at), signs]
-        there, whole = (t.to(device, dtype) for t in tables), len(nodes) == len(chain.unit)
-        return cls(tuple(nodes), at.to(device), on(steps, dtype, device), *there, whole)
+        whole, there = len(nodes) == len(chain.unit), (t.to(device, dtype) for t in tables)
+        return cls(tuple(nodes), whole, at.to(device), on(steps, dtype, device), *there)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class NodeRounds:
 
     def run(self, limit: int, report: Report | None = None) -> NodeOutcome:
         """Up to `limit` rounds, until all samples are good enough."""
-        chain, trace, found, stopped, broken = self.chain, list[Tensor](), None, False, False
+        chain, trace, stopped, broken = self.chain, list[Tensor](), False, False
+        found: Estimate | None = None
         worth = torch.ones(len(chain.grid.nodes), self.batch, dtype=torch.bool)
         total = torch.full((self.batch,), float("inf"), dtype=torch.float64)
         for round in range(1, min(limit, MAX_ROUNDS, max(self.steps // 2, FEWEST_ROUNDS)) + 1):
@@ -130,9 +131,8 @@ class NodeRounds:
         count, missed = len(nodes), found.missed(self.shortfall)
         if self.problem.drift is None:
             left = float((self.safety * missed / (allowed + FAR * found.next_step))[wanting].max())
-            wanted = int(count * left ** (1 / NOT_SMOOTH))
-            if count <= self.sizes[-1] and wanted < AT_ONCE * self.steps:
-                wanted = int(count * left ** (1 / SMOOTH))
+            few = count <= self.sizes[-1] and count * left ** (1 / NOT_SMOOTH) < AT_ONCE * self.steps
+            wanted = int(count * left ** (1 / (SMOOTH if few else NOT_SMOOTH)))
         else:  # what noise does between nodes is missed as a random walk is
             wanted, enough = count, walk_between(self.steps, count) * allowed / float(missed[wanting].max())
             while wanted < self.problem.most and walk_between(self.steps, wanted) > enough:
