@@ -23,7 +23,7 @@ from ..model.sample_kwargs import warn_of_guesses
 from ..model.stand_in import stand_in
 from ..model.transforms import check_inputs
 from ..model.weighted_norm import Weight, WeightedNorm
-from ..nodes.grid import DROWNED, is_noisy, round_sizes
+from ..nodes.grid import ALONE, is_noisy, round_sizes
 from ..ranks import sharded
 from ..ranks.group import Ranks
 from ..schedule import Schedule, SpectralSlope
@@ -144,7 +144,7 @@ class Options:
     def node_sizes(self) -> list[int]:
         """Numbers of nodes of the first rounds: all timesteps where they add so much noise that fewer would not do."""
         noisy, rough = self.drafted and is_noisy(self.schedule), self.schedule.stochastic and not self.drafted
-        smooth = not (rough_in_time(self.model) or (rough and not self.node_only and is_noisy(self.schedule, DROWNED)))
+        smooth = not (rough_in_time(self.model) or (rough and not self.node_only and is_noisy(self.schedule, ALONE)))
         return round_sizes(self.schedule.num_steps, noisy, smooth, rough, self.requested_tol)
 
     @property

@@ -140,8 +140,8 @@ class Guided:
         rows, shared, scale = given["rows"], given["shared"], given.get("scale", self.scale)
         one = not isinstance(scale, Tensor) and scale == 1.0
         both = [c if one else torch.cat([u, c]) if isinstance(u, Tensor) else u + c for u, c in rows]
-        alike = without_marks(shared) if shared else ()
-        leaves = {_ROW: iter(both), _SHARED: map(Shared, alike) if self._marked else iter(alike)}
+        plain = without_marks(shared) if shared else ()
+        leaves = {_ROW: iter(both), _SHARED: map(Shared, plain) if self._marked else iter(plain)}
         values = [next(leaves[value]) if value is _ROW or value is _SHARED else value for value in layout.constants]
         kwargs: dict[str, Any] = tree_unflatten(values, layout.structure)
         return {"layout": layout, **given, "joined": ([kwargs.pop("")] if "" in kwargs else [], kwargs)}

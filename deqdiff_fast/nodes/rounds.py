@@ -22,8 +22,8 @@ UNTOLD = 3  # rounds before which nothing was foretold that could be believed
 DOUBTED = 0.15  # of the sample: how far the model may carry an error of the tolerance
 ROUGH = 0.7  # part of the tolerance that interpolation may leave before there are more nodes
 SPOT_FACTOR, SPOT_SLACK = 1.5, 0.3  # times the estimate of interpolation, and part of the tolerance more, in spots
-SMOOTH, NOT_SMOOTH, AT_ONCE = 4, 2, 1.5  # misses fall by these powers of n, at first and then; or at once: that many T
-FAR = 0.02  # of the next step: misses fall as steps do
+SMOOTH, NOT_SMOOTH = 4, 2  # powers of the number of nodes by which misses fall, at first and where that proves wrong
+STEP_PART, AT_ONCE = 0.02, 1.5  # of the next step, as which misses fall; times T: from there on all are nodes at once
 GROWTH = 4  # one node more for so many, and that many at least
 GROWING = 2.0  # times the last step: a draft makes rounds diverge
 NEARLY_ALL = 0.9  # of the timesteps as nodes: rounds on all of them cost no more, for they leave out what is final
@@ -130,9 +130,9 @@ class NodeRounds:
         nodes, wanting, allowed = self.chain.grid.nodes, self._open(), ROUGH * self.problem.tol
         count, missed = len(nodes), found.missed(self.shortfall)
         if self.problem.drift is None:
-            left = float((self.safety * missed / (allowed + FAR * found.next_step))[wanting].max())
-            few = count <= self.sizes[-1] and count * left ** (1 / NOT_SMOOTH) < AT_ONCE * self.steps
-            wanted = int(count * left ** (1 / (SMOOTH if few else NOT_SMOOTH)))
+            left = float((self.safety * missed / (allowed + STEP_PART * found.next_step))[wanting].max())
+            smooth = count <= self.sizes[-1] and count * left ** (1 / NOT_SMOOTH) < AT_ONCE * self.steps
+            wanted = int(count * left ** (1 / (SMOOTH if smooth else NOT_SMOOTH)))
         else:  # what noise does between nodes is missed as a random walk is
             wanted, enough = count, walk_between(self.steps, count) * allowed / float(missed[wanting].max())
             while wanted < self.problem.most and walk_between(self.steps, wanted) > enough:

@@ -75,7 +75,7 @@ def solve_in_rounds(
     step, nodes = workload.stats.costs.step(workload.batch) or 0.0, planner.on_nodes(workload, window)
     taken_over = 0 if nodes else front  # rounds on nodes begin at the noise
     full_rounds = planner.full_rounds(workload, system.max_batch or workload.batch) if nodes else None
-    system.all_nodes &= full_rounds is None or full_rounds <= ABORT_RATIO * step * system.num_steps  # of the chain
+    system.all_nodes &= full_rounds is None or full_rounds <= ABORT_RATIO * step * system.num_steps
     monitor = SlowSolveMonitor(plan, step, taken_over, clock, nodes, full_rounds)
     head = None if begun is None else Head(begun, front)
     prepared = seconds_of_tables(options.schedule)
